@@ -1,0 +1,90 @@
+//! How other threads reach a loop: a list of messages and an eventfd that wakes it.
+//!
+//! Sending to a loop that is awake costs a lock and no system call: the loop says when it is about
+//! to sleep, and looks into the inbox once more after saying so.
+
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::fault::Answer;
+use crate::lock;
+use crate::nbd::Connection;
+use crate::notice::{clear, raise};
+use crate::pool::Work;
+use crate::request::Request;
+
+/// Names a task of a loop; a task that is gone has another generation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct TaskId {
+    pub slot: usize,
+    pub generation: u32,
+}
+
+pub enum Message {
+    Submit(Box<Request>),
+    /// A pool thread did a task's work.
+    Worked(TaskId, Work),
+    /// Python answered a fault.
+    Answered(TaskId, Answer),
+    /// The gate a task waited at has opened (or its device has closed).
+    GateOpened(TaskId),
+    Serve(Box<Connection>),
+    CloseConnection(u64),
+    Stop,
+}
+
+pub struct Inbox {
+    messages: Mutex<Vec<Message>>,
+    waiting: AtomicBool,
+    asleep: AtomicBool,
+    pub(crate) event: OwnedFd,
+}
+
+impl Inbox {
+    pub fn new() -> std::io::Result<Inbox> {
+        Ok(Inbox {
+            messages: Mutex::new(Vec::new()),
+            waiting: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    pub fn send(&self, message: Message) {
+        lock(&self.messages).push(message);
+        self.waiting.store(true, Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            raise(&self.event);
+        }
+    }
+
+    pub fn has_messages(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    pub fn take(&self) -> Vec<Message> {
+        if !self.waiting.swap(false, Ordering::SeqCst) {
+            return Vec::new();
+        }
+        std::mem::take(&mut lock(&self.messages))
+    }
+
+    /// Announces sleep. False: there are messages, do not.
+    pub fn doze(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) {
+            self.asleep.store(false, Ordering::SeqCst);
+            return false;
+        }
+        true
+    }
+
+    pub fn woke(&self) {
+        if !self.asleep.swap(false, Ordering::SeqCst) {
+            clear(&self.event);
+        }
+    }
+}

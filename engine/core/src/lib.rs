@@ -1,0 +1,37 @@
+//! Devices, requests and the loops that execute them.
+//!
+//! A request makes one pass: an export or a caller (`nbd`, `call`) asks a `Device`; what can be done
+//! at once is (`now`); the rest goes to a loop's `Queue`, which looks places up, moves bytes through
+//! io_uring or the thread `Pool`, parks faults and completes the request as one. Threads here never
+//! call Python. Lookups take no lock; a device's `Epochs` say when an old map is out of use.
+
+mod call;
+mod device;
+mod engine;
+mod epoch;
+mod fault;
+mod inbox;
+mod looper;
+mod nbd;
+mod notice;
+mod now;
+mod pool;
+mod queue;
+mod request;
+mod stats;
+
+pub use call::{Batch, Direction, Transfer};
+pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};
+pub use engine::{ConnectionHandle, Engine, EngineError, IoChoice, NbdSession};
+pub use fault::{Answer, Fault};
+pub use nbd::Session;
+pub use notice::{Notice, Notices, Outcome};
+pub use request::{Flags, Found, Memory, Owner, Request, Waiter};
+pub use stats::{Op, Shard, Stats, Totals};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks a mutex whose data no panic can leave half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,369 @@
+//! A loop thread: connections, the queue and the ring, in one place and without locks.
+//!
+//! Each turn takes messages, completions and whatever the active connections received; a turn in
+//! which nothing moved polls on for a short while, because waking a sleeping thread costs more than
+//! anything else here, and then sleeps in epoll. How long it polls adapts: waits that ended soon
+//! argue for it, waits that did not argue against.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use blkloom_io::{Buffer, BufferPool, Ring};
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+use slab::Slab;
+
+use crate::call::nanoseconds;
+use crate::inbox::{Inbox, Message};
+use crate::nbd::{Arena, Connection, Workbench};
+use crate::pool::Pool;
+use crate::queue::{Ended, Queue};
+use crate::request::Owner;
+use crate::stats::Shard;
+
+const INPUT: usize = 256 << 10;
+const ARENA: usize = 1 << 20;
+const BUFFERS: usize = 64 << 20;
+const RING_ENTRIES: u32 = 256;
+/// Connections polled without asking epoll which of them is ready.
+const FEW: usize = 4;
+const INBOX: u64 = u64::MAX;
+const RING: u64 = u64::MAX - 1;
+
+pub struct LoopSettings {
+    pub inbox: Arc<Inbox>,
+    pub pool: Arc<Pool>,
+    pub use_ring: bool,
+    pub spin: Duration,
+    pub shard: Shard,
+    pub connections: Arc<AtomicUsize>,
+}
+
+struct Member {
+    connection: Connection,
+    /// What epoll was told; None: nothing.
+    interest: Option<epoll::EventFlags>,
+    stalls_at: Option<Instant>,
+}
+
+struct Loop {
+    inbox: Arc<Inbox>,
+    bench: Workbench,
+    input: Buffer,
+    epoll: OwnedFd,
+    members: Slab<Member>,
+    count: Arc<AtomicUsize>,
+    stalls: BTreeSet<(Instant, usize)>,
+    /// Slots worth polling: what moved lately.
+    active: Vec<usize>,
+    ended: Vec<Ended>,
+    spin: Duration,
+    /// Evidence for polling before sleeping, 0 to 8.
+    spin_pays: u32,
+    stopping: bool,
+}
+
+/// Starts loop number `index`.
+pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle<()>> {
+    let ring = if settings.use_ring { Some(Ring::new(RING_ENTRIES)?) } else { None };
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, &settings.inbox.event, epoll::EventData::new_u64(INBOX), epoll::EventFlags::IN)?;
+    if let Some(ring) = &ring {
+        epoll::add(&epoll, ring.fd(), epoll::EventData::new_u64(RING), epoll::EventFlags::IN)?;
+    }
+    let bench = Workbench {
+        queue: Queue::new(ring, settings.pool, settings.inbox.clone(), settings.shard),
+        buffers: BufferPool::new(BUFFERS),
+        arena: Arena::new(ARENA),
+        zeros: Vec::new(),
+        shard: settings.shard,
+    };
+    let mut this = Loop {
+        inbox: settings.inbox,
+        bench,
+        input: Buffer::new(INPUT),
+        epoll,
+        members: Slab::new(),
+        count: settings.connections,
+        stalls: BTreeSet::new(),
+        active: Vec::new(),
+        ended: Vec::new(),
+        spin: settings.spin,
+        spin_pays: 4,
+        stopping: false,
+    };
+    std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || this.run())
+}
+
+impl Loop {
+    fn run(&mut self) {
+        let mut idle_since: Option<Instant> = None;
+        let mut turn = 0u32;
+        loop {
+            turn = turn.wrapping_add(1);
+            let moved = self.turn();
+            if self.stopping && self.members.is_empty() && self.bench.queue.is_idle() {
+                return;
+            }
+            if moved {
+                if idle_since.take().is_some() {
+                    self.spin_pays = (self.spin_pays + 1).min(8);
+                }
+                // Those not polled must not starve while the polled ones are busy.
+                if self.members.len() > self.active.len() && turn.is_multiple_of(16) {
+                    self.ask(Some(Duration::ZERO));
+                }
+                continue;
+            }
+            let now = Instant::now();
+            let since = *idle_since.get_or_insert(now);
+            if self.spin_pays > 0 && now.duration_since(since) < self.spin {
+                if self.members.len() > self.active.len() && turn.is_multiple_of(4) {
+                    self.ask(Some(Duration::ZERO));
+                }
+                std::thread::yield_now();
+                continue;
+            }
+            idle_since = None;
+            self.sleep(now);
+        }
+    }
+
+    fn sleep(&mut self, now: Instant) {
+        self.active.clear();
+        if !self.inbox.doze() {
+            return;
+        }
+        let stall = self.stalls.first().map(|(at, _)| *at);
+        let deadline = [self.bench.queue.next_deadline(), stall].into_iter().flatten().min();
+        // Rounded up: waking a little early would only poll until the deadline.
+        let timeout = deadline.map(|at| at.saturating_duration_since(now) + Duration::from_millis(1));
+        self.ask(timeout);
+        self.inbox.woke();
+        // A wait shorter than twice the polling time would nearly have been caught by it.
+        if now.elapsed() < 2 * self.spin {
+            self.spin_pays = (self.spin_pays + 1).min(8);
+        } else {
+            self.spin_pays = self.spin_pays.saturating_sub(1);
+        }
+    }
+
+    /// Asks epoll what is ready, waiting up to `timeout`.
+    fn ask(&mut self, timeout: Option<Duration>) {
+        let timeout =
+            timeout.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
+        let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok((ready, _)) => ready,
+            Err(Errno::INTR) => return,
+            Err(error) => {
+                debug_assert!(false, "epoll_wait: {error}");
+                return;
+            }
+        };
+        if self.members.len() > FEW {
+            self.active.clear();
+        }
+        for event in ready.iter() {
+            let key = event.data.u64();
+            let slot = key as usize;
+            let Some(member) = self.members.get_mut(slot).filter(|_| key < RING) else {
+                continue;
+            };
+            let (flags, broken) = (event.flags, epoll::EventFlags::HUP | epoll::EventFlags::ERR);
+            if flags.intersects(broken) && !member.connection.wants_input() {
+                // Reported for ever, and not seen by a receive while the connection takes none.
+                member.connection.gone("the client hung up");
+                self.settle(slot, true);
+            } else if !self.active.contains(&slot) {
+                self.active.push(slot);
+            }
+        }
+    }
+
+    /// One turn; whether anything moved.
+    fn turn(&mut self) -> bool {
+        let mut moved = false;
+        if self.inbox.has_messages() {
+            for message in self.inbox.take() {
+                moved = true;
+                self.message(message);
+            }
+        }
+        moved |= self.bench.queue.reap();
+        let mut at = 0;
+        while at < self.active.len() {
+            let slot = self.active[at];
+            match self.members.get_mut(slot) {
+                Some(member) => {
+                    let mut this = member.connection.pump(slot, &mut self.bench, &mut self.input);
+                    if member.connection.wants_output() {
+                        let before = member.connection.waiting_output();
+                        member.connection.send(&mut self.bench);
+                        this |= member.connection.waiting_output() != before;
+                    }
+                    moved |= this;
+                    if this || member.connection.is_over() {
+                        self.settle(slot, true);
+                    }
+                    at += 1;
+                }
+                None => {
+                    self.active.swap_remove(at);
+                }
+            }
+        }
+        self.bench.queue.submit_ring();
+        moved |= self.finish_ended();
+        self.expire();
+        moved
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Submit(request) => self.bench.queue.submit(*request),
+            Message::Worked(task, work) => self.bench.queue.worked(task, work),
+            Message::Answered(task, answer) => self.bench.queue.answered(task, answer),
+            Message::GateOpened(task) => self.bench.queue.gate_opened(task),
+            Message::Serve(connection) => self.serve(*connection),
+            Message::CloseConnection(id) => {
+                if let Some((slot, _)) = self.members.iter().find(|(_, member)| member.connection.id == id) {
+                    self.close(slot);
+                }
+            }
+            Message::Stop => {
+                self.stopping = true;
+                let slots: Vec<usize> = self.members.iter().map(|(slot, _)| slot).collect();
+                slots.into_iter().for_each(|slot| self.close(slot));
+            }
+        }
+    }
+
+    fn serve(&mut self, connection: Connection) {
+        let slot = self.members.insert(Member { connection, interest: None, stalls_at: None });
+        if self.stopping {
+            self.close(slot);
+            return;
+        }
+        self.active.push(slot);
+        self.settle(slot, true);
+    }
+
+    fn close(&mut self, slot: usize) {
+        self.members[slot].connection.end("closed by the server");
+        self.settle(slot, true);
+    }
+
+    /// Answers what the queue has finished; sends once a connection.
+    fn finish_ended(&mut self) -> bool {
+        self.bench.queue.take_ended(&mut self.ended);
+        let any = !self.ended.is_empty();
+        let mut touched = Vec::new();
+        for mut ended in std::mem::take(&mut self.ended) {
+            let request = &mut ended.request;
+            let bytes = if ended.error == 0 { request.len } else { 0 };
+            let latency = nanoseconds(request.started);
+            request.device.stats().end(self.bench.shard, request.op, 1, bytes, u64::from(ended.error != 0), latency);
+            let nobody = Owner::Nobody;
+            match std::mem::replace(&mut request.owner, nobody) {
+                Owner::Connection(ticket) => {
+                    let member = self.members.get_mut(ticket.slot).filter(|m| m.connection.id == ticket.id);
+                    if let Some(member) = member {
+                        member.connection.finish(&ticket, ended, &mut self.bench);
+                        if !touched.contains(&ticket.slot) {
+                            touched.push(ticket.slot);
+                        }
+                    }
+                }
+                owner => owner.complete(ended.error, ended.found),
+            }
+        }
+        for slot in touched {
+            if let Some(member) = self.members.get_mut(slot) {
+                member.connection.send(&mut self.bench);
+                if member.connection.has_stash() && !self.active.contains(&slot) {
+                    self.active.push(slot);
+                }
+            }
+            self.settle(slot, true);
+        }
+        any
+    }
+
+    /// After a connection changed: what epoll watches, when it stalls, whether it is over.
+    fn settle(&mut self, slot: usize, progress: bool) {
+        let Some(member) = self.members.get_mut(slot) else {
+            return;
+        };
+        if let Some(at) = member.stalls_at
+            && (progress || !member.connection.is_waiting())
+        {
+            self.stalls.remove(&(at, slot));
+            member.stalls_at = None;
+        }
+        if member.connection.is_over() {
+            if member.interest.is_some() {
+                let _watched = epoll::delete(&self.epoll, member.connection.fd());
+            }
+            let member = self.members.remove(slot);
+            self.active.retain(|&other| other != slot);
+            self.count.fetch_sub(1, Ordering::Relaxed);
+            member.connection.announce();
+            return;
+        }
+        if member.stalls_at.is_none() && member.connection.is_waiting() {
+            let at = Instant::now() + member.connection.stall;
+            member.stalls_at = Some(at);
+            self.stalls.insert((at, slot));
+        }
+        let mut wanted = epoll::EventFlags::empty();
+        if member.connection.wants_input() {
+            wanted |= epoll::EventFlags::IN;
+        }
+        if member.connection.wants_output() {
+            wanted |= epoll::EventFlags::OUT;
+        }
+        // A connection nobody listens to any more reports its hang-up for ever: not watched at all.
+        let wanted = (!member.connection.is_gone()).then_some(wanted);
+        if wanted == member.interest {
+            return;
+        }
+        let (fd, data) = (member.connection.fd(), epoll::EventData::new_u64(slot as u64));
+        let changed = match (member.interest, wanted) {
+            (None, Some(flags)) => epoll::add(&self.epoll, fd, data, flags),
+            (Some(_), Some(flags)) => epoll::modify(&self.epoll, fd, data, flags),
+            (_, None) => epoll::delete(&self.epoll, fd),
+        };
+        member.interest = wanted;
+        if let Err(error) = changed {
+            member.interest = None;
+            member.connection.gone(&format!("epoll: {error}"));
+            if member.connection.is_over() {
+                self.settle(slot, true);
+            }
+        }
+    }
+
+    /// Drops clients that stopped half-way, and fails faults nobody answered.
+    fn expire(&mut self) {
+        if self.stalls.is_empty() && self.bench.queue.next_deadline().is_none() {
+            return;
+        }
+        let now = Instant::now();
+        self.bench.queue.expire(now);
+        while let Some(&(at, slot)) = self.stalls.first()
+            && at <= now
+        {
+            self.stalls.remove(&(at, slot));
+            if let Some(member) = self.members.get_mut(slot) {
+                member.stalls_at = None;
+                member.connection.gone("the client stalled in the middle of a request or of its replies");
+            }
+            self.settle(slot, true);
+        }
+    }
+}

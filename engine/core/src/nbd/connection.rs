@@ -1,0 +1,725 @@
+//! One NBD connection in its transmission phase.
+//!
+//! `pump` takes everything that has arrived in one receive, serves what it can at once and sends all
+//! replies in one send; requests that take time go to the loop's queue and come back through
+//! `finish`. An idle connection owns no buffers. Only its loop's thread touches a connection.
+//!
+//! A connection that must end is `Ending` (nothing more is read, what is in flight is answered) or
+//! `Gone` (nobody listens any more; what is in flight still has to finish before it is forgotten).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use blkloom_io::{Buffer, BufferPool, Slice};
+use blkloom_wire::{Command, ErrorCode, Framing, Header, Refusal, Rules, Sink, Style, flags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use super::output::{Arena, Output};
+use crate::call::nanoseconds;
+use crate::device::Export;
+use crate::engine::NbdSession;
+use crate::notice::{Notices, Outcome};
+use crate::now::{self, Now, Patience};
+use crate::queue::{Ended, Queue};
+use crate::request::{Flags, Found, Memory, Owner, Request};
+use crate::stats::{Op, Shard};
+
+/// What the handshake settled.
+pub struct Session {
+    pub style: Style,
+    /// The id of base:allocation, where it was selected.
+    pub context: Option<u32>,
+    /// Bytes received beyond the handshake.
+    pub initial: Vec<u8>,
+    pub max_payload: u32,
+    /// A client that stops in the middle of a request, or of taking replies, is dropped after this.
+    pub stall: Duration,
+}
+
+/// What a loop lends its connections.
+pub struct Workbench {
+    pub queue: Queue,
+    pub buffers: BufferPool,
+    pub arena: Arena,
+    pub zeros: Vec<(u64, u64)>,
+    pub shard: Shard,
+}
+
+/// What a finished request must know to be answered.
+pub struct Ticket {
+    pub slot: usize,
+    pub id: u64,
+    framing: Framing,
+    command: Command,
+    flags: u16,
+    length: u64,
+}
+
+enum Input {
+    Header,
+    Payload {
+        header: Header,
+        buffer: Buffer,
+        have: usize,
+    },
+    /// Skipping the payload of a refused request.
+    Skip {
+        left: u64,
+        framing: Framing,
+        refusal: Refusal,
+    },
+}
+
+enum Received {
+    Nothing,
+    End,
+    /// Only (part of) the payload under way.
+    Payload,
+    /// So many bytes, in the input buffer behind those that were stashed.
+    Bytes {
+        count: usize,
+        behind: usize,
+    },
+}
+
+enum State {
+    Open,
+    Ending(String),
+    Gone(String),
+}
+
+/// Requests ended at once in this turn, to be counted together: (count, bytes, errors) by operation.
+type Tally = [(u64, u64, u64); Op::ALL.len()];
+
+pub struct Connection {
+    pub id: u64,
+    fd: OwnedFd,
+    export: Arc<Export>,
+    rules: Rules,
+    context: Option<u32>,
+    notices: Arc<Notices>,
+    token: u64,
+    pub stall: Duration,
+    input: Input,
+    /// Received but not taken yet: part of a header, or more while the connection is full.
+    stash: Vec<u8>,
+    output: Output,
+    in_flight: usize,
+    in_flight_bytes: u64,
+    state: State,
+    tally: Tally,
+}
+
+const MOST_IN_FLIGHT: usize = 1024;
+const MOST_BYTES_IN_FLIGHT: u64 = 64 << 20;
+const MOST_OUTPUT: usize = 4 << 20;
+/// Reads up to this size are answered through the arena.
+const THROUGH_ARENA: u64 = 256 << 10;
+/// Room a head, an error or a block status that fits a page takes at most.
+const HEAD: usize = 4096 + 64;
+
+impl Connection {
+    pub fn new(id: u64, session: NbdSession) -> Connection {
+        let NbdSession { export, fd, session, notices, token } = session;
+        export.connections.fetch_add(1, Ordering::Relaxed);
+        let rules = Rules {
+            style: session.style,
+            size: export.device.size(),
+            read_only: export.read_only,
+            block_status: session.context.is_some(),
+            max_payload: u64::from(session.max_payload),
+        };
+        Connection {
+            id,
+            fd,
+            export,
+            rules,
+            context: session.context,
+            notices,
+            token,
+            stall: session.stall,
+            input: Input::Header,
+            stash: session.initial,
+            output: Output::default(),
+            in_flight: 0,
+            in_flight_bytes: 0,
+            state: State::Open,
+            tally: Tally::default(),
+        }
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub fn wants_input(&self) -> bool {
+        matches!(self.state, State::Open) && !self.full()
+    }
+
+    pub fn wants_output(&self) -> bool {
+        !self.output.is_empty() && !self.is_gone()
+    }
+
+    /// Bytes of replies the socket has not taken yet.
+    pub fn waiting_output(&self) -> usize {
+        self.output.bytes()
+    }
+
+    pub fn is_gone(&self) -> bool {
+        matches!(self.state, State::Gone(_))
+    }
+
+    /// Nothing of it is left to do.
+    pub fn is_over(&self) -> bool {
+        self.in_flight == 0
+            && match self.state {
+                State::Open => false,
+                State::Ending(_) => self.output.is_empty(),
+                State::Gone(_) => true,
+            }
+    }
+
+    /// It waits for the client to go on with something begun.
+    pub fn is_waiting(&self) -> bool {
+        let mid_request = !matches!(self.input, Input::Header) || !self.stash.is_empty() && !self.full();
+        self.wants_output() || mid_request && matches!(self.state, State::Open)
+    }
+
+    /// Served bytes received, though nothing new need arrive for it.
+    pub fn has_stash(&self) -> bool {
+        !self.stash.is_empty()
+    }
+
+    fn full(&self) -> bool {
+        self.in_flight >= MOST_IN_FLIGHT
+            || self.in_flight_bytes >= MOST_BYTES_IN_FLIGHT
+            || self.output.bytes() >= MOST_OUTPUT
+    }
+
+    pub fn end(&mut self, reason: &str) {
+        if matches!(self.state, State::Open) {
+            self.state = State::Ending(reason.to_owned());
+            self.stash = Vec::new();
+            self.input = Input::Header;
+        }
+    }
+
+    pub fn gone(&mut self, reason: &str) {
+        if !self.is_gone() {
+            let reason = match &self.state {
+                State::Ending(first) => first.clone(),
+                _ => reason.to_owned(),
+            };
+            self.state = State::Gone(reason);
+            self.output.clear();
+            self.stash = Vec::new();
+            self.input = Input::Header;
+            // A peer that still writes is told at once, whoever else holds the socket.
+            let _unconnected = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+        }
+    }
+
+    /// Says that it is over.
+    pub fn announce(self) {
+        self.export.connections.fetch_sub(1, Ordering::Relaxed);
+        let reason = match self.state {
+            State::Open => "closed".to_owned(),
+            State::Ending(reason) | State::Gone(reason) => reason,
+        };
+        drop(self.fd);
+        self.notices.push(self.token, Outcome::Closed { reason });
+    }
+
+    /// Takes what has arrived and serves it. Returns whether anything was received or served.
+    pub fn pump(&mut self, slot: usize, bench: &mut Workbench, input: &mut Buffer) -> bool {
+        if !self.wants_input() {
+            return false;
+        }
+        let started = Instant::now();
+        let stashed = self.stash.len();
+        match self.receive(input) {
+            Ok(Received::Bytes { count, behind }) => {
+                self.consume(slot, &input.bytes()[..behind + count], bench, started)
+            }
+            Ok(Received::Payload) => self.finish_payload(slot, bench, started),
+            // What was stashed while the connection was full may go on now.
+            Ok(Received::Nothing) if stashed >= self.rules.style.header_size() => {
+                let stash = std::mem::take(&mut self.stash);
+                self.consume(slot, &stash, bench, started);
+            }
+            Ok(Received::Nothing) => return false,
+            Ok(Received::End) | Err(Errno::CONNRESET) => {
+                let middle = !matches!(self.input, Input::Header) || stashed > 0;
+                self.gone(if middle { "the client vanished in the middle of a request" } else { "the client hung up" });
+            }
+            Err(error) => self.gone(&format!("receive: {error}")),
+        }
+        self.flush(bench);
+        self.count(bench, started);
+        true
+    }
+
+    /// Receives once. A payload under way is filled first.
+    fn receive(&mut self, into: &mut Buffer) -> Result<Received, Errno> {
+        let mut filled = false;
+        if let Input::Payload { buffer, have, .. } = &mut self.input {
+            let want = buffer.len() - *have;
+            match receive(&self.fd, &mut buffer.bytes_mut()[*have..]) {
+                Ok(0) => return Ok(Received::End),
+                Ok(count) => {
+                    *have += count;
+                    filled = true;
+                    if count < want {
+                        return Ok(Received::Payload);
+                    }
+                }
+                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(error) => return Err(error),
+            }
+        }
+        let behind = self.stash.len();
+        match receive(&self.fd, &mut into.bytes_mut()[behind..]) {
+            // An end or an error shows again at the next receive, after this payload was served.
+            Ok(0) | Err(_) if filled => Ok(Received::Payload),
+            Ok(0) if behind < into.len() => Ok(Received::End),
+            Ok(count) => {
+                into.bytes_mut()[..behind].copy_from_slice(&self.stash);
+                self.stash.clear();
+                Ok(Received::Bytes { count, behind })
+            }
+            Err(Errno::AGAIN) => Ok(Received::Nothing),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn consume(&mut self, slot: usize, bytes: &[u8], bench: &mut Workbench, started: Instant) {
+        let mut at = 0;
+        self.finish_payload(slot, bench, started);
+        while at < bytes.len() && matches!(self.state, State::Open) {
+            if let Input::Skip { left, framing, refusal } = &mut self.input {
+                let skipped = (*left).min((bytes.len() - at) as u64);
+                *left -= skipped;
+                at += skipped as usize;
+                if *left == 0 {
+                    let (framing, refusal) = (*framing, *refusal);
+                    self.input = Input::Header;
+                    self.refuse(&framing, refusal, bench);
+                }
+                continue;
+            }
+            if self.full() {
+                break;
+            }
+            match self.rules.style.header(&bytes[at..]) {
+                Ok(Some(header)) => {
+                    at += self.rules.style.header_size();
+                    at += self.request(slot, header, &bytes[at..], bench, started);
+                }
+                Ok(None) => break,
+                Err(malformed) => {
+                    self.gone(&format!("garbage: request magic {:#010x}", malformed.magic));
+                    return;
+                }
+            }
+        }
+        if matches!(self.state, State::Open) {
+            self.stash.extend_from_slice(&bytes[at..]);
+        }
+    }
+
+    /// Serves a write whose payload has come whole.
+    fn finish_payload(&mut self, slot: usize, bench: &mut Workbench, started: Instant) {
+        if !matches!(&self.input, Input::Payload { buffer, have, .. } if *have == buffer.len()) {
+            return;
+        }
+        if let Input::Payload { header, buffer, .. } = std::mem::replace(&mut self.input, Input::Header) {
+            // SAFETY: the buffer lives to the end of this block; the write happens in `write_now`.
+            let memory = unsafe { buffer.slice() };
+            match self.write_now(&header, memory, bench) {
+                Some(done) => self.later(slot, &header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+                None => bench.buffers.put(buffer),
+            }
+        }
+    }
+
+    /// One request; returns how many of the bytes behind its header it took.
+    fn request(&mut self, slot: usize, header: Header, rest: &[u8], bench: &mut Workbench, started: Instant) -> usize {
+        self.rules.size = self.export.device.size();
+        let request = header.request(&self.rules);
+        let framing = self.framing(&header);
+        if bench.arena.room() < HEAD {
+            self.flush(bench);
+        }
+        if let Some(refusal) = request.refusal {
+            if self.rules.style == Style::Extended && request.payload > self.rules.max_payload {
+                self.gone("a payload longer than the maximum");
+                return 0;
+            }
+            if request.payload == 0 {
+                self.refuse(&framing, refusal, bench);
+            } else {
+                self.input = Input::Skip { left: request.payload, framing, refusal };
+            }
+            return 0;
+        }
+        match request.command {
+            Some(Command::Disconnect) => self.end("the client disconnected"),
+            Some(Command::Write) => return self.write(slot, &header, rest, bench, started),
+            Some(Command::Read) => self.read(slot, &header, bench, started),
+            Some(command) => self.command(slot, &header, command, bench, started),
+            None => {}
+        }
+        0
+    }
+
+    fn framing(&self, header: &Header) -> Framing {
+        Framing { style: self.rules.style, cookie: header.cookie, offset: header.offset }
+    }
+
+    fn refuse(&mut self, framing: &Framing, refusal: Refusal, bench: &mut Workbench) {
+        if bench.arena.room() < HEAD {
+            self.flush(bench);
+        }
+        blkloom_wire::error(framing, &mut bench.arena, refusal.code, refusal.why);
+    }
+
+    // Reading
+
+    fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+        let framing = self.framing(header);
+        let length = header.length as usize;
+        if length == 0 {
+            return blkloom_wire::success(&framing, &mut bench.arena);
+        }
+        if header.length > THROUGH_ARENA {
+            return self.read_large(slot, header, bench, started);
+        }
+        if bench.arena.room() < length + HEAD {
+            self.flush(bench);
+        }
+        let start = bench.arena.used();
+        let sparse = self.rules.style != Style::Simple && header.flags & flags::DF == 0;
+        bench.zeros.clear();
+        blkloom_wire::read_data(&framing, &mut bench.arena, header.offset, header.length, true);
+        let data = bench.arena.used();
+        let memory = bench.arena.claim(length);
+        let zeros = sparse.then_some(&mut bench.zeros);
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+            Now::Done if bench.zeros.is_empty() => self.tally(Op::Read, header.length, false),
+            Now::Done => {
+                let bytes = bench.arena.bytes()[data..].to_vec();
+                bench.arena.rewind(start);
+                self.sparse(&framing, &bytes, bench);
+                self.tally(Op::Read, header.length, false);
+            }
+            Now::Failed(errno) => {
+                bench.arena.rewind(start);
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(Op::Read, 0, true);
+            }
+            Now::Later(done) => {
+                let mut buffer = bench.buffers.take(length);
+                let read = done as usize;
+                buffer.bytes_mut()[..read].copy_from_slice(&bench.arena.bytes()[data..data + read]);
+                bench.arena.rewind(start);
+                self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+            }
+        }
+    }
+
+    /// A read whose data has zeros in it (in `bench.zeros`): data and holes as chunks of their own.
+    fn sparse(&mut self, framing: &Framing, bytes: &[u8], bench: &mut Workbench) {
+        let mut out = Vec::with_capacity(bytes.len());
+        let (mut at, end) = (0u64, bytes.len() as u64);
+        let data = |out: &mut Vec<u8>, from: u64, to: u64| {
+            blkloom_wire::read_data(framing, out, framing.offset + from, to - from, to == end);
+            out.extend_from_slice(&bytes[from as usize..to as usize]);
+        };
+        for &(start, len) in &bench.zeros {
+            if start > at {
+                data(&mut out, at, start);
+            }
+            at = start + len;
+            blkloom_wire::hole(framing, &mut out, framing.offset + start, len, at == end);
+        }
+        if at < end {
+            data(&mut out, at, end);
+        }
+        if bench.arena.room() < out.len() {
+            self.flush(bench);
+        }
+        match bench.arena.room() < out.len() {
+            true => self.output.push(out, None),
+            false => bench.arena.put(&out),
+        }
+    }
+
+    fn read_large(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+        let framing = self.framing(header);
+        let buffer = bench.buffers.take(header.length as usize);
+        // SAFETY: the buffer is kept below until the read has ended.
+        let memory = unsafe { buffer.slice() };
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, None) {
+            Now::Done => {
+                self.flush(bench);
+                let mut head = Vec::with_capacity(48);
+                blkloom_wire::read_data(&framing, &mut head, header.offset, header.length, true);
+                self.output.push(head, Some(buffer));
+                self.send(bench);
+                self.tally(Op::Read, header.length, false);
+            }
+            Now::Failed(errno) => {
+                bench.buffers.put(buffer);
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(Op::Read, 0, true);
+            }
+            Now::Later(done) => self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+        }
+    }
+
+    // Writing
+
+    fn write(&mut self, slot: usize, header: &Header, rest: &[u8], bench: &mut Workbench, started: Instant) -> usize {
+        let length = header.length as usize;
+        if length == 0 {
+            blkloom_wire::success(&self.framing(header), &mut bench.arena);
+            return 0;
+        }
+        if rest.len() < length {
+            let mut buffer = bench.buffers.take(length);
+            buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
+            self.input = Input::Payload { header: *header, buffer, have: rest.len() };
+            return rest.len();
+        }
+        // SAFETY: `rest` is borrowed for the whole call; `write_now` only reads from the memory.
+        let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), length) };
+        if let Some(done) = self.write_now(header, memory, bench) {
+            let mut buffer = bench.buffers.take(length);
+            buffer.bytes_mut().copy_from_slice(&rest[..length]);
+            self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+        }
+        length
+    }
+
+    /// Writes at once and answers, or says how far it came.
+    fn write_now(&mut self, header: &Header, memory: Slice, bench: &mut Workbench) -> Option<u64> {
+        let device = &self.export.device;
+        let attempt = match header.flags & flags::FUA != 0 && device.needs_flush() {
+            true => Now::Later(0),
+            false => now::write(device, bench.shard, header.offset, memory, Patience::Nowait),
+        };
+        self.answer_now(header, Op::Write, attempt, bench)
+    }
+
+    fn answer_now(&mut self, header: &Header, op: Op, attempt: Now, bench: &mut Workbench) -> Option<u64> {
+        let framing = self.framing(header);
+        if bench.arena.room() < HEAD {
+            self.flush(bench);
+        }
+        match attempt {
+            Now::Done => {
+                blkloom_wire::success(&framing, &mut bench.arena);
+                self.tally(op, header.length, false);
+                None
+            }
+            Now::Failed(errno) => {
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(op, 0, true);
+                None
+            }
+            Now::Later(done) => Some(done),
+        }
+    }
+
+    // Everything else
+
+    fn command(&mut self, slot: usize, header: &Header, command: Command, bench: &mut Workbench, started: Instant) {
+        let op = operation(command);
+        let device = &self.export.device;
+        let wanted = wanted(header.flags);
+        let attempt = match op {
+            _ if header.length == 0 && op != Op::Flush => Now::Done,
+            Op::Flush => now::flush(device, bench.shard),
+            Op::Discard | Op::WriteZeroes => now::clear(device, bench.shard, op, header.offset, header.length, wanted),
+            _ => Now::Later(0),
+        };
+        if let Some(done) = self.answer_now(header, op, attempt, bench) {
+            self.later(slot, header, Memory::None, done, bench, started);
+        }
+    }
+
+    /// Gives the rest of a request to the queue.
+    fn later(
+        &mut self,
+        slot: usize,
+        header: &Header,
+        memory: Memory,
+        done: u64,
+        bench: &mut Workbench,
+        started: Instant,
+    ) {
+        let Some(command) = header.request(&self.rules).command else {
+            return;
+        };
+        let (op, length) = (operation(command), header.length);
+        self.in_flight += 1;
+        self.in_flight_bytes += if matches!(memory, Memory::None) { 0 } else { length };
+        let framing = self.framing(header);
+        self.export.stats.start(bench.shard, 1);
+        self.export.device.stats.start(bench.shard, 1);
+        bench.queue.submit(Request {
+            device: self.export.device.clone(),
+            op,
+            offset: header.offset,
+            len: length,
+            flags: wanted(header.flags),
+            memory,
+            owner: Owner::Connection(Ticket { slot, id: self.id, framing, command, flags: header.flags, length }),
+            started,
+            done,
+        });
+    }
+
+    /// Answers a request that came back from the queue.
+    pub fn finish(&mut self, ticket: &Ticket, ended: Ended, bench: &mut Workbench) {
+        let Ended { request, error, found } = ended;
+        self.in_flight -= 1;
+        let bytes = if error == 0 && request.op != Op::Extents { ticket.length } else { 0 };
+        let latency = nanoseconds(request.started);
+        self.export.stats.end(bench.shard, request.op, 1, bytes, u64::from(error != 0), latency);
+        let buffer = match request.memory {
+            Memory::Owned(buffer) => {
+                self.in_flight_bytes -= ticket.length;
+                Arc::try_unwrap(buffer).ok()
+            }
+            _ => None,
+        };
+        if self.is_gone() {
+            if let Some(buffer) = buffer {
+                bench.buffers.put(buffer);
+            }
+            return;
+        }
+        let (framing, mut head) = (&ticket.framing, Vec::with_capacity(48));
+        if error != 0 {
+            self.fail(framing, error, &mut head);
+        } else {
+            match ticket.command {
+                Command::Read => blkloom_wire::read_data(framing, &mut head, framing.offset, ticket.length, true),
+                Command::BlockStatus => self.block_status(ticket, &found, &mut head),
+                _ => blkloom_wire::success(framing, &mut head),
+            }
+        }
+        match buffer {
+            Some(buffer) if error == 0 && ticket.command == Command::Read => self.output.push(head, Some(buffer)),
+            Some(buffer) => {
+                bench.buffers.put(buffer);
+                self.output.push(head, None);
+            }
+            None => self.output.push(head, None),
+        }
+    }
+
+    fn block_status(&self, ticket: &Ticket, found: &[Found], head: &mut Vec<u8>) {
+        let mut extents: Vec<(u64, u32)> = Vec::new();
+        let mut at = ticket.framing.offset;
+        let one = ticket.flags & flags::REQ_ONE != 0;
+        for found in
+            found.iter().take_while(|found| std::mem::replace(&mut at, found.offset + found.len) == found.offset)
+        {
+            match extents.last_mut() {
+                Some((len, flags)) if *flags == found.flags => *len += found.len,
+                Some(_) if one => break,
+                _ => extents.push((found.len, found.flags)),
+            }
+        }
+        if extents.is_empty() {
+            extents.push((ticket.length, 0)); // "a server MAY always safely report a status of 0"
+        }
+        blkloom_wire::block_status(&ticket.framing, head, self.context.unwrap_or(0), &extents);
+    }
+
+    fn fail(&self, framing: &Framing, errno: i32, out: &mut impl Sink) {
+        let code = blkloom_wire::nbd_errno(errno);
+        let message = if code == ErrorCode::Io && errno != 5 {
+            format!("{}", std::io::Error::from_raw_os_error(errno))
+        } else {
+            String::new()
+        };
+        blkloom_wire::error(framing, out, code, &message);
+    }
+
+    // Sending and counting
+
+    /// Sends the arena and what waits.
+    pub fn flush(&mut self, bench: &mut Workbench) {
+        if self.is_gone() {
+            bench.arena.rewind(0);
+        } else if let Err(error) = self.output.send_arena(&self.fd, &mut bench.arena, &mut bench.buffers) {
+            bench.arena.rewind(0);
+            self.gone(&format!("send: {error}"));
+        }
+    }
+
+    /// Sends what waits.
+    pub fn send(&mut self, bench: &mut Workbench) {
+        if !self.is_gone()
+            && let Err(error) = self.output.send(&self.fd, &mut bench.buffers)
+        {
+            self.gone(&format!("send: {error}"));
+        }
+    }
+
+    fn tally(&mut self, op: Op, bytes: u64, failed: bool) {
+        let tally = &mut self.tally[op as usize];
+        *tally = (tally.0 + 1, tally.1 + bytes, tally.2 + u64::from(failed));
+    }
+
+    fn count(&mut self, bench: &Workbench, started: Instant) {
+        let latency = nanoseconds(started);
+        for (op, tally) in Op::ALL.into_iter().zip(&mut self.tally) {
+            let (count, bytes, errors) = std::mem::take(tally);
+            if count > 0 {
+                for stats in [&self.export.stats, &self.export.device.stats] {
+                    stats.start(bench.shard, count);
+                    stats.end(bench.shard, op, count, bytes, errors, latency);
+                }
+            }
+        }
+    }
+}
+
+fn receive(fd: &OwnedFd, into: &mut [u8]) -> Result<usize, Errno> {
+    loop {
+        match recv(fd, &mut *into, RecvFlags::DONTWAIT) {
+            Ok((count, _)) => return Ok(count),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn operation(command: Command) -> Op {
+    match command {
+        Command::Read => Op::Read,
+        Command::Write => Op::Write,
+        Command::Flush | Command::Disconnect => Op::Flush,
+        Command::Trim => Op::Discard,
+        Command::Cache => Op::Cache,
+        Command::WriteZeroes => Op::WriteZeroes,
+        Command::BlockStatus => Op::Extents,
+    }
+}
+
+fn wanted(bits: u16) -> Flags {
+    Flags {
+        fua: bits & flags::FUA != 0,
+        unmap: bits & flags::NO_HOLE == 0,
+        fast: bits & flags::FAST_ZERO != 0,
+        one: bits & flags::REQ_ONE != 0,
+        through_gate: false,
+    }
+}

@@ -1,0 +1,7 @@
+//! NBD's transmission phase: `connection` takes requests in and serves them, `output` sends replies.
+
+mod connection;
+mod output;
+
+pub use connection::{Connection, Session, Ticket, Workbench};
+pub use output::Arena;

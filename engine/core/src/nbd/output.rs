@@ -1,0 +1,168 @@
+//! Replies on their way out.
+//!
+//! Replies made during one turn gather in the loop's `Arena` and leave in one send. What the socket
+//! does not take, and replies whose data came from storage in a buffer of its own, wait in the
+//! connection's queue, in order, and leave by gathered sends.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+
+use blkloom_io::{Buffer, BufferPool, Slice};
+use blkloom_wire::Sink;
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
+
+/// A loop's buffer for the replies of one turn.
+pub struct Arena {
+    buffer: Buffer,
+    used: usize,
+}
+
+impl Arena {
+    pub fn new(capacity: usize) -> Arena {
+        Arena { buffer: Buffer::new(capacity), used: 0 }
+    }
+
+    pub fn room(&self) -> usize {
+        self.buffer.len() - self.used
+    }
+
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer.bytes()[..self.used]
+    }
+
+    /// Forgets everything from `to` on.
+    pub fn rewind(&mut self, to: usize) {
+        self.used = self.used.min(to);
+    }
+
+    /// Makes `len` bytes of room part of the arena and shows them as memory to read into; it must
+    /// not be used any more once the arena is.
+    pub fn claim(&mut self, len: usize) -> Slice {
+        let at = self.used;
+        assert!(len <= self.room(), "claims are checked against the room");
+        self.used += len;
+        // SAFETY: the arena outlives the synchronous read this is for; nobody borrows it meanwhile.
+        unsafe { self.buffer.slice() }.part(at, len)
+    }
+}
+
+impl Sink for Arena {
+    fn put(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.room(), "callers leave room for heads and errors");
+        self.buffer.bytes_mut()[self.used..self.used + bytes.len()].copy_from_slice(bytes);
+        self.used += bytes.len();
+    }
+}
+
+struct Chunk {
+    head: Vec<u8>,
+    body: Option<Buffer>,
+    sent: usize,
+}
+
+impl Chunk {
+    fn len(&self) -> usize {
+        self.head.len() + self.body.as_ref().map_or(0, Buffer::len)
+    }
+}
+
+#[derive(Default)]
+pub struct Output {
+    queue: VecDeque<Chunk>,
+    bytes: usize,
+}
+
+/// The most parts of one gathered send.
+const PARTS: usize = 128;
+
+impl Output {
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Bytes waiting.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn push(&mut self, head: Vec<u8>, body: Option<Buffer>) {
+        let chunk = Chunk { head, body, sent: 0 };
+        self.bytes += chunk.len();
+        self.queue.push_back(chunk);
+    }
+
+    /// Drops what waits; nobody will read it.
+    pub fn clear(&mut self) {
+        *self = Output::default();
+    }
+
+    /// Sends the arena, after what waits already. What does not fit the socket is kept.
+    pub fn send_arena(&mut self, fd: &OwnedFd, arena: &mut Arena, buffers: &mut BufferPool) -> Result<(), Errno> {
+        if arena.used() == 0 {
+            return Ok(());
+        }
+        self.send(fd, buffers)?;
+        let mut sent = 0;
+        while self.is_empty() && sent < arena.used() {
+            match send(fd, &arena.bytes()[sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(n) => sent += n,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if sent < arena.used() {
+            self.push(arena.bytes()[sent..].to_vec(), None);
+        }
+        arena.rewind(0);
+        Ok(())
+    }
+
+    /// Sends what waits, as far as the socket takes it.
+    pub fn send(&mut self, fd: &OwnedFd, buffers: &mut BufferPool) -> Result<(), Errno> {
+        while !self.queue.is_empty() {
+            let mut parts = Vec::with_capacity(16);
+            for chunk in &self.queue {
+                if parts.len() + 2 > PARTS {
+                    break;
+                }
+                let head = chunk.sent.min(chunk.head.len());
+                if head < chunk.head.len() {
+                    parts.push(IoSlice::new(&chunk.head[head..]));
+                }
+                if let Some(body) = &chunk.body {
+                    parts.push(IoSlice::new(&body.bytes()[chunk.sent - head..]));
+                }
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match sendmsg(fd, &parts, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(sent) => self.sent(sent, buffers),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn sent(&mut self, mut count: usize, buffers: &mut BufferPool) {
+        self.bytes -= count;
+        while let Some(chunk) = self.queue.front_mut() {
+            let left = chunk.len() - chunk.sent;
+            if count < left {
+                chunk.sent += count;
+                return;
+            }
+            count -= left;
+            if let Some(body) = self.queue.pop_front().and_then(|chunk| chunk.body) {
+                buffers.put(body);
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What can be done at once: the fast path of every request.
+//!
+//! Runs on the thread that has the request (a loop, or a caller of the in-process API) and touches no
+//! queue. It stops at the first piece that would wait, fault or park, and says how far it came; the
+//! queue takes the request from there.
+
+use blkloom_io::{Inline, InlinePolicy, Slice, errno::EIO};
+use blkloom_map::Place;
+
+use crate::device::{Device, Kinds, Refused};
+use crate::request::Flags;
+use crate::stats::{Op, Shard};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Now {
+    Done,
+    Failed(i32),
+    /// So many bytes are done; the rest must go through a queue.
+    Later(u64),
+}
+
+/// Who asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Patience {
+    /// A loop: never wait for storage.
+    Nowait,
+    /// A caller that has nothing else to do: wait for files in place.
+    Wait,
+}
+
+/// Zeroing at once is limited to what takes about as long as a large write.
+const ZERO_AT_ONCE: u64 = 1 << 20;
+
+/// Visits the pieces of a range in order, entering stacked devices. The visitor returns how much of
+/// its piece it did and whether to go on.
+fn visit(
+    device: &Device,
+    shard: Shard,
+    offset: u64,
+    len: u64,
+    visitor: &mut dyn FnMut(&Place<'_, Kinds>, u64) -> Now,
+) -> Now {
+    let pin = match device.enter(shard) {
+        Ok(pin) => pin,
+        Err(Refused::Suspended) => return Now::Later(0),
+        Err(refused) => return Now::Failed(refused.errno()),
+    };
+    let outcome = visit_entered(device, shard, offset, len, visitor);
+    device.epochs.unpin(pin);
+    outcome
+}
+
+fn visit_entered(
+    device: &Device,
+    shard: Shard,
+    offset: u64,
+    len: u64,
+    visitor: &mut dyn FnMut(&Place<'_, Kinds>, u64) -> Now,
+) -> Now {
+    let guard = device.mapping.load();
+    let Some(mapping) = guard.as_ref() else {
+        return Now::Later(0);
+    };
+    let mut done = 0;
+    while done < len {
+        let Some(piece) = mapping.map.lookup(offset + done, len - done) else {
+            return Now::Failed(EIO);
+        };
+        let outcome = match piece.place {
+            Place::Device { device: lower, offset } => visit(lower, shard, offset, piece.len, visitor),
+            place => visitor(&place, piece.len),
+        };
+        match outcome {
+            Now::Done => done += piece.len,
+            Now::Later(part) => return Now::Later(done + part),
+            failed => return failed,
+        }
+    }
+    Now::Done
+}
+
+/// Reads all of `into`. zeros: where given, ranges (relative to `into`) known to be zeros.
+pub fn read(
+    device: &Device,
+    shard: Shard,
+    offset: u64,
+    into: Slice,
+    patience: Patience,
+    mut zeros: Option<&mut Vec<(u64, u64)>>,
+) -> Now {
+    let mut at = 0usize;
+    visit(device, shard, offset, into.len() as u64, &mut |place, len| {
+        let part = into.part(at, len as usize);
+        at += len as usize;
+        match place {
+            Place::Data { file, offset, .. } => match file.read_now(*offset, part) {
+                Inline::Done => Now::Done,
+                Inline::Failed(errno) => Now::Failed(errno),
+                Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
+                Inline::Wait(done) => {
+                    let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
+                    file.read(offset, part).map_or_else(Now::Failed, |()| Now::Done)
+                }
+            },
+            Place::Memory { region, offset } => {
+                if let Some(zeros) = &mut zeros {
+                    note_unwritten(region, *offset, len, (at - len as usize) as u64, zeros);
+                }
+                region.read(*offset, part);
+                Now::Done
+            }
+            Place::Zero { .. } => {
+                part.zero();
+                if let Some(zeros) = &mut zeros {
+                    zeros.push(((at - len as usize) as u64, len));
+                }
+                Now::Done
+            }
+            Place::Error(errno) => Now::Failed(*errno),
+            Place::Fault | Place::Device { .. } => Now::Later(0),
+        }
+    })
+}
+
+/// Holes shorter than this are not worth a chunk of their own.
+const WORTH_A_HOLE: u64 = 4096;
+
+fn note_unwritten(region: &blkloom_io::Region, offset: u64, len: u64, at: u64, zeros: &mut Vec<(u64, u64)>) {
+    let mut done = 0;
+    while done < len {
+        let (run, written) = region.run(offset + done, len - done);
+        if !written && run >= WORTH_A_HOLE.min(len) {
+            zeros.push((at + done, run));
+        }
+        done += run;
+    }
+}
+
+pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: Patience) -> Now {
+    let mut at = 0usize;
+    visit(device, shard, offset, from.len() as u64, &mut |place, len| {
+        let part = from.part(at, len as usize);
+        at += len as usize;
+        match place {
+            Place::Data { file, offset, writable: true, .. } => match file.write_now(*offset, part) {
+                Inline::Done => Now::Done,
+                Inline::Failed(errno) => Now::Failed(errno),
+                Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
+                Inline::Wait(done) => {
+                    let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
+                    file.write(offset, part, false).map_or_else(Now::Failed, |()| Now::Done)
+                }
+            },
+            Place::Memory { region, offset } => {
+                region.write(*offset, part);
+                Now::Done
+            }
+            Place::Zero { discard_writes: true } => Now::Done,
+            Place::Error(errno) => Now::Failed(*errno),
+            _ => Now::Later(0),
+        }
+    })
+}
+
+/// Discards or zeroes a range where that is quick: memory, and files on file systems that are.
+pub fn clear(device: &Device, shard: Shard, op: Op, offset: u64, len: u64, flags: Flags) -> Now {
+    if len > ZERO_AT_ONCE || flags.fua && device.needs_flush() {
+        return Now::Later(0);
+    }
+    let unmap = op == Op::Discard || flags.unmap;
+    visit(device, shard, offset, len, &mut |place, len| match place {
+        Place::Data { file, offset, writable: true, punch: true } if file.policy() == InlinePolicy::Always => {
+            let result = match op {
+                Op::Discard => file.punch(*offset, len),
+                _ => file.zero(*offset, len, unmap, flags.fast),
+            };
+            result.map_or_else(Now::Failed, |()| Now::Done)
+        }
+        Place::Memory { region, offset } => region.zero(*offset, len, unmap).map_or_else(Now::Failed, |()| Now::Done),
+        Place::Zero { discard_writes: true } => Now::Done,
+        Place::Error(errno) => Now::Failed(*errno),
+        _ => Now::Later(0),
+    })
+}
+
+pub fn flush(device: &Device, shard: Shard) -> Now {
+    if device.needs_flush() {
+        return Now::Later(0);
+    }
+    visit(device, shard, 0, 0, &mut |_, _| Now::Done)
+}

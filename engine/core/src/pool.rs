@@ -1,0 +1,131 @@
+//! Threads for what would block: fdatasync, fallocate, lseek, unaligned direct I/O, and all file I/O
+//! where io_uring is forbidden. Started as needed up to a limit, they end when the pool is dropped.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use blkloom_io::{Errno, File, RangeGuard, Slice, Stretch};
+
+use crate::inbox::{Inbox, Message, TaskId};
+use crate::lock;
+
+/// One piece of work on one file.
+pub enum Chore {
+    Read { offset: u64, into: Slice },
+    Write { offset: u64, from: Slice, durable: bool },
+    Sync,
+    Punch { offset: u64, len: u64 },
+    Zero { offset: u64, len: u64, unmap: bool, fast: bool },
+    Stretches { offset: u64, len: u64, most: usize },
+    Prefetch { offset: u64, len: u64 },
+}
+
+/// What came of it.
+pub enum Work {
+    Ended(Result<(), Errno>),
+    Stretches(Result<Vec<Stretch>, Errno>),
+}
+
+struct Job {
+    file: Arc<File>,
+    chore: Chore,
+    inbox: Arc<Inbox>,
+    task: TaskId,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    stopping: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+pub struct Pool {
+    shared: Arc<Shared>,
+    limit: usize,
+}
+
+impl Pool {
+    pub fn new(limit: usize) -> Pool {
+        Pool { shared: Arc::default(), limit: limit.max(1) }
+    }
+
+    /// Does the chore and sends `Message::Worked`. What the chore's memory needs is kept by the task.
+    pub fn submit(&self, file: Arc<File>, chore: Chore, inbox: Arc<Inbox>, task: TaskId) {
+        let mut state = lock(&self.shared.state);
+        state.jobs.push_back(Job { file, chore, inbox, task });
+        if state.idle < state.jobs.len() && state.threads.len() < self.limit {
+            let shared = self.shared.clone();
+            match std::thread::Builder::new().name("blkloom-io".into()).spawn(move || run(&shared)) {
+                Ok(thread) => state.threads.push(thread),
+                Err(_) if !state.threads.is_empty() => {} // those there are will get to it
+                Err(error) => {
+                    let errno = error.raw_os_error().unwrap_or(blkloom_io::errno::EIO);
+                    if let Some(job) = state.jobs.pop_back() {
+                        job.inbox.send(Message::Worked(job.task, Work::Ended(Err(errno))));
+                    }
+                }
+            }
+        }
+        drop(state);
+        self.shared.arrived.notify_one();
+    }
+}
+
+fn run(shared: &Shared) {
+    let mut state = lock(&shared.state);
+    loop {
+        if let Some(job) = state.jobs.pop_front() {
+            drop(state);
+            let work = job.chore.work(&job.file);
+            job.inbox.send(Message::Worked(job.task, work));
+            state = lock(&shared.state);
+        } else if state.stopping {
+            return;
+        } else {
+            state.idle += 1;
+            state = shared.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+}
+
+impl Chore {
+    fn work(self, file: &File) -> Work {
+        match self {
+            Chore::Read { offset, into } => Work::Ended(file.read(offset, into)),
+            Chore::Write { offset, from, durable } => Work::Ended(file.write(offset, from, durable)),
+            Chore::Sync => Work::Ended(file.sync()),
+            Chore::Punch { offset, len } => Work::Ended(file.punch(offset, len)),
+            Chore::Zero { offset, len, unmap, fast } => Work::Ended(file.zero(offset, len, unmap, fast)),
+            Chore::Stretches { offset, len, most } => Work::Stretches(file.stretches(offset, len, most)),
+            Chore::Prefetch { offset, len } => Work::Ended(file.prefetch(offset, len)),
+        }
+    }
+}
+
+/// A write handed to the ring keeps its blocks from read-modify-writers.
+pub type BlockShare = Option<RangeGuard>;
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let threads = {
+            let mut state = lock(&self.shared.state);
+            state.stopping = true;
+            std::mem::take(&mut state.threads)
+        };
+        self.shared.arrived.notify_all();
+        for thread in threads {
+            // A pool thread cannot panic on its own account; if it did, the process's hook has said so.
+            let _joined = thread.join();
+        }
+    }
+}

@@ -1,0 +1,466 @@
+//! A file or block device and how to move bytes to and from it.
+//!
+//! Three ways: *now* (RWF_NOWAIT, or plain on file systems that are memory), *blocking* (for pool
+//! threads and synchronous callers), and *later* (`Ring`). A transfer is never silently short: an end
+//! of file met inside the device is EIO, for the table promised those bytes and somebody truncated
+//! the file. Direct files accept any alignment: what does not fit goes through `blocking`, which
+//! reads, modifies and writes whole blocks under a range lock.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{
+    self, Advice, AtFlags, FallocateFlags, FileType, SeekFrom, StatxFlags, fadvise, fallocate, fdatasync, fstat,
+    fstatfs, seek, statx,
+};
+use rustix::io::{Errno as Os, ReadWriteFlags, preadv2, pwritev2};
+
+use crate::Errno;
+use crate::buffer::Buffer;
+use crate::errno::{EAGAIN, EIO, EOPNOTSUPP};
+use crate::memory::Slice;
+use crate::range_lock::{RangeGuard, RangeLock};
+
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// How a file is met first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InlinePolicy {
+    /// Memory in all but name: plain reads and writes do not wait for a device.
+    Always,
+    /// Buffered reads are tried with RWF_NOWAIT.
+    Nowait,
+    /// Direct I/O waits for the device by nature.
+    Never,
+}
+
+#[derive(Debug)]
+pub enum FileError {
+    NotAFile,
+    Os(&'static str, Os),
+}
+
+impl std::fmt::Display for FileError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            FileError::NotAFile => write!(f, "neither a regular file nor a block device"),
+            FileError::Os(call, error) => write!(f, "{call}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for FileError {}
+
+/// The outcome of trying at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Inline {
+    Done,
+    /// So many bytes were moved; the rest would wait.
+    Wait(usize),
+    Failed(Errno),
+}
+
+/// A run of a file: data, or a hole that reads as zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stretch {
+    pub len: u64,
+    pub hole: bool,
+}
+
+pub struct File {
+    fd: OwnedFd,
+    label: String,
+    writable: bool,
+    direct: bool,
+    block_device: bool,
+    policy: InlinePolicy,
+    /// Cleared when the file system turns out not to know RWF_NOWAIT for this direction.
+    nowait_read: AtomicBool,
+    nowait_write: AtomicBool,
+    offset_alignment: u64,
+    memory_alignment: u64,
+    blocks: Arc<RangeLock>,
+}
+
+impl File {
+    pub fn new(fd: OwnedFd, writable: bool, direct: bool, label: String) -> Result<File, FileError> {
+        let stat = fstat(&fd).map_err(|error| FileError::Os("fstat", error))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let block_device = kind == FileType::BlockDevice;
+        if kind != FileType::RegularFile && !block_device {
+            return Err(FileError::NotAFile);
+        }
+        let magic = fstatfs(&fd).map_err(|error| FileError::Os("fstatfs", error))?.f_type as u64;
+        let in_memory = !block_device && matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC | HUGETLBFS_MAGIC);
+        let (memory_alignment, offset_alignment) = if direct { alignment(fd.as_fd(), block_device) } else { (1, 1) };
+        // A write that must allocate may wait even under NOWAIT, or fail half-way: only files that
+        // have all their blocks are tried.
+        let allocated = block_device || stat.st_blocks as u64 * 512 >= stat.st_size as u64;
+        let policy = match (direct, in_memory) {
+            (true, _) => InlinePolicy::Never,
+            (false, true) => InlinePolicy::Always,
+            (false, false) => InlinePolicy::Nowait,
+        };
+        Ok(File {
+            fd,
+            label,
+            writable,
+            direct,
+            block_device,
+            policy,
+            nowait_read: AtomicBool::new(policy == InlinePolicy::Nowait),
+            nowait_write: AtomicBool::new(policy == InlinePolicy::Nowait && allocated),
+            offset_alignment,
+            memory_alignment,
+            blocks: Arc::default(),
+        })
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    pub fn direct(&self) -> bool {
+        self.direct
+    }
+
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    pub fn policy(&self) -> InlinePolicy {
+        self.policy
+    }
+
+    pub fn offset_alignment(&self) -> u64 {
+        self.offset_alignment
+    }
+
+    pub fn memory_alignment(&self) -> u64 {
+        self.memory_alignment
+    }
+
+    /// Bytes, now.
+    pub fn size(&self) -> Result<u64, Errno> {
+        if self.block_device {
+            return seek(&self.fd, SeekFrom::End(0)).map_err(|error| error.raw_os_error());
+        }
+        fstat(&self.fd).map(|stat| stat.st_size as u64).map_err(|error| error.raw_os_error())
+    }
+
+    /// Whether a flush of this file has anything to do.
+    pub fn needs_sync(&self) -> bool {
+        self.writable && self.policy != InlinePolicy::Always
+    }
+
+    /// Whether an I/O may be handed to the kernel as it is.
+    pub fn fits(&self, offset: u64, memory: Slice) -> bool {
+        !self.direct
+            || ((offset | memory.len() as u64).is_multiple_of(self.offset_alignment)
+                && (memory.address() as u64).is_multiple_of(self.memory_alignment))
+    }
+
+    /// Writers of a direct file share its blocks; None when a read-modify-write holds one of them.
+    pub fn share_blocks(&self, offset: u64, len: u64) -> Option<Option<RangeGuard>> {
+        if !self.direct {
+            return Some(None);
+        }
+        self.blocks.try_lock(offset, offset + len, false).map(Some)
+    }
+
+    pub fn read_now(&self, offset: u64, into: Slice) -> Inline {
+        let flags = match self.policy {
+            InlinePolicy::Always => ReadWriteFlags::empty(),
+            InlinePolicy::Nowait if self.nowait_read.load(Ordering::Relaxed) => ReadWriteFlags::NOWAIT,
+            _ => return Inline::Wait(0),
+        };
+        let mut done = 0;
+        while done < into.len() {
+            match self.read_once(offset + done as u64, into.part(done, into.len() - done), flags) {
+                Ok(0) => return Inline::Failed(EIO),
+                Ok(n) => done += n,
+                Err(Os::INTR) => {}
+                Err(error) => return self.would_wait(error, &self.nowait_read, done),
+            }
+        }
+        Inline::Done
+    }
+
+    pub fn write_now(&self, offset: u64, from: Slice) -> Inline {
+        let flags = match self.policy {
+            InlinePolicy::Always => ReadWriteFlags::empty(),
+            InlinePolicy::Nowait if self.nowait_write.load(Ordering::Relaxed) => ReadWriteFlags::NOWAIT,
+            _ => return Inline::Wait(0),
+        };
+        let mut done = 0;
+        while done < from.len() {
+            match self.write_once(offset + done as u64, from.part(done, from.len() - done), flags) {
+                Ok(0) => return Inline::Failed(EIO),
+                Ok(n) => done += n,
+                Err(Os::INTR) => {}
+                Err(error) => return self.would_wait(error, &self.nowait_write, done),
+            }
+        }
+        Inline::Done
+    }
+
+    fn would_wait(&self, error: Os, nowait: &AtomicBool, done: usize) -> Inline {
+        match error.raw_os_error() {
+            EAGAIN => Inline::Wait(done),
+            EOPNOTSUPP if self.policy == InlinePolicy::Nowait => {
+                nowait.store(false, Ordering::Relaxed);
+                Inline::Wait(done)
+            }
+            errno => Inline::Failed(errno),
+        }
+    }
+
+    /// Reads all of `into`, however long it takes and however it is aligned.
+    pub fn read(&self, offset: u64, into: Slice) -> Result<(), Errno> {
+        if self.fits(offset, into) {
+            return self.read_whole(offset, into);
+        }
+        let hull = self.hull(offset, into.len() as u64);
+        let bounce = Buffer::new((hull.1 - hull.0) as usize);
+        // SAFETY: `bounce` outlives the call and is borrowed by nobody meanwhile.
+        let memory = unsafe { bounce.slice() };
+        let needed = offset - hull.0 + into.len() as u64;
+        self.read_at_least(hull.0, memory, needed as usize)?;
+        into.copy_from(&bounce.bytes()[(offset - hull.0) as usize..needed as usize]);
+        Ok(())
+    }
+
+    /// Writes all of `from`; `durable` as if followed by fdatasync.
+    pub fn write(&self, offset: u64, from: Slice, durable: bool) -> Result<(), Errno> {
+        let flags = if durable { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
+        if self.fits(offset, from) {
+            let _shared = self.direct.then(|| self.blocks.lock(offset, offset + from.len() as u64, false));
+            return self.write_whole(offset, from, flags);
+        }
+        let hull = self.hull(offset, from.len() as u64);
+        let _alone = self.blocks.lock(hull.0, hull.1, true);
+        let bounce = Buffer::new((hull.1 - hull.0) as usize);
+        // SAFETY: `bounce` outlives the calls and is borrowed by nobody meanwhile.
+        let memory = unsafe { bounce.slice() };
+        let (at, block) = ((offset - hull.0) as usize, self.offset_alignment);
+        // Only the first and the last block keep old bytes. Past the end of the file there are none.
+        let edges = if memory.len() as u64 <= 2 * block {
+            vec![(hull.0, memory)]
+        } else {
+            let last = memory.len() - block as usize;
+            vec![(hull.0, memory.part(0, block as usize)), (hull.0 + last as u64, memory.part(last, block as usize))]
+        };
+        for (offset, memory) in edges {
+            self.read_at_least(offset, memory, 0)?;
+        }
+        memory.part(at, from.len()).copy_from_slice(from);
+        self.write_whole(hull.0, memory, flags)
+    }
+
+    fn hull(&self, offset: u64, len: u64) -> (u64, u64) {
+        let block = self.offset_alignment;
+        (offset / block * block, (offset + len).div_ceil(block) * block)
+    }
+
+    fn read_whole(&self, offset: u64, into: Slice) -> Result<(), Errno> {
+        self.read_at_least(offset, into, into.len())
+    }
+
+    /// Reads up to `into.len()` bytes; an end of file before `least` is EIO.
+    fn read_at_least(&self, offset: u64, into: Slice, least: usize) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < into.len() {
+            match self.read_once(offset + done as u64, into.part(done, into.len() - done), ReadWriteFlags::empty()) {
+                Ok(0) if done >= least => break,
+                Ok(0) => return Err(EIO),
+                Ok(n) => done += n,
+                Err(Os::INTR) => {}
+                Err(error) => return Err(error.raw_os_error()),
+            }
+            // A direct read stops inside a block only at the end of the file; going on from there
+            // would be unaligned.
+            if self.direct && !(done as u64).is_multiple_of(self.offset_alignment) {
+                return if done >= least { Ok(()) } else { Err(EIO) };
+            }
+        }
+        Ok(())
+    }
+
+    fn write_whole(&self, offset: u64, from: Slice, flags: ReadWriteFlags) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < from.len() {
+            match self.write_once(offset + done as u64, from.part(done, from.len() - done), flags) {
+                Ok(0) => return Err(EIO),
+                Ok(n) => done += n,
+                Err(Os::INTR) => {}
+                Err(error) => return Err(error.raw_os_error()),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_once(&self, offset: u64, into: Slice, flags: ReadWriteFlags) -> Result<usize, Os> {
+        // SAFETY: valid and writable (see Slice::new); the borrow lasts for one system call, during
+        // which only the kernel touches the bytes through it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(into.ptr(), into.len()) };
+        preadv2(&self.fd, &mut [IoSliceMut::new(bytes)], offset, flags)
+    }
+
+    fn write_once(&self, offset: u64, from: Slice, flags: ReadWriteFlags) -> Result<usize, Os> {
+        // SAFETY: valid (see Slice::new); the borrow lasts for one system call, which copies.
+        let bytes = unsafe { std::slice::from_raw_parts(from.ptr(), from.len()) };
+        pwritev2(&self.fd, &[IoSlice::new(bytes)], offset, flags)
+    }
+
+    /// fdatasync.
+    pub fn sync(&self) -> Result<(), Errno> {
+        loop {
+            match fdatasync(&self.fd) {
+                Ok(()) => return Ok(()),
+                Err(Os::INTR) => {}
+                Err(error) => return Err(error.raw_os_error()),
+            }
+        }
+    }
+
+    /// Gives the range's blocks back. A hint: where holes cannot be punched it does nothing.
+    pub fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let _alone = self.exclude(offset, len);
+        match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(EOPNOTSUPP) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Makes the range read as zeros. unmap: blocks may be given back; otherwise they stay allocated.
+    /// fast: EOPNOTSUPP rather than writing zeros.
+    pub fn zero(&self, offset: u64, len: u64, unmap: bool, fast: bool) -> Result<(), Errno> {
+        let _alone = self.exclude(offset, len);
+        if unmap {
+            match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+                Err(EOPNOTSUPP) => {}
+                other => return other,
+            }
+        }
+        match self.allocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(EOPNOTSUPP) if !fast => {}
+            other => return other,
+        }
+        self.write_zeroes(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        const CHUNK: u64 = 1 << 20;
+        let mut done = 0;
+        let zeroes = Buffer::new(len.min(CHUNK) as usize);
+        // SAFETY: `zeroes` outlives the writes and is borrowed by nobody meanwhile.
+        let memory = unsafe { zeroes.slice() };
+        while done < len {
+            let part = memory.part(0, (len - done).min(CHUNK) as usize);
+            if self.fits(offset + done, part) {
+                self.write_whole(offset + done, part, ReadWriteFlags::empty())?;
+            } else {
+                self.write_edges(offset + done, part)?;
+            }
+            done += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// An unaligned write by somebody who already excludes the range.
+    fn write_edges(&self, offset: u64, from: Slice) -> Result<(), Errno> {
+        let hull = self.hull(offset, from.len() as u64);
+        let bounce = Buffer::new((hull.1 - hull.0) as usize);
+        // SAFETY: `bounce` outlives the calls and is borrowed by nobody meanwhile.
+        let memory = unsafe { bounce.slice() };
+        self.read_at_least(hull.0, memory, 0)?;
+        memory.part((offset - hull.0) as usize, from.len()).copy_from_slice(from);
+        self.write_whole(hull.0, memory, ReadWriteFlags::empty())
+    }
+
+    fn exclude(&self, offset: u64, len: u64) -> Option<RangeGuard> {
+        self.direct.then(|| {
+            let hull = self.hull(offset, len);
+            self.blocks.lock(hull.0, hull.1, true)
+        })
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+        loop {
+            match fallocate(&self.fd, mode, offset, len) {
+                Ok(()) => return Ok(()),
+                Err(Os::INTR) => {}
+                // A block device says EINVAL to a range that cuts a logical block.
+                Err(Os::INVAL) if self.block_device => return Err(EOPNOTSUPP),
+                Err(Os::NOSYS | Os::NODEV) => return Err(EOPNOTSUPP),
+                Err(error) => return Err(error.raw_os_error()),
+            }
+        }
+    }
+
+    /// Data and holes from `offset` on, `most` stretches at most (the last may end before the range).
+    pub fn stretches(&self, offset: u64, len: u64, most: usize) -> Result<Vec<Stretch>, Errno> {
+        let whole = |hole| vec![Stretch { len, hole }];
+        if self.block_device {
+            return Ok(whole(false));
+        }
+        let end = offset + len;
+        let (mut at, mut found) = (offset, Vec::new());
+        while at < end && found.len() < most {
+            match seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(data) if data > at => {
+                    found.push(Stretch { len: data.min(end) - at, hole: true });
+                    at = data;
+                }
+                Ok(_) => match seek(&self.fd, SeekFrom::Hole(at)) {
+                    Ok(hole) if hole > at => {
+                        found.push(Stretch { len: hole.min(end) - at, hole: false });
+                        at = hole;
+                    }
+                    Ok(_) => {} // changed between the two calls: look again
+                    Err(Os::NXIO) => found.push(Stretch { len: end - std::mem::replace(&mut at, end), hole: true }),
+                    Err(error) => return Err(error.raw_os_error()),
+                },
+                Err(Os::NXIO) => found.push(Stretch { len: end - std::mem::replace(&mut at, end), hole: true }),
+                Err(Os::INVAL) => return Ok(whole(false)), // the file system cannot tell
+                Err(error) => return Err(error.raw_os_error()),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Starts reading a range into the page cache.
+    pub fn prefetch(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        if self.direct {
+            return Ok(());
+        }
+        fadvise(&self.fd, offset, std::num::NonZeroU64::new(len), Advice::WillNeed)
+            .map_err(|error| error.raw_os_error())
+    }
+}
+
+/// (memory, offset) alignment of direct I/O in bytes: what statx(STATX_DIOALIGN) says, or what is
+/// safe everywhere where the kernel or the file system does not say.
+fn alignment(fd: BorrowedFd<'_>, block_device: bool) -> (u64, u64) {
+    if let Ok(found) = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+        && found.stx_dio_offset_align > 0
+    {
+        return (u64::from(found.stx_dio_mem_align).max(1), u64::from(found.stx_dio_offset_align));
+    }
+    if block_device && let Ok(size) = fs::ioctl_blksszget(fd) {
+        return (u64::from(size), u64::from(size));
+    }
+    (4096, 4096)
+}

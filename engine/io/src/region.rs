@@ -1,0 +1,216 @@
+//! Memory shared through a sealed memfd, read and written by memcpy.
+//!
+//! The seal against shrinking is checked, so no access can raise SIGBUS for lack of file. A bit a
+//! page says whether the page was ever written: reading a clear page answers zeros without touching
+//! (and so without allocating) it. The bit is set *after* the bytes were copied: a discard that runs
+//! between copy and bit leaves a zeroed page with its bit set, never bytes that come back later.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, SealFlags, SeekFrom, fallocate, fcntl_get_seals, fstat, seek};
+use rustix::io::Errno as Os;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::Errno;
+use crate::memory::Slice;
+
+#[derive(Debug)]
+pub enum RegionError {
+    NotSealed,
+    TooSmall { size: u64, found: u64 },
+    PageSize(u64),
+    Os(&'static str, Os),
+}
+
+impl std::fmt::Display for RegionError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            RegionError::NotSealed => write!(f, "the memfd is not sealed against shrinking (F_SEAL_SHRINK)"),
+            RegionError::TooSmall { size, found } => {
+                write!(f, "the memfd holds {found} bytes, {size} were promised")
+            }
+            RegionError::PageSize(size) => {
+                write!(f, "page size {size} is not a power of two of at least 4096")
+            }
+            RegionError::Os(call, error) => write!(f, "{call}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for RegionError {}
+
+pub struct Region {
+    fd: OwnedFd,
+    memory: Slice,
+    page_shift: u32,
+    written: Box<[AtomicU64]>,
+}
+
+impl Region {
+    pub fn new(fd: OwnedFd, size: u64, page_size: u64) -> Result<Region, RegionError> {
+        if !page_size.is_power_of_two() || page_size < 4096 {
+            return Err(RegionError::PageSize(page_size));
+        }
+        let seals = fcntl_get_seals(&fd).map_err(|_| RegionError::NotSealed)?;
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(RegionError::NotSealed);
+        }
+        let found = fstat(&fd).map_err(|error| RegionError::Os("fstat", error))?.st_size as u64;
+        let mapped = size.div_ceil(page_size) * page_size;
+        if size == 0 || found < mapped {
+            return Err(RegionError::TooSmall { size, found });
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choosing, unmapped only in Drop; the
+        // file is at least this long and sealed to stay so.
+        let memory = unsafe {
+            let ptr = mmap(
+                std::ptr::null_mut(),
+                mapped as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                fd.as_fd(),
+                0,
+            )
+            .map_err(|error| RegionError::Os("mmap", error))?;
+            Slice::new(ptr.cast(), mapped as usize)
+        };
+        let pages = mapped / page_size;
+        let written = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let region = Region { fd, memory, page_shift: page_size.trailing_zeros(), written };
+        region.find_written(mapped)?;
+        Ok(region)
+    }
+
+    /// Sets the bits of what the memfd holds already (a device handed over from another process).
+    fn find_written(&self, end: u64) -> Result<(), RegionError> {
+        let mut at = 0;
+        while at < end {
+            let data = match seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(Os::NXIO) => return Ok(()),
+                Err(Os::INVAL | Os::OPNOTSUPP) => at, // hugetlbfs of older kernels cannot tell
+                Err(error) => return Err(RegionError::Os("lseek", error)),
+            };
+            let hole = match seek(&self.fd, SeekFrom::Hole(data)) {
+                Ok(hole) if hole > data => hole,
+                _ => end,
+            };
+            self.mark(data, hole.min(end) - data);
+            at = hole;
+        }
+        Ok(())
+    }
+
+    pub fn size(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    pub fn resident(&self) -> u64 {
+        let pages: u64 = self.written.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum();
+        pages << self.page_shift
+    }
+
+    pub fn read(&self, offset: u64, into: Slice) {
+        let mut done = 0;
+        while done < into.len() {
+            let (run, written) = self.run(offset + done as u64, (into.len() - done) as u64);
+            let part = into.part(done, run as usize);
+            if written {
+                part.copy_from_slice(self.memory.part(offset as usize + done, run as usize));
+            } else {
+                part.zero();
+            }
+            done += run as usize;
+        }
+    }
+
+    pub fn write(&self, offset: u64, from: Slice) {
+        self.memory.part(offset as usize, from.len()).copy_from_slice(from);
+        self.mark(offset, from.len() as u64);
+    }
+
+    /// Zeroes a range; whole pages are given back when `unmap`, otherwise all of it takes memory.
+    pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        let page = 1u64 << self.page_shift;
+        let (first, last) = (offset.next_multiple_of(page), (offset + len) & !(page - 1));
+        if !unmap {
+            self.memory.part(offset as usize, len as usize).zero();
+            self.mark(offset, len);
+            return Ok(());
+        }
+        if first >= last {
+            self.zero_written(offset, len);
+            return Ok(());
+        }
+        self.zero_written(offset, first - offset);
+        self.zero_written(last, offset + len - last);
+        for index in first >> self.page_shift..last >> self.page_shift {
+            let (word, bit) = ((index / 64) as usize, 1u64 << (index % 64));
+            self.written[word].fetch_and(!bit, Ordering::AcqRel);
+        }
+        fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, first, last - first)
+            .map_err(|error| error.raw_os_error())
+    }
+
+    fn zero_written(&self, offset: u64, len: u64) {
+        let mut done = 0;
+        while done < len {
+            let (run, written) = self.run(offset + done, len - done);
+            if written {
+                self.memory.part((offset + done) as usize, run as usize).zero();
+            }
+            done += run;
+        }
+    }
+
+    /// How far from `offset` (at most `len`) the pages are alike, and whether they were written.
+    pub fn run(&self, offset: u64, len: u64) -> (u64, bool) {
+        let mut index = offset >> self.page_shift;
+        let written = self.is_written(index);
+        let end = offset + len;
+        loop {
+            index += 1;
+            let at = index << self.page_shift;
+            if at >= end {
+                return (len, written);
+            }
+            let word = self.written[(index / 64) as usize].load(Ordering::Acquire);
+            if index.is_multiple_of(64) && word == if written { u64::MAX } else { 0 } {
+                index += 63;
+                continue;
+            }
+            if (word >> (index % 64) & 1 == 1) != written {
+                return (at - offset, written);
+            }
+        }
+    }
+
+    fn is_written(&self, index: u64) -> bool {
+        self.written[(index / 64) as usize].load(Ordering::Acquire) >> (index % 64) & 1 == 1
+    }
+
+    fn mark(&self, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        for index in offset >> self.page_shift..=(offset + len - 1) >> self.page_shift {
+            let word = &self.written[(index / 64) as usize];
+            let bit = 1u64 << (index % 64);
+            // The load spares writers of written pages the contended instruction. Release either
+            // way: a reader that sees the bit sees the bytes.
+            if word.load(Ordering::Acquire) & bit == 0 {
+                word.fetch_or(bit, Ordering::Release);
+            }
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this address and length in `new`; every request that uses the memory
+        // holds an Arc of the region.
+        let unmapped = unsafe { munmap(self.memory.ptr().cast(), self.memory.len()) };
+        debug_assert!(unmapped.is_ok(), "munmap of a mapping we made: {unmapped:?}");
+    }
+}

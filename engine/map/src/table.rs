@@ -1,0 +1,266 @@
+//! The cluster table: a mapping that grows while it is read.
+//!
+//! Two levels: pages of atomic u64 entries behind an atomically swapped pointer. A lookup is two
+//! loads, an install is a store. A page that is not there faults. Dropping a page is safe at any
+//! time: readers that hold it finish with it, later ones fault, and a fault can always rebuild it.
+//! What a *changed* entry needs beyond that (no request still using the old place) is the device's
+//! epochs' business, not the table's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwapOption;
+
+use crate::extent::{Handles, Place};
+
+/// One entry: `kind << 61 | file << 49 | offset >> 9`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry(pub u64);
+
+impl Entry {
+    pub const FAULT: Entry = Entry(0);
+    pub const KIND_DATA: u64 = 1;
+    pub const KIND_READ_ONLY: u64 = 2;
+    pub const KIND_ZERO: u64 = 3;
+    pub const KIND_ERROR: u64 = 4;
+    pub const MAX_FILES: usize = 1 << 12;
+
+    pub fn kind(self) -> u64 {
+        self.0 >> 61
+    }
+
+    pub fn file(self) -> usize {
+        (self.0 >> 49) as usize & (Self::MAX_FILES - 1)
+    }
+
+    pub fn offset(self) -> u64 {
+        (self.0 & ((1 << 49) - 1)) << 9
+    }
+
+    fn holds_data(self) -> bool {
+        matches!(self.kind(), Self::KIND_DATA | Self::KIND_READ_ONLY)
+    }
+
+    /// Whether `next`, one cluster on, continues this entry without a break.
+    fn continues(self, next: Entry, step: u64) -> bool {
+        if self.holds_data() { next.0 == self.0.wrapping_add(step) } else { next.kind() == self.kind() }
+    }
+}
+
+type Page = Box<[AtomicU64]>;
+
+pub struct ClusterTable<H: Handles> {
+    size: u64,
+    shift: u32,
+    page_shift: u32,
+    pages: Box<[ArcSwapOption<Page>]>,
+    files: Box<[H::File]>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum TableError {
+    /// Cluster or page size is not a power of two in its bounds.
+    Shape {
+        what: &'static str,
+        value: u64,
+    },
+    TooManyFiles(usize),
+    OutOfRange {
+        cluster: u64,
+        clusters: u64,
+    },
+    BadEntry {
+        entry: u64,
+        why: &'static str,
+    },
+}
+
+impl std::fmt::Display for TableError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            TableError::Shape { what, value } => {
+                write!(f, "{what} {value} is not a power of two in its bounds")
+            }
+            TableError::TooManyFiles(n) => {
+                write!(f, "{n} files; a table holds {} at most", Entry::MAX_FILES)
+            }
+            TableError::OutOfRange { cluster, clusters } => {
+                write!(f, "cluster {cluster} is past the end of the table ({clusters} clusters)")
+            }
+            TableError::BadEntry { entry, why } => write!(f, "entry {entry:#018x}: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for TableError {}
+
+impl<H: Handles> ClusterTable<H> {
+    /// size in bytes; cluster a power of two from 512 to 2^30 bytes; page a power of two of entries.
+    pub fn new(size: u64, cluster: u64, page: u64, files: Vec<H::File>) -> Result<Self, TableError> {
+        if !cluster.is_power_of_two() || !(512..=1 << 30).contains(&cluster) {
+            return Err(TableError::Shape { what: "cluster size", value: cluster });
+        }
+        if !page.is_power_of_two() || page > 1 << 20 {
+            return Err(TableError::Shape { what: "page size", value: page });
+        }
+        if size == 0 || size >= 1 << 63 {
+            return Err(TableError::Shape { what: "table size", value: size });
+        }
+        if files.len() > Entry::MAX_FILES {
+            return Err(TableError::TooManyFiles(files.len()));
+        }
+        let pages = size.div_ceil(cluster).div_ceil(page);
+        if pages > 1 << 28 {
+            return Err(TableError::Shape { what: "number of pages", value: pages });
+        }
+        Ok(ClusterTable {
+            size,
+            shift: cluster.trailing_zeros(),
+            page_shift: page.trailing_zeros(),
+            pages: (0..pages).map(|_| ArcSwapOption::empty()).collect(),
+            files: files.into(),
+        })
+    }
+
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub fn clusters(&self) -> u64 {
+        self.size.div_ceil(1 << self.shift)
+    }
+
+    pub fn files(&self) -> &[H::File] {
+        &self.files
+    }
+
+    pub fn pages_held(&self) -> usize {
+        self.pages.iter().filter(|page| page.load().is_some()).count()
+    }
+
+    pub fn entry(&self, cluster: u64) -> Result<Entry, TableError> {
+        self.check(cluster, 1)?;
+        Ok(match &*self.pages[(cluster >> self.page_shift) as usize].load() {
+            Some(page) => Entry(page[self.slot(cluster)].load(Ordering::Acquire)),
+            None => Entry::FAULT,
+        })
+    }
+
+    /// Stores consecutive entries from cluster `first` on. All are checked before the first is stored.
+    pub fn install(&self, first: u64, entries: &[u64]) -> Result<(), TableError> {
+        self.check(first, entries.len() as u64)?;
+        entries.iter().try_for_each(|&entry| self.check_entry(Entry(entry)))?;
+        let mut cluster = first;
+        let mut rest = entries;
+        while !rest.is_empty() {
+            let slot = self.slot(cluster);
+            let run = rest.len().min((1 << self.page_shift) - slot);
+            let page = self.page(cluster >> self.page_shift);
+            for (to, &from) in page[slot..slot + run].iter().zip(rest) {
+                to.store(from, Ordering::Release);
+            }
+            rest = &rest[run..];
+            cluster += run as u64;
+        }
+        Ok(())
+    }
+
+    /// Stores `entry` for `count` clusters from `first` on; data entries advance by a cluster each.
+    pub fn fill(&self, first: u64, count: u64, entry: Entry) -> Result<(), TableError> {
+        self.check(first, count)?;
+        let step = if entry.holds_data() { 1u64 << (self.shift - 9) } else { 0 };
+        let last = entry
+            .0
+            .checked_add(step.saturating_mul(count.saturating_sub(1)))
+            .filter(|&last| last >> 49 == entry.0 >> 49)
+            .ok_or(TableError::BadEntry { entry: entry.0, why: "its run passes the largest offset" })?;
+        self.check_entry(entry)?;
+        self.check_entry(Entry(last))?;
+        for i in 0..count {
+            let cluster = first + i;
+            let page = self.page(cluster >> self.page_shift);
+            page[self.slot(cluster)].store(entry.0 + step * i, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    pub fn drop_page(&self, page: u64) -> Result<(), TableError> {
+        let slot = self
+            .pages
+            .get(page as usize)
+            .ok_or(TableError::OutOfRange { cluster: page << self.page_shift, clusters: self.clusters() })?;
+        slot.store(None);
+        Ok(())
+    }
+
+    pub(crate) fn at(&self, at: u64, len: u64) -> (Place<'_, H>, u64) {
+        let cluster = at >> self.shift;
+        let within = at & ((1 << self.shift) - 1);
+        let mut run = (1u64 << self.shift) - within;
+        let page = self.pages[(cluster >> self.page_shift) as usize].load();
+        let Some(page) = page.as_ref() else {
+            let span = 1u64 << (self.shift + self.page_shift);
+            return (Place::Fault, len.min(span - (at & (span - 1))));
+        };
+        let mut slot = self.slot(cluster);
+        let first = Entry(page[slot].load(Ordering::Acquire));
+        let mut last = first;
+        let step = 1u64 << (self.shift - 9);
+        while run < len && slot + 1 < page.len() {
+            slot += 1;
+            let next = Entry(page[slot].load(Ordering::Acquire));
+            if !last.continues(next, step) {
+                break;
+            }
+            last = next;
+            run += 1 << self.shift;
+        }
+        let place = match first.kind() {
+            Entry::KIND_DATA | Entry::KIND_READ_ONLY => Place::Data {
+                file: &self.files[first.file()],
+                offset: first.offset() + within,
+                writable: first.kind() == Entry::KIND_DATA,
+                punch: false,
+            },
+            Entry::KIND_ZERO => Place::Zero { discard_writes: false },
+            Entry::KIND_ERROR => Place::Error(5),
+            _ => Place::Fault,
+        };
+        (place, run.min(len))
+    }
+
+    fn slot(&self, cluster: u64) -> usize {
+        (cluster & ((1 << self.page_shift) - 1)) as usize
+    }
+
+    /// The page, made of faults if it was not there. Two installers may race: one page wins.
+    fn page(&self, index: u64) -> Arc<Page> {
+        let slot = &self.pages[index as usize];
+        if let Some(page) = slot.load_full() {
+            return page;
+        }
+        let fresh: Arc<Page> = Arc::new((0..1usize << self.page_shift).map(|_| AtomicU64::new(0)).collect());
+        let before = slot.compare_and_swap(&None::<Arc<Page>>, Some(fresh.clone()));
+        match &*before {
+            Some(page) => page.clone(),
+            None => fresh,
+        }
+    }
+
+    fn check(&self, first: u64, count: u64) -> Result<(), TableError> {
+        match first.checked_add(count) {
+            Some(end) if end <= self.clusters() => Ok(()),
+            _ => Err(TableError::OutOfRange { cluster: first.saturating_add(count), clusters: self.clusters() }),
+        }
+    }
+
+    fn check_entry(&self, entry: Entry) -> Result<(), TableError> {
+        if entry.kind() > Entry::KIND_ERROR {
+            return Err(TableError::BadEntry { entry: entry.0, why: "unknown kind" });
+        }
+        if entry.holds_data() && entry.file() >= self.files.len() {
+            return Err(TableError::BadEntry { entry: entry.0, why: "names a file the table does not have" });
+        }
+        Ok(())
+    }
+}

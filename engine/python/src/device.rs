@@ -1,0 +1,327 @@
+//! Engine and Device.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blkloom_core::{Direction, Flags, IoChoice, Memory, Op, Owner, Request, SuspendError, Transfer};
+use blkloom_io::Slice;
+use pyo3::exceptions::{PyTimeoutError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyAny, PyBytes, PyDict, PyList, PyTuple};
+
+use crate::border::{Bytes, operation, os_error, stats, value_error};
+use crate::export::Notices;
+use crate::fault::Fault;
+use crate::places::Map;
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Engine(pub Arc<blkloom_core::Engine>);
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (*, loops = 0, io = "auto", spin_us = 50, threads = 16))]
+    fn new(loops: usize, io: &str, spin_us: u64, threads: usize) -> PyResult<Engine> {
+        let choice = match io {
+            "auto" => IoChoice::Auto,
+            "io_uring" => IoChoice::Ring,
+            "threads" => IoChoice::Threads,
+            _ => {
+                return Err(value_error(format!("io is {io:?}; one of 'auto', 'io_uring', 'threads'")));
+            }
+        };
+        let spin = Duration::from_micros(spin_us.min(10_000));
+        blkloom_core::Engine::new(loops, choice, spin, threads).map(|engine| Engine(Arc::new(engine))).map_err(
+            |error| match &error {
+                blkloom_core::EngineError::NoRing(cause) => {
+                    os_error(cause.raw_os_error().unwrap_or(38), "io_uring is not available here")
+                }
+                _ => os_error(5, &error.to_string()),
+            },
+        )
+    }
+
+    #[getter]
+    fn io(&self) -> &'static str {
+        if self.0.uses_ring() { "io_uring" } else { "threads" }
+    }
+
+    #[getter]
+    fn loops(&self) -> usize {
+        self.0.loops()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+#[pyclass(frozen, subclass, module = "blkloom._engine")]
+pub struct Device {
+    pub engine: Arc<blkloom_core::Engine>,
+    pub inner: Arc<blkloom_core::Device>,
+}
+
+impl Device {
+    fn transfer(&self, py: Python<'_>, transfer: Transfer, fua: bool) -> PyResult<()> {
+        py.detach(|| self.engine.transfer(&self.inner, transfer, fua)).map_err(|errno| {
+            let (verb, len) =
+                (if transfer.direction == Direction::Read { "read" } else { "write" }, transfer.memory.len());
+            self.error(errno, &format!("{verb} of {len} bytes at {}", transfer.offset))
+        })
+    }
+
+    fn command(&self, py: Python<'_>, op: Op, offset: u64, len: u64, flags: Flags) -> PyResult<()> {
+        py.detach(|| self.engine.command(&self.inner, op, offset, len, flags))
+            .map(drop)
+            .map_err(|errno| self.error(errno, &format!("{} of {len} bytes at {offset}", op.name())))
+    }
+
+    fn error(&self, errno: i32, what: &str) -> PyErr {
+        let (name, size) = (self.inner.name(), self.inner.size());
+        let name = if name.is_empty() { "device" } else { name };
+        os_error(errno, &format!("{name} ({size} bytes): {what}"))
+    }
+}
+
+fn suspend_error(error: SuspendError, name: &str) -> PyErr {
+    match error {
+        SuspendError::Timeout => {
+            PyTimeoutError::new_err(format!("{name}: requests in flight did not finish in time; the device is live"))
+        }
+        SuspendError::Closed => os_error(108, name),
+        SuspendError::Flush(errno) => os_error(errno, &format!("{name}: flush on suspend")),
+        SuspendError::Cycle => PyValueError::new_err(format!("{name}: the new map would reach the device itself")),
+    }
+}
+
+#[pymethods]
+impl Device {
+    #[new]
+    #[pyo3(signature = (engine, map = None, *, name = String::new(), fault_timeout = 30.0, **kwargs))]
+    fn new(
+        engine: &Engine,
+        map: Option<&Map>,
+        name: String,
+        fault_timeout: f64,
+        kwargs: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Device> {
+        let _for_subclasses = kwargs;
+        let timeout = Duration::try_from_secs_f64(fault_timeout).map_err(value_error)?;
+        let inner = blkloom_core::Device::new(name, map.map(|map| map.0.clone()), timeout);
+        Ok(Device { engine: engine.0.clone(), inner })
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    #[getter]
+    fn suspended(&self) -> bool {
+        self.inner.suspended()
+    }
+
+    #[pyo3(signature = (*, flush = true, timeout = None))]
+    fn suspend(&self, py: Python<'_>, flush: bool, timeout: Option<f64>) -> PyResult<()> {
+        let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
+        py.detach(|| self.engine.suspend(&self.inner, flush, timeout.map(|timeout| Instant::now() + timeout)))
+            .map_err(|error| suspend_error(error, self.inner.name()))
+    }
+
+    fn swap(&self, py: Python<'_>, map: &Map) -> PyResult<()> {
+        let mapping = map.0.clone();
+        py.detach(|| self.inner.swap(mapping).map(drop)).map_err(|error| suspend_error(error, self.inner.name()))
+    }
+
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        match py.detach(|| self.inner.resume()) {
+            true => Ok(()),
+            false => Err(self.error(22, "resume without a map, or after close")),
+        }
+    }
+
+    fn synchronize(&self, py: Python<'_>) {
+        py.detach(|| self.inner.synchronize());
+    }
+
+    #[pyo3(signature = (timeout = None))]
+    fn next_faults(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Vec<Fault>>> {
+        let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
+        let faults = py.detach(|| self.inner.next_faults(timeout));
+        Ok(faults.map(|faults| faults.into_iter().map(Fault::new).collect()))
+    }
+
+    fn attach_mapper(&self) {
+        self.inner.attach_mapper();
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.inner.close());
+    }
+
+    fn pread<'py>(&self, py: Python<'py>, length: usize, offset: u64) -> PyResult<Bound<'py, PyBytes>> {
+        if length as u64 > self.inner.size() {
+            return Err(self.error(22, &format!("read of {length} bytes at {offset}")));
+        }
+        // SAFETY: a new bytes object of `length` uninitialised bytes, or NULL with an exception set.
+        let bytes = unsafe {
+            let object = ffi::PyBytes_FromStringAndSize(std::ptr::null(), length as ffi::Py_ssize_t);
+            Bound::from_owned_ptr_or_err(py, object)?.cast_into_unchecked::<PyBytes>()
+        };
+        // SAFETY: nobody else has seen the object yet, so its memory is ours to fill; it lives in
+        // `bytes` until the read has ended.
+        let memory = unsafe { Slice::new(bytes.as_bytes().as_ptr().cast_mut(), length) };
+        self.transfer(py, Transfer { direction: Direction::Read, memory, offset }, false)?;
+        Ok(bytes)
+    }
+
+    fn pread_into(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>, offset: u64) -> PyResult<usize> {
+        let bytes = Bytes::of(buffer, true)?;
+        self.transfer(py, Transfer { direction: Direction::Read, memory: bytes.slice(), offset }, false)?;
+        Ok(bytes.len())
+    }
+
+    #[pyo3(signature = (data, offset, *, fua = false))]
+    fn pwrite(&self, py: Python<'_>, data: &Bound<'_, PyAny>, offset: u64, fua: bool) -> PyResult<usize> {
+        let bytes = Bytes::of(data, false)?;
+        self.transfer(py, Transfer { direction: Direction::Write, memory: bytes.slice(), offset }, fua)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        self.command(py, Op::Flush, 0, 0, Flags::default())
+    }
+
+    fn discard(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<()> {
+        self.command(py, Op::Discard, offset, length, Flags::default())
+    }
+
+    #[pyo3(signature = (offset, length, *, unmap = true, fast = false, fua = false))]
+    fn write_zeroes(
+        &self,
+        py: Python<'_>,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        fast: bool,
+        fua: bool,
+    ) -> PyResult<()> {
+        self.command(py, Op::WriteZeroes, offset, length, Flags { fua, unmap, fast, ..Flags::default() })
+    }
+
+    #[pyo3(signature = (offset = 0, length = None))]
+    fn extents(&self, py: Python<'_>, offset: u64, length: Option<u64>) -> PyResult<Vec<(u64, u64, u32)>> {
+        let end = match length {
+            Some(length) => offset.saturating_add(length),
+            None => self.inner.size().max(offset),
+        };
+        py.detach(|| {
+            let mut all: Vec<(u64, u64, u32)> = Vec::new();
+            let mut at = offset;
+            while at < end {
+                let before = at;
+                for found in self.engine.command(&self.inner, Op::Extents, at, end - at, Flags::default())? {
+                    if found.offset != at {
+                        break; // a gap: the answer was cut short; ask again from here
+                    }
+                    at += found.len;
+                    match all.last_mut() {
+                        Some((_, len, flags)) if *flags == found.flags => *len += found.len,
+                        _ => all.push((found.offset, found.len, found.flags)),
+                    }
+                }
+                if at == before {
+                    return Err(5);
+                }
+            }
+            Ok(all)
+        })
+        .map_err(|errno| self.error(errno, &format!("extents of {} bytes at {offset}", end - offset)))
+    }
+
+    fn batch<'py>(&self, py: Python<'py>, requests: &Bound<'py, PyAny>) -> PyResult<Vec<i64>> {
+        let requests = match requests.cast::<PyList>() {
+            Ok(list) => list.clone(),
+            Err(_) => PyList::new(py, requests.try_iter()?.collect::<PyResult<Vec<_>>>()?)?,
+        };
+        let mut held = Vec::with_capacity(requests.len());
+        let mut batch = Vec::with_capacity(requests.len());
+        for request in requests.iter() {
+            let request = request.cast::<PyTuple>()?;
+            if request.len() != 3 {
+                return Err(value_error("a request is (\"r\" or \"w\", buffer, offset)"));
+            }
+            let direction = match request.get_borrowed_item(0)?.extract::<&str>()? {
+                "r" => Direction::Read,
+                "w" => Direction::Write,
+                other => return Err(value_error(format!("direction {other:?}; \"r\" or \"w\""))),
+            };
+            let bytes = Bytes::of(&request.get_item(1)?, direction == Direction::Read)?;
+            let offset = request.get_borrowed_item(2)?.extract()?;
+            batch.push(Transfer { direction, memory: bytes.slice(), offset });
+            held.push(bytes);
+        }
+        let results = py.detach(|| self.engine.batch(&self.inner, &batch));
+        let answer = |(errno, bytes): (i32, &Bytes)| {
+            if errno == 0 { bytes.len() as i64 } else { -i64::from(errno) }
+        };
+        Ok(results.into_iter().zip(&held).map(answer).collect())
+    }
+
+    #[pyo3(signature = (notices, token, operation, offset, length, buffer = None, *, fua = false, unmap = true, fast = false))]
+    #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
+    fn submit(
+        &self,
+        py: Python<'_>,
+        notices: &Notices,
+        token: u64,
+        operation: &str,
+        offset: u64,
+        length: u64,
+        buffer: Option<&Bound<'_, PyAny>>,
+        fua: bool,
+        unmap: bool,
+        fast: bool,
+    ) -> PyResult<()> {
+        let op = self::operation(operation)?;
+        let memory = match (op, buffer) {
+            (Op::Read | Op::Write, Some(buffer)) => {
+                let bytes = Bytes::of(buffer, op == Op::Read)?;
+                if bytes.len() as u64 != length {
+                    return Err(value_error(format!("a buffer of {} bytes for {length}", bytes.len())));
+                }
+                let memory = Memory::Borrowed(bytes.slice());
+                notices.hold(token, bytes)?;
+                memory
+            }
+            (Op::Read | Op::Write, None) => {
+                return Err(value_error(format!("{operation} needs a buffer")));
+            }
+            _ => Memory::None,
+        };
+        let request = Request {
+            device: self.inner.clone(),
+            op,
+            offset,
+            len: length,
+            flags: Flags { fua, unmap, fast, ..Flags::default() },
+            memory,
+            owner: Owner::Notice { notices: notices.inner.clone(), token },
+            started: Instant::now(),
+            done: 0,
+        };
+        py.detach(|| self.engine.start(request));
+        Ok(())
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        stats(py, self.inner.stats().totals())
+    }
+}

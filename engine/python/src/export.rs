@@ -1,0 +1,149 @@
+//! Exports, connections and notices.
+
+use std::collections::HashMap;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Session};
+use blkloom_wire::Style;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::border::{Bytes, os_error, stats, value_error};
+use crate::device::{Device, Engine};
+use crate::places::duplicate;
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Notices {
+    pub inner: Arc<blkloom_core::Notices>,
+    /// Buffers of I/O under way.
+    held: Mutex<HashMap<u64, Bytes>>,
+}
+
+impl Notices {
+    pub fn hold(&self, token: u64, bytes: Bytes) -> PyResult<()> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.contains_key(&token) {
+            return Err(value_error(format!("token {token} is in use")));
+        }
+        held.insert(token, bytes);
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl Notices {
+    #[new]
+    fn new() -> PyResult<Notices> {
+        let inner =
+            blkloom_core::Notices::new().map_err(|error| os_error(error.raw_os_error().unwrap_or(24), "eventfd"))?;
+        Ok(Notices { inner: Arc::new(inner), held: Mutex::new(HashMap::new()) })
+    }
+
+    fn fileno(&self) -> i32 {
+        self.inner.fd().as_raw_fd()
+    }
+
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Vec<(u64, Bound<'py, PyAny>, i32)>> {
+        let mut all = Vec::new();
+        for notice in self.inner.take() {
+            let (result, errno) = match notice.outcome {
+                Outcome::Io { error, found } => {
+                    self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&notice.token);
+                    let found: Vec<_> = found.iter().map(|f| (f.offset, f.len, f.flags)).collect();
+                    let result =
+                        if found.is_empty() { py.None().into_bound(py) } else { found.into_pyobject(py)?.into_any() };
+                    (result, error)
+                }
+                Outcome::Closed { reason } => (reason.into_pyobject(py)?.into_any(), 0),
+            };
+            all.push((notice.token, result, errno));
+        }
+        Ok(all)
+    }
+}
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Export {
+    inner: Arc<blkloom_core::Export>,
+    device: Py<Device>,
+}
+
+#[pymethods]
+impl Export {
+    #[new]
+    #[pyo3(signature = (device, *, name = String::new(), read_only = false))]
+    fn new(device: &Bound<'_, Device>, name: String, read_only: bool) -> Export {
+        let inner = blkloom_core::Export::new(device.get().inner.clone(), name, read_only);
+        Export { inner, device: device.clone().unbind() }
+    }
+
+    #[getter]
+    fn device(&self, py: Python<'_>) -> Py<Device> {
+        self.device.clone_ref(py)
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    #[getter]
+    fn read_only(&self) -> bool {
+        self.inner.read_only
+    }
+
+    #[getter]
+    fn connections(&self) -> usize {
+        self.inner.connections.load(Ordering::Relaxed)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        stats(py, self.inner.stats.totals())
+    }
+}
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Connection(ConnectionHandle);
+
+#[pymethods]
+impl Connection {
+    fn close(&self) {
+        self.0.close();
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    engine, export, fd, notices, token, *, structured = false, extended = false, allocation_context = None,
+    initial = Vec::new(), max_payload = 33_554_432, stall_timeout = 60.0,
+))]
+#[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
+pub fn serve_nbd(
+    py: Python<'_>,
+    engine: &Engine,
+    export: &Export,
+    fd: i32,
+    notices: &Notices,
+    token: u64,
+    structured: bool,
+    extended: bool,
+    allocation_context: Option<u32>,
+    initial: Vec<u8>,
+    max_payload: u32,
+    stall_timeout: f64,
+) -> PyResult<Connection> {
+    let style = match (extended, structured) {
+        (true, _) => Style::Extended,
+        (_, true) => Style::Structured,
+        _ => Style::Simple,
+    };
+    let stall = Duration::try_from_secs_f64(stall_timeout).map_err(value_error)?;
+    let session = Session { style, context: allocation_context, initial, max_payload, stall };
+    let (fd, export, notices) = (duplicate(fd)?, export.inner.clone(), notices.inner.clone());
+    py.detach(|| engine.0.serve_nbd(NbdSession { export, fd, session, notices, token }))
+        .map(Connection)
+        .map_err(|error| os_error(108, &error.to_string()))
+}

@@ -1,0 +1,85 @@
+//! Faults, as the mapper thread sees them.
+
+use std::sync::{Mutex, PoisonError};
+
+use blkloom_core::Answer;
+use pyo3::prelude::*;
+use pyo3::types::{PyAny, PyBytes};
+
+use crate::border::Bytes;
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Fault {
+    inner: Mutex<blkloom_core::Fault>,
+}
+
+impl Fault {
+    pub fn new(fault: blkloom_core::Fault) -> Fault {
+        Fault { inner: Mutex::new(fault) }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut blkloom_core::Fault) -> T) -> T {
+        act(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[pymethods]
+impl Fault {
+    #[getter]
+    fn operation(&self) -> &'static str {
+        self.with(|fault| fault.op.name())
+    }
+
+    #[getter]
+    fn owner(&self) -> u32 {
+        self.with(|fault| fault.owner)
+    }
+
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.with(|fault| fault.offset)
+    }
+
+    #[getter]
+    fn length(&self) -> u64 {
+        self.with(|fault| fault.len)
+    }
+
+    #[getter]
+    fn fua(&self) -> bool {
+        self.with(|fault| fault.flags.fua)
+    }
+
+    #[getter]
+    fn may_unmap(&self) -> bool {
+        self.with(|fault| fault.flags.unmap)
+    }
+
+    #[getter]
+    fn fast(&self) -> bool {
+        self.with(|fault| fault.flags.fast)
+    }
+
+    fn payload<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        self.with(|fault| PyBytes::new(py, fault.payload()))
+    }
+
+    fn retry(&self) {
+        self.with(|fault| fault.answer(Answer::Retry));
+    }
+
+    #[pyo3(signature = (data = None))]
+    fn done(&self, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let bytes = data.map(|data| Bytes::of(data, false)).transpose()?.map(|bytes| bytes.slice().to_vec());
+        self.with(|fault| fault.answer(Answer::Done(bytes)));
+        Ok(())
+    }
+
+    fn extents(&self, extents: Vec<(u64, u32)>) {
+        self.with(|fault| fault.answer(Answer::Extents(extents)));
+    }
+
+    fn fail(&self, errno: i32) {
+        self.with(|fault| fault.answer(Answer::Fail(if errno > 0 { errno } else { 5 })));
+    }
+}

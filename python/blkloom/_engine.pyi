@@ -1,0 +1,306 @@
+"""The engine: moves bytes, knows nothing of formats, tables or protocols' handshakes.
+
+This file is the border of blkloom. Python hands over file descriptors and maps; the engine's
+threads execute requests against them and never call Python. What comes back are faults
+(`Device.next_faults`) and notices (`Notices`).
+
+Offsets and lengths are bytes. Every method may be called from any thread; every method that
+moves bytes or waits releases the GIL. An I/O that fails raises `OSError` with its errno.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, final
+
+from typing_extensions import Buffer
+
+Operation = Literal["read", "write", "flush", "discard", "write_zeroes", "extents"]
+
+@final
+class File:
+    """An open file or block device and how to move bytes to and from it. Owns a duplicate of `fd`.
+
+    direct: `fd` was opened with O_DIRECT. Requests of any alignment are still accepted; those that
+    do not fit `offset_alignment` take a slow read-modify-write under a range lock.
+    label: what errors and logs call it (a path).
+    """
+
+    def __new__(cls, fd: int, *, writable: bool, direct: bool = False, label: str = "") -> File: ...
+    @property
+    def size(self) -> int:
+        """Bytes, now: the file's length or the block device's capacity."""
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def is_block_device(self) -> bool: ...
+    @property
+    def inline(self) -> Literal["always", "nowait", "never"]:
+        """How the file is met first: it never blocks (tmpfs), it is asked with RWF_NOWAIT, or its
+        requests always go to io_uring."""
+    @property
+    def offset_alignment(self) -> int:
+        """Bytes a direct I/O's offset and length must be multiples of; 1 when not direct."""
+    @property
+    def memory_alignment(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+
+@final
+class Region:
+    """A piece of memory shared through a sealed memfd. Owns a duplicate of `fd`.
+
+    The memfd must be sealed against shrinking (F_SEAL_SHRINK), so touching it can never raise
+    SIGBUS; EINVAL otherwise. What was never written reads as zeros and takes no memory.
+    """
+
+    def __new__(cls, fd: int, size: int, *, page_size: int = 4096) -> Region: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that hold data (whole pages)."""
+
+@final
+class Extent:
+    """Where the bytes of a range are. Offsets grow with the range."""
+
+    @staticmethod
+    def data(file: File, offset: int, *, read_only: bool = False) -> Extent:
+        """In a file. Writes to a read_only extent fault (copy on write)."""
+    @staticmethod
+    def memory(region: Region, offset: int) -> Extent: ...
+    @staticmethod
+    def zero(*, discard_writes: bool = False) -> Extent:
+        """Reads as zeros. Writes fault, or vanish when discard_writes (the zero target)."""
+    @staticmethod
+    def error(errno: int) -> Extent: ...
+    @staticmethod
+    def fault() -> Extent:
+        """Ask the target, for reads and writes alike."""
+    @staticmethod
+    def device(device: Device, offset: int) -> Extent:
+        """In another device (stacking)."""
+    @staticmethod
+    def stripes(chunk: int, legs: Sequence[Extent]) -> Extent:
+        """Chunk i is chunk i // len(legs) of leg i % len(legs). `chunk` is in bytes, not
+        necessarily a power of two; legs are data, memory, zero, error or device extents."""
+    @staticmethod
+    def table(table: ClusterTable) -> Extent:
+        """A mapping that grows; the range begins at the table's cluster 0."""
+    @property
+    def kind(self) -> str: ...
+
+@final
+class ClusterTable:
+    """Two levels of atomically readable entries, filled in as faults ask for it.
+
+    `cluster` bytes a power of two from 512; `page` entries a page, a power of two. A page never
+    installed, or dropped, faults. Discards and zero writes to a table always fault.
+
+    An entry is a u64: kind << 61 | file << 49 | (offset >> 9), kind 0 fault, 1 data, 2 data
+    read-only (writes fault), 3 zero (writes fault), 4 error EIO. `file` counts in `files`.
+    """
+
+    def __new__(
+        cls, size: int, cluster: int, files: Sequence[File], *, page: int = 4096
+    ) -> ClusterTable: ...
+    def install(self, first: int, entries: Buffer) -> None:
+        """Store consecutive u64 entries (native endian) from cluster `first` on; they may span
+        pages; pages they touch only in part keep (or start with) fault elsewhere."""
+    def fill(self, first: int, count: int, entry: int) -> None: ...
+    def entry(self, cluster: int) -> int: ...
+    def drop(self, page: int) -> None:
+        """Forget a page; the next request in its range faults."""
+    @property
+    def pages(self) -> int:
+        """Pages held in memory."""
+
+@final
+class Map:
+    """An immutable list of contiguous segments from 0, searched by bisection.
+
+    segments: (start, length, owner, extent) in bytes; owner is the target's number that faults
+    and flushes name. Several consecutive entries may share an owner.
+    flush_owners: owners that want a flush as a fault (after the data files below were synced).
+    """
+
+    def __new__(
+        cls,
+        segments: Sequence[tuple[int, int, int, Extent]],
+        *,
+        flush_owners: Sequence[int] = (),
+    ) -> Map: ...
+    @property
+    def size(self) -> int: ...
+    def __len__(self) -> int: ...
+
+@final
+class Engine:
+    """Loop threads (started when first needed), each with an io_uring, or a thread pool where
+    io_uring is forbidden (the log says so once).
+
+    loops: 0 for one a CPU. spin_us: how long at most a loop polls before it sleeps (adapts down
+    to 0 when that gains nothing).
+    """
+
+    def __new__(
+        cls,
+        *,
+        loops: int = 0,
+        io: Literal["auto", "io_uring", "threads"] = "auto",
+        spin_us: int = 50,
+        threads: int = 16,
+    ) -> Engine: ...
+    @property
+    def io(self) -> Literal["io_uring", "threads"]: ...
+    @property
+    def loops(self) -> int: ...
+    def close(self) -> None:
+        """Closes every connection, finishes what is in flight and joins the threads."""
+
+@final
+class Fault:
+    """A request the map could not answer, parked until `answer` or `fail` (or its time is over)."""
+
+    @property
+    def operation(self) -> Operation: ...
+    @property
+    def owner(self) -> int: ...
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the device (not of the segment)."""
+    @property
+    def length(self) -> int: ...
+    @property
+    def fua(self) -> bool: ...
+    @property
+    def may_unmap(self) -> bool:
+        """write_zeroes: the range may become a hole."""
+    @property
+    def fast(self) -> bool:
+        """write_zeroes: only if faster than writing; ENOTSUP otherwise."""
+    def payload(self) -> bytes:
+        """A write's data (a copy), length bytes."""
+    def retry(self) -> None:
+        """The map has changed: look it up again."""
+    def done(self, data: Buffer | None = None) -> None:
+        """The target did it. Reads pass `length` bytes of data."""
+    def extents(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Answer of an `extents` fault: (length, flags) from its offset on."""
+    def fail(self, errno: int) -> None: ...
+
+class Device:
+    """Executes requests against a map. Born live with `map`, or suspended with none."""
+
+    def __new__(
+        cls,
+        engine: Engine,
+        map: Map | None = None,
+        *,
+        name: str = "",
+        fault_timeout: float = 30.0,
+        **kwargs: Any,
+    ) -> Device: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def suspended(self) -> bool: ...
+
+    # life
+    def suspend(self, *, flush: bool = True, timeout: float | None = None) -> None:
+        """Stop new requests (they park), finish those in flight, flush. TimeoutError leaves the
+        device live."""
+    def swap(self, map: Map) -> None:
+        """Replace the map. Live: returns when no request that began before is in flight."""
+    def resume(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait until no request that looked up the map before this call is in flight. Parked
+        faults do not count, so a fault handler may call it."""
+    def next_faults(self, timeout: float | None = None) -> list[Fault] | None:
+        """All waiting faults, waiting for the first; [] after `timeout`; None once closed."""
+    def attach_mapper(self) -> None:
+        """From now on faults wait for `next_faults` (before, they fail with EIO)."""
+    def close(self) -> None:
+        """Drains without flushing, ends `next_faults`, fails what comes later with ESHUTDOWN."""
+
+    # I/O, synchronous: 0 <= offset, offset + length <= size, else EINVAL (write: ENOSPC)
+    def pread(self, length: int, offset: int) -> bytes: ...
+    def pread_into(self, buffer: Buffer, offset: int) -> int: ...
+    def pwrite(self, data: Buffer, offset: int, *, fua: bool = False) -> int: ...
+    def flush(self) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False
+    ) -> None: ...
+    def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
+        """(offset, length, flags) covering the range; flags as NBD's base:allocation: 1 hole,
+        2 reads as zeros."""
+    def batch(self, requests: Sequence[tuple[Literal["r", "w"], Buffer, int]]) -> list[int]:
+        """Many reads into / writes from (buffer, offset) at once, in no order. Returns bytes moved or -errno, one a
+        request."""
+
+    # I/O, asynchronous: the result comes as a notice (token, result, errno)
+    def submit(
+        self,
+        notices: Notices,
+        token: int,
+        operation: Operation,
+        offset: int,
+        length: int,
+        buffer: Buffer | None = None,
+        *,
+        fua: bool = False,
+        unmap: bool = True,
+        fast: bool = False,
+    ) -> None: ...
+    def stats(self) -> dict[str, Any]:
+        """See `blkloom.stats.Stats`: counters and histograms; reading them costs the loops nothing."""
+
+@final
+class Notices:
+    """What happened, for an event loop: readable `fileno()` means `take()` has something."""
+
+    def __new__(cls) -> Notices: ...
+    def fileno(self) -> int: ...
+    def take(self) -> list[tuple[int, Any, int]]:
+        """(token, result, errno): the I/O submitted with token has ended (result: None, or the
+        extents), or the connection served with token has closed (result: a str, the reason)."""
+
+@final
+class Export:
+    """One way in to a device, with counters of its own. A client of a read_only export cannot write."""
+
+    def __new__(cls, device: Device, *, name: str = "", read_only: bool = False) -> Export: ...
+    @property
+    def device(self) -> Device: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def connections(self) -> int: ...
+    def stats(self) -> dict[str, Any]: ...
+
+def serve_nbd(
+    engine: Engine,
+    export: Export,
+    fd: int,
+    notices: Notices,
+    token: int,
+    *,
+    structured: bool = False,
+    extended: bool = False,
+    allocation_context: int | None = None,
+    initial: bytes = b"",
+    max_payload: int = 33554432,
+    stall_timeout: float = 60.0,
+) -> Connection:
+    """NBD's transmission phase on a connected stream socket, from here on the engine's (it owns
+    a duplicate of fd). allocation_context: the id given to base:allocation by the handshake, None
+    where not selected. initial: bytes the handshake received but did not consume."""
+
+@final
+class Connection:
+    def close(self) -> None:
+        """Finish what is in flight, send the replies that fit, close. The notice follows."""

@@ -1,0 +1,106 @@
+"""Every error blkloom raises on purpose: what, where, which value, and what to do about it.
+
+Each class has an `errno` (what a client of a device sees) and an `exit_code` (what the command
+line ends with; sysexits.h where one fits). They derive from `OSError` where a caller would expect
+one, so `except OSError` keeps working.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a text: source ("--table", a file name), line and column, both from 1."""
+
+    source: str = "table"
+    line: int = 1
+    column: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}"
+
+
+class BlkloomError(Exception):
+    """The base. `what` happened, to which `value`, and the `cure`."""
+
+    errno: int = _errno.EIO
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, cure: str = "", errno: int | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.cure = cure
+        if errno is not None:
+            self.errno = errno
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.cure}" if self.cure else self.what
+
+
+class TableError(BlkloomError, ValueError):
+    """A table that cannot be: `place`, the offending `value` and the cure are fields."""
+
+    errno = _errno.EINVAL
+    exit_code = 65  # EX_DATAERR
+
+    def __init__(self, what: str, *, place: Place | None = None, value: str = "", cure: str = "") -> None:
+        super().__init__(what, cure=cure)
+        self.place = place or Place()
+        self.value = value
+
+    def __str__(self) -> str:
+        shown = f": {self.value!r}" if self.value else ""
+        cure = f" ({self.cure})" if self.cure else ""
+        return f"{self.place}: {self.what}{shown}{cure}"
+
+
+class UnknownTarget(TableError):
+    """A table names a target nobody registered."""
+
+
+class BackingError(BlkloomError, OSError):
+    """A backing file that cannot be used: missing, unreadable, too small, in use."""
+
+    exit_code = 66  # EX_NOINPUT
+
+    def __init__(self, what: str, *, path: str, errno: int, cure: str = "") -> None:
+        BlkloomError.__init__(self, what, cure=cure, errno=errno)
+        self.path = path
+        self.filename = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {BlkloomError.__str__(self)}"
+
+
+class BusyError(BackingError):
+    """A backing file somebody else holds."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
+
+class UsageError(BlkloomError, ValueError):
+    """Arguments of a call or a command that do not go together."""
+
+    errno = _errno.EINVAL
+    exit_code = 64  # EX_USAGE
+
+
+class ListenError(BlkloomError, OSError):
+    """A socket that cannot be listened on."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class ResourceError(BlkloomError, OSError):
+    """Not enough of something (memory, descriptors, connections)."""
+
+    errno = _errno.ENOMEM
+    exit_code = 71  # EX_OSERR
+
+
+class FaultError(OSError):
+    """What a target's fault handler raises to fail a request with a particular errno."""
