@@ -27,7 +27,7 @@ class Place:
 class BlkloomError(Exception):
     """The base. `what` happened, to which `value`, and the `cure`."""
 
-    errno: int = _errno.EIO
+    errno: int | None = _errno.EIO
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, *, cure: str = "", errno: int | None = None) -> None:

@@ -139,7 +139,9 @@ impl Region {
             self.mark(offset, len);
             return Ok(());
         }
-        if first >= last {
+        // A huge page given back may be gone from the system's pool when it is touched again, and
+        // that raises SIGBUS: huge pages are kept.
+        if first >= last || page > 4096 {
             self.zero_written(offset, len);
             return Ok(());
         }

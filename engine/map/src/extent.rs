@@ -117,3 +117,18 @@ where
         }
     }
 }
+
+impl<H: Handles> std::fmt::Debug for Extent<H> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Extent::Data { offset, writable, .. } => write!(f, "Data({offset}, writable {writable})"),
+            Extent::Memory { offset, .. } => write!(f, "Memory({offset})"),
+            Extent::Zero { discard_writes } => write!(f, "Zero(discard_writes {discard_writes})"),
+            Extent::Error(errno) => write!(f, "Error({errno})"),
+            Extent::Fault => write!(f, "Fault"),
+            Extent::Device { offset, .. } => write!(f, "Device({offset})"),
+            Extent::Stripes { chunk, legs } => write!(f, "Stripes({chunk}, {legs:?})"),
+            Extent::Table(table) => write!(f, "Table({} bytes)", table.size()),
+        }
+    }
+}

@@ -118,10 +118,9 @@ pub struct Rules {
 impl Header {
     /// Judges a header: which command, how much payload follows, and whether it must be refused.
     pub fn request(self, rules: &Rules) -> Request {
-        let has_payload = match rules.style {
-            Style::Extended => self.flags & flags::PAYLOAD_LEN != 0,
-            _ => self.kind == 1,
-        };
+        // A write without PAYLOAD_LEN breaks a MUST of extended headers, but QEMU up to 10 sends just
+        // that, payload and all, and QEMU's own server takes it; so do we.
+        let has_payload = self.kind == 1 || rules.style == Style::Extended && self.flags & flags::PAYLOAD_LEN != 0;
         let payload = if has_payload { self.length } else { 0 };
         let command = match self.kind {
             0 => Some(Command::Read),
@@ -135,13 +134,13 @@ impl Header {
             _ => None,
         };
         let refusal = match command {
-            Some(command) => self.judge(command, has_payload, rules),
+            Some(command) => self.judge(command, rules),
             None => Some(Refusal { code: ErrorCode::Invalid, why: "unknown command" }),
         };
         Request { header: self, command, payload, refusal }
     }
 
-    fn judge(self, command: Command, has_payload: bool, rules: &Rules) -> Option<Refusal> {
+    fn judge(self, command: Command, rules: &Rules) -> Option<Refusal> {
         let refuse = |code, why| Some(Refusal { code, why });
         let extended_write = rules.style == Style::Extended && command == Command::Write;
         let structured = rules.style != Style::Simple;
@@ -155,9 +154,6 @@ impl Header {
         };
         if extended_write {
             known |= flags::PAYLOAD_LEN;
-            if !has_payload {
-                return refuse(ErrorCode::Invalid, "a write with extended headers needs PAYLOAD_LEN");
-            }
         }
         if self.flags & !known != 0 {
             return refuse(ErrorCode::Invalid, "unknown command flag");

@@ -1,0 +1,94 @@
+# make demo    sets up, then serves devices and shows what came of it
+# make test    sets up, installs what the tests need (as root; else names it), runs them all
+# make help    says the rest
+
+PYTHON ?= python3
+VENV := .venv
+# rustup puts cargo here, and tells only login shells.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+export PYO3_PYTHON := $(abspath $(VENV)/bin/python)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_QUIET := 1
+
+# Steps share .venv and apt, and their output is meant to be read in order.
+.NOTPARALLEL:
+
+SOURCES := pyproject.toml $(shell find engine -path engine/target -prune -o \
+	'(' -name '*.rs' -o -name Cargo.toml -o -name Cargo.lock ')' -print)
+KERNEL := .cache/kernel
+DEMO_PACKAGES := libnbd-bin
+TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 mount dmsetup \
+	e2fsprogs xfsprogs btrfs-progs
+KERNEL_PACKAGES := qemu-system-x86 kmod
+
+CARGO := cargo --config term.quiet=true
+# The glue to Python has no logic to test, and would need libpython's development files to link.
+ENGINE_TESTS := --manifest-path engine/Cargo.toml --workspace --exclude blkloom-python
+FUZZ_CASES ?= 20000
+
+.PHONY: help setup demo test test-tools lint lint-tools bench fuzz clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | column -t -s '|'
+
+setup: $(VENV)/.built ## .venv/bin/blkloom, built in release mode; quick when nothing changed
+	@echo "$(VENV)/bin/blkloom is ready"
+
+$(VENV)/.created:
+	@scripts/toolchain.sh $(PYTHON)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.build-tools: $(VENV)/.created pyproject.toml
+	@$(VENV)/bin/python scripts/requirements.py build | $(VENV)/bin/pip install -r /dev/stdin
+	@touch $@
+
+# Editable: Python's sources are used where they are, so only the engine's are listed.
+$(VENV)/.built: $(VENV)/.build-tools $(SOURCES)
+	@echo "building the engine (a minute or two the first time)"
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --release --quiet
+	@touch $@
+
+$(VENV)/.test-tools: $(VENV)/.created pyproject.toml
+	@$(VENV)/bin/python scripts/requirements.py test | $(VENV)/bin/pip install -r /dev/stdin
+	@touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.created pyproject.toml
+	@$(VENV)/bin/python scripts/requirements.py lint | $(VENV)/bin/pip install -r /dev/stdin
+	@touch $@
+
+demo: setup ## serves files and memory over NBD, writes, reads back, compares, tells
+	@$(VENV)/bin/python scripts/debian.py install $(DEMO_PACKAGES)
+	@$(VENV)/bin/python scripts/demo.py
+
+test-tools: $(VENV)/.test-tools ## what the tests need: Debian packages, and a kernel in .cache
+	@$(VENV)/bin/python scripts/debian.py install $(TEST_PACKAGES) $(KERNEL_PACKAGES)
+	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
+
+test: setup test-tools ## the engine's tests, then the others
+	$(CARGO) test $(ENGINE_TESTS)
+	$(VENV)/bin/python -m pytest
+
+lint-tools: $(VENV)/.lint-tools
+
+# mypy reads the installed stubs of what the code and the tests import.
+lint: setup lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy --strict
+	MYPYPATH=scripts $(VENV)/bin/mypy --strict scripts
+	MYPYPATH=python $(VENV)/bin/python -m mypy.stubtest blkloom._engine
+	cargo fmt --manifest-path engine/Cargo.toml --all --check
+	$(CARGO) clippy --manifest-path engine/Cargo.toml --workspace --all-targets -- -D warnings
+
+bench: setup ## against peers on this machine; needs fio and the peers
+	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
+	$(VENV)/bin/python -m bench
+
+fuzz: setup $(VENV)/.test-tools ## the property tests, at length: make fuzz FUZZ_CASES=100000
+	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --release $(ENGINE_TESTS)
+	BLKLOOM_FUZZ_CASES=$(FUZZ_CASES) $(VENV)/bin/python -m pytest --timeout=0 tests/property tests/conformance
+
+clean: ## everything that was made, but not the kernel for tests
+	rm -rf $(VENV) engine/target python/blkloom/_engine*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The ground the contenders run on: backing files on tmpfs and on the disk, and a scratch folder.
+
+Files are made when first asked for, filled with random bytes (no holes, nothing to compress) and
+removed at the end, whatever happened. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+_PIECE: Final = 16 << 20
+
+
+class GroundError(Exception):
+    """A place that cannot be used; the text says which, why and the cure."""
+
+
+class Ground:
+    """size: bytes of every device and backing file. tmpfs and disk: folders for them."""
+
+    def __init__(self, *, size: int, tmpfs: Path, disk: Path) -> None:
+        self.size = size
+        self._tmpfs, self._disk = tmpfs, disk
+        self._files: dict[str, Path] = {}
+        self.scratch = Path(tempfile.mkdtemp(prefix="blkloom-bench-"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for path in self._files.values():
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch)
+
+    def tmpfs_file(self) -> Path:
+        """`size` bytes on tmpfs. Raises GroundError."""
+        if _file_system(self._tmpfs) != "tmpfs":
+            raise GroundError(f"{self._tmpfs} is not on tmpfs; name a folder that is with --tmpfs-dir")
+        return self._file("tmpfs", self._tmpfs)
+
+    def disk_file(self) -> Path:
+        """`size` bytes on the machine's disk, written through. Raises GroundError."""
+        if _file_system(self._disk) in ("tmpfs", "ramfs"):
+            raise GroundError(f"{self._disk} is in memory; name a folder on a disk with --disk-dir")
+        return self._file("disk", self._disk)
+
+    def _file(self, kind: str, folder: Path) -> Path:
+        if kind not in self._files:
+            free = shutil.disk_usage(folder).free
+            if free < self.size * 1.1:
+                raise GroundError(f"{folder} has {free >> 20} MiB free, {self.size >> 20} MiB are needed")
+            handle, name = tempfile.mkstemp(prefix="blkloom-bench-", suffix=".img", dir=folder)
+            self._files[kind] = Path(name)
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                piece = os.urandom(_PIECE)
+                for position in range(0, self.size, _PIECE):
+                    file.write(piece[: self.size - position])
+                os.fsync(file.fileno())
+        return self._files[kind]
+
+
+def _file_system(folder: Path) -> str:
+    """Its type, from the mount with the longest matching path (proc_pid_mounts(5))."""
+    real = folder.resolve()
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    fitting = [(point, kind) for point, kind in mounts if real == Path(point) or Path(point) in real.parents]
+    return max(fitting, key=lambda mount: len(mount[0]))[1]

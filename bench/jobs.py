@@ -1,0 +1,94 @@
+"""Jobs: what the load generator is asked to do, and what it said it did.
+
+Pure: builds fio's arguments and reads fio's JSON; nothing is started here. Every contender of a
+workload gets the same job; only the words that say where the data is differ. Source: fio(1).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Pattern = Literal["randrw", "randread", "randwrite", "write"]
+
+
+class JobError(Exception):
+    """fio failed or did not say what it did; the text is for a person."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
+    connections: fio threads, each with a connection of its own. batch: requests a call, for the
+    in-process contenders, which have neither depth nor connections.
+    """
+
+    pattern: Pattern
+    block: int
+    depth: int = 1
+    connections: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What fio did. seconds: the time it measured. p50_us and p99_us: latency over reads and writes."""
+
+    operations: int
+    seconds: float
+    errors: int
+    p50_us: float
+    p99_us: float
+
+
+def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds: float | None) -> list[str]:
+    """The command line. where: the words that name the engine and the data. seconds: how long;
+    None goes once over `size` bytes. The JSON goes to the file `output`.
+
+    norandommap keeps fio from remembering what it touched, which would slow the client and not
+    the server; the sequence of offsets is fio's default and so the same in every run.
+    """
+    timing = ["--time_based", f"--runtime={round(seconds * 1000)}ms"] if seconds is not None else []
+    return [
+        "fio",
+        "--name=bench",
+        *where,
+        f"--rw={job.pattern}",
+        f"--bs={job.block}",
+        f"--iodepth={job.depth}",
+        f"--numjobs={job.connections}",
+        f"--size={size}",
+        *timing,
+        "--norandommap",
+        "--thread",
+        "--group_reporting",
+        "--eta=never",
+        "--output-format=json",
+        f"--output={output}",
+    ]
+
+
+def read_outcome(text: str) -> Outcome:
+    """Read fio's JSON (with --group_reporting: one job) as an Outcome. Raises JobError."""
+    try:
+        (job,) = json.loads(text[text.index("{") :])["jobs"]
+        sides = [side for side in (job["read"], job["write"]) if side["total_ios"]]
+        return Outcome(
+            operations=sum(side["total_ios"] for side in sides),
+            seconds=max((side["runtime"] for side in sides), default=0) / 1000,
+            errors=int(bool(job["error"])) + int(job.get("total_err", 0)),
+            p50_us=_percentile(sides, "50.000000"),
+            p99_us=_percentile(sides, "99.000000"),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(f"fio's output makes no sense ({error!r}): {text[:200]!r}") from error
+
+
+def _percentile(sides: list[dict[str, Any]], which: str) -> float:
+    """Microseconds; reads and writes weighted by how many there were (fio keeps them apart)."""
+    known = [
+        (side["total_ios"], side["clat_ns"]["percentile"][which]) for side in sides if "percentile" in side["clat_ns"]
+    ]
+    total = sum(count for count, _ in known)
+    return float(sum(count * value for count, value in known) / total / 1000) if total else 0.0

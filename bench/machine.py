@@ -1,0 +1,46 @@
+"""The machine: facts that figures mean nothing without, and the versions of who was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+_ASK: Final = {"fio": ["fio", "--version"], "qemu-nbd": ["qemu-nbd", "--version"], "nbdkit": ["nbdkit", "--version"]}
+
+
+def facts() -> dict[str, str]:
+    """Kernel, CPU, memory, load; nothing that names the machine."""
+    cpuinfo = _fields(Path("/proc/cpuinfo"))
+    memory = int(_fields(Path("/proc/meminfo"))["MemTotal"].split()[0])
+    return {
+        "kernel": platform.release(),
+        "cpu": cpuinfo.get("model name", platform.machine()),
+        "cpus": str(len(os.sched_getaffinity(0))),
+        "virtual": "yes" if "hypervisor" in cpuinfo.get("flags", "").split() else "no",
+        "memory": f"{memory / (1 << 20):.1f} GiB",
+        "load before": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def versions(blkloom: str) -> dict[str, str]:
+    """Of blkloom, Python and every peer that is installed, as each calls itself."""
+    said = {"python": platform.python_version(), "blkloom package": version("blkloom")}
+    for name, command in {"blkloom": [blkloom, "--version"], **_ASK}.items():
+        if shutil.which(command[0]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            said[name] = (done.stdout or done.stderr).partition("\n")[0].strip()
+    return said
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """`key : value` lines, the first of each key."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    return found

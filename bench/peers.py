@@ -1,0 +1,258 @@
+"""The contenders: blkloom, and the peers with the settings that may be their best.
+
+One class a way to bring something up. Every one serves the same backing: `Ground.size` bytes of the
+same file (or as much memory, written once before it is measured). Which setting of a peer is its
+best is not decided here: all are measured, the report takes the best. Source: qemu-nbd(8),
+nbdkit(1), nbdkit-file-plugin(1), nbdkit-memory-plugin(1), losetup(8), fio(1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from ground import Ground
+from idle import idle_connections
+from inprocess import table_text
+from jobs import Job, JobError, Outcome
+from measuring import FioSession, Meter
+from results import Sample
+from servers import Server, background, foreground
+
+_SLACK = 4  # connections beyond the job's, for those that have not quite ended
+
+
+def _need(program: str, package: str) -> str:
+    return "" if shutil.which(program) else f"{program} is not installed (Debian: apt install {package})"
+
+
+def _nbd(socket: Path) -> list[str]:
+    return ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={quote(str(socket))}"]
+
+
+@dataclass(frozen=True)
+class Blkloom:
+    """`blkloom serve` as it comes. segments: lines of the table over the backing file. idle:
+    connections that stay idle meanwhile. direct: direct I/O on the file on the disk.
+    """
+
+    command: str
+    family: str
+    target: Literal["loop", "ram"] = "loop"
+    setting: str = ""
+    direct: bool = False
+    segments: int = 1
+    idle: int = 0
+
+    def missing(self) -> str:
+        if shutil.which(self.command):
+            return ""
+        return f"{self.command} does not exist; `make setup` builds it, --blkloom names another"
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        socket = ground.scratch / "blkloom.sock"
+        connections = str(max(1024, self.idle + job.connections + _SLACK))
+        command = [self.command, "serve", "--table", "-", "--socket", str(socket), "--max-connections", connections]
+        with ExitStack() as stack:
+            log = ground.scratch / "blkloom.log"
+            server = stack.enter_context(foreground(command, ready="nbd", log=log, text=self._table(ground)))
+            extra = {}
+            if self.idle:
+                before = server.status("VmRSS")
+                stack.enter_context(idle_connections(socket, self.idle))
+                extra = {
+                    "memory_before": before * 1024.0,
+                    "memory_idle": server.status("VmRSS") * 1024.0,
+                    "idle_connections": float(self.idle),
+                    "threads": float(server.status("Threads")),
+                }
+            session = FioSession(ground, job, _nbd(socket), who="server", server=server, extra=extra)
+            if self.target == "ram":
+                session.fill()
+            yield session
+
+    def _table(self, ground: Ground) -> str:
+        if self.target == "ram":
+            return f"0 {ground.size // 512} ram\n"
+        if self.direct:
+            return f"0 {ground.size // 512} loop {ground.disk_file()} 0 1 direct_io\n"
+        return table_text(ground.tmpfs_file(), ground.size, self.segments)
+
+
+@dataclass(frozen=True)
+class QemuNbd:
+    """qemu-nbd on the raw file, with as many clients allowed as there are connections."""
+
+    aio: Literal["threads", "io_uring"]
+    family: str = "qemu-nbd"
+
+    @property
+    def setting(self) -> str:
+        return f"--aio={self.aio} --cache=writeback"
+
+    def missing(self) -> str:
+        return _need("qemu-nbd", "qemu-utils")
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        socket, pid_file = ground.scratch / "qemu-nbd.sock", ground.scratch / "qemu-nbd.pid"
+        command = ["qemu-nbd", "--fork", f"--pid-file={pid_file}", "-k", str(socket), "-t", "-f", "raw"]
+        command += ["-e", str(job.connections + _SLACK), f"--aio={self.aio}", "--cache=writeback"]
+        command += [str(ground.tmpfs_file())]
+        with background(command, pid_file=pid_file, log=ground.scratch / "qemu-nbd.log") as server:
+            yield FioSession(ground, job, _nbd(socket), who="server", server=server)
+
+
+@dataclass(frozen=True)
+class Nbdkit:
+    """nbdkit's file or memory plugin. threads: requests served at once on a connection."""
+
+    plugin: Literal["file", "memory"]
+    threads: int
+    allocator: Literal["sparse", "malloc"] = "sparse"
+
+    @property
+    def family(self) -> str:
+        return f"nbdkit {self.plugin}"
+
+    @property
+    def setting(self) -> str:
+        return f"-t {self.threads}" + (f" allocator={self.allocator}" if self.plugin == "memory" else "")
+
+    def missing(self) -> str:
+        if lack := _need("nbdkit", "nbdkit"):
+            return lack
+        known = subprocess.run(["nbdkit", "--dump-plugin", self.plugin], capture_output=True)
+        return "" if known.returncode == 0 else f"nbdkit has no plugin {self.plugin}"
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        socket, pid_file = ground.scratch / "nbdkit.sock", ground.scratch / "nbdkit.pid"
+        socket.unlink(missing_ok=True)
+        command = ["nbdkit", "-U", str(socket), "-P", str(pid_file), "-t", str(self.threads), self.plugin]
+        if self.plugin == "file":
+            command += [str(ground.tmpfs_file())]
+        else:
+            command += [str(ground.size), f"allocator={self.allocator}"]
+        with background(command, pid_file=pid_file, log=ground.scratch / "nbdkit.log") as server:
+            session = FioSession(ground, job, _nbd(socket), who="server", server=server)
+            if self.plugin == "memory":
+                session.fill()
+            yield session
+
+
+@dataclass(frozen=True)
+class KernelLoop:
+    """The kernel's loop device on the file, driven by libaio with direct I/O."""
+
+    direct: bool
+    family: str = "/dev/loop"
+
+    @property
+    def setting(self) -> str:
+        return f"--direct-io={'on' if self.direct else 'off'}"
+
+    def missing(self) -> str:
+        if lack := _need("losetup", "mount"):
+            return lack
+        if os.geteuid() != 0:
+            return "setting up a loop device takes root"
+        return "" if Path("/dev/loop-control").exists() else "this kernel has no /dev/loop-control"
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        command = ["losetup", "--find", "--show", self.setting, str(ground.tmpfs_file())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"losetup: {done.stderr.strip()}")
+        device = done.stdout.strip()
+        try:
+            used = Path(f"/sys/block/{Path(device).name}/loop/dio").read_text().strip()
+            if used != str(int(self.direct)):
+                raise OSError(f"{device}: asked for {self.setting}, the kernel says dio={used}")
+            where = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
+            yield FioSession(ground, job, where, who="kernel")
+        finally:
+            subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@dataclass(frozen=True)
+class FioOnFile:
+    """No server: fio's io_uring engine with direct I/O on the file on the disk itself."""
+
+    family: str = "fio io_uring on the file"
+    setting: str = "--direct=1"
+
+    def missing(self) -> str:
+        return ""
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        where = ["--ioengine=io_uring", "--direct=1", f"--filename={ground.disk_file()}"]
+        yield FioSession(ground, job, where, who="nobody")
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A Python program that does the I/O itself (inprocess.py). The server is that program."""
+
+    side: Literal["preadv", "ram", "map"]
+    family: str
+    number: int = 1
+    setting: str = ""
+
+    def missing(self) -> str:
+        return ""
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[_ProgramSession]:
+        subject = "-" if self.side == "ram" else str(ground.tmpfs_file())
+        program = [sys.executable, str(Path(__file__).with_name("inprocess.py"))]
+        command = [*program, self.side, subject, str(ground.size), str(self.number)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            session = _ProgramSession(process, seconds_wanted=self.side == "map")
+            session.wait()
+            yield session
+
+
+class _ProgramSession:
+    """Asks the program a line at a time. seconds_wanted: the figure is the time, not the rate."""
+
+    def __init__(self, process: subprocess.Popen[str], *, seconds_wanted: bool) -> None:
+        self._process, self._seconds_wanted = process, seconds_wanted
+        self._server = Server(process.pid)
+
+    def wait(self) -> None:
+        """Until it is ready. Raises JobError with its last words."""
+        if self._read() != "ready":
+            raise JobError("the in-process program does not say it is ready")
+
+    def measure(self, seconds: float) -> Sample:
+        assert self._process.stdin
+        meter = Meter(self._server, "server")
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._read())
+        outcome = Outcome(int(answer["operations"]), answer["seconds"], errors=0, p50_us=0, p99_us=0)
+        extra = {name: value for name, value in answer.items() if name == "parse_seconds"}
+        return meter.sample(outcome, value=outcome.seconds if self._seconds_wanted else None, extra=extra)
+
+    def _read(self) -> str:
+        assert self._process.stdout
+        if line := self._process.stdout.readline().strip():
+            return line
+        assert self._process.stderr
+        raise JobError(f"the in-process program ended: {self._process.stderr.read()[-400:].strip()}")

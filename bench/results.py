@@ -1,0 +1,196 @@
+"""Results: the data a run leaves behind, its JSON form, and what is computed from it.
+
+Plain frozen dataclasses; the file format is their JSON (msgspec checks it when it is read).
+Nothing is thrown away: every sample of every round is kept, and all statistics can be computed
+again from the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import msgspec
+
+Verdict = Literal["met", "missed", "reported", "not measured"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender in one round.
+
+    value: in the workload's unit. operations: I/Os behind it. server_cpu: seconds of CPU of the
+    server process (utime + stime), or of the kernel's workers; None where nobody serves.
+    client_cpu: of the load generator. other_cpu: what the rest of the machine used meanwhile, the
+    disturbance. stolen: seconds the hypervisor took away. errors: I/O errors. p50_us, p99_us: latency.
+    extra: further figures by name (bytes, seconds).
+    """
+
+    value: float
+    operations: int
+    server_cpu: float | None
+    client_cpu: float
+    other_cpu: float
+    stolen: float
+    seconds: float
+    errors: int = 0
+    p50_us: float = 0.0
+    p99_us: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cpu_per_million(self) -> float | None:
+        """Server CPU seconds per million I/Os."""
+        if self.server_cpu is None or not self.operations:
+            return None
+        return self.server_cpu / self.operations * 1e6
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One contender of a workload: family is who it is, setting how it was set up. samples are in
+    the order of the rounds. trouble says why there are none.
+    """
+
+    family: str
+    setting: str
+    samples: list[Sample]
+    trouble: str = ""
+
+    @property
+    def values(self) -> list[float]:
+        return [sample.value for sample in self.samples]
+
+    @property
+    def errors(self) -> int:
+        return sum(sample.errors for sample in self.samples)
+
+    @property
+    def figure(self) -> float:
+        """The median over the rounds."""
+        return median(self.values)
+
+    @property
+    def cpu_per_million(self) -> float | None:
+        known = [cost for sample in self.samples if (cost := sample.cpu_per_million) is not None]
+        return median(known) if known else None
+
+    @property
+    def client_cpu_per_million(self) -> float:
+        return median(s.client_cpu / s.operations * 1e6 if s.operations else 0.0 for s in self.samples)
+
+    def extra(self, name: str) -> float | None:
+        known = [sample.extra[name] for sample in self.samples if name in sample.extra]
+        return median(known) if known else None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """subject against peer, both families. at_least: the ratio wanted; at_most: a bound on the
+    subject's own figure; neither: reported only.
+    """
+
+    subject: str
+    peer: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkloadResult:
+    """unit: of every value: "IOPS" (more is better) or "s" (less is better)."""
+
+    name: str
+    title: str
+    unit: Literal["IOPS", "s"]
+    block: int
+    goals: list[Goal]
+    contests: list[Contest]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that was not measured, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run. complete: every row with full rounds, fit for publication."""
+
+    when: str
+    complete: bool
+    rounds: int
+    seconds: float
+    machine: dict[str, str]
+    versions: dict[str, str]
+    missing: list[Missing]
+    workloads: list[WorkloadResult]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A goal held against the figures. peer: its best setting. ratio: of the medians; round_ratio:
+    the median of the ratios round by round, with their range in round_low and round_high.
+    """
+
+    workload: WorkloadResult
+    goal: Goal
+    subject: Contest | None
+    peer: Contest | None
+    ratio: float | None
+    round_ratio: float | None
+    round_low: float | None
+    round_high: float | None
+    verdict: Verdict
+
+
+def compare(workload: WorkloadResult) -> list[Comparison]:
+    """One Comparison a goal, in order."""
+    return [_compare(workload, goal) for goal in workload.goals]
+
+
+def best(workload: WorkloadResult, family: str) -> Contest | None:
+    """The setting of `family` with the best median; None if none was measured."""
+    measured = [contest for contest in workload.contests if contest.family == family and contest.samples]
+    if not measured:
+        return None
+    return (max if workload.unit == "IOPS" else min)(measured, key=lambda contest: contest.figure)
+
+
+def _compare(workload: WorkloadResult, goal: Goal) -> Comparison:
+    subject, peer = best(workload, goal.subject), best(workload, goal.peer)
+    ratio = round_ratio = low = high = None
+    if subject and peer:
+        ratio = subject.figure / peer.figure
+        ratios = [a / b for a, b in zip(subject.values, peer.values, strict=False)]
+        round_ratio, low, high = median(ratios), min(ratios), max(ratios)
+    return Comparison(workload, goal, subject, peer, ratio, round_ratio, low, high, _verdict(goal, subject, ratio))
+
+
+def _verdict(goal: Goal, subject: Contest | None, ratio: float | None) -> Verdict:
+    if subject is None:
+        return "not measured"
+    if subject.errors:
+        return "missed"  # a fast wrong answer meets no goal
+    if goal.at_most is not None:
+        return "met" if subject.figure <= goal.at_most else "missed"
+    if ratio is None:
+        return "not measured"
+    if goal.at_least is None:
+        return "reported"
+    return "met" if ratio >= goal.at_least else "missed"
+
+
+def save(run: Run, path: Path) -> None:
+    """As indented JSON."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+
+
+def load(path: Path) -> Run:
+    """Raises OSError, or msgspec.DecodeError naming the field that is wrong."""
+    return msgspec.json.decode(path.read_bytes(), type=Run)

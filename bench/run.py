@@ -1,0 +1,166 @@
+"""`make bench`: measure blkloom against its peers, keep the results, write the report.
+
+    bench/run.py                    all rows, 5 rounds; results go to bench/results
+    bench/run.py --quick            2 short rounds, to see that it works
+    bench/run.py --only 'direct'    some rows
+    bench/run.py --report           write docs/performance.md from bench/results/latest.json
+
+Progress goes to standard error, the names of the files written to standard output. Exit codes: 0
+measured (goals met or not: the report says), 1 something kept a row of blkloom's from being
+measured, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ground import Ground
+from machine import facts, versions
+from measuring import Effort, Workload, measure
+from plot import svg
+from reporting import markdown
+from results import Missing, Run, WorkloadResult, compare, load, save
+from rows import workloads
+
+_HERE: Final = Path(__file__).resolve().parent
+_RESULTS: Final = _HERE / "results"
+_PAGE: Final = _HERE.parent / "docs" / "performance.md"
+_SIZE: Final = 1 << 30
+_FULL: Final = Effort(rounds=5, seconds=3.0, warm_up=0.7)
+_QUICK: Final = Effort(rounds=2, seconds=0.7, warm_up=0.2)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Two short rounds; figures are not for quoting.")
+@click.option("--only", metavar="REGEX", help="Only rows whose name matches (see --list).")
+@click.option("--list", "listing", is_flag=True, help="Print the rows and who takes part, and stop.")
+@click.option("--rounds", type=click.IntRange(1), help=f"Rounds; {_FULL.rounds} unless --quick.")
+@click.option("--seconds", type=click.FloatRange(0.1), help=f"Of each measurement; {_FULL.seconds:g} unless --quick.")
+@click.option("--out", type=click.Path(path_type=Path), default=_RESULTS, help="Folder for the results.")
+@click.option("--report", is_flag=True, help="Measure nothing; write docs/performance.md from OUT/latest.json.")
+@click.option("--blkloom", "command", help="The blkloom command to measure; the one of this Python unless given.")
+@click.option("--tmpfs-dir", type=click.Path(path_type=Path), default=Path("/dev/shm"), show_default=True)
+@click.option("--disk-dir", type=click.Path(path_type=Path), default=Path("/var/tmp"), show_default=True)
+def main(
+    quick: bool,
+    only: str | None,
+    listing: bool,
+    rounds: int | None,
+    seconds: float | None,
+    out: Path,
+    report: bool,
+    command: str | None,
+    tmpfs_dir: Path,
+    disk_dir: Path,
+) -> None:
+    """Measure blkloom against qemu-nbd, nbdkit, /dev/loop, fio and os.preadv."""
+    command = command or str(Path(sys.executable).with_name("blkloom"))
+    chosen = [workload for workload in workloads(command) if not only or re.search(only, workload.name)]
+    if not chosen:
+        raise click.UsageError(f"--only {only!r} matches no row; --list shows them")
+    if listing:
+        return _list(chosen)
+    if report:
+        return _report(out)
+    effort = _QUICK if quick else _FULL
+    effort = Effort(rounds or effort.rounds, seconds or effort.seconds, effort.warm_up)
+    complete = not only and effort.rounds >= _FULL.rounds and effort.seconds >= _FULL.seconds
+    _prepare_process()
+    when = datetime.now(UTC)
+    machine, known = facts(), versions(command)
+    with Ground(size=_SIZE, tmpfs=tmpfs_dir, disk=disk_dir) as ground:
+        results, missing = _measure(chosen, ground, effort)
+    run = Run(f"{when:%Y-%m-%d}", complete, effort.rounds, effort.seconds, machine, known, missing, results)
+    _keep(run, out, f"{when:%Y%m%dT%H%M%S}")
+    sys.exit(int(any(c.subject is None for result in results for c in compare(result))))
+
+
+def _measure(chosen: list[Workload], ground: Ground, effort: Effort) -> tuple[list[WorkloadResult], list[Missing]]:
+    console = Console(stderr=True, highlight=False)
+    results: list[WorkloadResult] = []
+    missing: list[Missing] = []
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=sum(len(workload.contenders) for workload in chosen) * effort.rounds)
+        for workload in chosen:
+            result, lacking = measure(
+                workload, ground, effort, report=lambda what: progress.update(task, description=what, advance=1)
+            )
+            results.append(result)
+            missing += lacking
+            for comparison in compare(result):
+                ratio = f"{comparison.ratio:.2f}x" if comparison.ratio is not None else "no ratio"
+                goal = comparison.goal
+                console.print(
+                    f"{workload.name}: {goal.subject} / {goal.peer}: {ratio}, {comparison.verdict}", markup=False
+                )
+            for lack in lacking:
+                console.print(f"missing: {lack.what}: {lack.why}", markup=False)
+    return results, missing
+
+
+def _keep(run: Run, out: Path, stamp: str) -> None:
+    """The results, their table and picture; a complete run also becomes latest.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / f"{stamp}.{ending}" for ending in ("json", "md", "svg")]
+    save(run, written[0])
+    written[1].write_text(markdown(run, plot=written[2].name))
+    written[2].write_text(svg(run))
+    if run.complete:
+        written.append(out / "latest.json")
+        save(run, written[-1])
+    for path in written:
+        click.echo(path)
+
+
+def _report(out: Path) -> None:
+    try:
+        run = load(out / "latest.json")
+    except FileNotFoundError as error:
+        raise click.ClickException(f"{error.filename} does not exist; a complete run makes it") from error
+    picture = _PAGE.with_suffix(".svg")
+    _PAGE.parent.mkdir(exist_ok=True)
+    _PAGE.write_text(markdown(run, plot=picture.name))
+    picture.write_text(svg(run))
+    click.echo(_PAGE)
+    click.echo(picture)
+
+
+def _list(chosen: list[Workload]) -> None:
+    for workload in chosen:
+        click.echo(f"{workload.name}: {workload.title}")
+        for contender in workload.contenders:
+            lack = contender.missing()
+            click.echo(f"    {contender.family} {contender.setting}" + (f"  [missing: {lack}]" if lack else ""))
+
+
+def _prepare_process() -> None:
+    """Room for descriptors of 1,000 idle connections, here and in what is started; SIGTERM unwinds."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+//! Maps and cluster tables against slow, obvious models.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::sync::Arc;
+
+use blkloom_map::{ClusterTable, Entry, Extent, Handles, Map, MapError, Place, Segment};
+use proptest::prelude::*;
+
+#[derive(Debug)]
+struct Numbers;
+
+impl Handles for Numbers {
+    type File = u32;
+    type Region = u32;
+    type Device = u32;
+}
+
+/// One byte's place, in a form that compares.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum At {
+    Data(u32, u64, bool),
+    Memory(u32, u64),
+    Zero,
+    Error(i32),
+    Fault,
+    Device(u32, u64),
+}
+
+fn at(place: &Place<'_, Numbers>, plus: u64) -> At {
+    match place {
+        Place::Data { file, offset, writable, .. } => At::Data(**file, offset + plus, *writable),
+        Place::Memory { region, offset } => At::Memory(**region, offset + plus),
+        Place::Zero { .. } => At::Zero,
+        Place::Error(errno) => At::Error(*errno),
+        Place::Fault => At::Fault,
+        Place::Device { device, offset } => At::Device(**device, offset + plus),
+    }
+}
+
+fn leaf() -> impl Strategy<Value = Extent<Numbers>> {
+    prop_oneof![
+        (0u32..4, 0u64..1000, any::<bool>()).prop_map(|(file, offset, writable)| Extent::Data { file, offset, writable }),
+        (0u32..4, 0u64..1000).prop_map(|(region, offset)| Extent::Memory { region, offset }),
+        Just(Extent::Zero { discard_writes: true }),
+        (1i32..100).prop_map(Extent::Error),
+        (0u32..4, 0u64..1000).prop_map(|(device, offset)| Extent::Device { device, offset }),
+    ]
+}
+
+fn extent() -> impl Strategy<Value = Extent<Numbers>> {
+    prop_oneof![
+        3 => leaf(),
+        1 => Just(Extent::Fault),
+        2 => (1u64..9, prop::collection::vec(leaf(), 1..5))
+            .prop_map(|(chunk, legs)| Extent::Stripes { chunk, legs: legs.into() }),
+    ]
+}
+
+/// The model: what the definition of each kind says of byte `i`.
+fn model(extent: &Extent<Numbers>, i: u64) -> At {
+    match extent {
+        Extent::Data { file, offset, writable } => At::Data(*file, offset + i, *writable),
+        Extent::Memory { region, offset } => At::Memory(*region, offset + i),
+        Extent::Zero { .. } => At::Zero,
+        Extent::Error(errno) => At::Error(*errno),
+        Extent::Device { device, offset } => At::Device(*device, offset + i),
+        Extent::Stripes { chunk, legs } => {
+            let n = legs.len() as u64;
+            model(&legs[(i / chunk % n) as usize], i / chunk / n * chunk + i % chunk)
+        }
+        Extent::Fault | Extent::Table(_) => At::Fault,
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_lookup_agrees_with_the_definition(
+        parts in prop::collection::vec((1u64..40, extent()), 1..12),
+        queries in prop::collection::vec((0u64..500, 1u64..100), 1..30),
+    ) {
+        let (mut bytes, mut segments, mut start) = (Vec::new(), Vec::new(), 0);
+        for (owner, (len, extent)) in parts.into_iter().enumerate() {
+            bytes.extend((0..len).map(|i| (owner as u32, model(&extent, i))));
+            segments.push(Segment { start, end: start + len, owner: owner as u32, extent });
+            start += len;
+        }
+        let map = Map::new(segments, vec![]).unwrap();
+        prop_assert_eq!(map.size(), start);
+        for (offset, len) in queries {
+            match map.lookup(offset, len) {
+                None => prop_assert!(offset >= start),
+                Some(piece) => {
+                    prop_assert!(piece.len >= 1 && piece.len <= len && offset + piece.len <= start);
+                    for i in 0..piece.len {
+                        prop_assert_eq!((piece.owner, at(&piece.place, i)), bytes[(offset + i) as usize]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cluster_table_is_the_list_of_its_entries(
+        installs in prop::collection::vec((0u64..60, prop::collection::vec((0u64..5, 0u64..3, 0u64..8), 1..20)), 0..20),
+        drops in prop::collection::vec(0u64..8, 0..3),
+        queries in prop::collection::vec((0u64..64 * 1024, 1u64..9000), 1..40),
+    ) {
+        const CLUSTER: u64 = 1024;
+        let table = Arc::new(ClusterTable::<Numbers>::new(64 * CLUSTER, CLUSTER, 8, vec![7, 8, 9]).unwrap());
+        let mut model = [0u64; 64];
+        for (first, entries) in installs {
+            let entries: Vec<u64> = entries.iter().map(|(kind, file, at)| kind << 61 | file << 49 | at * 2).collect();
+            let installed = table.install(first, &entries);
+            if first as usize + entries.len() <= 64 {
+                installed.unwrap();
+                model[first as usize..][..entries.len()].copy_from_slice(&entries);
+            } else {
+                prop_assert!(installed.is_err(), "past the end");
+            }
+        }
+        for page in drops {
+            table.drop_page(page).unwrap();
+            model[page as usize * 8..][..8].fill(0);
+        }
+        let extent = Extent::Table(table.clone());
+        let map = Map::new(vec![Segment { start: 0, end: 64 * CLUSTER, owner: 0, extent }], vec![]).unwrap();
+        for (offset, len) in queries {
+            let piece = map.lookup(offset, len).unwrap();
+            for i in [0, piece.len / 2, piece.len - 1] {
+                let entry = Entry(model[((offset + i) / CLUSTER) as usize]);
+                let within = (offset + i) % CLUSTER;
+                let expected = match entry.kind() {
+                    Entry::KIND_DATA => At::Data(7 + entry.file() as u32, entry.offset() + within, true),
+                    Entry::KIND_READ_ONLY => At::Data(7 + entry.file() as u32, entry.offset() + within, false),
+                    Entry::KIND_ZERO => At::Zero,
+                    Entry::KIND_ERROR => At::Error(5),
+                    _ => At::Fault,
+                };
+                prop_assert_eq!(at(&piece.place, i), expected, "byte {} of {}+{}", i, offset, piece.len);
+            }
+        }
+    }
+}
+
+#[test]
+fn contiguous_clusters_are_one_piece() {
+    let table = ClusterTable::<Numbers>::new(1 << 30, 65536, 4096, vec![1]).unwrap();
+    table.fill(0, 4096, Entry(Entry::KIND_DATA << 61 | 8)).unwrap();
+    let extent = Extent::Table(Arc::new(table));
+    let map = Map::new(vec![Segment { start: 0, end: 1 << 30, owner: 0, extent }], vec![]).unwrap();
+    assert_eq!(map.lookup(5000, 1 << 20).unwrap().len, 1 << 20);
+}
+
+#[test]
+fn bad_maps_say_what_is_wrong() {
+    let zero = |start, end| Segment::<Numbers> { start, end, owner: 0, extent: Extent::Zero { discard_writes: true } };
+    let error = |segments| Map::new(segments, vec![]).map(|_| ()).unwrap_err();
+    assert_eq!(error(vec![]), MapError::Empty);
+    assert_eq!(error(vec![zero(0, 8), zero(9, 12)]), MapError::Gap { at: 8, start: 9 });
+    assert_eq!(error(vec![zero(0, 8), zero(7, 12)]), MapError::Gap { at: 8, start: 7 });
+    assert_eq!(error(vec![zero(0, 0)]), MapError::Length { start: 0, length: 0 });
+    assert!(matches!(error(vec![zero(0, 1 << 63)]), MapError::Length { .. }));
+}
+
+#[test]
+fn entries_that_name_no_file_are_refused() {
+    let table = ClusterTable::<Numbers>::new(1 << 20, 512, 16, vec![1]).unwrap();
+    assert!(table.install(0, &[Entry::KIND_DATA << 61 | 1 << 49]).is_err());
+    assert!(table.install(0, &[7 << 61]).is_err());
+    assert!(table.fill(0, 3000, Entry::FAULT).is_err());
+    assert!(ClusterTable::<Numbers>::new(1 << 20, 513, 16, vec![]).is_err());
+}

@@ -1,0 +1,122 @@
+"""Which devices a command line asks for, and opening them so that all or none stay open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from blkloom import _engine
+from blkloom.device import Device
+from blkloom.device.open_device import whole_file
+from blkloom.errors import BackingError, Place, TableError, UsageError
+from blkloom.table import Segment, Table, parse, parse_concise
+from blkloom.target.ram import Ram
+from blkloom.target.registry import Targets, all_targets
+from blkloom.units import SECTOR, Bytes, Sectors, to_sectors
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """A device to open: its name (also the export's), and its table."""
+
+    name: str
+    table: Table
+    read_only: bool = False
+
+
+def requested(
+    files: Sequence[str],
+    table: str | None,
+    source: str,
+    table_file: str | None,
+    ram: Bytes | None,
+    named: Sequence[str],
+    concise: str | None,
+) -> list[DeviceRequest]:
+    """The devices in the order to open them. A single FILE, --table or --ram has the name "".
+
+    Raises TableError, BackingError, UsageError.
+    """
+    targets = all_targets()
+    single = [text for text in (table, table_file, ram) if text is not None]
+    if len(single) + bool(files) > 1:
+        raise UsageError("FILE, --table, --table-file and --ram exclude each other", cure="add devices with --device")
+    found = []
+    if table is not None:
+        found.append(DeviceRequest("", parse(table, targets=targets, source=source)))
+    elif table_file is not None:
+        found.append(DeviceRequest("", parse(_text_of(table_file), targets=targets, source=table_file)))
+    elif ram is not None:
+        found.append(DeviceRequest("", _ram(ram)))
+    elif len(files) == 1:
+        found.append(DeviceRequest("", whole_file(files[0])))
+    else:
+        found += [DeviceRequest(Path(file).name, whole_file(file)) for file in files]
+    found += [_named(text, targets) for text in named]
+    if concise is not None:
+        devices = parse_concise(concise, targets=targets, source="--concise")
+        found += [DeviceRequest(device.name, device.table, device.read_only) for device in devices]
+    if not found:
+        raise UsageError("nothing to serve", cure="name a FILE, or give --table, --ram or --device")
+    names = [device.name for device in found]
+    if double := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"two devices are called {sorted(double)[0]!r}", cure="name them with --device NAME=TABLE")
+    return found
+
+
+def _text_of(path: str) -> str:
+    try:
+        return os.fsdecode(Path(path).read_bytes())
+    except OSError as error:
+        raise BackingError(error.strerror or "cannot be read", path=path, errno=error.errno or 5) from error
+
+
+def _ram(size: Bytes) -> Table:
+    if size < SECTOR or size % SECTOR:
+        raise UsageError(f"--ram {size}: must be a multiple of {SECTOR} bytes, and not nothing")
+    return Table((Segment(Sectors(0), to_sectors(size), Ram(), Place("--ram")),))
+
+
+def _named(text: str, targets: Targets) -> DeviceRequest:
+    name, equals, table = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--device {text!r} is not NAME=TABLE", cure="as in --device disk='0 2048 zero'")
+    return DeviceRequest(name, parse(table, targets=targets, source=f"--device {name}"))
+
+
+@contextmanager
+def open_devices(
+    requests: Sequence[DeviceRequest],
+    *,
+    engine: _engine.Engine,
+    read_only: bool,
+    direct_io: bool,
+    shared: bool,
+    fault_timeout: float,
+) -> Iterator[dict[str, Device]]:
+    """Opens the devices in order; later ones may name earlier ones. Closes them in reverse order:
+    drained and flushed, an error of the flush raised when all are closed.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, Device] = {}
+        for request in requests:
+            try:
+                device = Device(
+                    request.table,
+                    engine=engine,
+                    name=request.name,
+                    read_only=read_only or request.read_only,
+                    direct_io=direct_io,
+                    shared=shared,
+                    fault_timeout=fault_timeout,
+                    devices=opened,
+                )
+            except TableError as error:
+                if error.place.source == "table":
+                    error.place = Place(f"--device {request.name}", error.place.line, error.place.column)
+                raise
+            opened[request.name] = stack.enter_context(device)
+        yield opened

@@ -1,0 +1,149 @@
+"""A device's I/O as coroutines: submitted to the engine's loops, finished through one descriptor.
+
+No threads are involved: `submit` hands the request over, an event descriptor tells the event loop
+that requests have ended. An AsyncDevice belongs to the loop it was made in. Cancelling a coroutine
+abandons the wait, not the I/O: the engine keeps the buffer until the I/O has ended, so a buffer
+given to a cancelled `pread_into` may still be written to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from blkloom import _engine
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class AsyncDevice:
+    """The coroutines have the names, arguments and errors of the device's own methods.
+
+    An async context manager; `aclose` waits for what is under way and leaves the device open.
+    """
+
+    def __init__(self, device: _engine.Device) -> None:
+        self.device = device
+        self._loop = asyncio.get_running_loop()
+        self._notices = _engine.Notices()
+        self._tokens = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.Future[Any], Buffer | None]] = {}
+        self._closed = False
+        self._loop.add_reader(self._notices.fileno(), self._collect)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.device.size
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        """`length` bytes from `offset` on."""
+        buffer = bytearray(length)
+        await self._submit("read", offset, length, buffer)
+        return bytes(buffer)
+
+    async def pread_into(self, buffer: Buffer, offset: int) -> int:
+        """Fills `buffer` from `offset` on; without a copy. Bytes read: all of it."""
+        length = _size(buffer)
+        await self._submit("read", offset, length, buffer)
+        return length
+
+    async def pwrite(self, data: Buffer, offset: int, *, fua: bool = False) -> int:
+        """Writes all of `data`, which must not change meanwhile. fua: durable when this returns."""
+        length = _size(data)
+        await self._submit("write", offset, length, data, fua=fua)
+        return length
+
+    async def flush(self) -> None:
+        """Makes every write that has completed durable."""
+        await self._submit("flush", 0, 0)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The range is not needed any more."""
+        await self._submit("discard", offset, length)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False
+    ) -> None:
+        """Makes the range read as zeros; unmap: it may become a hole; fast: or fail at once."""
+        await self._submit("write_zeroes", offset, length, unmap=unmap, fast=fast, fua=fua)
+
+    async def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
+        """(offset, length, flags) covering the range; flags 1 hole, 2 reads as zeros."""
+        found: list[tuple[int, int, int]] = await self._submit(
+            "extents", offset, self.device.size - offset if length is None else length
+        )
+        return found
+
+    async def batch(self, requests: Sequence[tuple[Literal["r", "w"], Buffer, int]]) -> list[int]:
+        """Many reads into and writes from (buffer, offset) at once, in no order. Bytes moved or
+        -errno, one a request.
+        """
+        outcomes = await asyncio.gather(
+            *(
+                self.pread_into(buffer, offset) if way == "r" else self.pwrite(buffer, offset)
+                for way, buffer, offset in requests
+            ),
+            return_exceptions=True,
+        )
+        return [_moved(outcome) for outcome in outcomes]
+
+    async def aclose(self) -> None:
+        """Waits for the I/O under way, whatever comes of it, and lets the event loop go."""
+        if self._closed:
+            return
+        self._closed = True
+        if futures := [future for future, _ in self._waiting.values()]:
+            await asyncio.gather(*futures, return_exceptions=True)
+        self._loop.remove_reader(self._notices.fileno())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _submit(
+        self, operation: _engine.Operation, offset: int, length: int, buffer: Buffer | None = None, **flags: bool
+    ) -> Any:
+        if self._closed:
+            raise RuntimeError("the asynchronous view of the device is closed")
+        token = next(self._tokens)
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting[token] = (future, buffer)
+        try:
+            self.device.submit(self._notices, token, operation, offset, length, buffer, **flags)
+        except BaseException:
+            del self._waiting[token]
+            raise
+        # Shielded, so that cancelling leaves the entry (and with it the buffer) to `_collect`.
+        return await asyncio.shield(future)
+
+    def _collect(self) -> None:
+        for token, result, number in self._notices.take():
+            future, _ = self._waiting.pop(token)
+            if number:
+                future.set_exception(OSError(number, os.strerror(number)))
+                future.exception()  # nobody may be waiting any more; that is not worth a warning
+            else:
+                future.set_result(result)
+
+
+def _size(buffer: Buffer) -> int:
+    with memoryview(buffer) as view:
+        return view.nbytes
+
+
+def _moved(outcome: int | BaseException) -> int:
+    if isinstance(outcome, int):
+        return outcome
+    if isinstance(outcome, OSError) and outcome.errno:
+        return -outcome.errno
+    raise outcome

@@ -1,0 +1,232 @@
+"""A device: a name, an active and an inactive table, suspended or live.
+
+The I/O methods are the engine's own, inherited: they cost what the engine costs, release the GIL
+and may be called from any thread. What this class adds is the life of a device as device-mapper
+knows it: `load` fills the inactive slot, `resume` swaps it in, `suspend` stops new requests, drains
+and flushes, `close` ends it. Changes of the life are serialized; a failed load or swap leaves the
+active table as it was. Closing gives up every file and lock, also of a load that failed half-way.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self, cast
+
+from blkloom import _engine
+from blkloom.device.async_device import AsyncDevice
+from blkloom.device.at_exit import close_at_exit, forget
+from blkloom.device.compose import LoadedTable, compose
+from blkloom.device.mapper import Mapper
+from blkloom.device.raw_io import RawDevice
+from blkloom.errors import UsageError
+from blkloom.table import Table
+from blkloom.target.holding import HeldFiles
+from blkloom.target.opening import Opening
+
+_log = logging.getLogger(__name__)
+
+
+class Device(_engine.Device):
+    """A virtual block device built from a table. A context manager; close it when done.
+
+    Offsets and lengths of I/O are bytes; errors are OSError with the errno a disk would give.
+    """
+
+    read_only: bool
+    """Writes fail with EROFS."""
+    engine: _engine.Engine
+    """The engine whose loops serve this device's exports and asynchronous I/O."""
+
+    def __new__(
+        cls,
+        table: Table | None = None,
+        *,
+        engine: _engine.Engine | None = None,
+        name: str = "",
+        fault_timeout: float = 30.0,
+        **_for_init: Any,
+    ) -> Self:
+        """Makes the engine's half: suspended and without a map."""
+        loops = engine or _engine.Engine()
+        self = cast(Self, super().__new__(cls, loops, None, name=name, fault_timeout=fault_timeout))
+        self.engine = loops
+        return self
+
+    def __init__(
+        self,
+        table: Table | None = None,
+        *,
+        engine: _engine.Engine | None = None,
+        name: str = "",
+        fault_timeout: float = 30.0,
+        read_only: bool = False,
+        direct_io: bool = False,
+        shared: bool = False,
+        devices: Mapping[str, Device] | None = None,
+    ) -> None:
+        """Loads `table` and goes live; without one the device starts suspended and empty.
+
+        engine: whose loops to use; None for an engine of its own, closed with the device.
+        fault_timeout: seconds after which a fault its target has not answered fails (ETIMEDOUT).
+        read_only: open every file for reading only. direct_io: open files with O_DIRECT unless the
+        table says otherwise. shared: claim no files; others may change them at the same time.
+        devices: the devices that `blkloom:NAME` in tables may name.
+        Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
+        """
+        self.read_only = read_only
+        self._direct_io = direct_io
+        self._shared = shared
+        self._devices = dict(devices or {})
+        self._fault_timeout = fault_timeout
+        self._owns_engine = engine is None
+        self._control = threading.RLock()
+        self._closed = False
+        self._held = HeldFiles()
+        self._owner_numbers = itertools.count()
+        self._active: LoadedTable | None = None
+        self._inactive: LoadedTable | None = None
+        self._mapper = Mapper(self)
+        try:
+            self._mapper.start()
+            close_at_exit(self)
+            if table is not None:
+                self.load(table)
+                self.resume()
+        except BaseException:
+            self.close()
+            raise
+
+    # Life
+
+    @property
+    def table(self) -> Table | None:
+        """The active table."""
+        loaded = self._active
+        return loaded.table if loaded else None
+
+    @property
+    def inactive_table(self) -> Table | None:
+        """The table the next `resume` swaps in."""
+        loaded = self._inactive
+        return loaded.table if loaded else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def load(self, table: Table) -> None:
+        """Opens and maps `table` into the inactive slot, in place of what was there. The active
+        table, and the inactive one if this raises, stay as they are.
+        """
+        with self._control:
+            self._check_open()
+            opening = Opening(
+                self._held,
+                read_only=self.read_only,
+                direct_io=self._direct_io,
+                shared=self._shared,
+                devices=self._devices,
+            )
+            loaded = compose(table, opening, self._owner_numbers)
+            self.clear()
+            self._mapper.add(loaded)
+            self._inactive = loaded
+
+    def clear(self) -> None:
+        """Empties the inactive slot."""
+        with self._control:
+            loaded, self._inactive = self._inactive, None
+            if loaded:
+                self._mapper.retire(loaded)
+
+    def resume(self) -> None:
+        """Swaps the inactive table in, if there is one, and goes live. A live device is suspended
+        for that (drained and flushed) as `dmsetup resume` does. If the swap fails the old table
+        stays active.
+        """
+        with self._control:
+            self._check_open()
+            if self._inactive:
+                self._swap_in(self._inactive)
+            if self._active is None:
+                raise UsageError("a device without a table cannot be resumed", cure="load a table first")
+            super().resume()
+
+    def _swap_in(self, new: LoadedTable) -> None:
+        was_live = not self.suspended
+        if was_live:
+            super().suspend(flush=True)
+        try:
+            super().swap(new.map)
+        except BaseException:
+            if was_live:
+                super().resume()
+            raise
+        old, self._active, self._inactive = self._active, new, None
+        if old:
+            self._mapper.retire(old)
+
+    def swap(self, map: _engine.Map) -> None:
+        """Refused: the map of a device made from tables changes with its table."""
+        raise UsageError("this device's map belongs to its table", cure="use load() and resume()")
+
+    def close(self, *, flush: bool = True) -> None:
+        """Drains and, unless the device is suspended, flushes; gives up files, locks and memory;
+        ends the mapper thread. I/O after that fails with ESHUTDOWN. Does no harm twice.
+
+        Raises OSError if the last flush failed, TimeoutError if requests did not end in time; the
+        device is closed even so.
+        """
+        if self._mapper.is_current_thread():
+            raise UsageError("a fault handler cannot close its own device")
+        with self._control:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                if not self.suspended:
+                    super().suspend(flush=flush, timeout=self._fault_timeout)
+            finally:
+                super().close()
+                if not self._mapper.ended(self._fault_timeout):
+                    _log.error("device %r: a target's handler does not return; its files stay open", self.name)
+                self._active = self._inactive = None
+                if self._owns_engine:
+                    self.engine.close()
+                forget(self)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, f"device {self.name!r} is closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "suspended" if self.suspended else "live"
+        return f"<blkloom.Device {self.name!r} {self.size} bytes, {state}>"
+
+    # Views
+
+    def raw(self) -> RawDevice:
+        """The device as a file object: an `io.RawIOBase` with a position of its own. Wrap it in
+        `io.BufferedRandom` or `io.BufferedReader`. Closing it leaves the device open.
+        """
+        return RawDevice(self, writable=not self.read_only)
+
+    def asyncio(self) -> AsyncDevice:
+        """The I/O methods as coroutines for the running event loop. Close it when done; that leaves
+        the device open. Raises RuntimeError outside of a running loop.
+        """
+        return AsyncDevice(self)

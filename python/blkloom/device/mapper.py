@@ -1,0 +1,183 @@
+"""The mapper thread: takes a device's faults in batches and lets the targets answer them.
+
+One thread a device, so a target's Python runs on one thread at a time; whoever closes a target
+from elsewhere takes the same turn (`retire`). Nothing a target does ends the thread: an `OSError`
+gives the request its errno, anything else EIO. It ends when the device has closed, and then closes
+what is still loaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections import defaultdict
+
+from blkloom import _engine
+from blkloom.device.compose import LoadedTable, Owner
+from blkloom.errors import FaultError
+from blkloom.target.base import RETRY, Target
+from blkloom.units import Bytes
+
+_log = logging.getLogger(__name__)
+
+
+class Mapper:
+    """Answers the faults of `device` from the tables it has been given."""
+
+    def __init__(self, device: _engine.Device) -> None:
+        self._device = device
+        self._turn = threading.Lock()
+        self._tables: list[LoadedTable] = []
+        self._owners: dict[int, Owner] = {}
+        self._reported: set[tuple[type[Target], str, type[BaseException], int]] = set()
+        self._thread = threading.Thread(target=self._run, name=f"blkloom-map {device.name}".rstrip(), daemon=False)
+
+    def start(self) -> None:
+        """From now on faults are answered. Raises RuntimeError when no thread can be had."""
+        self._device.attach_mapper()
+        self._thread.start()
+
+    def add(self, loaded: LoadedTable) -> None:
+        """Faults of this table's owners may come."""
+        with self._turn:
+            self._tables.append(loaded)
+            self._owners.update(loaded.owners)
+
+    def retire(self, loaded: LoadedTable) -> None:
+        """No map names this table's owners any more: closes it once the current batch is answered.
+        Its faults that still wait are looked up again in the new map.
+        """
+        with self._turn:
+            if loaded in self._tables:
+                self._tables.remove(loaded)
+                for number in loaded.owners:
+                    del self._owners[number]
+                loaded.close()
+
+    def ended(self, timeout: float) -> bool:
+        """Waits for the thread after the device was closed; whether it has ended (and closed all)."""
+        if self._thread.ident is None:
+            self._close_tables()
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def is_current_thread(self) -> bool:
+        """Whether the caller is a fault handler."""
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        try:
+            while self._answer_next():
+                pass
+        finally:
+            self._close_tables()
+
+    def _answer_next(self) -> bool:
+        """Waits for a batch and answers it; False once the device has closed."""
+        faults: list[_engine.Fault] | None = []
+        try:
+            faults = self._device.next_faults()
+            if faults:
+                with self._turn:
+                    self._answer_all(faults)
+        except MemoryError:  # faults it cost us before we saw them have failed with EIO
+            for fault in faults or ():
+                fault.fail(errno.ENOMEM)  # only the first answer counts
+            _log.error("device %r: out of memory while answering faults", self._device.name)
+        return faults is not None
+
+    def _close_tables(self) -> None:
+        with self._turn:
+            self._owners.clear()
+            while self._tables:
+                self._tables.pop().close()
+
+    def _answer_all(self, faults: list[_engine.Fault]) -> None:
+        """Flushes last: they then cover the batch's other requests too, and share a call a target."""
+        flushes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
+        for fault in faults:
+            if fault.operation == "flush":
+                flushes[fault.owner].append(fault)
+            else:
+                self._answer([fault])
+        for waiting in flushes.values():
+            self._answer(waiting)
+
+    def _answer(self, faults: list[_engine.Fault]) -> None:
+        """Answers one fault, or flushes of one target with one call."""
+        first = faults[0]
+        owner = self._owners.get(first.owner)
+        if owner is None:  # its table was replaced while it waited
+            for fault in faults:
+                fault.retry()
+            return
+        try:
+            if first.operation == "flush":
+                owner.target.flush()
+                for fault in faults:
+                    fault.done()
+            else:
+                _ask(owner, first)
+        except BaseException as error:  # not even SystemExit from a target may end the thread
+            number = self._errno_of(error, owner, first)
+            for fault in faults:
+                fault.fail(number)
+
+    def _errno_of(self, error: BaseException, owner: Owner, fault: _engine.Fault) -> int:
+        """What the request fails with; what the user must know of it goes to the log, once."""
+        if isinstance(error, FaultError):
+            return error.errno or errno.EIO
+        if isinstance(error, MemoryError):
+            return errno.ENOMEM
+        line = error.__traceback__
+        while line and line.tb_next:
+            line = line.tb_next
+        site = (type(owner.target), fault.operation, type(error), line.tb_lineno if line else 0)
+        if site not in self._reported:
+            self._reported.add(site)
+            expected = isinstance(error, OSError)
+            _log.log(
+                logging.WARNING if expected else logging.ERROR,
+                "device %r: target %s failed a %s of %d bytes at %d: %r (said once)",
+                self._device.name,
+                owner.target.name,
+                fault.operation,
+                fault.length,
+                fault.offset,
+                error,
+                exc_info=None if expected else error,
+            )
+        return (error.errno if isinstance(error, OSError) else None) or errno.EIO
+
+
+def _ask(owner: Owner, fault: _engine.Fault) -> None:
+    """Has the target's handler answer. Raises what the handler raises."""
+    target, offset, length = owner.target, Bytes(fault.offset - owner.start), Bytes(fault.length)
+    answer: object
+    match fault.operation:
+        case "read":
+            data = target.read(offset, length)
+            if data is not RETRY:
+                size = memoryview(data).nbytes
+                if size != length:
+                    raise ValueError(f"read handler of target {target.name} returned {size} bytes, not {length}")
+                fault.done(data)
+                return
+            answer = data
+        case "write":
+            answer = target.write(offset, fault.payload(), fua=fault.fua)
+        case "discard":
+            answer = target.discard(offset, length)
+        case "write_zeroes":
+            answer = target.write_zeroes(offset, length, may_unmap=fault.may_unmap, fast=fault.fast)
+        case "extents":
+            fault.extents(target.extents(offset, length))
+            return
+        case other:
+            raise FaultError(errno.EOPNOTSUPP, f"no handler for {other}")
+    if answer is RETRY:
+        fault.retry()
+    else:
+        fault.done()

@@ -1,0 +1,83 @@
+"""`blkloom.open`: from a table or a path to a live device, in one call."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from blkloom._engine import Engine
+from blkloom.device.device import Device
+from blkloom.errors import BackingError, Place
+from blkloom.table import Segment, Table, parse
+from blkloom.target.base import Target
+from blkloom.target.holding import HeldFiles
+from blkloom.target.loop import Loop
+from blkloom.target.opening import Opening
+from blkloom.target.registry import all_targets
+from blkloom.units import SECTOR, Bytes, Sectors, to_sectors
+
+
+def open(
+    table_or_path: Table | str | os.PathLike[str],
+    *,
+    name: str = "",
+    read_only: bool = False,
+    direct_io: bool = False,
+    targets: Iterable[type[Target]] = (),
+    engine: Engine | None = None,
+    devices: Mapping[str, Device] | None = None,
+    shared: bool = False,
+    fault_timeout: float = 30.0,
+) -> Device:
+    """Opens a live device.
+
+    table_or_path: a Table; the text of one (it contains a newline, or begins with a number and a
+    space: `"0 2048 zero"`); or the path of a file or block device to serve as a whole.
+    targets: Target classes the table may name besides the built-in and the installed ones.
+    The other arguments are those of `Device`. Close the device, or use it in a `with` statement.
+    Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
+    """
+    if isinstance(table_or_path, Table):
+        table = table_or_path
+    elif isinstance(table_or_path, str) and is_table_text(table_or_path):
+        table = parse(table_or_path, targets=all_targets(targets))
+    else:
+        table = whole_file(table_or_path)
+    return Device(
+        table,
+        engine=engine,
+        name=name,
+        fault_timeout=fault_timeout,
+        read_only=read_only,
+        direct_io=direct_io,
+        shared=shared,
+        devices=devices,
+    )
+
+
+def is_table_text(text: str) -> bool:
+    """Whether `open` takes `text` for a table rather than for a path."""
+    return "\n" in text or re.match(r"\s*[0-9]+\s", text) is not None
+
+
+def whole_file(path: str | os.PathLike[str]) -> Table:
+    """The table that serves the file or block device at `path` from its first sector to its last
+    whole one, through the loop target. Raises BackingError.
+    """
+    name = os.fspath(path)
+    opening = Opening(HeldFiles(), read_only=True, shared=True)
+    try:
+        size = Bytes(opening.file(name).size)
+    finally:
+        opening.close()
+    if size < SECTOR:
+        raise BackingError(
+            "backing file cannot be less than one block in size" if size else "backing file is empty",
+            path=name,
+            errno=errno.EINVAL,
+            cure=f"give it a size first: truncate -s 1G {Path(name).name}",
+        )
+    return Table((Segment(Sectors(0), to_sectors(size), Loop(name), Place(name)),))

@@ -1,0 +1,188 @@
+"""Sockets that listen: Unix, TCP and adopted ones, and the URI clients reach each by.
+
+A Unix socket's file is 0600 from the first moment (the mode is set on the socket before it is bound,
+which is how Linux decides the file's), replaces a stale one only when nobody listens there, and is
+removed on close only while it is still the one made here. Not safe against two servers starting on
+one path within the microseconds between bind and listen. What may fail raises ListenError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from blkloom.errors import ListenError
+from blkloom.export.nbd.uri import tcp_uri, unix_uri
+
+BACKLOG: Final = 1024
+"""Connections the kernel holds until they are accepted (it caps this at net.core.somaxconn)."""
+_PATH_LIMIT: Final = 107
+
+
+@dataclass(slots=True)
+class Listener:
+    """A listening, non-blocking socket. owned: (device, inode) of the socket file to remove on close."""
+
+    socket: socket.socket
+    owned: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        address = self.socket.getsockname()
+        if self.socket.family == socket.AF_UNIX:
+            return f"unix:{os.fsdecode(address)}"
+        return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+    def uri(self, name: str = "") -> str:
+        """The NBD URI of the export `name` on this socket."""
+        address = self.socket.getsockname()
+        if self.socket.family == socket.AF_UNIX:
+            return unix_uri(address, name)
+        return tcp_uri(address[0], address[1], name)
+
+    def close(self) -> None:
+        """Stop listening; remove the socket file if it is still ours."""
+        if self.socket.fileno() < 0:
+            return
+        path = self.socket.getsockname() if self.owned else None
+        # Unlinked while still bound, so that the inode number cannot have been given out again.
+        try:
+            if path is not None and _identity(path) == self.owned:
+                os.unlink(path)
+        finally:
+            self.socket.close()
+
+
+def listen_unix(path: str | os.PathLike[str]) -> Listener:
+    """Listen on a Unix socket at `path`, made absolute, for this user only (mode 0600)."""
+    absolute = os.path.abspath(os.fspath(path))
+    if len(os.fsencode(absolute)) > _PATH_LIMIT:
+        raise ListenError(
+            f"{absolute}: too long for a Unix socket",
+            cure=f"use a path of at most {_PATH_LIMIT} bytes",
+            errno=errno.ENAMETOOLONG,
+        )
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        os.fchmod(listening.fileno(), 0o600)
+        try:
+            listening.bind(absolute)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(absolute)
+            listening.bind(absolute)
+        listening.listen(BACKLOG)
+        return Listener(listening, _identity(absolute))
+    except OSError as error:
+        listening.close()
+        if isinstance(error, ListenError):
+            raise
+        raise ListenError(
+            f"{absolute}: cannot listen: {os.strerror(error.errno or errno.EIO)}",
+            cure="choose a socket path in a directory this user may write to",
+            errno=error.errno,
+        ) from error
+
+
+async def listen_tcp(host: str, port: int) -> list[Listener]:
+    """Listen on every address `host` resolves to ("" for all). port 0: one free port for all of them."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(
+            f"{host!r} is no address of this machine: {error.strerror}", cure="give a host name or an IP address"
+        ) from error
+    listeners: list[Listener] = []
+    try:
+        for family, *_, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+            chosen = listeners[0].socket.getsockname()[1] if listeners else port
+            listeners.append(Listener(_bind_tcp(family, (address[0], chosen, *address[2:]))))
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise ListenError(
+            f"cannot listen on {host or '*'}:{port}: {os.strerror(error.errno or errno.EIO)}",
+            cure="choose another port or address" if error.errno != errno.EACCES else "use a port from 1024 on",
+            errno=error.errno,
+        ) from error
+    return listeners
+
+
+def adopt(listening: socket.socket) -> Listener:
+    """A listening stream socket somebody else made (socket activation); its file stays theirs."""
+    if listening.family not in {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}:
+        raise ListenError(f"cannot serve NBD on a socket of family {listening.family!r}")
+    listening.setblocking(False)
+    return Listener(listening)
+
+
+def peer_name(connected: socket.socket) -> str:
+    """Who is at the other end, for logs: `192.0.2.1:40000`, or `unix pid 12 uid 1000`."""
+    if connected.family == socket.AF_UNIX:
+        credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid = (int.from_bytes(credentials[at : at + 4], "little", signed=True) for at in (0, 4))
+        return f"unix pid {pid} uid {uid}"
+    host, port = connected.getpeername()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind_tcp(family: int, address: tuple[object, ...]) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket file at `path` if nobody listens on it; ListenError if somebody does."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ListenError(
+            f"{path}: exists and is not a socket", cure="remove it, or choose another path", errno=errno.EEXIST
+        )
+    _check_nobody_listens(path, path)
+    # Another server may have replaced the file since: take it aside, look again, put it back if alive.
+    aside = f"{path}.{os.getpid()}"
+    if len(os.fsencode(aside)) > _PATH_LIMIT:
+        os.unlink(path)
+        return
+    os.rename(path, aside)
+    try:
+        _check_nobody_listens(aside, path)
+    except ListenError:
+        os.rename(aside, path)
+        raise
+    os.unlink(aside)
+
+
+def _check_nobody_listens(path: str, shown: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        outcome = probe.connect_ex(path)
+    if outcome in {0, errno.EAGAIN}:  # EAGAIN: somebody listens, with a full backlog
+        raise ListenError(
+            f"{shown}: another server listens there", cure="stop it, or choose another path", errno=errno.EADDRINUSE
+        )
+    if outcome != errno.ECONNREFUSED:
+        raise ListenError(
+            f"{shown}: exists, and whether it is in use cannot be told: {os.strerror(outcome)}", errno=outcome
+        )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

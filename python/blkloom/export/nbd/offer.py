@@ -1,0 +1,127 @@
+"""What a server offers: exports as the handshake sees them, and how a name finds one.
+
+Pure data. A `Catalogue` is immutable; its entries are asked for an `Offer` each time, because a
+device's size may change while the server runs. Source: proto.md "Size constraints",
+"Transmission flags", NBD_OPT_EXPORT_NAME on the default export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+from blkloom.errors import UsageError
+from blkloom.export.nbd.codes import STRING_LIMIT, TransmissionFlag
+from blkloom.units import DEVICE_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Size constraints of an export, in bytes. The defaults are the protocol's own.
+
+    minimum: what offsets and lengths are multiples of (a power of two up to 65536). preferred:
+    what is efficient (a power of two, at least 512 and the minimum). maximum: the largest payload
+    (at least preferred). Raises UsageError otherwise.
+    """
+
+    minimum: int = 1
+    preferred: int = 4096
+    maximum: int = 33554432
+
+    def __post_init__(self) -> None:
+        if not (_power_of_two(self.minimum) and self.minimum <= 65536):
+            raise UsageError(
+                f"minimum block size {self.minimum} is not possible", cure="give a power of two from 1 to 65536"
+            )
+        if not (_power_of_two(self.preferred) and max(self.minimum, 512) <= self.preferred < 1 << 32):
+            raise UsageError(
+                f"preferred block size {self.preferred} is not possible",
+                cure=f"give a power of two, at least {max(self.minimum, 512)}",
+            )
+        if not self.preferred <= self.maximum < 1 << 32:
+            raise UsageError(
+                f"maximum payload {self.maximum} is not possible", cure=f"give {self.preferred} to 4294967295 bytes"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One export: its canonical name (may be ""), size in bytes, and what it can do.
+
+    multi_conn: a flush on one connection covers writes completed on the others. Raises UsageError
+    for a name or description that is no NBD string, or an impossible size.
+    """
+
+    name: str
+    size: int
+    description: str = ""
+    read_only: bool = False
+    multi_conn: bool = True
+    block_sizes: BlockSizes = field(default_factory=BlockSizes)
+
+    def __post_init__(self) -> None:
+        check_string("export name", self.name)
+        check_string("description", self.description)
+        if not 0 <= self.size < DEVICE_LIMIT:
+            raise UsageError(f"export {self.name!r} has an impossible size of {self.size} bytes")
+
+    def flags(self, *, structured: bool) -> TransmissionFlag:
+        """The transmission flags. structured: structured replies or extended headers are in use."""
+        flag = TransmissionFlag
+        flags = flag.HAS_FLAGS | flag.SEND_FLUSH | flag.SEND_FUA | flag.SEND_CACHE
+        if self.read_only:
+            flags |= flag.READ_ONLY
+        else:
+            flags |= flag.SEND_TRIM | flag.SEND_WRITE_ZEROES | flag.SEND_FAST_ZERO
+        if structured:
+            flags |= flag.SEND_DF
+        if self.multi_conn:
+            flags |= flag.CAN_MULTI_CONN
+        return flags
+
+
+class Catalogue:
+    """Exports by name, in order. The name "" finds the export of that name, else the first."""
+
+    def __init__(self, offers: Mapping[str, Callable[[], Offer]]) -> None:
+        self._offers = dict(offers)
+
+    @classmethod
+    def of(cls, *offers: Offer) -> Self:
+        """A catalogue of offers that do not change."""
+        return cls({offer.name: partial(_same, offer) for offer in offers})
+
+    def __iter__(self) -> Iterator[Offer]:
+        return (offer() for offer in self._offers.values())
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def find(self, name: str) -> Offer | None:
+        """The offer a client means by `name`; None when there is none."""
+        if name == "" and "" not in self._offers:
+            return next(iter(self), None)
+        found = self._offers.get(name)
+        return found() if found is not None else None
+
+
+def check_string(what: str, text: str) -> None:
+    """`text` must be a string of the protocol: UTF-8, no NUL, up to 4096 bytes. Raises UsageError."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} {text!r} is not valid Unicode") from error
+    if "\0" in text:
+        raise UsageError(f"{what} {text!r} contains a NUL character")
+    if size > STRING_LIMIT:
+        raise UsageError(f"{what} takes {size} bytes", cure=f"use at most {STRING_LIMIT}")
+
+
+def _same(offer: Offer) -> Offer:
+    return offer
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0

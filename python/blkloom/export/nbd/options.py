@@ -1,0 +1,109 @@
+"""The data of options, parsed. Every length is hostile until checked; `MalformedOptionError` says what is wrong.
+
+Pure functions of bytes. Source: proto.md "Option types".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from blkloom.export.nbd.codes import BASE_ALLOCATION, STRING_LIMIT
+
+
+class MalformedOptionError(ValueError):
+    """The option's data is syntactically or semantically invalid; the message is fit for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """INFO and GO: the export's name and the kinds of information asked for (unknown ones too)."""
+
+    name: str
+    infos: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRequest:
+    """LIST_META_CONTEXT and SET_META_CONTEXT: the export's name and the queries as sent."""
+
+    name: str
+    queries: tuple[str, ...]
+
+
+def parse_export_name(data: bytes) -> str:
+    """EXPORT_NAME: all of the data is the name."""
+    fields = _Fields(data)
+    return fields.string("export name", len(data))
+
+
+def parse_export_request(data: bytes) -> ExportRequest:
+    """INFO, GO: u32 length, name, u16 count, count times u16."""
+    fields = _Fields(data)
+    length = fields.number("length of the export name", 4)
+    if length > len(data) - 6:
+        raise MalformedOptionError(f"export name of {length} bytes does not fit {len(data)} bytes of option data")
+    name = fields.string("export name", length)
+    count = fields.number("number of information requests", 2)
+    if count * 2 != fields.remaining:
+        raise MalformedOptionError(f"{count} information requests announced, {fields.remaining} bytes follow")
+    return ExportRequest(name, frozenset(fields.number("information request", 2) for _ in range(count)))
+
+
+def parse_context_request(data: bytes) -> ContextRequest:
+    """LIST_META_CONTEXT, SET_META_CONTEXT: u32 length, name, u32 count, count times (u32 length, query)."""
+    fields = _Fields(data)
+    name = fields.string("export name", fields.number("length of the export name", 4))
+    count = fields.number("number of queries", 4)
+    if count * 4 > fields.remaining:
+        raise MalformedOptionError(f"{count} queries announced, {fields.remaining} bytes follow")
+    queries = tuple(fields.string("query", fields.number("length of a query", 4)) for _ in range(count))
+    if fields.remaining:
+        raise MalformedOptionError(f"{fields.remaining} bytes follow the last query")
+    return ContextRequest(name, queries)
+
+
+def selects_allocation(queries: Iterable[str], *, wildcard: bool) -> bool:
+    """Whether one of the queries finds base:allocation.
+
+    wildcard: `base:` stands for the whole namespace (when listing). Unknown namespaces and unknown
+    leaf names are ignored; a query without a colon is a MalformedOptionError.
+    """
+    found = False
+    for query in queries:
+        if ":" not in query:
+            raise MalformedOptionError(f"query {query[:64]!r} has no namespace; write namespace:leaf")
+        found |= query == BASE_ALLOCATION or (wildcard and query == "base:")
+    return found
+
+
+class _Fields:
+    """A cursor over big-endian fields that never reads past the end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def remaining(self) -> int:
+        return len(self._data) - self._at
+
+    def number(self, what: str, width: int) -> int:
+        return int.from_bytes(self._take(what, width))
+
+    def string(self, what: str, length: int) -> str:
+        if length > STRING_LIMIT:
+            raise MalformedOptionError(f"{what} of {length} bytes is longer than {STRING_LIMIT}")
+        try:
+            text = self._take(what, length).decode()
+        except UnicodeDecodeError as error:
+            raise MalformedOptionError(f"{what} is not UTF-8") from error
+        if "\0" in text:
+            raise MalformedOptionError(f"{what} contains a NUL character")
+        return text
+
+    def _take(self, what: str, length: int) -> bytes:
+        if length > self.remaining:
+            raise MalformedOptionError(f"{what} needs {length} bytes, {self.remaining} are left")
+        self._at += length
+        return self._data[self._at - length : self._at]

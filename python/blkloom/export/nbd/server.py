@@ -1,0 +1,350 @@
+"""The NBD server: listening sockets on asyncio, exports by name, bounds, and a clean stop.
+
+Python's part ends with the handshake; each agreed connection is handed to the engine. Everything here
+runs on one event loop and none of it is on the way of the data. Promises:
+
+- never more than `connections` clients plus `refusals` being told no; over that, closed at once;
+- no descriptor left for accept means waiting for one (or a second), never spinning;
+- what a client does ends at most its own connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Final, Self
+
+from blkloom import _engine
+from blkloom.errors import UsageError
+from blkloom.export.nbd.codes import Reply
+from blkloom.export.nbd.events import Transmission
+from blkloom.export.nbd.handshake import Handshake
+from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
+from blkloom.export.nbd.offer import Catalogue
+from blkloom.export.nbd.session import NbdExport, Session, closing_reason
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# accept(2): errors already pending on the new connection, "treat them like EAGAIN by retrying".
+_GONE: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+    }
+)
+_STOP_GRACE: Final = 1.0
+"""Seconds a handshake may go on being told ERR_SHUTDOWN while the server stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Bounds of one server.
+
+    connections: clients at a time, in handshake or transmission. refusals: further clients that are
+    told why at a time. handshake: seconds from accept to the choice of an export. refusal: the same
+    for a client that is refused. accept_retry: seconds before accept is tried again with no
+    descriptor free. stall: seconds the engine lets a client stop in the middle of a request.
+    """
+
+    connections: int = 1024
+    refusals: int = 32
+    handshake: float = 10.0
+    refusal: float = 2.0
+    accept_retry: float = 1.0
+    stall: float = 60.0
+
+
+class NbdServer:
+    """Serves exports to NBD clients; the first export is also found by the empty name.
+
+    Use as `async with`, or call `stop`. Not thread-safe: call from the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        engine: _engine.Engine,
+        exports: Iterable[NbdExport] = (),
+        *,
+        limits: ServerLimits | None = None,
+        log: logging.Logger | None = None,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits or ServerLimits()
+        self._log = log or logging.getLogger("blkloom.nbd")
+        self._exports: dict[str, NbdExport] = {}
+        self._catalogue = Catalogue({})
+        self._listeners: list[Listener] = []
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._tokens = count(1)
+        self._sessions: dict[int, Session] = {}
+        self._refused: dict[int, Session] = {}
+        self._negotiating: dict[int, asyncio.Task[str]] = {}
+        self._notices: _engine.Notices | None = None
+        self._ended = asyncio.Event()
+        self._burst = _Burst(self._log)
+        self._starved = False
+        self._stopping = False
+        self._served = 0
+        for export in exports:
+            self.add_export(export)
+
+    # exports
+
+    def add_export(self, export: NbdExport) -> None:
+        """Offer one more export to clients that connect from now on. UsageError if the name is taken."""
+        if export.name in self._exports:
+            raise UsageError(f"two exports are called {export.name!r}", cure="give each its own name")
+        self._publish({**self._exports, export.name: export})
+
+    def remove_export(self, name: str) -> NbdExport:
+        """Offer it no more; clients already connected stay. UsageError if there is none of that name."""
+        if name not in self._exports:
+            raise UsageError(f"there is no export {name!r}", cure=f"there are: {', '.join(map(repr, self._exports))}")
+        removed = self._exports[name]
+        self._publish({key: export for key, export in self._exports.items() if key != name})
+        return removed
+
+    def _publish(self, exports: dict[str, NbdExport]) -> None:
+        self._exports = exports
+        self._catalogue = Catalogue({name: export.offer for name, export in exports.items()})
+
+    # listening
+
+    async def listen_unix(self, path: str | os.PathLike[str]) -> Listener:
+        """Listen on a Unix socket (mode 0600). Raises ListenError."""
+        return self._listen(listen_unix(path))
+
+    async def listen_tcp(self, host: str = "localhost", port: int = 10809) -> list[Listener]:
+        """Listen on every address of `host` ("" for all, port 0 for a free one). Raises ListenError."""
+        return [self._listen(listener) for listener in await listen_tcp(host, port)]
+
+    def adopt(self, listening: socket.socket) -> Listener:
+        """Accept from a socket that already listens, and own it. Raises ListenError."""
+        return self._listen(adopt(listening))
+
+    def _listen(self, listener: Listener) -> Listener:
+        if self._stopping:
+            listener.close()
+            raise UsageError("this server has been stopped", cure="make a new one")
+        if self._notices is None:
+            self._notices = _engine.Notices()
+            asyncio.get_running_loop().add_reader(self._notices.fileno(), self._take_notices)
+        self._listeners.append(listener)
+        task = asyncio.create_task(self._accept(listener), name=f"accept on {listener}")
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+        return listener
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """What it listens on."""
+        return list(self._listeners)
+
+    def uris(self, name: str | None = None) -> list[str]:
+        """One URI a listening socket for the export `name` (None: the default export)."""
+        if name is None:
+            name = next(iter(self._exports), "")
+        return [listener.uri(name) for listener in self._listeners]
+
+    # clients
+
+    @property
+    def connections(self) -> int:
+        """Clients now, in handshake or transmission."""
+        return len(self._sessions)
+
+    @property
+    def served(self) -> int:
+        """Clients that have reached transmission since the start."""
+        return self._served
+
+    async def wait_for_last_client(self) -> None:
+        """Return once a client has been served and none is connected any more (for `--once`)."""
+        while not self._served or self._sessions:
+            await self._next_end()
+
+    async def _next_end(self) -> None:
+        self._ended.clear()
+        await self._ended.wait()
+
+    async def _accept(self, listener: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connected, _ = await loop.sock_accept(listener.socket)
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    await self._wait_for_descriptors(listener, error)
+                elif error.errno not in _GONE:
+                    self._log.critical("%s: accepts no more clients: %s", listener, error)
+                    return
+                continue
+            self._starved = False
+            self._welcome(connected)
+            # sock_accept does not yield while clients are waiting; the others want their turn.
+            await asyncio.sleep(0)
+
+    async def _wait_for_descriptors(self, listener: Listener, error: OSError) -> None:
+        if not self._starved:
+            self._starved = True
+            self._log.error("%s: clients wait, nothing is left to accept them with: %s", listener, error)
+        try:
+            async with asyncio.timeout(self._limits.accept_retry):
+                await self._next_end()
+        except TimeoutError:
+            return  # somebody else may have closed a descriptor: look again
+
+    def _welcome(self, connected: socket.socket) -> None:
+        handshake = Handshake(self._catalogue)
+        if len(self._sessions) < self._limits.connections:
+            self._begin(self._sessions, connected, handshake, self._limits.handshake)
+            return
+        reason = f"the server has {self._limits.connections} connections, the most it takes; try again later"
+        self._burst.refused(reason)
+        if len(self._refused) < self._limits.refusals:
+            handshake.refuse(Reply.ERR_POLICY, reason)
+            self._begin(self._refused, connected, handshake, self._limits.refusal)
+        else:
+            connected.close()
+
+    def _begin(self, among: dict[int, Session], connected: socket.socket, handshake: Handshake, timeout: float) -> None:
+        token = next(self._tokens)
+        hand_over = partial(self._serve, self._exports)
+        session = Session(token, connected, handshake, timeout=timeout, hand_over=hand_over, log=self._log)
+        among[token] = session
+        task = asyncio.create_task(session.run(), name=f"NBD handshake {token}")
+        self._negotiating[token] = task
+        task.add_done_callback(lambda done: self._negotiated(session, done))
+
+    def _negotiated(self, session: Session, task: asyncio.Task[str]) -> None:
+        del self._negotiating[session.token]
+        session.release()  # a task cancelled before its first step has not done so
+        # "" says it was handed over; the engine's notice of its end may even have come before this.
+        if reason := "dropped, the server stops" if task.cancelled() else task.result():
+            self._end(session, reason)
+
+    def _serve(self, exports: Mapping[str, NbdExport], session: Session, outcome: Transmission) -> _engine.Connection:
+        """Hand the connection to the engine. Raises OSError when the engine cannot take it."""
+        assert self._notices is not None, "it exists since the first listener"
+        connection = _engine.serve_nbd(
+            self._engine,
+            exports[outcome.offer.name].export,
+            session.descriptor,
+            self._notices,
+            session.token,
+            structured=outcome.structured,
+            extended=outcome.extended,
+            allocation_context=outcome.allocation_context,
+            initial=outcome.initial,
+            max_payload=outcome.offer.block_sizes.maximum,
+            stall_timeout=self._limits.stall,
+        )
+        self._served += 1
+        if self._stopping:
+            connection.close()
+        return connection
+
+    def _take_notices(self) -> None:
+        if self._notices is None:
+            return
+        for token, result, error in self._notices.take():
+            if (session := self._sessions.get(token)) is not None:
+                self._end(session, closing_reason(result, error))
+
+    def _end(self, session: Session, reason: str) -> None:
+        session.connection = None
+        self._log.info("%s: %s", session.peer, reason)
+        if self._refused.pop(session.token, None) is None:
+            del self._sessions[session.token]
+            # Not at the first free place: a burst would be reported once for every client that leaves.
+            if len(self._sessions) <= self._limits.connections * 7 // 8:
+                self._burst.over()
+        self._ended.set()
+
+    # the end
+
+    async def stop(self, timeout: float = 10.0) -> int:
+        """Stop listening, end handshakes with ERR_SHUTDOWN, let the engine finish what is in flight.
+
+        timeout: seconds for all of it. Returns how many connections were still open then (the
+        engine's `close` ends those); 0 is a clean stop. May be called again.
+        """
+        self._stopping = True
+        deadline = asyncio.get_running_loop().time() + timeout
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for listener in self._listeners:
+            self._stop_listening(listener)
+        self._listeners.clear()
+        for session in (*self._sessions.values(), *self._refused.values()):
+            session.handshake.refuse(Reply.ERR_SHUTDOWN, "the server is shutting down")
+            if session.connection is not None:
+                session.connection.close()
+        await self._stop_negotiating(min(timeout, _STOP_GRACE))
+        try:
+            async with asyncio.timeout_at(deadline):
+                while self._sessions:
+                    await self._next_end()
+        except TimeoutError:
+            self._log.error("%d connections were still open %g s after the stop began", len(self._sessions), timeout)
+        if self._notices is not None:
+            asyncio.get_running_loop().remove_reader(self._notices.fileno())
+            self._notices = None
+        return len(self._sessions)
+
+    def _stop_listening(self, listener: Listener) -> None:
+        try:
+            listener.close()
+        except OSError as error:
+            self._log.error("a socket file could not be removed: %s", error)
+
+    async def _stop_negotiating(self, grace: float) -> None:
+        if not self._negotiating:
+            return
+        _, late = await asyncio.wait(self._negotiating.values(), timeout=grace)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+class _Burst:
+    """Says once that clients are being refused, and once how many it were when that is over."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._count = 0
+
+    def refused(self, reason: str) -> None:
+        if not self._count:
+            self._log.warning("clients are refused: %s", reason)
+        self._count += 1
+
+    def over(self) -> None:
+        if self._count:
+            self._log.warning("clients are taken again; %d were refused", self._count)
+        self._count = 0

@@ -1,0 +1,137 @@
+"""One client from accept to close: its handshake, the hand-over to the engine, and why it ended.
+
+Lives on the server's event loop. The Python socket is closed when the handshake is over, however it
+ended; from the hand-over on the engine owns a duplicate of the descriptor, left non-blocking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from blkloom import _engine
+from blkloom.export.nbd.codes import BASE_ALLOCATION
+from blkloom.export.nbd.events import Aborted, Disconnected, Dropped, Transmission
+from blkloom.export.nbd.handshake import Handshake
+from blkloom.export.nbd.listening import peer_name
+from blkloom.export.nbd.negotiation import negotiate
+from blkloom.export.nbd.offer import BlockSizes, Offer, check_string
+from blkloom.export.nbd.state import ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class NbdExport:
+    """An engine export under a name (may be ""), with a description for people.
+
+    multi_conn: leave True unless the device cannot make one connection's flush cover another's writes.
+    Raises UsageError for a name or description that is no NBD string.
+    """
+
+    name: str
+    export: _engine.Export
+    description: str = ""
+    multi_conn: bool = True
+    block_sizes: BlockSizes = field(default_factory=BlockSizes)
+
+    def __post_init__(self) -> None:
+        check_string("export name", self.name)
+        check_string("description", self.description)
+
+    def offer(self) -> Offer:
+        """What a handshake says of it now."""
+        return Offer(
+            name=self.name,
+            size=self.export.device.size,
+            description=self.description,
+            read_only=self.export.read_only,
+            multi_conn=self.multi_conn,
+            block_sizes=self.block_sizes,
+        )
+
+
+class Session:
+    """A client. hand_over: starts transmission and returns the engine's connection."""
+
+    def __init__(
+        self,
+        token: int,
+        connected: socket.socket,
+        handshake: Handshake,
+        *,
+        timeout: float,
+        hand_over: Callable[[Session, Transmission], _engine.Connection],
+        log: logging.Logger,
+    ) -> None:
+        self._socket = connected
+        self._timeout = timeout
+        self._hand_over = hand_over
+        self._log = log
+        self.token = token
+        self.handshake = handshake
+        self.peer = "a client"
+        self.connection: _engine.Connection | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """The connected socket, valid during the handshake and the hand-over."""
+        return self._socket.fileno()
+
+    def release(self) -> None:
+        """Close Python's socket; the engine's duplicate is unharmed."""
+        self._socket.close()
+
+    async def run(self) -> str:
+        """The handshake and the hand-over; returns why the session ended, "" if `connection` lives on."""
+        try:
+            self._prepare()
+            return await self._negotiate()
+        except ProtocolError as error:
+            return f"dropped, it broke the protocol: {error}"
+        except TimeoutError:
+            return f"dropped, the handshake took more than {self._timeout:g} s"
+        except OSError as error:
+            return f"lost during the handshake: {error}"
+        except Exception:
+            self._log.exception("%s: unexpected error in the handshake", self.peer)
+            return "dropped, the server failed"
+        finally:
+            self.release()
+
+    def _prepare(self) -> None:
+        self._socket.setblocking(False)
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.peer = peer_name(self._socket)
+
+    async def _negotiate(self) -> str:
+        async with asyncio.timeout(self._timeout):
+            outcome = await negotiate(self._socket, self.handshake)
+        match outcome:
+            case Transmission():
+                self.connection = self._hand_over(self, outcome)
+                self._log.info("%s: serving export %r (%s)", self.peer, outcome.offer.name, _agreed(outcome))
+                return ""
+            case Aborted():
+                return "left during the handshake"
+            case Dropped():
+                return f"dropped: {outcome.reason}"
+            case Disconnected():
+                return f"disconnected during the handshake{', midway in a message' if outcome.midway else ''}"
+
+
+def closing_reason(result: object, errno: int) -> str:
+    """A closing notice of the engine, for a log."""
+    said = str(result) if result else "closed"
+    return f"{said} ({os.strerror(errno)})" if errno else said
+
+
+def _agreed(outcome: Transmission) -> str:
+    replies = (
+        "extended headers" if outcome.extended else "structured replies" if outcome.structured else "simple replies"
+    )
+    return f"{replies}, {BASE_ALLOCATION}" if outcome.allocation_context is not None else replies

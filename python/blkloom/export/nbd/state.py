@@ -1,0 +1,63 @@
+"""The handshake's states and the one table of how events lead from state to state.
+
+Everything that moves a handshake forward is in TRANSITIONS; an event missing from its state's row
+cannot happen. TRANSMISSION and CLOSED are final. What is agreed on the way (structured replies,
+contexts) is not a state: it changes what replies say, never what may come next.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import Enum
+from typing import ClassVar, Final
+
+from blkloom.errors import BlkloomError
+from blkloom.export.nbd.events import Aborted, Answered, ClientGreeted, Disconnected, Dropped, Greeting, Transmission
+
+
+class ProtocolError(BlkloomError):
+    """The peer broke a MUST of the protocol where no error reply is possible: drop the connection."""
+
+    errno = errno.EPROTO
+    exit_code: ClassVar[int] = 76  # EX_PROTOCOL
+
+
+class State(Enum):
+    """Where a handshake stands."""
+
+    GREETING = "nothing was said"
+    FLAGS = "greeted; the client's flags are awaited"
+    OPTIONS = "haggling"
+    TRANSMISSION = "agreed; the connection is the engine's"
+    CLOSED = "over"
+
+
+TRANSITIONS: Final[dict[State, dict[type, State]]] = {
+    State.GREETING: {
+        Greeting: State.FLAGS,
+    },
+    State.FLAGS: {
+        ClientGreeted: State.OPTIONS,
+        Disconnected: State.CLOSED,
+        ProtocolError: State.CLOSED,
+    },
+    State.OPTIONS: {
+        Answered: State.OPTIONS,
+        Transmission: State.TRANSMISSION,
+        Aborted: State.CLOSED,
+        Dropped: State.CLOSED,
+        Disconnected: State.CLOSED,
+        ProtocolError: State.CLOSED,
+    },
+    State.TRANSMISSION: {},
+    State.CLOSED: {},
+}
+
+
+def transitions_as_markdown() -> str:
+    """TRANSITIONS as the table docs/nbd.md shows."""
+    rows = ["| state | event | next state |", "|---|---|---|"]
+    for state, row in TRANSITIONS.items():
+        rows += [f"| {state.name} | {event.__name__} | {after.name} |" for event, after in row.items()]
+        rows += [] if row else [f"| {state.name} | | (final: {state.value}) |"]
+    return "\n".join(rows) + "\n"

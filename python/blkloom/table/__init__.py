@@ -1,0 +1,8 @@
+"""Tables: the text `dmsetup` reads, as values and back. Pure: nothing is opened here."""
+
+from blkloom.table.concise import ConciseDevice, format_concise, parse_concise
+from blkloom.table.parse import parse
+from blkloom.table.printing import format_table
+from blkloom.table.segments import Segment, Table
+
+__all__ = ["ConciseDevice", "Segment", "Table", "format_concise", "format_table", "parse", "parse_concise"]

@@ -1,0 +1,135 @@
+"""What a target is: the whole contract, on one screen.
+
+A target says where the bytes of a segment are. `parse` reads its arguments, `map` is asked once
+when a table loads and answers with extents; from then on the engine moves bytes without Python.
+Only what the extents cannot answer comes back, as a *fault*, to one of the handlers below.
+
+Obligations.
+- Of the target: it is a value (`parse(format(x)) == x`; a dataclass gives that for nothing).
+  State of a loaded target is made in `map`, not before: a table may be loaded more than once, and
+  each load gets a copy of its own.
+- Of blkloom: `map`, the handlers and `close` never run at the same time, so a target needs no
+  locks. Handlers run on the device's mapper thread. Offsets are bytes from the start of the
+  *segment*; a fault never reaches past it.
+- A handler answers by returning (the request is done), by returning `RETRY` (the map has changed,
+  look again), or by raising: `FaultError` and any other `OSError` give the request their errno,
+  everything else is EIO and a traceback in the log. The rest of the device goes on working.
+- A handler must not do I/O on its own device: that would wait for itself.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Final, Self
+
+from blkloom.errors import FaultError
+from blkloom.units import Bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from blkloom._engine import Extent
+    from blkloom.table.arguments import Arguments
+    from blkloom.target.opening import Opening
+
+
+class Retry(Enum):
+    """The type of `RETRY`."""
+
+    RETRY = "retry"
+
+
+RETRY: Final = Retry.RETRY
+"""A handler's answer "the map has changed (a cluster was installed): look the request up again"."""
+
+DATA: Final = 0
+"""`extents` flags (those of NBD's base:allocation): allocated data."""
+HOLE: Final = 1
+"""`extents` flag: nothing is allocated here."""
+ZERO: Final = 2
+"""`extents` flag: reads as zeros."""
+
+_ZEROES_AT_ONCE: Final = 1 << 20
+
+
+class Target(ABC):
+    """Subclass, name it, write `parse`, `format` and `map`; handlers as far as extents fault."""
+
+    name: ClassVar[str]
+    """The word in the table."""
+    syntax: ClassVar[str] = ""
+    """The arguments as documentation writes them: `<dev path> <offset>`."""
+    summary: ClassVar[str] = ""
+    """One line for `blkloom targets`."""
+    singleton: ClassVar[bool] = False
+    """It must be the only line of its table."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, arguments: Arguments) -> Self:
+        """The target that a table line describes. Raises TableError, most easily by `Arguments`."""
+
+    def format(self) -> list[str]:
+        """The arguments as words, not escaped: `parse` of them gives an equal target."""
+        return []
+
+    @abstractmethod
+    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
+        """Where the bytes are: (start, length, extent) runs that cover `length` bytes from 0 on,
+        without gaps; starts count from the segment's.
+
+        opening: the way to files, memory and other devices, and whether all must be read-only.
+        start: where in the device the segment begins. Raises TableError (`opening.refuse`) or
+        BackingError; then the table is not loaded and nothing changes.
+        """
+
+    @property
+    def flushes(self) -> bool:
+        """Whether `flush` wants to be called; asked after `map`.
+
+        Files in extents are synced by the engine; this is for targets that keep something back.
+        """
+        return type(self).flush is not Target.flush
+
+    def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
+        """A read the extents did not answer: exactly `length` bytes."""
+        raise FaultError(errno.EIO, f"target {self.name} maps no data here and has no read handler")
+
+    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
+        """A write the extents did not answer. fua: the engine calls `flush` behind it; a target
+        without one must make the data durable itself.
+        """
+        raise FaultError(errno.EROFS, f"target {self.name} is read-only here")
+
+    def flush(self) -> None:
+        """Make durable what completed writes left in memory. Concurrent flushes share one call."""
+        return
+
+    def discard(self, offset: Bytes, length: Bytes) -> Retry | None:
+        """The range's contents are not needed any more. A hint: targets that write may ignore it."""
+        if type(self).write is Target.write:
+            raise FaultError(errno.EROFS, f"target {self.name} is read-only here")
+        return None
+
+    def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> Retry | None:
+        """Make the range read as zeros. fast: raise FaultError(EOPNOTSUPP) rather than take as long
+        as a write. Unless overridden it writes zeros through `write`; that does not do for a
+        target whose `write` answers RETRY with a cluster table.
+        """
+        if fast and type(self).write is not Target.write:
+            raise FaultError(errno.EOPNOTSUPP, f"target {self.name} has no fast way to write zeros")
+        for at in range(offset, offset + length, _ZEROES_AT_ONCE):
+            zeroes = bytes(min(_ZEROES_AT_ONCE, offset + length - at))
+            if self.write(Bytes(at), zeroes, fua=False) is RETRY:
+                raise FaultError(errno.EOPNOTSUPP, f"target {self.name} must define write_zeroes itself")
+        return None
+
+    def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
+        """What the range holds: (length, flags) runs from `offset` on; flags of DATA, HOLE | ZERO."""
+        return [(length, DATA)]
+
+    def close(self) -> None:
+        """The table is gone. Files and memory from `opening` are closed by it."""
+        return

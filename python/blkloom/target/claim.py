@@ -1,0 +1,170 @@
+"""A claim says to others "this file is mine": byte-range locks for files, exclusivity for block devices.
+
+Files are locked as QEMU locks images, with open-file-description locks, so blkloom and QEMU refuse
+each other's images exactly where QEMU would refuse another QEMU: one byte a permission in use
+(from 100) and one a permission not granted to others (from 200), all of them shared locks; a
+conflict is found by asking who else holds the opposite byte. Many may read, one may write, nobody
+reads what another writes. Block devices are opened with O_EXCL, which also keeps mounts away.
+
+Source: QEMU block/file-posix.c (RAW_LOCK_PERM_BASE, raw_check_lock_bytes); fcntl(2), open(2).
+A claim belongs to one open file description and ends with `release`, however many duplicates of
+the descriptor live on. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import struct
+from enum import IntEnum
+from typing import Final
+
+from blkloom.errors import BackingError, BusyError
+
+_log = logging.getLogger(__name__)
+
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_IN_USE: Final = 100
+_NOT_SHARED: Final = 200
+_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class _Permission(IntEnum):
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+class Claim:
+    """Made on an open file or block device. writable: others may not even read."""
+
+    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
+        """Owns a duplicate of `fd`. Raises BusyError that names the holder's pid where it can be
+        found; a file system that has no locks gets a warning instead.
+        """
+        self.path = path
+        self._writable = False
+        self._block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self._fd = _exclusive(path, fd) if self._block_device else os.dup(fd)
+        try:
+            self._lock(writable)
+        except BaseException:
+            self.release()
+            raise
+
+    def extend(self) -> None:
+        """From reading to writing. Raises BusyError and stays a claim to read."""
+        if not self._writable:
+            self._lock(writable=True)
+
+    def release(self) -> None:
+        """Others may have it. Does no harm twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                if not self._block_device:
+                    _set(fd, fcntl.F_UNLCK, 0, 0)
+            except OSError as error:
+                _log.debug("%s: unlocking: %s", self.path, error)  # where locks do not exist
+            finally:
+                os.close(fd)
+
+    def _lock(self, writable: bool) -> None:
+        self._writable = writable
+        if self._block_device:
+            return
+        use = [_Permission.CONSISTENT_READ] + [_Permission.WRITE, _Permission.RESIZE] * writable
+        refuse = [_Permission.WRITE, _Permission.RESIZE]
+        try:
+            for permission in use:
+                _set(self._fd, fcntl.F_RDLCK, _IN_USE + permission, 1)
+            for permission in refuse:
+                _set(self._fd, fcntl.F_RDLCK, _NOT_SHARED + permission, 1)
+            held = any(_is_held(self._fd, _NOT_SHARED + permission) for permission in use) or any(
+                _is_held(self._fd, _IN_USE + permission) for permission in refuse
+            )
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _log.warning("%s: cannot be locked (%s); nothing keeps others from it", self.path, error.strerror)
+                return
+            held = True
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise BackingError(
+                    f"locking: {error.strerror}", path=self.path, errno=error.errno or errno.EIO
+                ) from error
+        if held:
+            if writable:  # keep what a reader had
+                self._writable = False
+                for permission in (_Permission.WRITE, _Permission.RESIZE):
+                    _set(self._fd, fcntl.F_UNLCK, _IN_USE + permission, 1)
+            raise _busy(self.path, self._fd)
+
+
+def _set(fd: int, kind: int, start: int, length: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def _is_held(fd: int, byte: int) -> bool:
+    """Whether another open file description has a lock on `byte`."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _exclusive(path: str, fd: int) -> int:
+    """A descriptor that holds the block device which `fd` is."""
+    try:
+        claim = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise BackingError(f"claiming: {error.strerror}", path=path, errno=error.errno or errno.EIO) from error
+        raise BusyError(
+            "block device already in use (mounted, or part of another device)",
+            path=path,
+            errno=errno.EBUSY,
+            cure="unmount or detach it, or pass shared=True (--shared) if you know it is safe",
+        ) from error
+    if os.fstat(claim).st_rdev != os.fstat(fd).st_rdev:
+        os.close(claim)
+        raise BackingError("the path changed while it was opened", path=path, errno=errno.ESTALE, cure="try again")
+    return claim
+
+
+def _busy(path: str, fd: int) -> BusyError:
+    found = _holders(fd)
+    # This process holds the locks it has just tried to take; it is to blame only if nobody else is.
+    pids = sorted(found - {os.getpid()} or found)
+    by = f" by process {', '.join(map(str, pids))}" if pids else ""
+    return BusyError(
+        f"backing file already in use{by}",
+        path=path,
+        errno=errno.EBUSY,
+        cure="close it there, or pass shared=True (--shared) if you know it is safe",
+    )
+
+
+def _holders(fd: int) -> set[int]:
+    """Processes seen in /proc to hold locks on the file, as far as we may look."""
+    found = set()
+    status = os.fstat(fd)
+    name = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+    for pid in filter(str.isdigit, _listing("/proc")):
+        for entry in _listing(f"/proc/{pid}/fdinfo"):
+            try:
+                with open(f"/proc/{pid}/fdinfo/{entry}", encoding="ascii", errors="replace") as lines:
+                    held = any(line.startswith("lock:") and name in line for line in lines)
+            except OSError:  # closed, ended, or not ours to read
+                continue
+            if held:
+                found.add(int(pid))
+    return found
+
+
+def _listing(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

@@ -1,0 +1,135 @@
+"""The files a device holds open, shared by its tables.
+
+A file is opened once a way (direct or buffered, writable or not) and claimed once, however many
+segments and tables of the device use it: a table may be replaced by one over the same files while
+their claims stay. Files are told apart by what they are, not by their path.
+Used under the device's control lock, by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import Final
+
+from blkloom._engine import File
+from blkloom.errors import BackingError
+from blkloom.target.claim import Claim
+
+_log = logging.getLogger(__name__)
+
+Identity = tuple[int, int]
+"""What a file is: (file system, inode), or (-1, number) for a block device."""
+
+_CURES: Final = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENXIO: "attach the device first",
+    errno.ETXTBSY: "the file is being executed",
+}
+
+
+@dataclass
+class _Held:
+    claim: Claim | None
+    users: int = 0
+    files: dict[tuple[bool, bool], File] = field(default_factory=dict)
+
+
+class HeldFiles:
+    """Open files by identity, counted."""
+
+    def __init__(self) -> None:
+        self._held: dict[Identity, _Held] = {}
+
+    def take(self, path: str, *, writable: bool, direct: bool, shared: bool) -> tuple[Identity, File]:
+        """The file at `path`, one use of it counted. shared: without a claim. Raises BackingError."""
+        fd, direct = _open(path, writable=writable, direct=direct)
+        try:
+            identity = _identity(fd, path)
+            held = self._held.get(identity)
+            if held is None:
+                held = _Held(None if shared else Claim(fd, path, writable=writable))
+            elif writable and held.claim:
+                held.claim.extend()
+            try:
+                file = held.files.get((writable, direct)) or File(fd, writable=writable, direct=direct, label=path)
+            except BaseException as error:
+                if held.users == 0 and held.claim:
+                    held.claim.release()
+                if isinstance(error, OSError):
+                    raise _refused(path, error, writable=writable) from error
+                raise
+        finally:
+            os.close(fd)
+        held.files[writable, direct] = file
+        held.users += 1
+        self._held[identity] = held
+        return identity, file
+
+    def release(self, identity: Identity) -> None:
+        """One use less; the last one gives the file and its claim up."""
+        held = self._held[identity]
+        held.users -= 1
+        if held.users == 0:
+            del self._held[identity]
+            held.files.clear()
+            if held.claim:
+                held.claim.release()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _open(path: str, *, writable: bool, direct: bool) -> tuple[int, bool]:
+    """A descriptor, and whether it is direct: where the file system refuses that, it is buffered."""
+    # O_NONBLOCK: opening a FIFO must not wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        if direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT), True
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise _refused(path, error, writable=writable) from error
+    except ValueError as error:  # a null byte
+        raise BackingError("could not open backing file: not a path", path=repr(path), errno=errno.EINVAL) from error
+    if direct:
+        _log.warning("%s: its file system does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O", path)
+    return fd, False
+
+
+def _identity(fd: int, path: str) -> Identity:
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        identity = (-1, status.st_rdev)
+    elif stat.S_ISREG(status.st_mode):
+        identity = (status.st_dev, status.st_ino)
+    else:
+        raise BackingError(
+            "backing file must be a regular file or a block device",
+            path=path,
+            errno=errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL,
+            cure="check the path",
+        )
+    os.set_blocking(fd, True)
+    return identity
+
+
+def _refused(path: str, error: OSError, *, writable: bool) -> BackingError:
+    number = error.errno or errno.EIO
+    if number == errno.EISDIR:
+        return BackingError(
+            "backing file must be a regular file or a block device", path=path, errno=number, cure="check the path"
+        )
+    cure = _CURES.get(number, "")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        cure = "allow writing, or open it read-only (read_only=True, --read-only)" if writable else "allow reading"
+    return BackingError(f"could not open backing file: {os.strerror(number)}", path=path, errno=number, cure=cure)

@@ -1,0 +1,127 @@
+"""What a target may ask for while a table loads: files, memory, other devices.
+
+One Opening a loaded table. Everything got through it is closed by it, when the table is replaced,
+the device closes, or the load fails half-way; targets close nothing of this themselves.
+Used by the thread that loads, under the device's control lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from blkloom._engine import File, Region
+from blkloom.errors import Place, ResourceError, TableError
+from blkloom.target.holding import HeldFiles, Identity
+from blkloom.units import Bytes, format_size
+
+if TYPE_CHECKING:
+    from blkloom.device.device import Device
+
+_log = logging.getLogger(__name__)
+
+_PAGE: Final = 4096
+_HUGE_PAGE: Final = 2 << 20
+
+
+class Opening:
+    """Opens for one table.
+
+    read_only: nothing may be opened for writing; extents that writes could change must not be
+    given out. direct_io: what `file` does unless told. place: where the segment being mapped
+    stands, for errors.
+    """
+
+    def __init__(
+        self,
+        held: HeldFiles,
+        *,
+        read_only: bool = False,
+        direct_io: bool = False,
+        shared: bool = False,
+        devices: Mapping[str, Device] | None = None,
+    ) -> None:
+        self.read_only = read_only
+        self.direct_io = direct_io
+        self.place: Place | None = None
+        self._shared = shared
+        self._devices = dict(devices or {})
+        self._held = held
+        self._used: list[Identity] = []
+        self._files: dict[tuple[str, bool, bool], File] = {}
+
+    def file(self, path: str, *, read_only: bool = False, direct_io: bool | None = None) -> File:
+        """The regular file or block device at `path`; the same File for the same question.
+
+        It is writable unless `read_only` here or of the whole opening. direct_io: None for the
+        opening's; where the file system refuses, the File is buffered and a warning says why.
+        It is claimed against other devices and processes unless the opening is shared. Raises
+        BackingError, BusyError.
+        """
+        key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io)
+        if key not in self._files:
+            _, writable, direct = key
+            identity, file = self._held.take(path, writable=writable, direct=direct, shared=self._shared)
+            self._used.append(identity)
+            self._files[key] = file
+        return self._files[key]
+
+    def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
+        """`size` bytes of zeros in a sealed memfd.
+
+        huge_pages: 2 MiB pages out of the system's pool (vm.nr_hugepages); they are always
+        allocated at once, because a pool that runs dry later would kill the process that touches
+        the memory. Raises ResourceError.
+        """
+        page = _HUGE_PAGE if huge_pages else _PAGE
+        rounded = -(-size // page) * page
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if huge_pages:
+            flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+        try:
+            fd = os.memfd_create("blkloom-ram", flags)
+            try:
+                os.ftruncate(fd, rounded)
+                if preallocate or huge_pages:
+                    os.posix_fallocate(fd, 0, rounded)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+                return Region(fd, rounded, page_size=page)
+            finally:
+                os.close(fd)
+        except (OSError, MemoryError, OverflowError) as error:
+            pages = f"reserve {rounded // page} huge pages (sysctl vm.nr_hugepages) or leave huge_pages out"
+            raise ResourceError(
+                f"{format_size(size)} of memory cannot be had: {getattr(error, 'strerror', None) or error}",
+                cure=pages if huge_pages else "make the device smaller",
+                errno=getattr(error, "errno", None) or errno.ENOMEM,
+            ) from error
+
+    def device(self, name: str) -> Device:
+        """The device to stack on. Raises TableError that lists those there are."""
+        device = self._devices.get(name)
+        if device is None:
+            known = ", ".join(sorted(self._devices)) or "none"
+            raise self.refuse("Device lookup failed: no such blkloom device", value=name, cure=f"there are: {known}")
+        if self.read_only and not device.read_only:
+            raise self.refuse(
+                "a read-only device cannot stand on a writable blkloom device", value=name, cure="open both read-only"
+            )
+        return device
+
+    def refuse(self, what: str, *, value: str = "", cure: str = "") -> TableError:
+        """An error about the segment being mapped, to raise."""
+        return TableError(what, place=self.place, value=value, cure=cure)
+
+    def warn(self, what: str) -> None:
+        """Says something about the segment being mapped in the log."""
+        _log.warning("%s: %s", self.place, what) if self.place else _log.warning("%s", what)
+
+    def close(self) -> None:
+        """Gives everything up. Does no harm twice."""
+        self._files.clear()
+        while self._used:
+            self._held.release(self._used.pop())

@@ -1,0 +1,118 @@
+"""Which targets there are: the built-in ones, those installed packages bring, those a caller passes.
+
+Built-in targets and plug-ins are imported when first asked for, so reading a table needs neither
+the engine nor a plug-in the table does not name; a plug-in that cannot be imported harms only the
+tables that name it. Immutable once made; safe to share between threads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final
+
+from blkloom.errors import Place, UnknownTarget, UsageError
+from blkloom.target.base import Target
+
+ENTRY_POINT_GROUP: Final = "blkloom.targets"
+"""Packages name their targets in this group: `name = "module:Class"`."""
+
+BUILTIN: Final = {
+    "error": "blkloom.target.error:Error",
+    "linear": "blkloom.target.linear:Linear",
+    "loop": "blkloom.target.loop:Loop",
+    "ram": "blkloom.target.ram:Ram",
+    "striped": "blkloom.target.striped:Striped",
+    "zero": "blkloom.target.zero:Zero",
+}
+"""The targets blkloom brings, one a line."""
+
+_log = logging.getLogger(__name__)
+
+
+class Targets:
+    """Looks target classes up by the word in the table.
+
+    A class passed by the caller goes before a plug-in, a plug-in never before a built-in target.
+    """
+
+    def __init__(self, classes: Iterable[type[Target]] = (), *, installed: Iterable[EntryPoint] = ()) -> None:
+        """classes: targets of the caller's own. Raises UsageError for one without a fit name, or two
+        of one name.
+        """
+        self._installed = {point.name: point for point in installed}
+        self._classes: dict[str, type[Target]] = {}
+        for cls in classes:
+            name = getattr(cls, "name", None)
+            if not isinstance(name, str) or not name or any(letter.isspace() for letter in name):
+                raise UsageError(f"target class {cls.__qualname__} has no name; set: name = 'one-word'")
+            if self._classes.setdefault(name, cls) is not cls:
+                raise UsageError(f"two target classes are named {name!r}: {self._classes[name]!r} and {cls!r}")
+
+    def find(self, name: str, *, place: Place | None = None) -> type[Target]:
+        """The class named `name`. Raises UnknownTarget that lists what exists, or says why the
+        plug-in of that name cannot be used.
+        """
+        if name in self._classes:
+            return self._classes[name]
+        if name in self._installed:
+            return self._load(self._installed[name], place)
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        known = f"there are: {', '.join(self.names())}"
+        raise UnknownTarget(
+            "unknown target type",
+            place=place,
+            value=name,
+            cure=f"did you mean {near[0]!r}? {known}" if near else known,
+        )
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted({*self._classes, *self._installed})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._classes or name in self._installed
+
+    def __iter__(self) -> Iterator[type[Target]]:
+        """Every class, by name. A plug-in that cannot be imported is left out, with a warning."""
+        for name in self.names():
+            try:
+                yield self.find(name)
+            except UnknownTarget as error:
+                _log.warning("%s", error)
+
+    def extended(self, classes: Iterable[type[Target]]) -> Targets:
+        """These, and `classes` before them."""
+        own = {cls.name: cls for cls in Targets(classes)._classes.values()}
+        return Targets((self._classes | own).values(), installed=self._installed.values())
+
+    def _load(self, point: EntryPoint, place: Place | None) -> type[Target]:
+        try:
+            found = point.load()
+        except Exception as error:  # a plug-in's import may raise anything
+            why = f"{point.value} cannot be imported: {error!r}"
+            raise UnknownTarget("target cannot be used", place=place, value=point.name, cure=why) from error
+        if not (isinstance(found, type) and issubclass(found, Target) and found.name == point.name):
+            why = f"{point.value} is not a Target class named {point.name!r}"
+            raise UnknownTarget("target cannot be used", place=place, value=point.name, cure=why)
+        return found
+
+
+def builtin_targets() -> Targets:
+    """The targets blkloom brings."""
+    return Targets(installed=_builtin_points())
+
+
+def all_targets(classes: Iterable[type[Target]] = ()) -> Targets:
+    """`classes`, the built-in targets and those of installed packages (entry points of the group
+    "blkloom.targets").
+    """
+    builtin = _builtin_points()
+    plugins = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BUILTIN]
+    return Targets(classes, installed=[*builtin, *plugins])
+
+
+def _builtin_points() -> list[EntryPoint]:
+    return [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in BUILTIN.items()]

@@ -1,0 +1,27 @@
+"""Prints the requirements of optional groups of pyproject.toml, a line each, for pip's -r.
+
+`requirements.py GROUP...`; the pseudo-group `build` is what the build back end needs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+def requirements(groups: Iterable[str]) -> list[str]:
+    """The requirements of the groups. Raises KeyError for a group there is not."""
+    project = tomllib.loads(PYPROJECT.read_text())
+    known: dict[str, list[str]] = {
+        "build": project["build-system"]["requires"],
+        **project["project"]["optional-dependencies"],
+    }
+    return [requirement for group in groups for requirement in known[group]]
+
+
+if __name__ == "__main__":
+    print(*requirements(sys.argv[1:]), sep="\n")

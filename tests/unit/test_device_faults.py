@@ -1,0 +1,272 @@
+"""Faults: what reaches a target's handlers, how they answer, and that no target harms its device."""
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import pytest
+
+import blkloom
+from blkloom._engine import Extent
+from blkloom.errors import FaultError
+from blkloom.table import Segment, Table
+from blkloom.table.arguments import Arguments
+from blkloom.target.base import HOLE, RETRY, ZERO, Retry, Target
+from blkloom.target.opening import Opening
+from blkloom.target.zero import Zero
+from blkloom.units import Bytes, Sectors
+
+
+@dataclass
+class Scripted(Target):
+    """Every range faults; what handlers do is up to the test."""
+
+    log: list[tuple[Any, ...]]
+    act: Callable[[str], Any] = lambda _: None
+
+    name: ClassVar[str] = "scripted"
+
+    @classmethod
+    def parse(cls, arguments: Arguments) -> Self:
+        raise NotImplementedError
+
+    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
+        self.log.append(("map", start, length))
+        return [(Bytes(0), length, Extent.fault())]
+
+    def read(self, offset: Bytes, length: Bytes) -> bytes | Retry:
+        self.log.append(("read", offset, length))
+        answer: bytes | Retry | None = self.act("read")
+        return b"r" * length if answer is None else answer
+
+    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> None:
+        self.log.append(("write", offset, data, fua))
+        self.act("write")
+
+    def flush(self) -> None:
+        self.log.append(("flush",))
+        self.act("flush")
+
+    def discard(self, offset: Bytes, length: Bytes) -> None:
+        self.log.append(("discard", offset, length))
+
+    def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> None:
+        self.log.append(("write_zeroes", offset, length, may_unmap, fast))
+
+    def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
+        self.log.append(("extents", offset, length))
+        return [(Bytes(512), HOLE | ZERO), (Bytes(length - 512), 0)]
+
+    def close(self) -> None:
+        self.log.append(("close",))
+
+
+class Silent(Scripted):
+    """Overrides no handler."""
+
+    read = Target.read
+    write = Target.write  # type: ignore[assignment]
+    flush = Target.flush
+    discard = Target.discard  # type: ignore[assignment]
+    write_zeroes = Target.write_zeroes  # type: ignore[assignment]
+
+
+class WriteOnly(Scripted):
+    """Leaves zeros and discards to the base class."""
+
+    discard = Target.discard  # type: ignore[assignment]
+    write_zeroes = Target.write_zeroes  # type: ignore[assignment]
+
+
+def table(*targets: Target, sectors: int = 8) -> Table:
+    return Table(
+        tuple(Segment(Sectors(sectors * i), Sectors(sectors), target) for i, target in enumerate(targets))  # type: ignore[call-arg]
+    )
+
+
+def failing(number: int) -> AbstractContextManager[object]:
+    return pytest.raises(OSError, match=rf"\[Errno {number}\]")
+
+
+def test_handlers_get_offsets_from_the_segment_s_start() -> None:
+    log: list[tuple[Any, ...]] = []
+    with blkloom.Device(table(Zero(), Scripted(log))) as device:
+        assert device.pread(8192, 0) == bytes(4096) + b"r" * 4096
+        device.pwrite(b"w" * 512, 4096 + 512)
+        device.pwrite(b"f" * 512, 4096, fua=True)
+        device.discard(4096, 1024)
+        device.write_zeroes(4096 + 1024, 512)
+        device.write_zeroes(4096 + 1024, 512, unmap=False, fast=True)
+        device.flush()
+        assert device.extents(4096, 2048) == [(4096, 512, 3), (4608, 1536, 0)]
+    assert log == [
+        ("map", 4096, 4096),
+        ("read", 0, 4096),
+        ("write", 512, b"w" * 512, False),
+        ("write", 0, b"f" * 512, True),
+        ("flush",),
+        ("discard", 0, 1024),
+        ("write_zeroes", 1024, 512, True, False),
+        ("write_zeroes", 1024, 512, False, True),
+        ("flush",),
+        ("extents", 0, 2048),
+        ("flush",),
+        ("close",),
+    ]
+
+
+def test_a_request_over_two_targets_faults_to_each_with_its_part() -> None:
+    first: list[tuple[Any, ...]] = []
+    second: list[tuple[Any, ...]] = []
+    with blkloom.Device(table(Scripted(first), Scripted(second))) as device:
+        assert device.pwrite(b"a" * 512 + b"b" * 512, 4096 - 512) == 1024
+    assert ("write", 3584, b"a" * 512, False) in first
+    assert ("write", 0, b"b" * 512, False) in second
+
+
+def test_a_target_without_handlers_can_neither_be_read_nor_written() -> None:
+    with blkloom.Device(table(Silent([]))) as device:
+        with failing(errno.EIO):
+            device.pread(512, 0)
+        for write in (
+            lambda: device.pwrite(b"x", 0),
+            lambda: device.discard(0, 512),
+            lambda: device.write_zeroes(0, 512),
+        ):
+            with failing(errno.EROFS):
+                write()
+        device.flush()
+
+
+def test_zeros_are_written_and_discards_ignored_unless_the_target_does_better() -> None:
+    log: list[tuple[Any, ...]] = []
+    with blkloom.Device(table(WriteOnly(log), sectors=4096)) as device:
+        device.discard(0, 512)
+        device.write_zeroes(512, (1 << 20) + 512)
+        with failing(errno.EOPNOTSUPP):
+            device.write_zeroes(0, 512, fast=True)
+    assert [(entry[1], len(entry[2])) for entry in log if entry[0] == "write"] == [
+        (512, 1 << 20),
+        (512 + (1 << 20), 512),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (FaultError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (FaultError("no errno"), errno.EIO),
+        (FileNotFoundError(errno.ENOENT, "gone"), errno.ENOENT),
+        (ZeroDivisionError(), errno.EIO),
+        (MemoryError(), errno.ENOMEM),
+        (SystemExit(3), errno.EIO),
+        (KeyboardInterrupt(), errno.EIO),
+    ],
+)
+def test_what_a_handler_raises_becomes_the_request_s_errno_and_the_device_lives_on(
+    error: BaseException, number: int
+) -> None:
+    wrong = threading.Event()
+    wrong.set()
+
+    def act(operation: str) -> None:
+        if wrong.is_set() and operation == "read":
+            raise error
+
+    with blkloom.Device(table(Scripted([], act), Zero())) as device:
+        with failing(number):
+            device.pread(4096, 2048)
+        assert device.pread(512, 4096) == bytes(512)
+        wrong.clear()
+        assert device.pread(512, 0) == b"r" * 512
+
+
+def test_a_bug_in_a_target_is_logged_with_its_traceback_once(caplog: pytest.LogCaptureFixture) -> None:
+    def act(operation: str) -> None:
+        if operation == "read":
+            raise LookupError("the bug")
+
+    with blkloom.Device(table(Scripted([], act)), name="disk") as device:
+        for _ in range(3):
+            with failing(errno.EIO):
+                device.pread(512, 512)
+    records = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(records) == 1
+    assert "device 'disk': target scripted failed a read of 512 bytes at 512" in records[0].message
+    assert records[0].exc_info and "the bug" in caplog.text
+
+
+def test_a_read_of_the_wrong_length_is_eio_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with blkloom.Device(table(Scripted([], lambda _: b"short"))) as device, failing(errno.EIO):
+        device.pread(512, 0)
+    assert "returned 5 bytes, not 512" in caplog.text
+
+
+def test_a_target_that_always_says_retry_fails_its_request() -> None:
+    with (
+        blkloom.Device(table(Scripted([], lambda name: RETRY if name == "read" else None))) as device,
+        failing(errno.EIO),
+    ):
+        device.pread(512, 0)
+
+
+def test_a_handler_that_never_returns_fails_its_requests_after_the_bound_not_the_device(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    go_on = threading.Event()
+    device = blkloom.Device(
+        table(Scripted([], lambda name: go_on.wait() and None if name == "read" else None), Zero()), fault_timeout=0.2
+    )
+    with failing(errno.ETIMEDOUT):
+        device.pread(512, 0)
+    assert device.pread(512, 4096) == bytes(512)
+    with pytest.raises(OSError, match="flush"):
+        device.close()
+    assert "does not return" in caplog.text
+    go_on.set()
+
+
+def test_flushes_that_wait_together_share_one_call() -> None:
+    log: list[tuple[Any, ...]] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def act(operation: str) -> None:
+        if operation == "read":
+            entered.set()
+            go_on.wait(20)
+
+    with blkloom.Device(table(Scripted(log, act))) as device:
+        reader = threading.Thread(target=device.pread, args=(512, 0))
+        reader.start()
+        assert entered.wait(20)
+        flushers = [threading.Thread(target=device.flush) for _ in range(8)]
+        for thread in flushers:
+            thread.start()
+        while device.stats()["faults"] < 9:  # all of them have arrived
+            threading.Event().wait(0.001)
+        go_on.set()
+        for thread in [reader, *flushers]:
+            thread.join()
+        assert log.count(("flush",)) == 1
+
+
+def test_every_load_gets_a_copy_of_its_target() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    @dataclass
+    class Stateful(Scripted):
+        def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
+            assert not hasattr(self, "state")
+            self.state: object = object()
+            return super().map(opening, start, length)
+
+    twice = table(Stateful(seen))
+    with blkloom.Device(twice) as first, blkloom.Device(twice) as second:
+        assert first.pread(1, 0) == second.pread(1, 0) == b"r"
+        first.load(twice)
+        first.resume()
+    assert seen.count(("close",)) == 3
