@@ -4,7 +4,7 @@
 //! queue. It stops at the first piece that would wait, fault or park, and says how far it came; the
 //! queue takes the request from there.
 
-use blkloom_io::{Inline, InlinePolicy, Slice, errno::EIO};
+use blkloom_io::{File, Inline, InlinePolicy, Slice, Stretch, errno::EIO};
 use blkloom_map::Place;
 
 use crate::device::{Device, Kinds, Refused};
@@ -93,7 +93,7 @@ pub fn read(
         let part = into.part(at, len as usize);
         at += len as usize;
         match place {
-            Place::Data { file, offset, .. } => match file.read_now(*offset, part) {
+            Place::Data { file, offset, .. } => match read_data(file, *offset, part, at as u64 - len, &mut zeros) {
                 Inline::Done => Now::Done,
                 Inline::Failed(errno) => Now::Failed(errno),
                 Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
@@ -122,6 +122,42 @@ pub fn read(
     })
 }
 
+/// Reads a file; a large read of a file with holes says where they are.
+fn read_data(file: &File, offset: u64, part: Slice, at: u64, zeros: &mut Option<&mut Vec<(u64, u64)>>) -> Inline {
+    let Some(zeros) = zeros.as_deref_mut().filter(|_| part.len() >= WORTH_LOOKING && file.may_have_holes()) else {
+        return file.read_now(offset, part);
+    };
+    // What lies past the end of a truncated file looks like a hole, but must be an error.
+    let whole = |file: &File| file.size().is_ok_and(|size| size >= offset + part.len() as u64);
+    let stretches = match file.stretches(offset, part.len() as u64, MOST_STRETCHES) {
+        Ok(stretches) if stretches.iter().any(|stretch| stretch.hole) && whole(file) => stretches,
+        _ => return file.read_now(offset, part),
+    };
+    let mut done = 0usize;
+    for Stretch { len, hole } in stretches {
+        let piece = part.part(done, len as usize);
+        if hole && len >= WORTH_A_HOLE {
+            piece.zero();
+            zeros.push((at + done as u64, len));
+        } else {
+            match file.read_now(offset + done as u64, piece) {
+                Inline::Done => {}
+                Inline::Wait(more) => return Inline::Wait(done + more),
+                failed => return failed,
+            }
+        }
+        done += len as usize;
+    }
+    if done < part.len() {
+        file.read_now(offset + done as u64, part.part(done, part.len() - done))
+    } else {
+        Inline::Done
+    }
+}
+
+/// Reads from this size on are worth asking the file system for holes.
+const WORTH_LOOKING: usize = 32 << 10;
+const MOST_STRETCHES: usize = 64;
 /// Holes shorter than this are not worth a chunk of their own.
 const WORTH_A_HOLE: u64 = 4096;
 

@@ -81,6 +81,8 @@ pub struct File {
     /// Cleared when the file system turns out not to know RWF_NOWAIT for this direction.
     nowait_read: AtomicBool,
     nowait_write: AtomicBool,
+    /// The file may have holes: it had some, or some were punched here.
+    holes: AtomicBool,
     offset_alignment: u64,
     memory_alignment: u64,
     blocks: Arc<RangeLock>,
@@ -113,6 +115,7 @@ impl File {
             block_device,
             policy,
             nowait_read: AtomicBool::new(policy == InlinePolicy::Nowait),
+            holes: AtomicBool::new(!allocated),
             nowait_write: AtomicBool::new(policy == InlinePolicy::Nowait && allocated),
             offset_alignment,
             memory_alignment,
@@ -163,6 +166,10 @@ impl File {
     /// Whether a flush of this file has anything to do.
     pub fn needs_sync(&self) -> bool {
         self.writable && self.policy != InlinePolicy::Always
+    }
+
+    pub fn may_have_holes(&self) -> bool {
+        self.holes.load(Ordering::Relaxed)
     }
 
     /// Whether an I/O may be handed to the kernel as it is.
@@ -398,6 +405,9 @@ impl File {
     }
 
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+        if mode.contains(FallocateFlags::PUNCH_HOLE) {
+            self.holes.store(true, Ordering::Relaxed);
+        }
         loop {
             match fallocate(&self.fd, mode, offset, len) {
                 Ok(()) => return Ok(()),

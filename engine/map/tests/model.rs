@@ -39,7 +39,11 @@ fn at(place: &Place<'_, Numbers>, plus: u64) -> At {
 
 fn leaf() -> impl Strategy<Value = Extent<Numbers>> {
     prop_oneof![
-        (0u32..4, 0u64..1000, any::<bool>()).prop_map(|(file, offset, writable)| Extent::Data { file, offset, writable }),
+        (0u32..4, 0u64..1000, any::<bool>()).prop_map(|(file, offset, writable)| Extent::Data {
+            file,
+            offset,
+            writable
+        }),
         (0u32..4, 0u64..1000).prop_map(|(region, offset)| Extent::Memory { region, offset }),
         Just(Extent::Zero { discard_writes: true }),
         (1i32..100).prop_map(Extent::Error),
@@ -109,7 +113,7 @@ proptest! {
         let table = Arc::new(ClusterTable::<Numbers>::new(64 * CLUSTER, CLUSTER, 8, vec![7, 8, 9]).unwrap());
         let mut model = [0u64; 64];
         for (first, entries) in installs {
-            let entries: Vec<u64> = entries.iter().map(|(kind, file, at)| kind << 61 | file << 49 | at * 2).collect();
+            let entries: Vec<u64> = entries.iter().map(|(kind, file, at)| kind << 61 | file << 49 | (at * 2)).collect();
             let installed = table.install(first, &entries);
             if first as usize + entries.len() <= 64 {
                 installed.unwrap();

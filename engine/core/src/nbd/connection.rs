@@ -401,12 +401,11 @@ impl Connection {
             self.flush(bench);
         }
         let start = bench.arena.used();
-        let sparse = self.rules.style != Style::Simple && header.flags & flags::DF == 0;
         bench.zeros.clear();
         blkloom_wire::read_data(&framing, &mut bench.arena, header.offset, header.length, true);
         let data = bench.arena.used();
         let memory = bench.arena.claim(length);
-        let zeros = sparse.then_some(&mut bench.zeros);
+        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
         match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
             Now::Done if bench.zeros.is_empty() => self.tally(Op::Read, header.length, false),
             Now::Done => {
@@ -428,6 +427,10 @@ impl Connection {
                 self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
             }
         }
+    }
+
+    fn may_send_holes(&self, header: &Header) -> bool {
+        self.rules.style != Style::Simple && header.flags & flags::DF == 0
     }
 
     /// A read whose data has zeros in it (in `bench.zeros`): data and holes as chunks of their own.
@@ -462,7 +465,14 @@ impl Connection {
         let buffer = bench.buffers.take(header.length as usize);
         // SAFETY: the buffer is kept below until the read has ended.
         let memory = unsafe { buffer.slice() };
-        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, None) {
+        bench.zeros.clear();
+        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+            Now::Done if !bench.zeros.is_empty() => {
+                self.sparse(&framing, buffer.bytes(), bench);
+                bench.buffers.put(buffer);
+                self.tally(Op::Read, header.length, false);
+            }
             Now::Done => {
                 self.flush(bench);
                 let mut head = Vec::with_capacity(48);
