@@ -33,13 +33,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What fio did. seconds: the time it measured. p50_us and p99_us: latency over reads and writes."""
+    """What fio did. seconds: the time it measured. p50_us and p99_us: latency over reads and writes.
+    busy: the share of that time its threads spent on a CPU, 1.0 when the client is the limit.
+    """
 
     operations: int
     seconds: float
     errors: int
     p50_us: float
     p99_us: float
+    busy: float = 0.0
 
 
 def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds: float | None) -> list[str]:
@@ -80,6 +83,7 @@ def read_outcome(text: str) -> Outcome:
             errors=int(bool(job["error"])) + int(job.get("total_err", 0)),
             p50_us=_percentile(sides, "50.000000"),
             p99_us=_percentile(sides, "99.000000"),
+            busy=(job["usr_cpu"] + job["sys_cpu"]) / 100,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"fio's output makes no sense ({error!r}): {text[:200]!r}") from error

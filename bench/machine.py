@@ -6,11 +6,15 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-_ASK: Final = {"fio": ["fio", "--version"], "qemu-nbd": ["qemu-nbd", "--version"], "nbdkit": ["nbdkit", "--version"]}
+_ASK: Final = {
+    "fio": ["fio", "--version"],
+    "qemu-nbd": ["qemu-nbd", "--version"],
+    "nbdkit": ["nbdkit", "--version"],
+    "commit": ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+}
 
 
 def facts() -> dict[str, str]:
@@ -29,12 +33,12 @@ def facts() -> dict[str, str]:
 
 def versions(blkloom: str) -> dict[str, str]:
     """Of blkloom, Python and every peer that is installed, as each calls itself."""
-    said = {"python": platform.python_version(), "blkloom package": version("blkloom")}
+    said = {"python": platform.python_version()}
     for name, command in {"blkloom": [blkloom, "--version"], **_ASK}.items():
         if shutil.which(command[0]):
             done = subprocess.run(command, capture_output=True, text=True)
-            said[name] = (done.stdout or done.stderr).partition("\n")[0].strip()
-    return said
+            said[name] = done.stdout.partition("\n")[0].strip()
+    return {name: text for name, text in said.items() if text}
 
 
 def _fields(path: Path) -> dict[str, str]:

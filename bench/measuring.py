@@ -131,6 +131,7 @@ class Meter:
             errors=outcome.errors,
             p50_us=outcome.p50_us,
             p99_us=outcome.p99_us,
+            client_busy=outcome.busy,
             extra=extra or {},
         )
 

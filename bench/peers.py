@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from urllib.parse import quote
 
 from ground import Ground
 from idle import idle_connections
-from inprocess import table_text
 from jobs import Job, JobError, Outcome
 from measuring import FioSession, Meter
 from results import Sample
-from servers import Server, background, foreground
+from servers import Server, activated, announcing
+from tables import table_text
 
 _SLACK = 4  # connections beyond the job's, for those that have not quite ended
 
@@ -65,7 +64,7 @@ class Blkloom:
         command = [self.command, "serve", "--table", "-", "--socket", str(socket), "--max-connections", connections]
         with ExitStack() as stack:
             log = ground.scratch / "blkloom.log"
-            server = stack.enter_context(foreground(command, ready="nbd", log=log, text=self._table(ground)))
+            server = stack.enter_context(announcing(command, ready="nbd", log=log, text=self._table(ground)))
             extra = {}
             if self.idle:
                 before = server.status("VmRSS")
@@ -105,11 +104,11 @@ class QemuNbd:
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
-        socket, pid_file = ground.scratch / "qemu-nbd.sock", ground.scratch / "qemu-nbd.pid"
-        command = ["qemu-nbd", "--fork", f"--pid-file={pid_file}", "-k", str(socket), "-t", "-f", "raw"]
+        socket = ground.scratch / "qemu-nbd.sock"
+        command = ["qemu-nbd", "-t", "-f", "raw"]
         command += ["-e", str(job.connections + _SLACK), f"--aio={self.aio}", "--cache=writeback"]
         command += [str(ground.tmpfs_file())]
-        with background(command, pid_file=pid_file, log=ground.scratch / "qemu-nbd.log") as server:
+        with activated(command, path=socket, log=ground.scratch / "qemu-nbd.log") as server:
             yield FioSession(ground, job, _nbd(socket), who="server", server=server)
 
 
@@ -137,14 +136,13 @@ class Nbdkit:
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
-        socket, pid_file = ground.scratch / "nbdkit.sock", ground.scratch / "nbdkit.pid"
-        socket.unlink(missing_ok=True)
-        command = ["nbdkit", "-U", str(socket), "-P", str(pid_file), "-t", str(self.threads), self.plugin]
+        socket = ground.scratch / "nbdkit.sock"
+        command = ["nbdkit", "-t", str(self.threads), self.plugin]
         if self.plugin == "file":
             command += [str(ground.tmpfs_file())]
         else:
             command += [str(ground.size), f"allocator={self.allocator}"]
-        with background(command, pid_file=pid_file, log=ground.scratch / "nbdkit.log") as server:
+        with activated(command, path=socket, log=ground.scratch / "nbdkit.log") as server:
             session = FioSession(ground, job, _nbd(socket), who="server", server=server)
             if self.plugin == "memory":
                 session.fill()
@@ -204,20 +202,24 @@ class FioOnFile:
 
 @dataclass(frozen=True)
 class InProcess:
-    """A Python program that does the I/O itself (inprocess.py). The server is that program."""
+    """A Python program that does the I/O itself (inprocess.py). The server is that program.
 
+    python: the interpreter that has the blkloom to measure.
+    """
+
+    python: str
     side: Literal["preadv", "ram", "map"]
     family: str
     number: int = 1
     setting: str = ""
 
     def missing(self) -> str:
-        return ""
+        return "" if shutil.which(self.python) else f"{self.python} does not exist; `make setup` makes it"
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[_ProgramSession]:
         subject = "-" if self.side == "ram" else str(ground.tmpfs_file())
-        program = [sys.executable, str(Path(__file__).with_name("inprocess.py"))]
+        program = [self.python, str(Path(__file__).with_name("inprocess.py"))]
         command = [*program, self.side, subject, str(ground.size), str(self.number)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

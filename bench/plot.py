@@ -52,9 +52,9 @@ def svg(run: Run) -> str:
 def _bar(c: Comparison, y: int, one: float, x: _Scale) -> list[str]:
     assert c.ratio is not None
     end, middle = x(c.ratio), y + _ROW / 2 - 3
-    title = f"{c.workload.title.replace('`', '')} / {c.goal.peer}"
+    title = str(c).replace("`", "")
     parts = [
-        f'<text x="{_LABEL - 10}" y="{middle + 4}" text-anchor="end" font-size="{12 if len(title) < 66 else 10}">'
+        f'<text x="{_LABEL - 10}" y="{middle + 4}" text-anchor="end" font-size="{12 if len(title) < 68 else 10}">'
         f"{escape(title)}</text>",
         f'<rect x="{min(one, end):.1f}" y="{y + 3}" width="{max(abs(end - one), 1):.1f}" height="{_ROW - 12}" '
         f'fill="{_COLOURS.get(c.verdict, "#8c8c8c")}"/>',

@@ -6,13 +6,15 @@ as plainly as those that are met.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from statistics import median
 from typing import Final
 
 from results import Comparison, Contest, Run, WorkloadResult, compare
 
 _DISTURBED: Final = 0.05
 """Share of the machine's CPU time used by strangers, or stolen, from which a row is marked."""
+_SATURATED: Final = 0.95
+"""Share of its time on a CPU from which the client is called the limit."""
 
 
 def markdown(run: Run, *, plot: str) -> str:
@@ -25,9 +27,13 @@ def markdown(run: Run, *, plot: str) -> str:
         f"![Ratios to the peers and the goals]({plot})",
         "## Against the goals",
         _goals(run, comparisons),
+        "Figures are medians (lowest to highest round), IOPS unless a unit stands there. *ratio* is the ratio of the "
+        "medians, and decides; *by rounds* is the median (and range) of the ratios round by round. *CPU* is the "
+        "server's CPU time in seconds per million I/Os: utime + stime; where nobody serves, the client's.",
         _notes(run),
         "## Every setting measured",
-        "A peer's figure above is that of its best setting here (the highest median).",
+        "A peer's figure above is that of its best setting here: the highest median. *busy* is the share of the time "
+        "that each of the client's threads spent on a CPU; near 100% the client is the limit and not the server.",
         _settings(run),
         "## How",
         _method(run),
@@ -41,158 +47,122 @@ def _summary(run: Run, comparisons: list[Comparison]) -> str:
     held = [c for c in comparisons if c.goal.at_least is not None or c.goal.at_most is not None]
     met = sum(c.verdict == "met" for c in held)
     lines = [
-        f"**{met} of {len(held)} goals met**, measured {run.when}: medians of {run.rounds} rounds of {run.seconds:g} s."
+        f"**{met} of {len(held)} goals met**, {run.when}; medians of {run.rounds} rounds of {run.seconds:g} s.",
+        "",
     ]
-    lines += [
-        f"- Missed: {c.workload.title}, against {c.goal.peer}: {_ratio(c)}, goal {_wanted(c)}."
-        for c in held
-        if c.verdict == "missed"
-    ]
-    lines += [
-        f"- Not measured: {c.workload.title}, against {c.goal.peer}."
-        for c in comparisons
-        if c.verdict == "not measured"
-    ]
+    lines += [f"- Missed: {c}: {c.reached}, goal {c.wanted}." for c in held if c.verdict == "missed"]
+    lines += [f"- Not measured: {c}." for c in comparisons if c.verdict == "not measured"]
     if not run.complete:
         lines.append("- This was a short or partial run: its figures are for trying things out, not for quoting.")
-    return "\n".join([*lines[:1], "", *lines[1:]] if len(lines) > 1 else lines)
+    return "\n".join(lines).rstrip()
 
 
-def _goals(run: Run, comparisons: Iterable[Comparison]) -> str:
-    header = [
-        "work",
-        "against",
-        "goal",
-        "blkloom",
-        "peer",
-        "ratio",
-        "ratio by rounds",
-        "CPU s/M blkloom",
-        "CPU s/M peer",
-        "goal is",
+def _goals(run: Run, comparisons: list[Comparison]) -> str:
+    header = ["work", "blkloom's", "against", "goal", "blkloom", "peer", "ratio", "by rounds", "CPU", "peer's CPU", ""]
+    rows = [
+        [
+            c.workload.title + (" ⚠" if _disturbance(c.workload, run) > _DISTURBED else ""),
+            c.way,
+            c.goal.peer,
+            c.wanted,
+            _figure(c.subject, c.workload),
+            _figure(c.peer, c.workload),
+            f"**{c.reached}**",
+            _by_rounds(c),
+            _cost(c.subject, c.workload),
+            _cost(c.peer, c.workload),
+            c.verdict,
+        ]
+        for c in comparisons
     ]
-    rows = []
-    for c in comparisons:
-        rows.append(
-            [
-                c.workload.title + (" ⚠" if _disturbed(c.workload, run) else ""),
-                c.goal.peer
-                if c.goal.subject.startswith(("blkloom loop", c.goal.peer))
-                else f"{c.goal.peer} (subject: {c.goal.subject})",
-                _wanted(c),
-                _figure(c.subject, c.workload),
-                _figure(c.peer, c.workload),
-                f"**{_ratio(c)}**",
-                f"{c.round_ratio:.2f} ({c.round_low:.2f} to {c.round_high:.2f})" if c.round_ratio is not None else "-",
-                _cost(c.subject, c.workload),
-                _cost(c.peer, c.workload),
-                c.verdict,
-            ]
-        )
     return _table(header, rows)
 
 
 def _notes(run: Run) -> str:
-    lines = [
-        "Figures are medians with the lowest and the highest round; IOPS unless a unit stands there. *ratio* is the "
-        "ratio of the medians and decides; *ratio by rounds* is the median (and range) of the ratios round by round. "
-        "*CPU s/M* is the server's CPU time in seconds per million I/Os; where nobody serves, the client's own.",
-    ]
+    contests = [(workload, contest) for workload in run.workloads for contest in workload.contests]
+    lines = [note for workload, contest in contests for note in _remarks(workload, contest)]
     for workload in run.workloads:
-        for contest in workload.contests:
-            if (before := contest.extra("memory_before")) is not None and (
-                idle := contest.extra("memory_idle")
-            ) is not None:
-                count = contest.extra("idle_connections") or 1
-                lines.append(
-                    f"- {contest.family}: the server's memory grows from {before / (1 << 20):.1f} to "
-                    f"{idle / (1 << 20):.1f} MiB, {(idle - before) / count / 1024:.1f} KiB a connection, and it has "
-                    f"{contest.extra('threads') or 0:.0f} threads."
-                )
-            if (parse := contest.extra("parse_seconds")) is not None:
-                lines.append(
-                    f"- {contest.family}: {contest.figure * 1e3:.2f} ms in all, {parse * 1e3:.2f} ms of them parsing."
-                )
-            if contest.errors:
-                lines.append(f"- **{contest.errors} I/O errors**: {workload.name}, {contest.family} {contest.setting}.")
-        if _disturbed(workload, run):
-            lines.append(
-                f"- ⚠ {workload.name}: up to {_disturbance(workload, run):.0%} of the CPU time went to others "
-                "or was stolen."
-            )
-    if not any(contest.errors for workload in run.workloads for contest in workload.contests):
-        lines.append("- I/O errors: 0, in every run.")
-    lines += [f"- Missing: {missing.what}: {missing.why}" for missing in run.missing]
-    return "\n".join([lines[0], "", *lines[1:]])
+        if (share := _disturbance(workload, run)) > _DISTURBED:
+            lines.append(f"⚠ {workload.name}: up to {share:.0%} of the CPU time went to others or was stolen.")
+    if not any(contest.errors for _, contest in contests):
+        lines.append("I/O errors: 0, in every run.")
+    reasons: dict[str, list[str]] = {}
+    for missing in run.missing:
+        reasons.setdefault(missing.why, []).append(missing.what)
+    lines += [f"Missing: {', '.join(what)}: {why}" for why, what in reasons.items()]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _remarks(workload: WorkloadResult, contest: Contest) -> list[str]:
+    """What a contender's further figures say."""
+    found = []
+    before, idle = contest.extra("memory_before"), contest.extra("memory_idle")
+    if before is not None and idle is not None:
+        each = (idle - before) / (contest.extra("idle_connections") or 1)
+        found.append(
+            f"{contest.family}: the server's memory grows from {before / (1 << 20):.1f} to {idle / (1 << 20):.1f} MiB, "
+            f"{each / 1024:.1f} KiB a connection; it has {contest.extra('threads') or 0:.0f} threads."
+        )
+    if (parsing := contest.extra("parse_seconds")) is not None:
+        found.append(f"{contest.family}: {contest.figure * 1e3:.2f} ms, of them {parsing * 1e3:.2f} ms parsing.")
+    if contest.samples and contest.client_busy >= _SATURATED:
+        found.append(f"{workload.name}, {_name(contest)}: the client is the limit ({contest.client_busy:.0%} busy).")
+    if contest.errors:
+        found.append(f"**{contest.errors} runs with I/O errors**: {workload.name}, {_name(contest)}.")
+    return found
 
 
 def _settings(run: Run) -> str:
-    header = [
-        "work",
-        "who",
-        "setting",
-        "median",
-        "min to max",
-        "MiB/s",
-        "p50 µs",
-        "p99 µs",
-        "CPU s/M",
-        "client CPU s/M",
-    ]
+    header = ["row", "who", "setting", "figure", "MiB/s", "p50 µs", "p99 µs", "CPU", "client's CPU", "busy"]
     rows = []
     for workload in run.workloads:
         for contest in workload.contests:
-            if not contest.samples:
-                rows.append([workload.name, contest.family, contest.setting, "not measured", *["-"] * 6])
+            setting = f"`{contest.setting}`" if contest.setting else ""
+            row = [workload.name, contest.family, setting, _figure(contest, workload)]
+            if not contest.samples or workload.unit != "IOPS":
+                rows.append([*row, *["-"] * 6])
                 continue
-            middle = sorted(contest.samples, key=lambda sample: sample.value)[len(contest.samples) // 2]
-            rows.append(
-                [
-                    workload.name,
-                    contest.family,
-                    f"`{contest.setting}`" if contest.setting else "",
-                    _number(contest.figure, workload),
-                    f"{_number(min(contest.values), workload)} to {_number(max(contest.values), workload)}",
-                    f"{contest.figure * workload.block / (1 << 20):,.0f}" if workload.unit == "IOPS" else "-",
-                    f"{middle.p50_us:,.0f}" if middle.p50_us else "-",
-                    f"{middle.p99_us:,.0f}" if middle.p99_us else "-",
-                    _cost(contest, workload),
-                    f"{contest.client_cpu_per_million:.2f}" if middle.client_cpu and workload.unit == "IOPS" else "-",
-                ]
-            )
+            p50, p99 = (median(getattr(s, name) for s in contest.samples) for name in ("p50_us", "p99_us"))
+            row += [
+                f"{contest.figure * workload.block / (1 << 20):,.0f}",
+                f"{p50:,.0f}" if p50 else "-",
+                f"{p99:,.0f}" if p99 else "-",
+                _cost(contest, workload),
+                f"{contest.client_cpu_per_million:.2f}" if p50 else "-",
+                f"{contest.client_busy:.0%}" if p50 else "-",
+            ]
+            rows.append(row)
     return _table(header, rows)
 
 
 def _method(run: Run) -> str:
     return (
-        "`make bench` (that is `bench/run.py`, then `bench/run.py --report`) does it again on another machine. "
-        "The backing is one 1 GiB file on tmpfs, filled with random bytes, the same file for everybody (for the direct "
-        "I/O row a file on the disk; for memory devices as much memory, written once). The client is `fio "
-        "--ioengine=nbd --thread` over a Unix socket with the same job for all. Contenders take turns round by round, one at a time, "
-        f"started anew each time and warmed up before they are measured for {run.seconds:g} s. blkloom runs with its "
-        "defaults. Client and server share the machine's CPUs. CPU times come from the kernel's accounts "
-        "(utime + stime of the server process; for /dev/loop, whose work is done by kernel threads, what the machine "
-        "used beyond the client). All samples are in `bench/results/latest.json`."
+        "`make bench` does it again on another machine: `bench/run.py`, then `bench/run.py --report`. The backing is "
+        "one 1 GiB file on tmpfs, filled with random bytes, the same file for everybody; for the direct I/O row it is "
+        "a file on the disk, for memory devices as much memory, written once. The client is `fio --ioengine=nbd "
+        "--thread` over a Unix socket, with the same job for all; `/dev/loop` and the file itself are driven by fio's "
+        "libaio and io_uring engines. Contenders take turns round by round, one at a time, started anew each time and "
+        f"warmed up before they are measured for {run.seconds:g} s. blkloom runs with its defaults. Client and "
+        "server share the machine's CPUs. The CPU time of `/dev/loop`, whose work kernel threads do, is what the "
+        "machine used beyond the client. All samples are in `bench/results/latest.json`."
     )
 
 
-def _wanted(c: Comparison) -> str:
-    if c.goal.at_most is not None:
-        return f"≤ {c.goal.at_most:g} s"
-    return f"≥ {c.goal.at_least:g}x" if c.goal.at_least is not None else "reported"
+def _name(contest: Contest) -> str:
+    return f"{contest.family} {contest.setting}".strip()
 
 
-def _ratio(c: Comparison) -> str:
-    if c.goal.at_most is not None and c.subject:
-        return f"{c.subject.figure:.3f} s"
-    return f"{c.ratio:.2f}x" if c.ratio is not None else "-"
+def _by_rounds(c: Comparison) -> str:
+    if c.round_ratio is None or c.goal.at_most is not None:
+        return "-"
+    return f"{c.round_ratio:.2f} ({c.round_low:.2f} to {c.round_high:.2f})"
 
 
 def _figure(contest: Contest | None, workload: WorkloadResult) -> str:
-    if contest is None:
+    if contest is None or not contest.samples:
         return "not measured"
-    spread = f"{_number(min(contest.values), workload)} to {_number(max(contest.values), workload)}"
-    return f"{_number(contest.figure, workload)} ({spread})"
+    middle, low, high = (_number(v, workload) for v in (contest.figure, min(contest.values), max(contest.values)))
+    return f"{middle} ({low} to {high})"
 
 
 def _number(value: float, workload: WorkloadResult) -> str:
@@ -209,17 +179,10 @@ def _cost(contest: Contest | None, workload: WorkloadResult) -> str:
 
 def _disturbance(workload: WorkloadResult, run: Run) -> float:
     """The worst median share over the contenders; one disturbed round does not move a median."""
-    cpus = int(run.machine.get("cpus", "1"))
-    worst = 0.0
-    for contest in workload.contests:
-        shares = sorted((s.other_cpu + s.stolen) / (s.seconds * cpus) for s in contest.samples if s.seconds)
-        if shares:
-            worst = max(worst, shares[len(shares) // 2])
-    return worst
-
-
-def _disturbed(workload: WorkloadResult, run: Run) -> bool:
-    return workload.unit == "IOPS" and _disturbance(workload, run) > _DISTURBED
+    cpus = int(run.machine["cpus"])
+    measured = [contest.samples for contest in workload.contests if contest.samples and workload.unit == "IOPS"]
+    shares = [median((s.other_cpu + s.stolen) / (s.seconds * cpus) for s in samples) for samples in measured]
+    return max(shares, default=0.0)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

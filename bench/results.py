@@ -25,6 +25,7 @@ class Sample:
     server process (utime + stime), or of the kernel's workers; None where nobody serves.
     client_cpu: of the load generator. other_cpu: what the rest of the machine used meanwhile, the
     disturbance. stolen: seconds the hypervisor took away. errors: I/O errors. p50_us, p99_us: latency.
+    client_busy: the share of the time that each client thread spent on a CPU.
     extra: further figures by name (bytes, seconds).
     """
 
@@ -38,6 +39,7 @@ class Sample:
     errors: int = 0
     p50_us: float = 0.0
     p99_us: float = 0.0
+    client_busy: float = 0.0
     extra: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -80,6 +82,10 @@ class Contest:
     @property
     def client_cpu_per_million(self) -> float:
         return median(s.client_cpu / s.operations * 1e6 if s.operations else 0.0 for s in self.samples)
+
+    @property
+    def client_busy(self) -> float:
+        return median(sample.client_busy for sample in self.samples)
 
     def extra(self, name: str) -> float | None:
         known = [sample.extra[name] for sample in self.samples if name in sample.extra]
@@ -147,6 +153,28 @@ class Comparison:
     round_low: float | None
     round_high: float | None
     verdict: Verdict
+
+    @property
+    def way(self) -> str:
+        """Which blkloom: the subject without its first name."""
+        return self.goal.subject.removeprefix("blkloom ")
+
+    @property
+    def wanted(self) -> str:
+        """The goal in words."""
+        if self.goal.at_most is not None:
+            return f"at most {self.goal.at_most:g} s"
+        return f"{self.goal.at_least:g}x" if self.goal.at_least is not None else "reported"
+
+    @property
+    def reached(self) -> str:
+        """What the goal is held against, in words."""
+        if self.goal.at_most is not None:
+            return f"{self.subject.figure:.3f} s" if self.subject else "-"
+        return f"{self.ratio:.2f}x" if self.ratio is not None else "-"
+
+    def __str__(self) -> str:
+        return f"{self.workload.title}: {self.way} / {self.goal.peer.removeprefix('blkloom ')}"
 
 
 def compare(workload: WorkloadResult) -> list[Comparison]:

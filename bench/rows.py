@@ -7,6 +7,7 @@ goals; where there is none the row is reported for what it is.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from jobs import Job, Pattern
@@ -32,7 +33,7 @@ def workloads(blkloom: str) -> list[Workload]:
         *_ram(blkloom),
         *_many_jobs(blkloom),
         *_direct(blkloom),
-        *_in_process(),
+        *_in_process(blkloom),
         *_scale(blkloom),
     ]
 
@@ -43,21 +44,21 @@ def _small(blkloom: str) -> list[Workload]:
     return [
         Workload(
             "randrw-4k-c1-q16",
-            "4K randrw, 1 connection, qd 16, `loop` on tmpfs",
+            "4K randrw, 1 connection, qd 16",
             Job("randrw", 4 * _KIB, depth=16),
             everybody,
             (Goal(_LOOP, "qemu-nbd", 4.0), Goal(_LOOP, "nbdkit file", 1.2)),
         ),
         Workload(
             "randrw-4k-c2-q16",
-            "4K randrw, 2 connections, qd 16, `loop` on tmpfs",
+            "4K randrw, 2 connections, qd 16",
             Job("randrw", 4 * _KIB, depth=16, connections=2),
             everybody,
             (Goal(_LOOP, "qemu-nbd", 6.0), Goal(_LOOP, "nbdkit file", 3.0)),
         ),
         Workload(
             "randrw-4k-c1-q1",
-            "4K randrw, 1 connection, qd 1, `loop` on tmpfs",
+            "4K randrw, 1 connection, qd 1",
             Job("randrw", 4 * _KIB),
             everybody,
             (Goal(_LOOP, "nbdkit file", 2.0), Goal(_LOOP, "qemu-nbd")),
@@ -70,7 +71,7 @@ def _large(blkloom: str) -> list[Workload]:
     return [
         Workload(
             f"{pattern}-{name.lower()}-c2-q8",
-            f"{name} random {word}, 2 connections, qd 8, `loop` on tmpfs",
+            f"{name} random {word}, 2 connections, qd 8",
             Job(pattern, block, depth=8, connections=2),
             (Blkloom(blkloom, _LOOP), *_QEMU),
             (Goal(_LOOP, "qemu-nbd", 2.0),),
@@ -84,7 +85,7 @@ def _ram(blkloom: str) -> list[Workload]:
     return [
         Workload(
             f"ram-randrw-4k-c{connections}-q16",
-            f"4K randrw, {connections} connection{'s' * (connections > 1)}, qd 16, `ram`",
+            f"4K randrw, {connections} connection{'s' * (connections > 1)}, qd 16",
             Job("randrw", 4 * _KIB, depth=16, connections=connections),
             (Blkloom(blkloom, _RAM, "ram"), *_MEMORY),
             (Goal(_RAM, "nbdkit memory", 2.0),),
@@ -117,7 +118,7 @@ def _direct(blkloom: str) -> list[Workload]:
     return [
         Workload(
             "direct-randread-4k-q32",
-            "4K randread, direct I/O, file on the machine's disk, qd 32",
+            "4K randread, qd 32, a file on the machine's disk",
             Job("randread", 4 * _KIB, depth=32),
             (Blkloom(blkloom, family, direct=True), FioOnFile()),
             (Goal(family, "fio io_uring on the file", 0.9),),
@@ -125,24 +126,30 @@ def _direct(blkloom: str) -> list[Workload]:
     ]
 
 
-def _in_process() -> list[Workload]:
+def _in_process(blkloom: str) -> list[Workload]:
+    python = _python(blkloom)
     preadv, one, many = "os.preadv on tmpfs", "pread_into from ram", "batch from ram"
     return [
         Workload(
             "in-process-4k",
-            "in process, 4K `pread_into` from `ram`",
+            "in process, 4K reads",
             Job("randread", 4 * _KIB),
-            (InProcess("ram", one), InProcess("preadv", preadv)),
+            (InProcess(python, "ram", one), InProcess(python, "preadv", preadv)),
             (Goal(one, preadv, 0.7),),
         ),
         Workload(
             "in-process-4k-batch64",
-            "in process, 4K reads from `ram` in batches of 64",
+            "in process, 4K reads in batches of 64",
             Job("randread", 4 * _KIB, batch=64),
-            (InProcess("ram", many, 64), InProcess("preadv", preadv, 64)),
+            (InProcess(python, "ram", many, 64), InProcess(python, "preadv", preadv, 64)),
             (Goal(many, preadv, 2.5),),
         ),
     ]
+
+
+def _python(blkloom: str) -> str:
+    """The interpreter beside the command, which has the same blkloom."""
+    return str(Path(blkloom).with_name("python"))
 
 
 def _scale(blkloom: str) -> list[Workload]:
@@ -153,22 +160,22 @@ def _scale(blkloom: str) -> list[Workload]:
     return [
         Workload(
             "segments-map",
-            f"parse and open a table of {_SEGMENTS:,} segments",
+            "parse and open a table",
             Job("randread", 4 * _KIB),
-            (InProcess("map", many, _SEGMENTS), InProcess("map", one, 1)),
+            (InProcess(_python(blkloom), "map", many, _SEGMENTS), InProcess(_python(blkloom), "map", one, 1)),
             (Goal(many, one, at_most=1.0),),
             unit="s",
         ),
         Workload(
             "segments-randread",
-            f"4K randread, 1 connection, qd 16, over {_SEGMENTS:,} segments",
+            "4K randread, 1 connection, qd 16",
             job,
             (Blkloom(blkloom, many, segments=_SEGMENTS), Blkloom(blkloom, one)),
             (Goal(many, one, 0.9),),
         ),
         Workload(
             "idle-randread",
-            f"4K randread, 1 connection, qd 16, beside {_IDLE:,} idle connections",
+            "4K randread, 1 connection, qd 16",
             job,
             (Blkloom(blkloom, idle, idle=_IDLE), Blkloom(blkloom, busy)),
             (Goal(idle, busy, 0.9),),

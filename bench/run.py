@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -30,7 +34,7 @@ from machine import facts, versions
 from measuring import Effort, Workload, measure
 from plot import svg
 from reporting import markdown
-from results import Missing, Run, WorkloadResult, compare, load, save
+from results import Run, compare, load, save
 from rows import workloads
 
 _HERE: Final = Path(__file__).resolve().parent
@@ -73,23 +77,26 @@ def main(
         return _list(chosen)
     if report:
         return _report(out)
+    _require_fio()
     effort = _QUICK if quick else _FULL
     effort = Effort(rounds or effort.rounds, seconds or effort.seconds, effort.warm_up)
     complete = not only and effort.rounds >= _FULL.rounds and effort.seconds >= _FULL.seconds
     _prepare_process()
     when = datetime.now(UTC)
     machine, known = facts(), versions(command)
+    stamp = f"{when:%Y%m%dT%H%M%S}"
+    run = Run(f"{when:%Y-%m-%d}", False, effort.rounds, effort.seconds, machine, known, [], [])
+    out.mkdir(parents=True, exist_ok=True)
     with Ground(size=_SIZE, tmpfs=tmpfs_dir, disk=disk_dir) as ground:
-        results, missing = _measure(chosen, ground, effort)
-    run = Run(f"{when:%Y-%m-%d}", complete, effort.rounds, effort.seconds, machine, known, missing, results)
-    _keep(run, out, f"{when:%Y%m%dT%H%M%S}")
-    sys.exit(int(any(c.subject is None for result in results for c in compare(result))))
+        for run in _measure(run, chosen, ground, effort):
+            save(run, out / f"{stamp}.json")  # what is measured is kept, whatever comes later
+    _keep(replace(run, complete=complete), out, stamp)
+    sys.exit(int(any(c.subject is None for result in run.workloads for c in compare(result))))
 
 
-def _measure(chosen: list[Workload], ground: Ground, effort: Effort) -> tuple[list[WorkloadResult], list[Missing]]:
+def _measure(run: Run, chosen: list[Workload], ground: Ground, effort: Effort) -> Iterator[Run]:
+    """The run as it grows, after every workload."""
     console = Console(stderr=True, highlight=False)
-    results: list[WorkloadResult] = []
-    missing: list[Missing] = []
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -103,22 +110,17 @@ def _measure(chosen: list[Workload], ground: Ground, effort: Effort) -> tuple[li
             result, lacking = measure(
                 workload, ground, effort, report=lambda what: progress.update(task, description=what, advance=1)
             )
-            results.append(result)
-            missing += lacking
+            run = replace(run, workloads=[*run.workloads, result], missing=[*run.missing, *lacking])
+            yield run
             for comparison in compare(result):
-                ratio = f"{comparison.ratio:.2f}x" if comparison.ratio is not None else "no ratio"
-                goal = comparison.goal
-                console.print(
-                    f"{workload.name}: {goal.subject} / {goal.peer}: {ratio}, {comparison.verdict}", markup=False
-                )
+                line = f"{comparison}: {comparison.reached}, goal {comparison.wanted}: {comparison.verdict}"
+                console.print(line, markup=False, soft_wrap=True)
             for lack in lacking:
-                console.print(f"missing: {lack.what}: {lack.why}", markup=False)
-    return results, missing
+                console.print(f"missing: {lack.what}: {lack.why}", markup=False, soft_wrap=True)
 
 
 def _keep(run: Run, out: Path, stamp: str) -> None:
     """The results, their table and picture; a complete run also becomes latest.json."""
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{stamp}.{ending}" for ending in ("json", "md", "svg")]
     save(run, written[0])
     written[1].write_text(markdown(run, plot=written[2].name))
@@ -149,6 +151,14 @@ def _list(chosen: list[Workload]) -> None:
         for contender in workload.contenders:
             lack = contender.missing()
             click.echo(f"    {contender.family} {contender.setting}" + (f"  [missing: {lack}]" if lack else ""))
+
+
+def _require_fio() -> None:
+    """Without the load generator there is nothing to measure with."""
+    if not shutil.which("fio"):
+        raise click.ClickException("fio is not installed (Debian: apt install fio)")
+    if subprocess.run(["fio", "--enghelp=nbd"], capture_output=True).returncode:
+        raise click.ClickException("this fio has no nbd engine; install one built with libnbd (Debian's is)")
 
 
 def _prepare_process() -> None:

@@ -1,15 +1,15 @@
 """Server processes: started, known to be ready, watched and stopped; never left behind.
 
-Ready is an event, not a guess: qemu-nbd and nbdkit go to the background when their socket listens
-and leave their pid in a file; blkloom stays in the foreground and prints its URI. The end of a
-process is waited for through its pidfd. Source: proc_pid_stat(5), pidfd_open(2).
+Ready is an event, not a guess: qemu-nbd and nbdkit are handed a socket that listens already and
+are ready when they greet; blkloom prints its URI. All are children of this process and run in its
+foreground. Source: sd_listen_fds(3), proc_pid_stat(5).
 """
 
 from __future__ import annotations
 
 import os
 import select
-import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_BACKLOG: Final = 1024
+_HAND_OVER: Final = 'exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 _START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 20.0
 
@@ -46,61 +48,73 @@ class Server:
 
 
 @contextmanager
-def background(command: list[str], *, pid_file: Path, log: Path) -> Iterator[Server]:
-    """A server that returns to the prompt when it is ready. Raises ServerError."""
-    pid_file.unlink(missing_ok=True)
-    with log.open("wb") as sink:
-        process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=sink, timeout=_START_SECONDS
+def activated(command: list[str], *, path: Path, log: Path) -> Iterator[Server]:
+    """A server that is handed a listening Unix socket at `path` as systemd would (sd_listen_fds(3)):
+    ready once it greets a client. Raises ServerError.
+    """
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as sink:
+        listener.bind(str(path))
+        listener.listen(_BACKLOG)
+        process = subprocess.Popen(
+            ["sh", "-c", _HAND_OVER, "sh", *command], stdin=listener.fileno(), stdout=subprocess.DEVNULL, stderr=sink
         )
-    if process.returncode:
-        raise ServerError(f"{command[0]} ended with {process.returncode}: {_tail(log)}")
-    pid = int(pid_file.read_text())
-    watch = os.pidfd_open(pid)
-    try:
-        yield Server(pid)
-    finally:
-        _end(pid, watch)
-        os.close(watch)
+    with _ending(process, log):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_START_SECONDS)
+            try:
+                client.connect(str(path))
+                greeting = client.recv(8)
+            except OSError as error:
+                raise ServerError(f"{command[0]} is not ready: {error}: {_tail(log)}") from error
+        if greeting != b"NBDMAGIC":
+            raise ServerError(f"{command[0]} is not ready: {_tail(log) or greeting!r}")
+        yield Server(process.pid)
 
 
 @contextmanager
-def foreground(command: list[str], *, ready: str, log: Path, text: str | None = None) -> Iterator[Server]:
+def announcing(command: list[str], *, ready: str, log: Path, text: str = "") -> Iterator[Server]:
     """A server that says it is ready in a line of standard output beginning with `ready`. text: its
-    standard input. Raises ServerError when it says something else first, or ends other than with 0.
+    standard input. Raises ServerError.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink)
     assert process.stdin
     assert process.stdout
-    watch = os.pidfd_open(process.pid)
-    try:
-        process.stdin.write((text or "").encode())
-        process.stdin.close()
+    with _ending(process, log), process.stdout:
+        try:
+            with process.stdin:
+                process.stdin.write(text.encode())
+        except BrokenPipeError as error:
+            raise ServerError(f"{command[0]} does not read its input: {_tail(log)}") from error
         seen, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
         line = process.stdout.readline().decode() if seen else ""
         if not line.startswith(ready):
             raise ServerError(f"{command[0]} is not ready: {line.strip() or _tail(log) or 'it says nothing'}")
         yield Server(process.pid)
-    finally:
-        _end(process.pid, watch)
-        os.close(watch)
-        process.stdout.close()
-        code = process.wait()
-    if code:
-        raise ServerError(f"{command[0]} ended with {code}: {_tail(log)}")
 
 
-def _end(pid: int, watch: int) -> None:
-    """SIGTERM, and SIGKILL to one that does not listen."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            signal.pidfd_send_signal(watch, number)
-        except ProcessLookupError:
-            return
-        if select.select([watch], [], [], _STOP_SECONDS)[0]:
-            return
-    raise ServerError(f"process {pid} does not die")
+@contextmanager
+def _ending(process: subprocess.Popen[bytes], log: Path) -> Iterator[None]:
+    """SIGTERM at the end, and SIGKILL to one that does not listen. Raises ServerError if a server
+    that was used without trouble does not end by itself with 0.
+    """
+    try:
+        yield
+    except BaseException:
+        _stop(process)
+        raise
+    if code := _stop(process):
+        raise ServerError(f"{process.args!r} ended with {code}: {_tail(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    try:
+        return process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _tail(log: Path) -> str:

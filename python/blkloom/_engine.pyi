@@ -37,7 +37,8 @@ class File:
     @property
     def inline(self) -> Literal["always", "nowait", "never"]:
         """How the file is met first: it never blocks (tmpfs), it is asked with RWF_NOWAIT, or its
-        requests always go to io_uring."""
+        requests always go to io_uring.
+        """
     @property
     def offset_alignment(self) -> int:
         """Bytes a direct I/O's offset and length must be multiples of; 1 when not direct."""
@@ -84,7 +85,8 @@ class Extent:
     @staticmethod
     def stripes(chunk: int, legs: Sequence[Extent]) -> Extent:
         """Chunk i is chunk i // len(legs) of leg i % len(legs). `chunk` is in bytes, not
-        necessarily a power of two; legs are data, memory, zero, error or device extents."""
+        necessarily a power of two; legs are data, memory, zero, error or device extents.
+        """
     @staticmethod
     def table(table: ClusterTable) -> Extent:
         """A mapping that grows; the range begins at the table's cluster 0."""
@@ -102,12 +104,11 @@ class ClusterTable:
     read-only (writes fault), 3 zero (writes fault), 4 error EIO. `file` counts in `files`.
     """
 
-    def __new__(
-        cls, size: int, cluster: int, files: Sequence[File], *, page: int = 4096
-    ) -> ClusterTable: ...
+    def __new__(cls, size: int, cluster: int, files: Sequence[File], *, page: int = 4096) -> ClusterTable: ...
     def install(self, first: int, entries: Buffer) -> None:
         """Store consecutive u64 entries (native endian) from cluster `first` on; they may span
-        pages; pages they touch only in part keep (or start with) fault elsewhere."""
+        pages; pages they touch only in part keep (or start with) fault elsewhere.
+        """
     def fill(self, first: int, count: int, entry: int) -> None: ...
     def entry(self, cluster: int) -> int: ...
     def drop(self, page: int) -> None:
@@ -212,13 +213,15 @@ class Device:
     # life
     def suspend(self, *, flush: bool = True, timeout: float | None = None) -> None:
         """Stop new requests (they park), finish those in flight, flush. TimeoutError leaves the
-        device live."""
+        device live.
+        """
     def swap(self, map: Map) -> None:
         """Replace the map. Live: returns when no request that began before is in flight."""
     def resume(self) -> None: ...
     def synchronize(self) -> None:
         """Wait until no request that looked up the map before this call is in flight. Parked
-        faults do not count, so a fault handler may call it."""
+        faults do not count, so a fault handler may call it.
+        """
     def next_faults(self, timeout: float | None = None) -> list[Fault] | None:
         """All waiting faults, waiting for the first; [] after `timeout`; None once closed."""
     def attach_mapper(self) -> None:
@@ -237,10 +240,12 @@ class Device:
     ) -> None: ...
     def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
         """(offset, length, flags) covering the range; flags as NBD's base:allocation: 1 hole,
-        2 reads as zeros."""
+        2 reads as zeros.
+        """
     def batch(self, requests: Sequence[tuple[Literal["r", "w"], Buffer, int]]) -> list[int]:
         """Many reads into / writes from (buffer, offset) at once, in no order. Returns bytes moved or -errno, one a
-        request."""
+        request.
+        """
 
     # I/O, asynchronous: the result comes as a notice (token, result, errno)
     def submit(
@@ -267,7 +272,8 @@ class Notices:
     def fileno(self) -> int: ...
     def take(self) -> list[tuple[int, Any, int]]:
         """(token, result, errno): the I/O submitted with token has ended (result: None, or the
-        extents), or the connection served with token has closed (result: a str, the reason)."""
+        extents), or the connection served with token has closed (result: a str, the reason).
+        """
 
 @final
 class Export:
@@ -298,7 +304,8 @@ def serve_nbd(
 ) -> Connection:
     """NBD's transmission phase on a connected stream socket, from here on the engine's (it owns
     a duplicate of fd). allocation_context: the id given to base:allocation by the handshake, None
-    where not selected. initial: bytes the handshake received but did not consume."""
+    where not selected. initial: bytes the handshake received but did not consume.
+    """
 
 @final
 class Connection:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def nothing_left() -> Iterator[None]:
     descriptors, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     yield
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert len(os.listdir("/proc/self/task")) == threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert len(os.listdir("/proc/self/task")) <= threads
 
 
 def test_open_takes_a_path_a_table_s_text_or_a_table(path: Path) -> None:
@@ -138,7 +139,12 @@ def test_io_waits_while_the_device_is_suspended() -> None:
     with blkloom.open("0 8 ram") as device:
         device.suspend()
         done = threading.Event()
-        thread = threading.Thread(target=lambda: (device.pwrite(b"late", 0), done.set()))
+
+        def write() -> None:
+            device.pwrite(b"late", 0)
+            done.set()
+
+        thread = threading.Thread(target=write)
         thread.start()
         assert not done.wait(0.05)
         device.resume()
@@ -214,6 +220,8 @@ def test_closing_a_suspended_device_fails_what_waits_at_its_gate(path: Path) -> 
 
     thread = threading.Thread(target=read)
     thread.start()
+    while device.stats()["in_flight"] == 0:
+        time.sleep(0.001)
     device.close()
     thread.join()
     assert outcome == [errno.ESHUTDOWN]
@@ -240,7 +248,11 @@ def test_a_device_uses_the_engine_it_is_given_and_leaves_it_open() -> None:
 
 
 def test_the_public_names_are_imported_when_used() -> None:
-    program = "import sys, blkloom; assert 'blkloom._engine' not in sys.modules; [getattr(blkloom, n) for n in blkloom.__all__]"
+    program = (
+        "import sys, blkloom\n"
+        "assert 'blkloom._engine' not in sys.modules\n"
+        "for name in blkloom.__all__: getattr(blkloom, name)"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = blkloom.no_such_name  # type: ignore[attr-defined]

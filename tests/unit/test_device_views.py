@@ -157,6 +157,7 @@ def test_an_asynchronous_view_leaves_no_descriptor_behind(path: Path) -> None:
     with blkloom.open(path) as device:
         asyncio.run(use(device))
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(3):
+        for _ in range(50):
             asyncio.run(use(device))
-        assert len(os.listdir("/proc/self/fd")) == before
+        # The engine may be about to let go of the last one.
+        assert len(os.listdir("/proc/self/fd")) <= before + 1

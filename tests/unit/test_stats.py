@@ -1,5 +1,6 @@
 """blkloom.stats: buckets as the engine counts them, percentiles, arithmetic, reports."""
 
+import itertools
 import json
 
 import pytest
@@ -42,7 +43,7 @@ def test_buckets_cover_all_numbers_without_gap_or_overlap() -> None:
     bounds = [bucket_bounds(index) for index in range(BUCKETS)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 2**64 - 1
-    assert all(greatest + 1 == least for (_, greatest), (least, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(greatest + 1 == least for (_, greatest), (least, _) in itertools.pairwise(bounds))
 
 
 @given(st.lists(NANOSECONDS, min_size=1), st.integers(0, 100))

@@ -114,4 +114,6 @@ def test_only_ram_must_stand_alone() -> None:
 
 def test_every_built_in_target_documents_itself() -> None:
     for cls in builtin_targets():
-        assert cls.summary and cls.__doc__ and cls.__module__.endswith(cls.name)
+        assert cls.summary
+        assert cls.__doc__
+        assert cls.__module__.endswith(cls.name)

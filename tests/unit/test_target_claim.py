@@ -91,7 +91,8 @@ def test_another_process_is_named_by_its_pid(path: Path) -> None:
         [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with process:
-        assert process.stdout and process.stdout.readline() == "held\n"
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
         with pytest.raises(BusyError, match=f"in use by process {process.pid};"):
             claim(path, writable=False)
     claim(path, writable=True).release()

@@ -67,7 +67,8 @@ def test_a_caller_s_class_goes_before_the_built_in_one() -> None:
     assert targets.find("mine") is Mine
     assert targets.find("zero") is MyZero
     assert builtin_targets().find("zero") is Zero
-    assert "mine" in targets and "mine" not in builtin_targets()
+    assert "mine" in targets
+    assert "mine" not in builtin_targets()
 
 
 def test_extending_leaves_the_original_alone() -> None:

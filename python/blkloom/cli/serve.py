@@ -19,46 +19,35 @@ from blkloom.units import Bytes, parse_size
 STATS = ("exit", "live", "json")
 
 
-class _Size(click.ParamType):
+def _size(text: str) -> Bytes:
     """A byte count with a suffix."""
-
-    name = "size"
-
-    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> Bytes:
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, context)
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
-class _HostPort(click.ParamType):
+def _host_port(text: str) -> tuple[str, int]:
     """HOST:PORT, HOST or :PORT; IPv6 addresses in brackets."""
-
-    name = "host:port"
-
-    def convert(self, value: object, param: click.Parameter | None, context: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        text = str(value)
-        host, colon, port = text.rpartition(":")
-        if not colon or text.endswith("]"):
-            host, port = text, "10809"
-        if not port.isdigit() or int(port) > 65535:
-            self.fail(f"{text!r}: the port must be a number up to 65535, as in localhost:10809", param, context)
-        return host.removeprefix("[").removesuffix("]"), int(port)
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = text, "10809"
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise click.BadParameter(f"{text!r}: the port must be a number up to 65535, as in localhost:10809")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(), metavar="[FILE]...")
 @click.option("--table", metavar="TABLE", help="A device from a dmsetup table; '-' reads it from standard input.")
 @click.option("--table-file", type=click.Path(), metavar="PATH", help="A device from the table in a file.")
-@click.option("--ram", type=_Size(), metavar="SIZE", help="A device of memory: 512M, 4G, ...")
+@click.option("--ram", type=_size, metavar="SIZE", help="A device of memory: 512M, 4G, ...")
 @click.option("--device", "named", multiple=True, metavar="NAME=TABLE", help="One more device, exported as NAME.")
 @click.option("--concise", metavar="TEXT", help="Devices in dmsetup's concise form: name,uuid,minor,flags,table;...")
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
 @click.option("--description", default="", help="Text that clients are shown.")
 @click.option("--socket", type=click.Path(), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
-@click.option("--listen", type=_HostPort(), metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
+@click.option("--listen", type=_host_port, metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
 @click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")
 @click.option("--shared", is_flag=True, help="Do not lock files; others may change them meanwhile.")

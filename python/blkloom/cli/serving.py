@@ -111,7 +111,7 @@ async def run(
             for uri in server.uris(name):
                 click.echo(uri)
         notifier.ready(f"serving {len(exports)} exports")
-        waits = [asyncio.create_task(stop.wait(), name="signal")]
+        waits: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait(), name="signal")]
         if once:
             waits.append(asyncio.create_task(server.wait_for_last_client(), name="last client"))
         watcher = asyncio.create_task(report.live(exports), name="live counters")

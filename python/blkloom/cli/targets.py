@@ -17,9 +17,7 @@ def targets(as_json: bool) -> None:
     """List the targets tables are made of, built in and installed."""
     classes = sorted(all_targets(), key=lambda target: target.name)
     if as_json:
-        listed = [
-            {"name": t.name, "syntax": t.syntax, "summary": t.summary, "singleton": t.singleton} for t in classes
-        ]
+        listed = [{"name": t.name, "syntax": t.syntax, "summary": t.summary, "singleton": t.singleton} for t in classes]
         click.echo(json.dumps(listed, indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -101,6 +101,7 @@ class AsyncDevice:
         if futures := [future for future, _ in self._waiting.values()]:
             await asyncio.gather(*futures, return_exceptions=True)
         self._loop.remove_reader(self._notices.fileno())
+        del self._notices  # its descriptor goes now, not when a reference cycle is collected
 
     async def __aenter__(self) -> Self:
         return self

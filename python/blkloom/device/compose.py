@@ -55,12 +55,6 @@ def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTab
     runs: list[tuple[int, int, int, Extent]] = []
     try:
         for segment in table.segments:
-            if segment.target.singleton and len(table.segments) > 1:
-                raise TableError(
-                    f"target type {segment.target.name} must appear alone in table",
-                    place=segment.place,
-                    cure="make it a device of its own and put a linear segment on that",
-                )
             number = next(numbers)
             owner = Owner(copy.copy(segment.target), to_bytes(segment.start), to_bytes(segment.length))
             owners[number] = owner

@@ -92,6 +92,7 @@ class Device(_engine.Device):
         self._inactive: LoadedTable | None = None
         self._mapper = Mapper(self)
         try:
+            self.attach_mapper()
             self._mapper.start()
             close_at_exit(self)
             if table is not None:
@@ -192,6 +193,9 @@ class Device(_engine.Device):
             try:
                 if not self.suspended:
                     super().suspend(flush=flush, timeout=self._fault_timeout)
+            except TimeoutError as error:
+                what = f"device {self.name!r} closed with requests not ended after {self._fault_timeout:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, what) from error
             finally:
                 super().close()
                 if not self._mapper.ended(self._fault_timeout):

@@ -23,19 +23,22 @@ _log = logging.getLogger(__name__)
 
 
 class Mapper:
-    """Answers the faults of `device` from the tables it has been given."""
+    """Answers the faults of `device` from the tables it has been given. Only the running thread
+    refers to the device, so that a closed one is freed at once.
+    """
 
     def __init__(self, device: _engine.Device) -> None:
-        self._device = device
+        self._name = device.name
         self._turn = threading.Lock()
         self._tables: list[LoadedTable] = []
         self._owners: dict[int, Owner] = {}
         self._reported: set[tuple[type[Target], str, type[BaseException], int]] = set()
-        self._thread = threading.Thread(target=self._run, name=f"blkloom-map {device.name}".rstrip(), daemon=False)
+        self._thread = threading.Thread(
+            target=self._run, args=(device,), name=f"blkloom-map {device.name}".rstrip(), daemon=False
+        )
 
     def start(self) -> None:
-        """From now on faults are answered. Raises RuntimeError when no thread can be had."""
-        self._device.attach_mapper()
+        """Starts the thread. Raises RuntimeError when none can be had."""
         self._thread.start()
 
     def add(self, loaded: LoadedTable) -> None:
@@ -67,25 +70,25 @@ class Mapper:
         """Whether the caller is a fault handler."""
         return threading.current_thread() is self._thread
 
-    def _run(self) -> None:
+    def _run(self, device: _engine.Device) -> None:
         try:
-            while self._answer_next():
+            while self._answer_next(device):
                 pass
         finally:
             self._close_tables()
 
-    def _answer_next(self) -> bool:
+    def _answer_next(self, device: _engine.Device) -> bool:
         """Waits for a batch and answers it; False once the device has closed."""
         faults: list[_engine.Fault] | None = []
         try:
-            faults = self._device.next_faults()
+            faults = device.next_faults()
             if faults:
                 with self._turn:
                     self._answer_all(faults)
         except MemoryError:  # faults it cost us before we saw them have failed with EIO
             for fault in faults or ():
                 fault.fail(errno.ENOMEM)  # only the first answer counts
-            _log.error("device %r: out of memory while answering faults", self._device.name)
+            _log.error("device %r: out of memory while answering faults", self._name)
         return faults is not None
 
     def _close_tables(self) -> None:
@@ -141,7 +144,7 @@ class Mapper:
             _log.log(
                 logging.WARNING if expected else logging.ERROR,
                 "device %r: target %s failed a %s of %d bytes at %d: %r (said once)",
-                self._device.name,
+                self._name,
                 owner.target.name,
                 fault.operation,
                 fault.length,

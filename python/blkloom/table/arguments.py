@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from blkloom.errors import Place, TableError
 from blkloom.units import DEVICE_LIMIT, SECTOR, Sectors
+
+_MOST_DIGITS: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,15 @@ class Word:
 
     text: str
     place: Place
+
+
+def decimal(text: str) -> int | None:
+    """The whole number that ASCII digits write (from 10^40 on: 10^40); None for any other text."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0") or "0"
+    # int() refuses, and takes long over, thousands of digits: so large, only the size matters.
+    return int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
 
 
 class Arguments:
@@ -56,9 +68,9 @@ class Arguments:
     def integer(self, what: str, *, least: int = 0, most: int = DEVICE_LIMIT - 1) -> int:
         """The next word as a decimal number; junk after it is refused, as dm-loop does."""
         text = self.word(what)
-        if not (text.isascii() and text.isdigit()):
+        if (number := decimal(text)) is None:
             raise self.error(f"Invalid {what}: not a whole number", value=text)
-        if not least <= (number := int(text[:40])) <= most:
+        if not least <= number <= most:
             raise self.error(f"Invalid {what}: must be from {least} to {most}", value=text)
         return number
 
@@ -81,4 +93,6 @@ class Arguments:
         """Every word must have been taken."""
         if self.remaining:
             extra = self._words[self._next]
-            raise self.error("Invalid argument count: more words than the target takes", value=extra.text, place=extra.place)
+            raise self.error(
+                "Invalid argument count: more words than the target takes", value=extra.text, place=extra.place
+            )

@@ -2,31 +2,41 @@ r"""dmsetup's concise form: many devices in one line of text.
 
     <name>,<uuid>,<minor>,<flags>,<table>[,<table>+][;<name>,<uuid>,<minor>,<flags>,<table>...]
 
-`\` makes the next character literal, before the table's own escapes are looked at; so a backslash
-of a table is written `\\`. uuid and minor may be empty; flags are `ro`, `rw` or empty. Each <table>
-is one line of the device's table. Source: dmsetup(8) CONCISE FORMAT.
+`\` makes the next character literal, before the table's own escapes are looked at: a backslash of
+a table is written `\\`. White space in front of the first five fields counts for nothing unless it
+is escaped. uuid and minor may be empty; flags are `ro`, `rw` or empty. A comma or a newline ends a
+line of the table. Pure. Source: dmsetup(8) CONCISE FORMAT and what dmsetup makes of it.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from blkloom.errors import Place, TableError
-from blkloom.table.parse import Targets, parse_line
+from blkloom.table.arguments import decimal
+from blkloom.table.parse import Targets, read_table
+from blkloom.table.places import LinePlaces
 from blkloom.table.printing import format_segment
 from blkloom.table.segments import Table
+from blkloom.table.words import Places
 
 _FORM: Final = "write: <name>,<uuid>,<minor>,<flags>,<table>[,<table>+][;...]"
-_SPECIAL: Final = re.compile(r"([\\,;])")
+_FIELDS: Final = 5
 _MOST_MINOR: Final = (1 << 20) - 1
+
+_SPACE: Final = " \t\n\v\f\r"
+_TOKEN: Final = re.compile(r"[^\\,;]+|\\.|[,;]", re.DOTALL)
+_NEEDS_ESCAPE: Final = re.compile(r"([\\,;])")
+_IMPOSSIBLE: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class ConciseDevice:
-    """One device. uuid: "" for none; minor: None for any."""
+    """One device. name: not empty; uuid: "" for none; minor: None for any."""
 
     name: str
     uuid: str
@@ -35,90 +45,157 @@ class ConciseDevice:
     table: Table
 
 
-@dataclass(frozen=True, slots=True)
 class _Field:
-    """Text after escapes, and where each of its characters (and its end) stood."""
+    """One field after escapes, and where each of its characters stood in the source text."""
 
-    text: str
-    columns: tuple[int, ...]
+    def __init__(self, places: Places, start: int) -> None:
+        """start: the source index at which the field begins."""
+        self._places = places
+        self._pieces: list[str] = []
+        self._at = [0]  # indices into the field ...
+        self._from = [start]  # ... and where in the source what begins there stood
+        self._length = 0
+
+    @property
+    def text(self) -> str:
+        """The field."""
+        return "".join(self._pieces)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing, an escaped character neither, was added yet."""
+        return not self._length
+
+    def add(self, piece: str, start: int) -> None:
+        """Adds characters that stand from source index `start` on."""
+        self._at.append(self._length)
+        self._from.append(start)
+        self._pieces.append(piece)
+        self._length += len(piece)
+
+    def place(self, index: int) -> Place:
+        """Where the field's character `index` stood; its length is a place too."""
+        piece = bisect_right(self._at, index) - 1
+        return self._places(self._from[piece] + index - self._at[piece])
 
 
-def parse_concise(text: str, *, targets: Targets, source: str = "concise") -> list[ConciseDevice]:
-    """The devices, in order. Raises TableError."""
-    devices = [_device(fields, targets, source) for fields in _split(text, source)]
+def parse_concise(text: str, *, targets: Targets, source: str = "--concise") -> list[ConciseDevice]:
+    """The devices, in order. source: what errors call the text. Raises TableError."""
+    places = LinePlaces(text, source)
+    devices: list[ConciseDevice] = []
+    names: set[str] = set()
+    for fields in _split(text, places):
+        device = _device(fields, targets)
+        if device.name in names:
+            raise _double(device.name, fields[0].place(0))
+        names.add(device.name)
+        devices.append(device)
     if not devices:
-        raise TableError("no devices", place=Place(source), cure=_FORM)
+        raise TableError("no devices", place=places(0), cure=_FORM)
     return devices
 
 
 def format_concise(devices: Iterable[ConciseDevice]) -> str:
-    """What `parse_concise` reads back as the same devices. Raises TableError as `format_table`."""
-    return ";".join(map(_format, devices))
+    """What `parse_concise` reads back as the same devices.
+
+    Raises TableError as `format_table`, and for a name, uuid or minor that no concise form can
+    hold, for two devices of one name, and for no devices.
+    """
+    texts: list[str] = []
+    names: set[str] = set()
+    for device in devices:
+        place = device.table.segments[0].place
+        if device.name in names:
+            raise _double(device.name, place)
+        names.add(device.name)
+        texts.append(_format(device, place))
+    if not texts:
+        raise TableError("no devices", cure="give at least one")
+    text = ";".join(texts)
+    # dmsetup overlooks the end of a device that ends in an escaped character.
+    return text + ";" if _NEEDS_ESCAPE.match(text[-1]) else text
 
 
-def _format(device: ConciseDevice) -> str:
+def _format(device: ConciseDevice, place: Place) -> str:
+    _require_name(device.name, "name", place)
+    _require_label(device.uuid, "uuid", place)
     minor = "" if device.minor is None else str(device.minor)
-    lines = [format_segment(segment) for segment in device.table.segments]
-    fields = [device.name, device.uuid, minor, "ro" if device.read_only else "rw", *lines]
-    if not device.name or device.name != device.name.strip() or "\n" in device.name + device.uuid:
-        raise TableError("a concise form cannot hold this name or uuid", value=device.name)
-    return ",".join(_SPECIAL.sub(r"\\\1", field) for field in fields)
+    if device.minor is not None and not 0 <= device.minor <= _MOST_MINOR:
+        raise _not_minor(minor, place)
+    labels = [_escape_label(device.name), _escape_label(device.uuid), minor, "ro" if device.read_only else "rw"]
+    lines = [_NEEDS_ESCAPE.sub(r"\\\1", format_segment(segment)) for segment in device.table.segments]
+    return ",".join([*labels, *lines])
 
 
-def _split(text: str, source: str) -> Iterator[list[_Field]]:
-    """Fields by device; devices of nothing but white space are left out."""
-    fields: list[_Field] = []
-    characters: list[str] = []
-    columns: list[int] = []
-    escaped = False
-    for column, character in enumerate(text + ";", 1):
-        if escaped and column <= len(text):
-            characters.append(character)
-            columns.append(column)
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character in ",;":
-            if escaped:
-                raise TableError("nothing follows the backslash", place=Place(source, 1, column - 1), value="\\")
-            fields.append(_Field("".join(characters), (*columns, column)))
-            characters, columns = [], []
-            if character == ";":
-                if len(fields) > 1 or fields[0].text.strip():
-                    yield fields
-                fields = []
+def _escape_label(text: str) -> str:
+    escaped = _NEEDS_ESCAPE.sub(r"\\\1", text)
+    return f"\\{escaped}" if text[:1] == " " else escaped
+
+
+def _split(text: str, places: Places) -> Iterator[list[_Field]]:
+    """The fields of each device; the last of five has the table's lines, ended by newlines."""
+    fields = [_Field(places, 0)]
+    at = 0
+    while found := _TOKEN.match(text, at):
+        token, start, at = found[0], at, found.end()
+        if token == "," and len(fields) < _FIELDS:
+            fields.append(_Field(places, at))
+        elif token == ",":
+            fields[-1].add("\n", start)
+        elif token == ";":
+            yield fields
+            fields = [_Field(places, at)]
+        elif token[0] == "\\":
+            fields[-1].add(token[1], start + 1)
         else:
-            characters.append(character)
-            columns.append(column)
+            kept = token.lstrip(_SPACE) if fields[-1].empty else token
+            if kept:
+                fields[-1].add(kept, at - len(kept))
+    if at < len(text):
+        raise TableError("nothing follows the backslash", place=places(at), value="\\", cure="write \\\\ for one")
+    if len(fields) > 1 or not fields[0].empty:
+        yield fields
 
 
-def _device(fields: list[_Field], targets: Targets, source: str) -> ConciseDevice:
-    def place(field: _Field, index: int = 0) -> Place:
-        return Place(source, 1, field.columns[min(index, len(field.columns) - 1)])
-
-    if len(fields) < 5:
-        raise TableError("a device needs name, uuid, minor, flags and a table", place=place(fields[-1]), cure=_FORM)
-    name, uuid, minor, flags, *lines = fields
-    if not name.text.strip():
-        raise TableError("a device needs a name", place=place(name), cure=_FORM)
+def _device(fields: list[_Field], targets: Targets) -> ConciseDevice:
+    if len(fields) < _FIELDS:
+        last = fields[-1]
+        raise TableError(
+            f"a device needs name, uuid, minor, flags and a table: {len(fields)} of 5 fields are there",
+            place=last.place(len(last.text)),
+            value=fields[0].text,
+            cure=_FORM,
+        )
+    name, uuid, minor, flags, table = fields
+    _require_name(name.text, "name", name.place(0))
+    _require_label(uuid.text, "uuid", uuid.place(0))
+    number = decimal(minor.text)
+    if minor.text and (number is None or number > _MOST_MINOR):
+        raise _not_minor(minor.text, minor.place(0))
     if flags.text not in ("", "ro", "rw"):
-        raise TableError("unknown flags", place=place(flags), value=flags.text, cure="write ro, rw or nothing")
-    segments = []
-    for line in lines:
-        if "\n" in line.text:
-            raise TableError("a table line cannot hold a newline", place=place(line, line.text.index("\n")))
-        segment = parse_line(line.text, targets=targets, place=lambda index, line=line: place(line, index))  # type: ignore[misc]
-        if segment is None:
-            raise TableError("an empty table line", place=place(line), cure=_FORM)
-        segments.append(segment)
-    number = _minor(minor, place(minor))
-    return ConciseDevice(name.text.strip(), uuid.text, number, flags.text == "ro", Table(tuple(segments)))
+        raise TableError("unknown flags", place=flags.place(0), value=flags.text, cure="write ro, rw or nothing")
+    lines = read_table(table.text, targets=targets, places=table.place)
+    return ConciseDevice(name.text, uuid.text, number, flags.text == "ro", lines)
 
 
-def _minor(field: _Field, place: Place) -> int | None:
-    text = field.text
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit()) or len(text) > 7 or int(text) > _MOST_MINOR:
-        raise TableError("minor is not a device number", place=place, value=text, cure=f"0 to {_MOST_MINOR}, or nothing")
-    return int(text)
+def _require_name(name: str, what: str, place: Place) -> None:
+    if not name:
+        raise TableError("a device needs a name", place=place, cure=_FORM)
+    _require_label(name, what, place)
+
+
+def _require_label(text: str, what: str, place: Place) -> None:
+    if _IMPOSSIBLE.search(text):
+        raise TableError(
+            f"a {what} cannot hold control characters", place=place, value=text, cure="use printable characters"
+        )
+
+
+def _not_minor(value: str, place: Place) -> TableError:
+    return TableError(
+        "minor is not a device number", place=place, value=value, cure=f"0 to {_MOST_MINOR}, or nothing for any"
+    )
+
+
+def _double(name: str, place: Place) -> TableError:
+    return TableError("two devices have one name", place=place, value=name, cure="rename one of them")

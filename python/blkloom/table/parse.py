@@ -1,26 +1,27 @@
 """Text to tables, as dmsetup reads it.
 
 Lines `<start> <length> <target> <arguments>`; blank lines and comments count for nothing. Errors
-are TableErrors with source, line and column, the value and the cure. Pure: no file is opened.
-Source: dmsetup(8) TABLE FORMAT, and libdevmapper's and the kernel's parsers.
+are TableErrors with source, line and column, the value and the cure; the first faulty line is the
+one reported. Pure: no file is opened.
+Source: dmsetup(8) TABLE FORMAT, and the rules of dmsetup's and the kernel's parsers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from blkloom.errors import Place, TableError
-from blkloom.table.arguments import Arguments, Word
-from blkloom.table.segments import Segment, Table
-from blkloom.table.words import split_words
+from blkloom.errors import BlkloomError, Place, TableError
+from blkloom.table.arguments import Arguments, Word, decimal
+from blkloom.table.places import LinePlaces
+from blkloom.table.segments import LINE_FORM, MOST_SECTORS, Segment, Table, check_alone, check_range
+from blkloom.table.words import Places, raw_word, skip_blanks, split_words
 from blkloom.units import Sectors
 
 if TYPE_CHECKING:
     from blkloom.target.base import Target
 
-_LINE = "<start> <length> <target> <arguments>"
-_LONGEST_NUMBER = 20  # digits; 2^64 has as many
+_HEAD_WORDS: Final = 3  # start, length, target
 
 
 class Targets(Protocol):
@@ -30,52 +31,102 @@ class Targets(Protocol):
         """The class of that name. Raises UnknownTarget."""
 
 
+class _Line(NamedTuple):
+    """A line that counts: its first three words, and where its arguments are in the text."""
+
+    start: Word
+    length: Word
+    target: Word
+    at: int
+    end: int
+
+
 def parse(text: str, *, targets: Targets, source: str = "table") -> Table:
-    """The table that `text` describes. source: what errors call the text. Raises TableError."""
-    segments = []
-    for number, line in enumerate(text.split("\n"), 1):
-        segment = parse_line(line, targets=targets, place=_place_in_line(source, number))
-        if segment is not None:
-            segments.append(segment)
+    """The table that `text` describes: `--table`'s argument, a file or standard input.
+
+    text: with bytes that are not UTF-8 as surrogateescape characters (`os.fsdecode`).
+    source: what errors call the text. Raises TableError.
+    """
+    return read_table(text, targets=targets, places=LinePlaces(text, source))
+
+
+def read_table(text: str, *, targets: Targets, places: Places) -> Table:
+    """As `parse`; places: the place of an index into `text`. Raises TableError."""
+    segments: list[Segment] = []
+    expected = Sectors(0)
+    alone: Word | None = None
+    classes: dict[str, type[Target]] = {}
+    for line in _lines(text, places):
+        start, length = _sectors(line.start, "start"), _sectors(line.length, "length")
+        check_range(start, length, expected, start_place=line.start.place, length_place=line.length.place)
+        cls = classes.get(line.target.text)
+        if cls is None:
+            cls = classes[line.target.text] = targets.find(line.target.text, place=line.target.place)
+        if alone is None and cls.singleton:
+            alone = line.target
+        if alone is not None:
+            check_alone(alone.text, len(segments) + 1, alone.place)
+        segment = Segment(start, length, _target(cls, text, line, places), line.start.place)
+        segments.append(segment)
+        expected = segment.end
     if not segments:
-        raise TableError("the table is empty", place=Place(source), cure=f"write: {_LINE}")
+        raise TableError("the table is empty", place=places(0), cure=f"write: {LINE_FORM}")
     return Table(tuple(segments))
 
 
-def _place_in_line(source: str, number: int) -> Callable[[int], Place]:
-    return lambda index: Place(source, number, index + 1)
-
-
-def parse_line(line: str, *, targets: Targets, place: Callable[[int], Place]) -> Segment | None:
-    """One line's segment; None for blank lines and comments. place: of an index into the line."""
-    words = split_words(line, place)
-    if not words:
-        return None
-    if len(words) < 3:
-        raise TableError("a line needs at least start, length and target", place=place(len(line)), cure=f"write: {_LINE}")
-    start, length = _sectors(words[0], "start"), _sectors(words[1], "length")
-    if length == 0:
-        raise TableError(
-            "a segment needs a length of at least one sector", place=words[1].place, value="0", cure="lengths are sectors of 512 bytes"
-        )
-    cls = targets.find(words[2].text, place=words[2].place)
-    target = parse_target(cls, words[3:], end=place(len(line)))
-    return Segment(start, length, target, words[0].place)
-
-
-def parse_target(cls: type[Target], words: Sequence[Word], *, end: Place) -> Target:
-    """A target from its arguments; every word must be taken. end: behind the last word."""
-    arguments = Arguments(words, target=cls.name, syntax=cls.syntax, end=end)
-    target = cls.parse(arguments)
-    arguments.finish()
-    return target
+def _lines(text: str, places: Places) -> Iterator[_Line]:
+    """The lines that are neither blank nor a comment. Raises TableError for too few words."""
+    behind = -1
+    while behind < len(text):
+        at = behind + 1
+        behind = text.find("\n", at)
+        if behind < 0:
+            behind = len(text)
+        at = first = skip_blanks(text, at, behind)
+        if at == behind or text[at] == "#":
+            continue
+        head = []
+        for _ in range(_HEAD_WORDS):
+            word = raw_word(text, at, behind)
+            if not word:
+                shown = text[first:behind].rstrip()
+                raise TableError(
+                    "a line needs at least start, length and target",
+                    place=places(at),
+                    value=shown,
+                    cure=f"write: {LINE_FORM}",
+                )
+            head.append(Word(word, places(at)))
+            after = at + len(word)
+            at = skip_blanks(text, after, behind)
+        yield _Line(head[0], head[1], head[2], after, behind)
 
 
 def _sectors(word: Word, what: str) -> Sectors:
-    if not (word.text.isascii() and word.text.isdigit()):
+    number = decimal(word.text)
+    if number is None:
         raise TableError(
-            f"{what} is not a number of sectors", place=word.place, value=word.text, cure=f"write: {_LINE}"
+            f"{what} is not a number of sectors", place=word.place, value=word.text, cure=f"write: {LINE_FORM}"
         )
-    if len(word.text) > _LONGEST_NUMBER:
-        raise TableError(f"{what} is larger than any device", place=word.place, value=word.text)
-    return Sectors(int(word.text))
+    if number > MOST_SECTORS:
+        raise TableError(
+            f"{what} is larger than any device: it would reach 2^63 bytes",
+            place=word.place,
+            value=word.text,
+            cure=f"a device has {MOST_SECTORS} sectors at most",
+        )
+    return Sectors(number)
+
+
+def _target(cls: type[Target], text: str, line: _Line, places: Places) -> Target:
+    """The line's target; every word must be taken. Raises TableError, whatever `parse` raises."""
+    words, behind = split_words(text, line.at, line.end, places)
+    arguments = Arguments(words, target=cls.name, syntax=cls.syntax, end=places(behind))
+    try:
+        target = cls.parse(arguments)
+    except BlkloomError:
+        raise
+    except Exception as error:  # a target of a user's may raise anything
+        raise arguments.error(f"target {cls.name} failed to parse its arguments: {error!r}") from error
+    arguments.finish()
+    return target

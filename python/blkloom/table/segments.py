@@ -1,16 +1,24 @@
-"""A table: contiguous segments from sector 0, each with its target. Pure values."""
+"""A table: contiguous segments from sector 0, each with its target. Pure values.
+
+The checks are functions of numbers and places, so that the parser can point at the very word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from blkloom.errors import Place, TableError
-from blkloom.units import DEVICE_LIMIT, SECTOR, Sectors
+from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors, to_sectors
 
 if TYPE_CHECKING:
     from blkloom.target.base import Target
+
+LINE_FORM: Final = "<start> <length> <target> <arguments>"
+"""A line of a table, as errors show it."""
+
+MOST_SECTORS: Final = to_sectors(Bytes(DEVICE_LIMIT - 1))
+"""What the largest device has: the bytes of a device are fewer than 2^63."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,15 @@ class Table:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        check_segments(self.segments)
+        if not self.segments:
+            raise TableError("a table needs at least one segment", cure=f"write: {LINE_FORM}")
+        expected = Sectors(0)
+        for segment in self.segments:
+            place = segment.place
+            check_range(segment.start, segment.length, expected, start_place=place, length_place=place)
+            if segment.target.singleton:
+                check_alone(segment.target.name, len(self.segments), place)
+            expected = segment.end
 
     @property
     def length(self) -> Sectors:
@@ -45,33 +61,41 @@ class Table:
         return self.segments[-1].end
 
 
-def check_segments(segments: Sequence[Segment]) -> None:
-    """Raises the TableError that `Table` promises."""
-    if not segments:
-        raise TableError("a table needs at least one segment", cure="write: <start> <length> <target> <arguments>")
-    expected = Sectors(0)
-    for segment in segments:
-        if segment.start != expected:
-            what = "segments overlap" if segment.start < expected else "gap between segments"
-            if not expected:
-                what = "the first segment must start at sector 0"
-            raise TableError(what, place=segment.place, value=str(segment.start), cure=f"start it at {expected}")
-        if segment.length <= 0:
-            raise TableError(
-                "a segment needs a length of at least one sector", place=segment.place, value=str(segment.length)
-            )
-        if segment.end * SECTOR >= DEVICE_LIMIT:
-            raise TableError(
-                "the device would reach 2^63 bytes",
-                place=segment.place,
-                value=str(segment.length),
-                cure=f"a device has {(DEVICE_LIMIT - 1) // SECTOR} sectors at most",
-            )
-        if segment.target.singleton and len(segments) > 1:
-            raise TableError(
-                "this target must be the only line of its table",
-                place=segment.place,
-                value=segment.target.name,
-                cure="put the other segments into a device of their own and stack it with linear",
-            )
-        expected = segment.end
+def check_range(start: Sectors, length: Sectors, expected: Sectors, *, start_place: Place, length_place: Place) -> None:
+    """Raises TableError for a segment that does not begin at `expected`, that is empty, or that
+    would make the device reach 2^63 bytes.
+    """
+    if start != expected:
+        if not expected:
+            what = "the first segment must start at sector 0"
+        elif start < expected:
+            what = f"the segment overlaps the one before it, which ends at sector {expected}"
+        else:
+            what = f"gap: the segment before it ends at sector {expected}"
+        raise TableError(what, place=start_place, value=str(start), cure=f"start it at {expected}")
+    if length <= 0:
+        raise TableError(
+            "a segment needs a length of at least one sector",
+            place=length_place,
+            value=str(length),
+            cure=f"lengths count sectors of {SECTOR} bytes",
+        )
+    if length > MOST_SECTORS - start:
+        room = MOST_SECTORS - start
+        raise TableError(
+            "the device would reach 2^63 bytes",
+            place=length_place,
+            value=str(length),
+            cure=f"make it {room} sectors at most" if room else "remove the segment: the device is full",
+        )
+
+
+def check_alone(target: str, segments: int, place: Place) -> None:
+    """Raises TableError when a table with the singleton `target` has more segments than that."""
+    if segments > 1:
+        raise TableError(
+            f"target type {target} must appear alone in table",
+            place=place,
+            value=target,
+            cure="make it a device of its own and put a linear segment on that",
+        )

@@ -1,0 +1,119 @@
+"""What tests of every kind share: programs of the system, `blkloom serve` as a process, how long to search.
+
+A fixture that finds something missing skips its test and names what is missing and who has it;
+pytest lists the skips at the end of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import hypothesis
+import pytest
+
+SYSTEM_PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+"""mkfs and its kin are outside the PATH of those who are not root."""
+STOP_TIMEOUT = 60.0
+"""Seconds after which a server that was asked to stop is taken to hang."""
+
+
+def pytest_configure() -> None:
+    """`make fuzz` asks for longer searches."""
+    if cases := os.environ.get("BLKLOOM_FUZZ_CASES"):
+        hypothesis.settings.register_profile("fuzz", max_examples=int(cases), deadline=None, print_blob=True)
+        hypothesis.settings.load_profile("fuzz")
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str, str], str]:
+    """`program(name, package)`: the path of a program, or a skip that names its Debian package."""
+
+    def find(name: str, package: str) -> str:
+        if path := shutil.which(name, path=SYSTEM_PROGRAMS):
+            return path
+        pytest.skip(f"{name} is missing (Debian package {package})")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def blkloom() -> str:
+    """The path of the `blkloom` command of this very environment."""
+    path = Path(sys.executable).with_name("blkloom")
+    if not path.exists():
+        pytest.skip("the blkloom command is not installed beside Python (make setup)")
+    return str(path)
+
+
+@dataclass
+class Server:
+    """A running `blkloom serve` and the URIs it printed, in order."""
+
+    process: subprocess.Popen[str]
+    uris: list[str]
+    log: Path
+
+    @property
+    def uri(self) -> str:
+        """The only URI."""
+        (uri,) = self.uris
+        return uri
+
+    def stop(self) -> str:
+        """Asks it to stop and expects success; returns what it still wrote to standard output."""
+        self.process.send_signal(signal.SIGTERM)
+        rest, _ = self.process.communicate(timeout=STOP_TIMEOUT)
+        assert self.process.returncode == 0, self.log.read_text()
+        return rest
+
+
+@pytest.fixture
+def serve(blkloom: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`serve(*arguments, exports=1)`: starts `blkloom serve`, returns when clients can connect.
+
+    What a test has not stopped itself is stopped after it, and must then end with status 0.
+    """
+    with ExitStack() as stack:
+
+        def start(*arguments: str | Path, exports: int = 1) -> Server:
+            number = len(list(tmp_path.glob("serve-*.log")))
+            log = tmp_path / f"serve-{number}.log"
+            process = stack.enter_context(_process([blkloom, "serve", *map(str, arguments)], log))
+            server = Server(process, [], log)
+            stack.callback(_stop, server)
+            assert process.stdout is not None
+            for _ in range(exports):
+                server.uris.append(_line(process.stdout, log))
+            return server
+
+        yield start
+
+
+def _process(command: list[str], log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as errors:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def _line(stream: IO[str], log: Path) -> str:
+    line = stream.readline()
+    assert line.endswith("\n"), f"blkloom serve ended before it was ready:\n{log.read_text()}"
+    return line.rstrip("\n")
+
+
+def _stop(server: Server) -> None:
+    if server.process.poll() is not None:
+        return
+    try:
+        server.stop()
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise

@@ -1,0 +1,123 @@
+"""A virtual machine with a kernel of our own choice, over the host's files, for one script.
+
+virtme-ng boots the kernel in QEMU with the host's root as its own, read-only, so that the guest runs
+the host's programs and this environment's blkloom; only the guest's `directory` is shared for writing.
+Without KVM a boot takes about ten seconds, and Python some more to start.
+
+The guest has no network and reaches nothing of the host but files: a Unix socket of the host cannot
+be connected to from it, so servers run in the guest. /run is memory of the guest.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PRELUDE = """\
+export PATH={path} HOME=/run TMPDIR=/run LC_ALL=C PYTHONDONTWRITEBYTECODE=1
+# There is no udev: dmsetup is to make the nodes itself.
+export DM_DISABLE_UDEV=1
+trap 'echo "--- the kernel"; dmesg | tail -n 15' ERR
+cd {directory}
+{modprobe}
+
+# serve URI_VARIABLE ARGUMENT...: starts blkloom in the guest; returns when clients can connect.
+serve() {{
+    local -n _uri=$1
+    coproc SERVER {{ exec blkloom serve "${{@:2}}"; }}
+    server=$SERVER_PID
+    read -r _uri <&"${{SERVER[0]}}"
+}}
+
+# stop: ends what serve started; fails when it does not end well.
+stop() {{
+    kill "$server"
+    wait "$server"
+}}
+
+{script}
+"""
+
+
+class GuestError(Exception):
+    """The script failed, did not end in time, or the guest did not come up; with what was printed."""
+
+
+@dataclass(frozen=True)
+class Guest:
+    """How to boot. kernel: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run."""
+
+    virtme_run: Path
+    kernel: Path
+    directory: Path
+    memory: str = "1G"
+
+    def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 240.0) -> str:
+        """Boots, loads modules, runs the bash script as root with `-euo pipefail`, and powers off.
+
+        Returns what the script printed. timeout: seconds for all of it. Raises GuestError.
+        """
+        work = self.directory / ".guest"
+        work.mkdir(exist_ok=True)
+        files = {name: work / name for name in ("script", "output", "status", "console")}
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        files["script"].write_text(self._script(script, modules))
+        inside = f"bash -euo pipefail {files['script']} >{files['output']} 2>&1; echo $? >{files['status']}"
+        with files["console"].open("wb") as console:
+            # A session of its own, so that QEMU goes too when the time is up.
+            process = subprocess.Popen(
+                self._command(inside),
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise GuestError(f"not done after {timeout} s\n{_printed(files)}") from None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if not files["status"].exists():
+            raise GuestError(f"the guest ended before the script did\n{_printed(files)}")
+        if (status := files["status"].read_text().strip()) != "0":
+            raise GuestError(f"the script ended with status {status}\n{_printed(files)}")
+        return files["output"].read_text()
+
+    def _script(self, script: str, modules: Sequence[str]) -> str:
+        path = [str(Path(sys.executable).parent), "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"]
+        modprobe = ["modprobe", "-d", str(self.kernel), "-a", *modules] if modules else ["true"]
+        return _PRELUDE.format(
+            path=shlex.quote(":".join([*path, "/sbin", "/bin"])),
+            directory=shlex.quote(str(self.directory)),
+            modprobe=shlex.join(modprobe),
+            script=script,
+        )
+
+    def _command(self, inside: str) -> list[str]:
+        return [
+            *(str(self.virtme_run), "--kimg", str(self.kernel / "vmlinuz"), "--mods=auto"),
+            *("--busybox", str(self.kernel / "busybox")),
+            # The same everywhere: with KVM, or with virtiofs, a test would not be the one CI runs.
+            *("--disable-kvm", "--force-9p"),
+            *("--memory", self.memory, "--cpus", "2"),
+            *("--rwdir", str(self.directory)),
+            *("--script-sh", inside),
+        ]
+
+
+def _printed(files: dict[str, Path]) -> str:
+    parts = []
+    for name in ("output", "console"):
+        if files[name].exists() and (text := files[name].read_text(errors="replace").strip()):
+            parts.append(f"--- {name}\n{text}")
+    return "\n".join(parts)
