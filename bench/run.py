@@ -85,10 +85,10 @@ def main(
     when = datetime.now(UTC)
     machine, known = facts(), versions(command)
     stamp = f"{when:%Y%m%dT%H%M%S}"
-    run = Run(f"{when:%Y-%m-%d}", False, effort.rounds, effort.seconds, machine, known, [], [])
+    run = begun = Run(f"{when:%Y-%m-%d}", False, effort.rounds, effort.seconds, machine, known, [], [])
     out.mkdir(parents=True, exist_ok=True)
     with Ground(size=_SIZE, tmpfs=tmpfs_dir, disk=disk_dir) as ground:
-        for run in _measure(run, chosen, ground, effort):
+        for run in _measure(begun, chosen, ground, effort):
             save(run, out / f"{stamp}.json")  # what is measured is kept, whatever comes later
     _keep(replace(run, complete=complete), out, stamp)
     sys.exit(int(any(c.subject is None for result in run.workloads for c in compare(result))))

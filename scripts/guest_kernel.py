@@ -50,7 +50,9 @@ def _image_package(apt: BackportsApt) -> str:
     depends = apt.field("linux-image-amd64", "Depends")
     image = depends.split()[0] if depends else ""
     if not image.startswith(f"linux-image-{KERNEL}."):
-        raise DebianError(f"{apt.suite} has no Linux {KERNEL}: linux-image-amd64 there depends on {depends or 'nothing'}")
+        raise DebianError(
+            f"{apt.suite} has no Linux {KERNEL}: linux-image-amd64 there depends on {depends or 'nothing'}"
+        )
     return image
 
 

@@ -80,8 +80,8 @@ class Extent:
     def fault() -> Extent:
         """Ask the target, for reads and writes alike."""
     @staticmethod
-    def device(device: Device, offset: int) -> Extent:
-        """In another device (stacking)."""
+    def device(device: Device, offset: int, *, read_only: bool = False) -> Extent:
+        """In another device (stacking). Writes to a read_only extent fault."""
     @staticmethod
     def stripes(chunk: int, legs: Sequence[Extent]) -> Extent:
         """Chunk i is chunk i // len(legs) of leg i % len(legs). `chunk` is in bytes, not

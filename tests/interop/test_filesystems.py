@@ -179,7 +179,10 @@ def test_a_file_system_lives_across_segments_and_a_restart_of_the_server(
     server = serve("--table", table, "--socket", tmp_path / "nbd.sock")
     with as_file(program, server.uri, tmp_path) as file:
         run(program("mkfs.ext4", "e2fsprogs"), "-q", "-F", file)
-        with loop_device(program, file) as device, mounted(program, "ext4", device, tmp_path / "mounted", "rw") as place:
+        with (
+            loop_device(program, file) as device,
+            mounted(program, "ext4", device, tmp_path / "mounted", "rw") as place,
+        ):
             fill(place, seed=8)
             before = sums(place)
     server.stop()

@@ -85,9 +85,7 @@ class WriteOnly(Scripted):
 
 
 def table(*targets: Target, sectors: int = 8) -> Table:
-    return Table(
-        tuple(Segment(Sectors(sectors * i), Sectors(sectors), target) for i, target in enumerate(targets))
-    )
+    return Table(tuple(Segment(Sectors(sectors * i), Sectors(sectors), target) for i, target in enumerate(targets)))
 
 
 def failing(number: int) -> AbstractContextManager[object]:

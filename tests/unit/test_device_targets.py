@@ -225,15 +225,18 @@ def test_a_read_only_device_of_zeros_refuses_writes(table: str) -> None:
             device.pwrite(b"x", 0)
 
 
-def test_a_read_only_device_stands_only_on_read_only_ones(tmp_path: Path) -> None:
-    with (
-        blkloom.open(file(tmp_path / "f"), read_only=True) as below,
-        blkloom.open("0 8 linear blkloom:b 0", devices={"b": below}, read_only=True) as device,
-        failing(errno.EROFS),
-    ):
-        device.pwrite(b"x", 0)
-    with blkloom.open("0 8 ram") as ram, pytest.raises(TableError, match="cannot stand on a writable"):
-        blkloom.open("0 8 linear blkloom:r 0", devices={"r": ram}, read_only=True)
+def test_a_read_only_device_never_writes_to_the_one_below(tmp_path: Path) -> None:
+    for below in (blkloom.open("0 8 ram"), blkloom.open(file(tmp_path / "f"), read_only=True)):
+        with below, blkloom.open("0 8 linear blkloom:b 0", devices={"b": below}, read_only=True) as device:
+            before = below.pread(4096, 0)
+            for write in (
+                lambda: device.pwrite(b"x", 0),
+                lambda: device.discard(0, 4096),
+                lambda: device.write_zeroes(0, 4096),
+            ):
+                with failing(errno.EROFS):
+                    write()
+            assert device.pread(4096, 0) == below.pread(4096, 0) == before
 
 
 def test_discard_punches_a_hole_and_write_zeroes_without_unmap_does_not(tmp_path: Path) -> None:

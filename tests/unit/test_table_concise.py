@@ -44,14 +44,22 @@ def devices(text: str) -> list[ConciseDevice]:
 
 
 def test_the_examples_of_the_manual_page():
-    text = (
-        "test-linear-small,,,rw,0 2097152 linear /dev/loop0 0, 2097152 2097152 linear /dev/loop1 0;"
-        "dm-striped,a-uuid,7,ro,0 4194304 striped 2 4096 /dev/loop0 0 /dev/loop1 0"
+    small = "test-linear-small,,,ro, 0 2097152 linear /dev/loop0 0, 2097152 2097152 linear /dev/loop1 0"
+    (device,) = parse_concise(small, targets=builtin_targets())
+    assert (device.name, device.uuid, device.minor, device.read_only) == ("test-linear-small", "", None, True)
+    assert [segment.start for segment in device.table.segments] == [0, 2097152]
+    two = (
+        "test-linear-small,,,, 0 2097152 linear /dev/loop0 0; test-linear-large,,,,"
+        " 0 2097152 linear /dev/loop1 0, 2097152 2097152 linear /dev/loop2 0"
     )
-    first, second = parse_concise(text, targets=builtin_targets())
-    assert (first.name, first.uuid, first.minor, first.read_only) == ("test-linear-small", "", None, False)
-    assert [segment.start for segment in first.table.segments] == [0, 2097152]
-    assert (second.name, second.uuid, second.minor, second.read_only) == ("dm-striped", "a-uuid", 7, True)
+    first, second = parse_concise(two, targets=builtin_targets())
+    assert (first.name, first.read_only, first.table.length) == ("test-linear-small", False, 2097152)
+    assert (second.name, second.read_only, second.table.length) == ("test-linear-large", False, 4194304)
+
+
+def test_a_line_that_goes_on_after_a_backslash_is_read_from_a_file_too():
+    text = "a,,,ro,\\\n 0 8 words x,\\\n 8 8 words\n"
+    assert devices(text) == [ConciseDevice("a", "", None, True, table("0 8 words x\n8 8 words"))]
 
 
 @pytest.mark.parametrize(

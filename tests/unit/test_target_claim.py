@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -112,6 +113,21 @@ def test_the_locked_bytes_are_those_of_qemu(path: Path, writable: bool, in_use: 
         locked = {byte for byte in range(300) if is_locked(fd, byte)}
     held.release()
     assert locked == {100 + permission for permission in in_use} | {201, 203}
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img (qemu-utils) is missing")
+def test_qemu_img_refuses_a_claimed_file_as_it_would_refuse_qemu_s(path: Path, tmp_path: Path) -> None:
+    def convert(*options: str) -> int:
+        command = ["qemu-img", "convert", *options, "-f", "raw", "-O", "raw", str(path), str(tmp_path / "copy")]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    held = claim(path, writable=True)
+    assert convert() == 1
+    assert convert("--force-share") == 0
+    held.release()
+    held = claim(path, writable=False)
+    assert convert() == 0
+    held.release()
 
 
 def is_locked(fd: int, byte: int) -> bool:

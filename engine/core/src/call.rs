@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Slice, errno::EINVAL, errno::ENOSPC};
+use blkloom_io::{Slice, errno::EINVAL, errno::ENOSPC, errno::ESHUTDOWN};
 
 use crate::device::{Device, SuspendError};
 use crate::engine::Engine;
@@ -60,6 +60,7 @@ impl Transfer {
 fn check(device: &Device, op: Op, offset: u64, len: u64) -> Result<(), i32> {
     match offset.checked_add(len) {
         Some(end) if end <= device.size() => Ok(()),
+        _ if device.closed() => Err(ESHUTDOWN),
         _ if op == Op::Write || op == Op::WriteZeroes => Err(ENOSPC),
         _ => Err(EINVAL),
     }

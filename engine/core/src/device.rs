@@ -132,6 +132,10 @@ impl Device {
         self.gate.load(Ordering::SeqCst) == SUSPENDED
     }
 
+    pub fn closed(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) == CLOSED
+    }
+
     pub fn stats(&self) -> &Stats {
         &self.stats
     }

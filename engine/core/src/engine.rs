@@ -167,6 +167,7 @@ impl Engine {
                 }
             }
         }
+        self.pool.stop();
     }
 }
 

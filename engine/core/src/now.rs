@@ -36,8 +36,8 @@ const ZERO_AT_ONCE: u64 = 1 << 20;
 fn visit(
     device: &Device,
     shard: Shard,
-    offset: u64,
-    len: u64,
+    (offset, len): (u64, u64),
+    writes: bool,
     visitor: &mut dyn FnMut(&Place<'_, Kinds>, u64) -> Now,
 ) -> Now {
     let pin = match device.enter(shard) {
@@ -45,7 +45,7 @@ fn visit(
         Err(Refused::Suspended) => return Now::Later(0),
         Err(refused) => return Now::Failed(refused.errno()),
     };
-    let outcome = visit_entered(device, shard, offset, len, visitor);
+    let outcome = visit_entered(device, shard, (offset, len), writes, visitor);
     device.epochs.unpin(pin);
     outcome
 }
@@ -53,8 +53,8 @@ fn visit(
 fn visit_entered(
     device: &Device,
     shard: Shard,
-    offset: u64,
-    len: u64,
+    (offset, len): (u64, u64),
+    writes: bool,
     visitor: &mut dyn FnMut(&Place<'_, Kinds>, u64) -> Now,
 ) -> Now {
     let guard = device.mapping.load();
@@ -67,7 +67,9 @@ fn visit_entered(
             return Now::Failed(EIO);
         };
         let outcome = match piece.place {
-            Place::Device { device: lower, offset } => visit(lower, shard, offset, piece.len, visitor),
+            Place::Device { device: lower, offset, writable } if writable || !writes => {
+                visit(lower, shard, (offset, piece.len), writes, visitor)
+            }
             place => visitor(&place, piece.len),
         };
         match outcome {
@@ -89,7 +91,7 @@ pub fn read(
     mut zeros: Option<&mut Vec<(u64, u64)>>,
 ) -> Now {
     let mut at = 0usize;
-    visit(device, shard, offset, into.len() as u64, &mut |place, len| {
+    visit(device, shard, (offset, into.len() as u64), false, &mut |place, len| {
         let part = into.part(at, len as usize);
         at += len as usize;
         match place {
@@ -174,7 +176,7 @@ fn note_unwritten(region: &blkloom_io::Region, offset: u64, len: u64, at: u64, z
 
 pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: Patience) -> Now {
     let mut at = 0usize;
-    visit(device, shard, offset, from.len() as u64, &mut |place, len| {
+    visit(device, shard, (offset, from.len() as u64), true, &mut |place, len| {
         let part = from.part(at, len as usize);
         at += len as usize;
         match place {
@@ -204,7 +206,7 @@ pub fn clear(device: &Device, shard: Shard, op: Op, offset: u64, len: u64, flags
         return Now::Later(0);
     }
     let unmap = op == Op::Discard || flags.unmap;
-    visit(device, shard, offset, len, &mut |place, len| match place {
+    visit(device, shard, (offset, len), true, &mut |place, len| match place {
         Place::Data { file, offset, writable: true, punch: true } if file.policy() == InlinePolicy::Always => {
             let result = match op {
                 Op::Discard => file.punch(*offset, len),
@@ -223,5 +225,5 @@ pub fn flush(device: &Device, shard: Shard) -> Now {
     if device.needs_flush() {
         return Now::Later(0);
     }
-    visit(device, shard, 0, 0, &mut |_, _| Now::Done)
+    visit(device, shard, (0, 0), false, &mut |_, _| Now::Done)
 }

@@ -115,8 +115,9 @@ impl Chore {
 /// A write handed to the ring keeps its blocks from read-modify-writers.
 pub type BlockShare = Option<RangeGuard>;
 
-impl Drop for Pool {
-    fn drop(&mut self) {
+impl Pool {
+    /// Does what is queued and joins the threads. Nothing may be submitted after.
+    pub fn stop(&self) {
         let threads = {
             let mut state = lock(&self.shared.state);
             state.stopping = true;
@@ -127,5 +128,11 @@ impl Drop for Pool {
             // A pool thread cannot panic on its own account; if it did, the process's hook has said so.
             let _joined = thread.join();
         }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.stop();
     }
 }

@@ -260,7 +260,7 @@ impl Queue {
                 return len;
             };
             match piece.place {
-                Place::Device { device: lower, offset } => {
+                Place::Device { device: lower, offset, writable } if writable || !active.request.op.writes() => {
                     let part = self.descend(walk, lower, root + done, offset, piece.len);
                     if part < piece.len {
                         return done + part;

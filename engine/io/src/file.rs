@@ -273,7 +273,17 @@ impl File {
             self.read_at_least(offset, memory, 0)?;
         }
         memory.part(at, from.len()).copy_from_slice(from);
-        self.write_whole(hull.0, memory, flags)
+        self.write_hull(hull, memory, flags)
+    }
+
+    /// Writes whole blocks; a file that ends inside the last of them keeps its length.
+    fn write_hull(&self, hull: (u64, u64), memory: Slice, flags: ReadWriteFlags) -> Result<(), Errno> {
+        let size = if self.block_device { u64::MAX } else { self.size()? };
+        self.write_whole(hull.0, memory, flags)?;
+        if hull.0 < size && size < hull.1 {
+            return fs::ftruncate(&self.fd, size).map_err(|error| error.raw_os_error());
+        }
+        Ok(())
     }
 
     fn hull(&self, offset: u64, len: u64) -> (u64, u64) {
@@ -394,7 +404,7 @@ impl File {
         let memory = unsafe { bounce.slice() };
         self.read_at_least(hull.0, memory, 0)?;
         memory.part((offset - hull.0) as usize, from.len()).copy_from_slice(from);
-        self.write_whole(hull.0, memory, ReadWriteFlags::empty())
+        self.write_hull(hull, memory, ReadWriteFlags::empty())
     }
 
     fn exclude(&self, offset: u64, len: u64) -> Option<RangeGuard> {

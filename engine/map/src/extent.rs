@@ -31,6 +31,8 @@ pub enum Extent<H: Handles> {
     Device {
         device: H::Device,
         offset: u64,
+        /// Whether writes may enter it; otherwise they fault.
+        writable: bool,
     },
     /// Chunk i is chunk i / legs of leg i % legs. Legs are never stripes or tables.
     Stripes {
@@ -62,6 +64,7 @@ pub enum Place<'a, H: Handles> {
     Device {
         device: &'a H::Device,
         offset: u64,
+        writable: bool,
     },
 }
 
@@ -76,7 +79,9 @@ impl<H: Handles> Extent<H> {
             Extent::Zero { discard_writes } => (Place::Zero { discard_writes: *discard_writes }, len),
             Extent::Error(errno) => (Place::Error(*errno), len),
             Extent::Fault => (Place::Fault, len),
-            Extent::Device { device, offset } => (Place::Device { device, offset: offset + at }, len),
+            Extent::Device { device, offset, writable } => {
+                (Place::Device { device, offset: offset + at, writable: *writable }, len)
+            }
             Extent::Stripes { chunk, legs } => {
                 let (index, within) = (at / chunk, at % chunk);
                 let count = legs.len() as u64;
@@ -111,7 +116,9 @@ where
             Extent::Zero { discard_writes } => Extent::Zero { discard_writes: *discard_writes },
             Extent::Error(errno) => Extent::Error(*errno),
             Extent::Fault => Extent::Fault,
-            Extent::Device { device, offset } => Extent::Device { device: device.clone(), offset: *offset },
+            Extent::Device { device, offset, writable } => {
+                Extent::Device { device: device.clone(), offset: *offset, writable: *writable }
+            }
             Extent::Stripes { chunk, legs } => Extent::Stripes { chunk: *chunk, legs: legs.clone() },
             Extent::Table(table) => Extent::Table(table.clone()),
         }

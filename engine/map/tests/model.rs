@@ -33,7 +33,7 @@ fn at(place: &Place<'_, Numbers>, plus: u64) -> At {
         Place::Zero { .. } => At::Zero,
         Place::Error(errno) => At::Error(*errno),
         Place::Fault => At::Fault,
-        Place::Device { device, offset } => At::Device(**device, offset + plus),
+        Place::Device { device, offset, .. } => At::Device(**device, offset + plus),
     }
 }
 
@@ -47,7 +47,7 @@ fn leaf() -> impl Strategy<Value = Extent<Numbers>> {
         (0u32..4, 0u64..1000).prop_map(|(region, offset)| Extent::Memory { region, offset }),
         Just(Extent::Zero { discard_writes: true }),
         (1i32..100).prop_map(Extent::Error),
-        (0u32..4, 0u64..1000).prop_map(|(device, offset)| Extent::Device { device, offset }),
+        (0u32..4, 0u64..1000).prop_map(|(device, offset)| Extent::Device { device, offset, writable: true }),
     ]
 }
 
@@ -67,7 +67,7 @@ fn model(extent: &Extent<Numbers>, i: u64) -> At {
         Extent::Memory { region, offset } => At::Memory(*region, offset + i),
         Extent::Zero { .. } => At::Zero,
         Extent::Error(errno) => At::Error(*errno),
-        Extent::Device { device, offset } => At::Device(*device, offset + i),
+        Extent::Device { device, offset, .. } => At::Device(*device, offset + i),
         Extent::Stripes { chunk, legs } => {
             let n = legs.len() as u64;
             model(&legs[(i / chunk % n) as usize], i / chunk / n * chunk + i % chunk)

@@ -168,7 +168,8 @@ impl Device {
 
     fn pread<'py>(&self, py: Python<'py>, length: usize, offset: u64) -> PyResult<Bound<'py, PyBytes>> {
         if length as u64 > self.inner.size() {
-            return Err(self.error(22, &format!("read of {length} bytes at {offset}")));
+            let errno = if self.inner.closed() { 108 } else { 22 };
+            return Err(self.error(errno, &format!("read of {length} bytes at {offset}")));
         }
         // SAFETY: a new bytes object of `length` uninitialised bytes, or NULL with an exception set.
         let bytes = unsafe {

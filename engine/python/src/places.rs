@@ -146,8 +146,9 @@ impl Extent {
     }
 
     #[staticmethod]
-    fn device(device: &Bound<'_, Device>, offset: u64) -> Extent {
-        Extent(Place::Device { device: device.get().inner.clone(), offset })
+    #[pyo3(signature = (device, offset, *, read_only = false))]
+    fn device(device: &Bound<'_, Device>, offset: u64, read_only: bool) -> Extent {
+        Extent(Place::Device { device: device.get().inner.clone(), offset, writable: !read_only })
     }
 
     #[staticmethod]

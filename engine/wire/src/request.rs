@@ -142,19 +142,17 @@ impl Header {
 
     fn judge(self, command: Command, rules: &Rules) -> Option<Refusal> {
         let refuse = |code, why| Some(Refusal { code, why });
-        let extended_write = rules.style == Style::Extended && command == Command::Write;
         let structured = rules.style != Style::Simple;
-        let mut known = match command {
-            Command::Read => flags::FUA | if structured { flags::DF } else { 0 },
-            Command::Write | Command::Trim => flags::FUA,
-            Command::WriteZeroes => flags::FUA | flags::NO_HOLE | flags::FAST_ZERO,
-            Command::BlockStatus => flags::REQ_ONE,
-            Command::Flush | Command::Cache => flags::FUA,
-            Command::Disconnect => return None,
-        };
-        if extended_write {
-            known |= flags::PAYLOAD_LEN;
-        }
+        // FUA is valid with every command.
+        let known = flags::FUA
+            | match command {
+                Command::Read if structured => flags::DF,
+                Command::Write if rules.style == Style::Extended => flags::PAYLOAD_LEN,
+                Command::WriteZeroes => flags::NO_HOLE | flags::FAST_ZERO,
+                Command::BlockStatus => flags::REQ_ONE,
+                Command::Read | Command::Write | Command::Trim | Command::Flush | Command::Cache => 0,
+                Command::Disconnect => return None,
+            };
         if self.flags & !known != 0 {
             return refuse(ErrorCode::Invalid, "unknown command flag");
         }

@@ -4,7 +4,8 @@ Files are locked as QEMU locks images, with open-file-description locks, so blkl
 each other's images exactly where QEMU would refuse another QEMU: one byte a permission in use
 (from 100) and one a permission not granted to others (from 200), all of them shared locks; a
 conflict is found by asking who else holds the opposite byte. Many may read, one may write, nobody
-reads what another writes. Block devices are opened with O_EXCL, which also keeps mounts away.
+reads what another writes. A block device is opened with O_EXCL to be written, which also keeps
+mounts away; the kernel knows no claim to read, so readers have none.
 
 Source: QEMU block/file-posix.c (RAW_LOCK_PERM_BASE, raw_check_lock_bytes); fcntl(2), open(2).
 A claim belongs to one open file description and ends with `release`, however many duplicates of
@@ -48,8 +49,9 @@ class Claim:
         """
         self.path = path
         self._writable = False
-        self._block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-        self._fd = _exclusive(path, fd) if self._block_device else os.dup(fd)
+        status = os.fstat(fd)
+        self._number = status.st_rdev if stat.S_ISBLK(status.st_mode) else None
+        self._fd = os.dup(fd) if self._number is None else -1
         try:
             self._lock(writable)
         except BaseException:
@@ -66,7 +68,7 @@ class Claim:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
-                if not self._block_device:
+                if self._number is None:
                     _set(fd, fcntl.F_UNLCK, 0, 0)
             except OSError as error:
                 _log.debug("%s: unlocking: %s", self.path, error)  # where locks do not exist
@@ -74,9 +76,12 @@ class Claim:
                 os.close(fd)
 
     def _lock(self, writable: bool) -> None:
-        self._writable = writable
-        if self._block_device:
+        if self._number is not None:
+            if writable:
+                self._fd = _exclusive(self.path, self._number)
+            self._writable = writable
             return
+        self._writable = writable
         use = [_Permission.CONSISTENT_READ] + [_Permission.WRITE, _Permission.RESIZE] * writable
         refuse = [_Permission.WRITE, _Permission.RESIZE]
         try:
@@ -114,8 +119,8 @@ def _is_held(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _exclusive(path: str, fd: int) -> int:
-    """A descriptor that holds the block device which `fd` is."""
+def _exclusive(path: str, number: int) -> int:
+    """A descriptor that holds the block device `number`."""
     try:
         claim = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
@@ -127,7 +132,7 @@ def _exclusive(path: str, fd: int) -> int:
             errno=errno.EBUSY,
             cure="unmount or detach it, or pass shared=True (--shared) if you know it is safe",
         ) from error
-    if os.fstat(claim).st_rdev != os.fstat(fd).st_rdev:
+    if os.fstat(claim).st_rdev != number:
         os.close(claim)
         raise BackingError("the path changed while it was opened", path=path, errno=errno.ESTALE, cure="try again")
     return claim

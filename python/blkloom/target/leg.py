@@ -41,7 +41,7 @@ class Leg:
         if self.path.startswith(STACKED):
             device = opening.device(self.path.removeprefix(STACKED))
             self._check(opening, length, Bytes(device.size))
-            return Extent.device(device, offset)
+            return Extent.device(device, offset, read_only=opening.read_only or device.read_only)
         numbers = re.fullmatch(r"[0-9]+:[0-9]+", self.path)
         file = opening.file(f"/dev/block/{self.path}" if numbers else self.path)
         self._check(opening, length, Bytes(file.size))

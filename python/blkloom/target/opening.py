@@ -106,10 +106,6 @@ class Opening:
         if device is None:
             known = ", ".join(sorted(self._devices)) or "none"
             raise self.refuse("Device lookup failed: no such blkloom device", value=name, cure=f"there are: {known}")
-        if self.read_only and not device.read_only:
-            raise self.refuse(
-                "a read-only device cannot stand on a writable blkloom device", value=name, cure="open both read-only"
-            )
         return device
 
     def refuse(self, what: str, *, value: str = "", cure: str = "") -> TableError:

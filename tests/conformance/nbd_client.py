@@ -1,0 +1,241 @@
+"""A raw NBD client: a socket, `struct`, and as little else as the protocol allows.
+
+It checks what a client can check of every reply: magic, cookie, that chunks of a read cover it once,
+that the last chunk and only it is DONE, that DF means one chunk. libnbd of Debian 12 knows no
+extended headers, and none of the libraries says so much about what came over the wire.
+Source: NetworkBlockDevice doc/proto.md and its branch extension-ext-header. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+from enum import Enum
+
+READ, WRITE, DISCONNECT, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
+HAS_FLAGS, READ_ONLY, SEND_FLUSH, SEND_FUA = 1, 2, 4, 8
+SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF, CAN_MULTI_CONN, SEND_CACHE, SEND_FAST_ZERO = 32, 64, 128, 256, 1024, 2048
+CONTEXT = "base:allocation"
+
+_OPT_GO, _OPT_STRUCTURED_REPLY, _OPT_SET_META_CONTEXT, _OPT_EXTENDED_HEADERS = 7, 8, 10, 11
+_REP_ACK, _REP_INFO, _REP_META_CONTEXT = 1, 3, 4
+_CHUNK_DONE, _CHUNK_ERROR = 1, 1 << 15
+_NONE, _OFFSET_DATA, _OFFSET_HOLE, _STATUS, _STATUS_EXT = 0, 1, 2, 5, 6
+
+
+class Style(Enum):
+    """What the handshake settles about replies."""
+
+    SIMPLE = "simple"
+    STRUCTURED = "structured"
+    EXTENDED = "extended"
+
+
+@dataclass
+class Reply:
+    """A complete answer. error: NBD's number, 0 for success. holes: ranges of the data, (start, length)."""
+
+    error: int = 0
+    message: str = ""
+    data: bytes = b""
+    holes: list[tuple[int, int]] = field(default_factory=list)
+    extents: list[tuple[int, int]] = field(default_factory=list)
+    """(length, flags) of base:allocation."""
+
+
+@dataclass
+class _Pending:
+    command: int
+    flags: int
+    offset: int
+    length: int
+    buffer: bytearray
+    covered: list[tuple[int, int]] = field(default_factory=list)
+    reply: Reply = field(default_factory=Reply)
+
+
+class NbdClient:
+    """A connection to one export. Raises ConnectionError when the server hangs up."""
+
+    def __init__(self, connected: socket.socket, export: str, style: Style) -> None:
+        self.socket = connected
+        self.style = style
+        self.size = 0
+        self.flags = 0
+        self._cookie = 0
+        self._pending: dict[int, _Pending] = {}
+        self._context: int | None = None
+        self._input = connected.makefile("rb")
+        self._handshake(export)
+
+    @classmethod
+    def unix(cls, path: str | os.PathLike[str], export: str = "", style: Style = Style.EXTENDED) -> NbdClient:
+        """Connects to a Unix socket."""
+        connected = socket.socket(socket.AF_UNIX)
+        connected.settimeout(60)
+        connected.connect(os.fspath(path))
+        return cls(connected, export, style)
+
+    # Handshake
+
+    def _handshake(self, export: str) -> None:
+        magic, option_magic, flags = struct.unpack(">8s8sH", self._take(18))
+        assert (magic, option_magic, flags) == (b"NBDMAGIC", b"IHAVEOPT", 3)
+        self.socket.sendall(struct.pack(">I", 3))
+        if self.style is not Style.SIMPLE:
+            wanted = _OPT_EXTENDED_HEADERS if self.style is Style.EXTENDED else _OPT_STRUCTURED_REPLY
+            assert self._option(wanted, b"") == [(_REP_ACK, b"")]
+            name, query = export.encode(), CONTEXT.encode()
+            request = struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(query)) + query
+            (kind, content), (last, _) = self._option(_OPT_SET_META_CONTEXT, request)
+            assert (kind, last, content[4:]) == (_REP_META_CONTEXT, _REP_ACK, query)
+            self._context = int.from_bytes(content[:4])
+        name = export.encode()
+        for kind, content in self._option(_OPT_GO, struct.pack(">I", len(name)) + name + b"\0\0"):
+            if kind == _REP_INFO and content[:2] == b"\0\0":
+                self.size, self.flags = struct.unpack(">2xQH", content)
+            else:
+                assert kind in (_REP_INFO, _REP_ACK), content
+        assert self.flags & HAS_FLAGS
+
+    def _option(self, option: int, data: bytes) -> list[tuple[int, bytes]]:
+        self.socket.sendall(struct.pack(">8sII", b"IHAVEOPT", option, len(data)) + data)
+        replies: list[tuple[int, bytes]] = []
+        while not replies or replies[-1][0] in (_REP_INFO, _REP_META_CONTEXT):
+            magic, repeated, kind, length = struct.unpack(">QIII", self._take(20))
+            assert (magic, repeated) == (0x0003E889045565A9, option)
+            replies.append((kind, self._take(length)))
+        return replies
+
+    # Requests
+
+    def send(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b""
+    ) -> int:
+        """Sends a request without waiting for its answer; the cookie to `receive` it by."""
+        self._cookie += 1
+        if command == WRITE:
+            length = len(payload)
+        if self.style is Style.EXTENDED:
+            flags |= PAYLOAD_LEN if command == WRITE else 0
+            header = struct.pack(">IHHQQQ", 0x21E41C71, flags, command, self._cookie, offset, length)
+        else:
+            header = struct.pack(">IHHQQI", 0x25609513, flags, command, self._cookie, offset, length)
+        self._pending[self._cookie] = _Pending(
+            command, flags, offset, length, bytearray(length if command == READ else 0)
+        )
+        self.socket.sendall(header + payload)
+        return self._cookie
+
+    def ask(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> Reply:
+        """A request and its answer; nothing else may be under way."""
+        cookie = self.send(command, offset, length, flags=flags, payload=payload)
+        answered, reply = self.receive()
+        assert answered == cookie
+        return reply
+
+    def receive(self) -> tuple[int, Reply]:
+        """The next complete answer and its cookie."""
+        while True:
+            (magic,) = struct.unpack(">I", self._take(4))
+            if magic == 0x67446698:
+                answered = self._simple()
+            elif magic == 0x668E33EF and self.style is Style.STRUCTURED:
+                answered = self._chunk(extended=False)
+            elif magic == 0x6E8A278C and self.style is Style.EXTENDED:
+                answered = self._chunk(extended=True)
+            else:
+                raise AssertionError(f"reply magic {magic:#x} with {self.style.value} replies")
+            if answered is not None:
+                return answered, self._pending.pop(answered).reply
+
+    def _simple(self) -> int:
+        error, cookie = struct.unpack(">IQ", self._take(12))
+        pending = self._pending[cookie]
+        assert self.style is not Style.EXTENDED, "extended headers allow no simple replies"
+        assert not (self.style is Style.STRUCTURED and pending.command in (READ, BLOCK_STATUS))
+        pending.reply.error = error
+        if pending.command == READ and not error:
+            pending.reply.data = self._take(pending.length)
+        return int(cookie)
+
+    def _chunk(self, *, extended: bool) -> int | None:
+        if extended:
+            flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", self._take(28))
+        else:
+            flags, kind, cookie, length = struct.unpack(">HHQI", self._take(16))
+            offset = self._pending[cookie].offset
+        pending = self._pending[cookie]
+        assert offset == pending.offset, "an extended chunk repeats its request's offset"
+        content = self._take(length)
+        reply = pending.reply
+        if kind & _CHUNK_ERROR:
+            reply.error, count = struct.unpack(">IH", content[:6])
+            reply.message = content[6 : 6 + count].decode()
+            assert reply.error
+        elif kind == _OFFSET_DATA:
+            (at,) = struct.unpack(">Q", content[:8])
+            self._cover(pending, at, len(content) - 8)
+            pending.buffer[at - offset : at - offset + len(content) - 8] = content[8:]
+        elif kind == _OFFSET_HOLE:
+            at, count = struct.unpack(">QI", content)
+            self._cover(pending, at, count)
+            reply.holes.append((at - offset, count))
+        elif kind in (_STATUS, _STATUS_EXT):
+            assert kind == (_STATUS_EXT if extended else _STATUS)
+            reply.extents = self._descriptors(content, extended=extended)
+        else:
+            assert (kind, content) == (_NONE, b"")
+        if not flags & _CHUNK_DONE:
+            assert kind != _NONE
+            return None
+        if pending.command == READ and not reply.error:
+            assert sum(count for _, count in pending.covered) == pending.length, "a read with parts missing"
+            assert len(pending.covered) <= 1 or not pending.flags & DF, "DF forbids more than one chunk"
+            reply.data = bytes(pending.buffer)
+        if pending.command == BLOCK_STATUS and not reply.error:
+            assert reply.extents
+        return int(cookie)
+
+    @staticmethod
+    def _cover(pending: _Pending, at: int, count: int) -> None:
+        assert pending.command == READ
+        assert count, "chunks of a read must not be empty"
+        assert pending.offset <= at
+        assert at + count <= pending.offset + pending.length
+        assert all(at + count <= start or start + length <= at for start, length in pending.covered), "bytes told twice"
+        pending.covered.append((at, count))
+
+    def _descriptors(self, content: bytes, *, extended: bool) -> list[tuple[int, int]]:
+        if extended:
+            context, count = struct.unpack(">II", content[:8])
+            found = list(struct.iter_unpack(">QQ", content[8:]))
+            assert count == len(found)
+        else:
+            (context,) = struct.unpack(">I", content[:4])
+            found = list(struct.iter_unpack(">II", content[4:]))
+        assert context == self._context
+        assert all(length for length, _ in found)
+        return found
+
+    # End
+
+    def disconnect(self) -> None:
+        """Says goodbye and waits until the server has closed."""
+        self.send(DISCONNECT)
+        assert self._input.read(1) == b""
+        self.close()
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._input.close()
+        self.socket.close()
+
+    def _take(self, length: int) -> bytes:
+        data = self._input.read(length)
+        if len(data) < length:
+            raise ConnectionError(f"the server hung up, {length - len(data)} bytes short")
+        return data

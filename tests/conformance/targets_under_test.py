@@ -1,0 +1,110 @@
+"""Every target the suite runs over, one entry each: a table, and what it needs.
+
+`{mem}` and `{disk}` are directories on a memory file system and on the disk's; every file a table
+names there exists and is FILE bytes long. The model reads the same text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from growing import Growing
+
+from blkloom import Target
+from blkloom.examples.pattern import Pattern
+
+FILE = 1 << 20
+"""Bytes of every file."""
+PATTERN = np.arange(0, FILE, 8, dtype=">u8").tobytes()
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """A table and what it needs. below: tables of the devices it stands on, by name. own: what the
+    targets that are neither built in nor made of files hold at first, by their names.
+    """
+
+    table: str
+    read_only: bool = False
+    direct_io: bool = False
+    below: Mapping[str, str] = field(default_factory=dict)
+    targets: tuple[type[Target], ...] = ()
+    own: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def _many(segments: int) -> str:
+    """A table of many short lines of all kinds, the same on every run."""
+    chance, at, lines = random.Random(24), 0, []
+    for number in range(segments):
+        length = chance.choice([1, 2, 7, 8, 15, 64, 100])
+        target = chance.choice(["zero", "error", "mem", "mem", "disk", "disk", "linear", "linear"])
+        place = number * 32 % 1900  # sectors; places never overlap, 100 sectors fit behind the last
+        if target in ("zero", "error"):
+            lines.append(f"{at} {length} {target}")
+        elif target == "linear":
+            lines.append(f"{at} {min(length, 32)} linear {{mem}}/l {place}")
+            length = min(length, 32)
+        else:
+            lines.append(f"{at} {min(length, 32)} loop {{{target}}}/m {place * 512}")
+            length = min(length, 32)
+        at += length
+    return "\n".join(lines)
+
+
+TARGETS: dict[str, UnderTest] = {
+    "loop on memory": UnderTest("0 1200 loop {mem}/a"),
+    "loop on disk": UnderTest("0 1200 loop {disk}/a"),
+    "loop, direct I/O": UnderTest("0 1200 loop {disk}/a 0 1 direct_io"),
+    "loop, direct I/O, odd offset": UnderTest("0 601 loop {disk}/a 1536 1 direct_io"),
+    "loop on several files": UnderTest(
+        "0 100 loop {mem}/a 512\n100 33 loop {disk}/b 1024\n133 300 loop {mem}/a 524288\n433 500 loop {disk}/c"
+    ),
+    "loop, read-only in the table": UnderTest("0 100 loop {mem}/a 0 1 read_only\n100 100 loop {disk}/b"),
+    "loop, read-only device": UnderTest("0 700 loop {mem}/a\n700 700 loop {disk}/b 2560", read_only=True),
+    "linear on a file": UnderTest("0 1000 linear {mem}/a 17\n1000 500 linear {disk}/b 0"),
+    "linear, direct I/O": UnderTest("0 1000 linear {disk}/b 3", direct_io=True),
+    "linear on a device": UnderTest(
+        "0 900 linear blkloom:lower 5\n900 5 linear blkloom:lower 0",
+        below={"lower": "0 300 loop {mem}/a\n300 300 loop {disk}/b\n600 10 zero\n610 600 loop {mem}/c"},
+    ),
+    "linear on a device on a device": UnderTest(
+        "0 300 linear blkloom:middle 50",
+        below={
+            "lowest": "0 100 loop {mem}/a\n100 5 error\n105 500 growing",
+            "middle": "0 400 linear blkloom:lowest 7",
+        },
+        targets=(Growing,),
+        own={"growing": b""},
+    ),
+    "linear, read-only device": UnderTest("0 1000 linear {disk}/b 3", read_only=True),
+    "striped, odd chunk": UnderTest("0 1260 striped 3 7 {mem}/a 1 {disk}/b 0 {mem}/c 5"),
+    "striped, large chunk": UnderTest("0 1024 striped 2 128 {disk}/a 0 {disk}/b 8"),
+    "striped on one leg": UnderTest("0 60 striped 1 3 {mem}/a 2"),
+    "striped on devices": UnderTest(
+        "0 600 striped 2 5 blkloom:lower 0 {mem}/c 9", below={"lower": "0 150 loop {disk}/a\n150 150 loop {mem}/b"}
+    ),
+    "striped, direct I/O": UnderTest("0 900 striped 2 9 {disk}/a 0 {disk}/b 8", direct_io=True),
+    "striped, read-only device": UnderTest("0 900 striped 2 9 {disk}/a 0 {mem}/b 8", read_only=True),
+    "zero": UnderTest("0 1000 zero"),
+    "zero, read-only device": UnderTest("0 1000 zero", read_only=True),
+    "error": UnderTest("0 1000 error"),
+    "ram": UnderTest("0 4096 ram"),
+    "ram, preallocated": UnderTest("0 1000 ram 1 preallocate"),
+    "ram, read-only device": UnderTest("0 1000 ram", read_only=True),
+    "pattern": UnderTest("0 1000 pattern", targets=(Pattern,), own={"pattern": PATTERN}),
+    "pattern, read-only device": UnderTest("0 777 pattern", True, targets=(Pattern,), own={"pattern": PATTERN}),
+    "growing": UnderTest("0 1001 growing", targets=(Growing,), own={"growing": b""}),
+    "growing, read-only device": UnderTest("0 99 growing", True, targets=(Growing,), own={"growing": b""}),
+    "two growing": UnderTest("0 5 growing\n5 7 zero\n12 600 growing", targets=(Growing,), own={"growing": b""}),
+    "mixed": UnderTest(
+        "0 9 pattern\n9 40 loop {mem}/a 4608\n49 1 error\n50 60 growing\n110 200 zero\n310 90 striped 2 9 {mem}/b 0 "
+        "{disk}/c 0\n400 100 linear blkloom:memory 3\n500 8 error\n508 300 loop {disk}/d 0 1 read_only",
+        below={"memory": "0 128 ram"},
+        targets=(Pattern, Growing),
+        own={"pattern": PATTERN, "growing": b""},
+    ),
+    "sixty segments": UnderTest(_many(60)),
+}
