@@ -112,9 +112,7 @@ class NbdClient:
 
     # Requests
 
-    def send(
-        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b""
-    ) -> int:
+    def send(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> int:
         """Sends a request without waiting for its answer; the cookie to `receive` it by."""
         self._cookie += 1
         if command == WRITE:

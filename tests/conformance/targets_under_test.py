@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from growing import Growing
 
 from blkloom import Target
 from blkloom.examples.pattern import Pattern
+
+from .growing import Growing
 
 FILE = 1 << 20
 """Bytes of every file."""

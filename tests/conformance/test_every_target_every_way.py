@@ -20,12 +20,13 @@ from typing import Any, Literal
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from model import SECTOR, Model
-from targets_under_test import FILE, TARGETS, UnderTest
-from ways_in import WAYS_IN, NbdHost, WayIn
 
 import blkloom
 from blkloom import _engine
+
+from .model import SECTOR, Model
+from .targets_under_test import FILE, TARGETS, UnderTest
+from .ways_in import WAYS_IN, NbdHost, WayIn
 
 pytestmark = pytest.mark.timeout(900 if "BLKLOOM_FUZZ_CASES" in os.environ else 120)
 

@@ -159,7 +159,12 @@ def test_what_was_answered_is_readable(connect: Connect) -> None:
 def test_only_the_last_chunk_is_marked_done(connect: Connect, style: str) -> None:
     client = connect()
     client.ask(WRITE, 65536, data=b"x" * 65536)
-    replies = [client.ask(READ, 0, 262144), client.ask(WRITE, 0, data=b"y"), client.ask(FLUSH), client.ask(READ, SIZE, 1)]
+    replies = [
+        client.ask(READ, 0, 262144),
+        client.ask(WRITE, 0, data=b"y"),
+        client.ask(FLUSH),
+        client.ask(READ, SIZE, 1),
+    ]
     for reply in replies if style != "simple" else ():
         assert [chunk.flags for chunk in reply.chunks] == [0] * (len(reply.chunks) - 1) + [1]
         assert all(chunk.payload == b"" for chunk in reply.chunks if chunk.kind == 0)
@@ -463,7 +468,9 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 2 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     yield tmp_path

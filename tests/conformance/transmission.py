@@ -8,7 +8,6 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -72,7 +71,14 @@ class Transmission:
         self._asked: dict[int, tuple[int, int, int]] = {}
 
     def send(
-        self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0, *, payload: int | None = None
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        data: bytes = b"",
+        flags: int = 0,
+        *,
+        payload: int | None = None,
     ) -> int:
         """Sends a request and returns its cookie. payload: a length that is not that of `data`."""
         cookie = next(self._cookies)
@@ -181,5 +187,3 @@ def chunks_cover(reply: Reply, offset: int, length: int) -> bool:
             return False
         at += size
     return at == offset + length
-
-

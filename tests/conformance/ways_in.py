@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import nbd_client as nbd
-
 from blkloom import Device, _engine
 from blkloom.export.nbd.server import NbdServer
 from blkloom.export.nbd.session import NbdExport
+
+from . import nbd_client as nbd
 
 T = TypeVar("T")
 Extents = list[tuple[int, int, int]]
