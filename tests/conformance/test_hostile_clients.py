@@ -240,8 +240,8 @@ def eventually(true: Callable[[], bool], *, within: float = 30.0) -> bool:
 def negotiated(path: Path) -> socket.socket:
     """A client past the handshake (EXPORT_NAME, simple replies)."""
     client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))  # waits for its place in the queue, which a time-out would forbid
     client.settimeout(30)
-    client.connect(str(path))
     assert len(client.recv(18, socket.MSG_WAITALL)) == 18
     client.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 1, 0))
     assert len(client.recv(10, socket.MSG_WAITALL)) == 10

@@ -118,7 +118,7 @@ class Transmission:
             return Reply(cookie, error, data)
         reply = Reply(fields[3])
         command, offset, length = self._asked.pop(fields[3])
-        content = bytearray(length if command == READ else 0)
+        parts: list[tuple[int, bytes]] = []
         while True:
             _, flags, kind, cookie, *rest = fields
             assert cookie == reply.cookie
@@ -126,21 +126,27 @@ class Transmission:
                 assert rest[0] == offset, "an extended reply repeats its request's offset"
             payload = self.exactly(rest[-1])
             reply.chunks.append(Chunk(flags, kind, payload))
-            self._take(reply, kind, payload, offset, content)
+            self._take(reply, kind, payload, offset, length, parts)
             if flags & 1:
-                reply.data = b"" if reply.error else bytes(content)
+                if command == READ and not reply.error:
+                    content = bytearray(length)
+                    for at, data in parts:
+                        content[at : at + len(data)] = data
+                    reply.data = bytes(content)
                 return reply
             fields = struct.unpack(head, self.exactly(struct.calcsize(head)))
 
-    def _take(self, reply: Reply, kind: int, payload: bytes, offset: int, content: bytearray) -> None:
+    def _take(
+        self, reply: Reply, kind: int, payload: bytes, offset: int, length: int, parts: list[tuple[int, bytes]]
+    ) -> None:
         if kind & 0x8000:
             reply.error, message = struct.unpack(">IH", payload[:6])
             assert reply.error
             assert len(payload) == 6 + message
         elif kind == 1:
             at = struct.unpack(">Q", payload[:8])[0] - offset
-            assert 0 <= at <= at + len(payload) - 8 <= len(content)
-            content[at : at + len(payload) - 8] = payload[8:]
+            assert 0 <= at <= at + len(payload) - 8 <= length
+            parts.append((at, payload[8:]))
         elif kind == 2:
             start, size = struct.unpack(">QI", payload)
             assert size > 0
