@@ -83,7 +83,7 @@ lint: setup lint-tools $(VENV)/.test-tools ## formatting, lints and types in bot
 
 bench: setup ## against peers on this machine; needs fio and the peers
 	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
-	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python bench/run.py
 
 fuzz: setup $(VENV)/.test-tools ## the property tests, at length: make fuzz FUZZ_CASES=100000
 	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --release $(ENGINE_TESTS)

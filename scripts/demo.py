@@ -54,7 +54,7 @@ class Teller:
 
     def held(self, text: str) -> None:
         """Something that was checked and is so."""
-        self.console.print(f"    [green]✔[/] {escape(text)}")
+        self.console.print(f"    [green]✔[/] {escape(text)}", soft_wrap=True)
 
 
 def blkloom_command() -> str:
@@ -69,8 +69,8 @@ def serving(teller: Teller, arguments: Sequence[str], *, exports: int) -> Iterat
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            uris = [line.strip() for line, _ in zip(process.stdout, range(exports), strict=False)]
-            if len(uris) < exports:
+            uris = [process.stdout.readline().strip() for _ in range(exports)]
+            if not all(uris):
                 raise DemoError(f"blkloom serve ended with status {process.wait()} before it was ready")
             yield uris
         finally:
@@ -101,9 +101,8 @@ def same(teller: Teller, what: str, found: bytes, expected: bytes) -> None:
     if found == expected:
         teller.held(f"{what} ({len(found) // MiB} MiB, sha256 {sha256(found)}…)")
         return
-    at = next(
-        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
-    )
+    shorter = min(len(found), len(expected))
+    at = next((i for i in range(shorter) if found[i] != expected[i]), shorter)
     raise DemoError(f"{what}: NOT so, first difference at byte {at}")
 
 

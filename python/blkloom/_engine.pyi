@@ -9,11 +9,26 @@ moves bytes or waits releases the GIL. An I/O that fails raises `OSError` with i
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeAlias, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
-Operation = Literal["read", "write", "flush", "discard", "write_zeroes", "extents"]
+__all__ = [
+    "ClusterTable",
+    "Connection",
+    "Device",
+    "Engine",
+    "Export",
+    "Extent",
+    "Fault",
+    "File",
+    "Map",
+    "Notices",
+    "Region",
+    "serve_nbd",
+]
+
+_Operation: TypeAlias = Literal["read", "write", "flush", "discard", "write_zeroes", "extents"]
 
 @final
 class File:
@@ -165,7 +180,7 @@ class Fault:
     """A request the map could not answer, parked until `answer` or `fail` (or its time is over)."""
 
     @property
-    def operation(self) -> Operation: ...
+    def operation(self) -> _Operation: ...
     @property
     def owner(self) -> int: ...
     @property
@@ -191,6 +206,7 @@ class Fault:
         """Answer of an `extents` fault: (length, flags) from its offset on."""
     def fail(self, errno: int) -> None: ...
 
+@disjoint_base
 class Device:
     """Executes requests against a map. Born live with `map`, or suspended with none."""
 
@@ -252,7 +268,7 @@ class Device:
         self,
         notices: Notices,
         token: int,
-        operation: Operation,
+        operation: _Operation,
         offset: int,
         length: int,
         buffer: Buffer | None = None,
@@ -282,6 +298,8 @@ class Export:
     def __new__(cls, device: Device, *, name: str = "", read_only: bool = False) -> Export: ...
     @property
     def device(self) -> Device: ...
+    @property
+    def name(self) -> str: ...
     @property
     def read_only(self) -> bool: ...
     @property

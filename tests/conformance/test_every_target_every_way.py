@@ -128,8 +128,8 @@ def outside(draw: st.DrawFn, model: Model) -> tuple[int, int]:
     """(offset, length) that reach past the end by a byte or by far."""
     beyond = draw(st.sampled_from([1, 511, 512, 4096]))
     if draw(st.booleans()):
-        offset = draw(st.integers(0, model.size))
-        return offset, min(model.size - offset + beyond, 1 << 20)
+        offset = draw(st.integers(max(0, model.size - (1 << 20)), model.size))
+        return offset, model.size - offset + beyond
     return draw(st.sampled_from([model.size, model.size + beyond, MOST - 4096, MOST - 1, 2 * MOST - 4096])), beyond
 
 

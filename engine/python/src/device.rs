@@ -99,17 +99,17 @@ fn suspend_error(error: SuspendError, name: &str) -> PyErr {
 #[pymethods]
 impl Device {
     #[new]
-    #[pyo3(signature = (engine, map = None, *, name = String::new(), fault_timeout = 30.0, **kwargs))]
+    #[pyo3(signature = (engine, map = None, *, name = "", fault_timeout = 30.0, **kwargs))]
     fn new(
         engine: &Engine,
         map: Option<&Map>,
-        name: String,
+        name: &str,
         fault_timeout: f64,
         kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Device> {
         let _for_subclasses = kwargs;
         let timeout = Duration::try_from_secs_f64(fault_timeout).map_err(value_error)?;
-        let inner = blkloom_core::Device::new(name, map.map(|map| map.0.clone()), timeout);
+        let inner = blkloom_core::Device::new(name.to_owned(), map.map(|map| map.0.clone()), timeout);
         Ok(Device { engine: engine.0.clone(), inner })
     }
 

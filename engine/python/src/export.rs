@@ -74,9 +74,9 @@ pub struct Export {
 #[pymethods]
 impl Export {
     #[new]
-    #[pyo3(signature = (device, *, name = String::new(), read_only = false))]
-    fn new(device: &Bound<'_, Device>, name: String, read_only: bool) -> Export {
-        let inner = blkloom_core::Export::new(device.get().inner.clone(), name, read_only);
+    #[pyo3(signature = (device, *, name = "", read_only = false))]
+    fn new(device: &Bound<'_, Device>, name: &str, read_only: bool) -> Export {
+        let inner = blkloom_core::Export::new(device.get().inner.clone(), name.to_owned(), read_only);
         Export { inner, device: device.clone().unbind() }
     }
 
@@ -119,7 +119,8 @@ impl Connection {
 #[pyo3(signature = (
     engine, export, fd, notices, token, *, structured = false, extended = false, allocation_context = None,
     initial = Vec::new(), max_payload = 33_554_432, stall_timeout = 60.0,
-))]
+), text_signature = "(engine, export, fd, notices, token, *, structured=False, extended=False, \
+    allocation_context=None, initial=b'', max_payload=33554432, stall_timeout=60.0)")]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_nbd(
     py: Python<'_>,

@@ -28,9 +28,9 @@ pub struct File(pub Arc<blkloom_io::File>);
 #[pymethods]
 impl File {
     #[new]
-    #[pyo3(signature = (fd, *, writable, direct = false, label = String::new()))]
-    fn new(fd: RawFd, writable: bool, direct: bool, label: String) -> PyResult<File> {
-        match blkloom_io::File::new(duplicate(fd)?, writable, direct, label.clone()) {
+    #[pyo3(signature = (fd, *, writable, direct = false, label = ""))]
+    fn new(fd: RawFd, writable: bool, direct: bool, label: &str) -> PyResult<File> {
+        match blkloom_io::File::new(duplicate(fd)?, writable, direct, label.to_owned()) {
             Ok(file) => Ok(File(Arc::new(file))),
             Err(blkloom_io::FileError::Os(call, error)) => {
                 Err(os_error(error.raw_os_error(), &format!("{label}: {call}")))
@@ -226,7 +226,7 @@ pub struct Map(pub Arc<Mapping>);
 #[pymethods]
 impl Map {
     #[new]
-    #[pyo3(signature = (segments, *, flush_owners = Vec::new()))]
+    #[pyo3(signature = (segments, *, flush_owners = Vec::new()), text_signature = "(segments, *, flush_owners=())")]
     fn new(segments: Vec<(u64, u64, u32, PyRef<'_, Extent>)>, flush_owners: Vec<u32>) -> PyResult<Map> {
         let mut list = Vec::with_capacity(segments.len());
         for (start, length, owner, extent) in &segments {

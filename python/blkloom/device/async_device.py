@@ -112,7 +112,7 @@ class AsyncDevice:
         await self.aclose()
 
     async def _submit(
-        self, operation: _engine.Operation, offset: int, length: int, buffer: Buffer | None = None, **flags: bool
+        self, operation: _engine._Operation, offset: int, length: int, buffer: Buffer | None = None, **flags: bool
     ) -> Any:
         if self._closed:
             raise RuntimeError("the asynchronous view of the device is closed")

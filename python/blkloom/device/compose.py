@@ -25,11 +25,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """A target as it is loaded: whom faults of the range go to."""
+    """A target as it is loaded: whom faults of the range go to. read_only: as the opening was."""
 
     target: Target
     start: Bytes
     length: Bytes
+    read_only: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,8 @@ def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTab
     try:
         for segment in table.segments:
             number = next(numbers)
-            owner = Owner(copy.copy(segment.target), to_bytes(segment.start), to_bytes(segment.length))
+            start, length = to_bytes(segment.start), to_bytes(segment.length)
+            owner = Owner(copy.copy(segment.target), start, length, opening.read_only)
             owners[number] = owner
             opening.place = segment.place
             runs.extend((start, length, number, extent) for start, length, extent in _runs(owner, opening, segment))

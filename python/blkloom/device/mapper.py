@@ -12,6 +12,7 @@ import errno
 import logging
 import threading
 from collections import defaultdict
+from typing import Final
 
 from blkloom import _engine
 from blkloom.device.compose import LoadedTable, Owner
@@ -20,6 +21,7 @@ from blkloom.target.base import RETRY, Target
 from blkloom.units import Bytes
 
 _log = logging.getLogger(__name__)
+_CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 
 
 class Mapper:
@@ -158,6 +160,8 @@ class Mapper:
 def _ask(owner: Owner, fault: _engine.Fault) -> None:
     """Has the target's handler answer. Raises what the handler raises."""
     target, offset, length = owner.target, Bytes(fault.offset - owner.start), Bytes(fault.length)
+    if owner.read_only and fault.operation in _CHANGES:  # a promise of the device's, kept for every target
+        raise FaultError(errno.EROFS, "the device is read-only")
     answer: object
     match fault.operation:
         case "read":
