@@ -17,14 +17,14 @@ SOURCES := pyproject.toml $(shell find engine -path engine/target -prune -o \
 	'(' -name '*.rs' -o -name Cargo.toml -o -name Cargo.lock ')' -print)
 KERNEL := .cache/kernel
 DEMO_PACKAGES := libnbd-bin
-TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio fuse3 mount dmsetup \
+TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio file fuse3 mount dmsetup \
 	e2fsprogs xfsprogs btrfs-progs
 KERNEL_PACKAGES := qemu-system-x86 kmod
 
 CARGO := cargo --config term.quiet=true
 # The glue to Python has no logic to test, and would need libpython's development files to link.
 ENGINE_TESTS := --manifest-path engine/Cargo.toml --workspace --exclude blkloom-python
-FUZZ_CASES ?= 20000
+FUZZ_CASES ?= 2000
 
 .PHONY: help setup demo test test-tools lint lint-tools bench fuzz clean
 
@@ -77,6 +77,7 @@ lint: setup lint-tools $(VENV)/.test-tools ## formatting, lints and types in bot
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict
 	MYPYPATH=scripts $(VENV)/bin/mypy --strict scripts
+	MYPYPATH=python:bench $(VENV)/bin/mypy --strict bench
 	MYPYPATH=python $(VENV)/bin/python -m mypy.stubtest blkloom._engine
 	cargo fmt --manifest-path engine/Cargo.toml --all --check
 	$(CARGO) clippy --manifest-path engine/Cargo.toml --workspace --all-targets -- -D warnings

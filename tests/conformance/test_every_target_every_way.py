@@ -150,7 +150,8 @@ def pieces(offset: int, length: int, cuts: list[int]) -> list[tuple[int, int]]:
 class Session:
     """One device, by one way in, beside its model."""
 
-    def __init__(self, way: WayIn, model: Model, data: st.DataObject) -> None:
+    def __init__(self, device: blkloom.Device, way: WayIn, model: Model, data: st.DataObject) -> None:
+        self.device = device
         self.way = way
         self.model = model
         self.data = data
@@ -217,6 +218,17 @@ class Session:
 
     def flush(self) -> None:
         self.way.flush()
+
+    def suspend(self) -> None:
+        self.device.suspend()
+        self.device.resume()
+
+    def reload(self) -> None:
+        """The same table once more, for devices whose bytes are not the table's own."""
+        assert self.device.table is not None
+        if not any(segment.target.name in KEEPING for segment in self.device.table.segments):
+            self.device.load(self.device.table)
+            self.device.resume()
 
     def cache(self) -> None:
         self.way.cache(*self.draw(ranges(self.model), "cache"))
@@ -285,8 +297,10 @@ def refuse() -> None:
 
 STEPS = (
     *("read", "write", "write") * 2,
-    *("write_zeroes", "discard", "flush", "cache", "extents", "past_the_end"),
+    *("write_zeroes", "discard", "flush", "cache", "extents", "past_the_end", "suspend", "reload"),
 )
+KEEPING = frozenset({"ram", "pattern", "growing"})
+"""Targets whose bytes go with their table."""
 
 
 @pytest.mark.parametrize("way", WAYS_IN)
@@ -300,7 +314,7 @@ def test_requests_do_what_the_model_says(case: str, way: str, ground: Ground) ->
         with made(TARGETS[case], ground) as (device, model, contents):
             assert device.size == model.size
             with WAYS_IN[way](device, ground.host) as way_in:
-                session = Session(way_in, model, data)
+                session = Session(device, way_in, model, data)
                 for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=25), "steps"):
                     getattr(session, step)()
                 session.everything()

@@ -278,7 +278,8 @@ def _directly(way: type[InProcess]) -> Enter:
 def _over_nbd(style: nbd.Style) -> Enter:
     @contextmanager
     def enter(device: Device, host: NbdHost) -> Iterator[WayIn]:
-        with host.exported(device, "disk"), closing(Nbd(nbd.NbdClient.unix(host.path, "disk", style))) as way:
+        name = f"disk-{style.value}"
+        with host.exported(device, name), closing(Nbd(nbd.NbdClient.unix(host.path, name, style))) as way:
             assert way.client.size == device.size
             yield way
 

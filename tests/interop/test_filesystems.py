@@ -82,10 +82,11 @@ def as_file(program: Program, uri: str, directory: Path) -> Iterator[Path]:
 
 def wait_until_mounted(process: subprocess.Popen[bytes], ready: Path) -> None:
     assert process.stderr is not None
+    errors = process.stderr.fileno()
     fifo = os.open(ready, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        woken, _, _ = select.select([fifo, process.stderr], [], [], TIMEOUT)
-        assert fifo in woken, f"nbdfuse did not come up: {process.stderr.read1().decode() if woken else 'no word'}"
+        woken, _, _ = select.select([fifo, errors], [], [], TIMEOUT)
+        assert fifo in woken, f"nbdfuse did not come up: {os.read(errors, 65536).decode() if woken else 'no word'}"
     finally:
         os.close(fifo)
 

@@ -9,6 +9,7 @@ given to a cancelled `pread_into` may still be written to.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 from collections.abc import Sequence
@@ -75,10 +76,25 @@ class AsyncDevice:
 
     async def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
         """(offset, length, flags) covering the range; flags 1 hole, 2 reads as zeros."""
-        found: list[tuple[int, int, int]] = await self._submit(
-            "extents", offset, self.device.size - offset if length is None else length
-        )
-        return found
+        end = self.device.size if length is None else offset + length
+        all_found: list[tuple[int, int, int]] = []
+        while not all_found or offset < end:
+            # One answer may stop short of the range, or have a gap after which it counts no more.
+            found: list[tuple[int, int, int]] = await self._submit("extents", offset, max(end - offset, 0))
+            before = offset
+            for start, count, flags in found:
+                if start != offset:
+                    break
+                offset += count
+                if all_found and all_found[-1][2] == flags:
+                    first, so_far, _ = all_found.pop()
+                    start, count = first, so_far + count
+                all_found.append((start, count, flags))
+            if offset == before:
+                break
+        if offset < end:
+            raise OSError(errno.EIO, f"nothing tells what is at {offset}")
+        return all_found
 
     async def batch(self, requests: Sequence[tuple[Literal["r", "w"], Buffer, int]]) -> list[int]:
         """Many reads into and writes from (buffer, offset) at once, in no order. Bytes moved or

@@ -79,6 +79,12 @@ class Opening:
         """
         page = _HUGE_PAGE if huge_pages else _PAGE
         rounded = -(-size // page) * page
+        if preallocate and not huge_pages and rounded > (available := _available_memory()):
+            # Asked for it, the kernel would take memory from everybody and then kill processes.
+            raise ResourceError(
+                f"{format_size(size)} of memory cannot be had: {format_size(available)} are available",
+                cure="make the device smaller, or leave preallocate out",
+            )
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         if huge_pages:
             flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
@@ -121,3 +127,13 @@ class Opening:
         self._files.clear()
         while self._used:
             self._held.release(self._used.pop())
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping: MemAvailable of proc_meminfo(5)."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            name, amount, *_ = line.split()
+            if name == "MemAvailable:":
+                return int(amount) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
