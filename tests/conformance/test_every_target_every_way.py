@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +145,7 @@ def cut(draw: st.DrawFn, model: Model, offset: int, length: int) -> list[int]:
 
 def pieces(offset: int, length: int, cuts: list[int]) -> list[tuple[int, int]]:
     edges = [0, *cuts, length]
-    return [(offset + first, last - first) for first, last in zip(edges, edges[1:], strict=False)]
+    return [(offset + first, last - first) for first, last in pairwise(edges)]
 
 
 class Session:
@@ -165,9 +166,10 @@ class Session:
         try:
             request()
         except OSError as error:
-            assert error.errno in expected | (may_fail or set()), (errno.errorcode.get(error.errno or 0), error)
+            if error.errno not in expected | (may_fail or set()):
+                raise AssertionError(f"failed, expected {names(expected)}") from error
             return False
-        assert not expected, f"succeeded, expected {[errno.errorcode[number] for number in expected]}"
+        assert not expected, f"succeeded, expected {names(expected)}"
         return True
 
     def read(self) -> None:
@@ -288,6 +290,10 @@ class Session:
                 seen = self.way.read([(at, length)], df=False)
                 assert self.model.allowed(at, seen, new[part.start : part.end]), "neither old nor new bytes"
                 self.model.write(at, seen)
+
+
+def names(errnos: set[int]) -> list[str]:
+    return sorted(errno.errorcode[number] for number in errnos)
 
 
 def refuse() -> None:

@@ -29,7 +29,7 @@ def fio(program: Program) -> str:
 
 def verify(fio: str, uri: str, *options: str) -> None:
     command = [fio, "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--verify=crc32c", "--verify_fatal=1"]
-    command += ["--randrepeat=1", "--output-format=json", *options]
+    command += ["--randrepeat=1", "--verify_state_save=0", "--output-format=json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
