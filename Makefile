@@ -12,13 +12,14 @@ export PIP_QUIET := 1
 
 # Steps share .venv and apt, and their output is meant to be read in order.
 .NOTPARALLEL:
+.PRECIOUS: $(VENV)/.%-tools
 
 SOURCES := pyproject.toml $(shell find engine -path engine/target -prune -o \
 	'(' -name '*.rs' -o -name Cargo.toml -o -name Cargo.lock ')' -print)
 KERNEL := .cache/kernel
 DEMO_PACKAGES := libnbd-bin
 TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio file fuse3 mount dmsetup \
-	e2fsprogs xfsprogs btrfs-progs
+	e2fsprogs xfsprogs btrfs-progs zsh fish
 KERNEL_PACKAGES := qemu-system-x86 kmod
 
 CARGO := cargo --config term.quiet=true
@@ -26,10 +27,10 @@ CARGO := cargo --config term.quiet=true
 ENGINE_TESTS := --manifest-path engine/Cargo.toml --workspace --exclude blkloom-python
 FUZZ_CASES ?= 2000
 
-.PHONY: help setup demo test test-tools lint lint-tools bench fuzz clean
+.PHONY: help setup demo test test-tools lint bench fuzz clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
 setup: $(VENV)/.built ## .venv/bin/blkloom, built in release mode; quick when nothing changed
 	@echo "$(VENV)/bin/blkloom is ready"
@@ -39,22 +40,15 @@ $(VENV)/.created:
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.build-tools: $(VENV)/.created pyproject.toml
-	@$(VENV)/bin/python scripts/requirements.py build | $(VENV)/bin/pip install -r /dev/stdin
-	@touch $@
-
 # Editable: Python's sources are used where they are, so only the engine's are listed.
 $(VENV)/.built: $(VENV)/.build-tools $(SOURCES)
 	@echo "building the engine (a minute or two the first time)"
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --release --quiet
 	@touch $@
 
-$(VENV)/.test-tools: $(VENV)/.created pyproject.toml
-	@$(VENV)/bin/python scripts/requirements.py test | $(VENV)/bin/pip install -r /dev/stdin
-	@touch $@
-
-$(VENV)/.lint-tools: $(VENV)/.created pyproject.toml
-	@$(VENV)/bin/python scripts/requirements.py lint | $(VENV)/bin/pip install -r /dev/stdin
+# The groups of pyproject.toml: build (the back end's), test, bench, lint.
+$(VENV)/.%-tools: $(VENV)/.created pyproject.toml
+	@$(VENV)/bin/python scripts/requirements.py $* | $(VENV)/bin/pip install -r /dev/stdin
 	@touch $@
 
 demo: setup ## serves files and memory over NBD, writes, reads back, compares, tells
@@ -69,10 +63,8 @@ test: setup test-tools ## the engine's tests, then the others
 	$(CARGO) test $(ENGINE_TESTS)
 	$(VENV)/bin/python -m pytest
 
-lint-tools: $(VENV)/.lint-tools
-
-# mypy reads the installed stubs of what the code and the tests import.
-lint: setup lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages
+# mypy reads what the code imports.
+lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools $(VENV)/.bench-tools ## formatting, lints and types in both languages
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict
@@ -82,7 +74,7 @@ lint: setup lint-tools $(VENV)/.test-tools ## formatting, lints and types in bot
 	cargo fmt --manifest-path engine/Cargo.toml --all --check
 	$(CARGO) clippy --manifest-path engine/Cargo.toml --workspace --all-targets -- -D warnings
 
-bench: setup ## against peers on this machine; needs fio and the peers
+bench: setup $(VENV)/.bench-tools ## against peers on this machine; needs fio and the peers
 	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
 	$(VENV)/bin/python bench/run.py
 

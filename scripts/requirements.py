@@ -1,4 +1,4 @@
-"""Prints the requirements of optional groups of pyproject.toml, a line each, for pip's -r.
+"""Prints the requirements of groups of pyproject.toml, a line each, for pip's -r.
 
 `requirements.py GROUP...`; the pseudo-group `build` is what the build back end needs.
 """

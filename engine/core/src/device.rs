@@ -64,6 +64,9 @@ impl Mapping {
     }
 }
 
+/// As good as for ever, and still a time the clock can tell.
+pub(crate) const LONGEST_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 86400);
+
 const LIVE: u8 = 0;
 const SUSPENDED: u8 = 1;
 const CLOSED: u8 = 2;
@@ -114,7 +117,7 @@ impl Device {
             faults: FaultQueue::default(),
             at_gate: Mutex::new(Vec::new()),
             control: Mutex::new(()),
-            fault_timeout,
+            fault_timeout: fault_timeout.min(LONGEST_TIMEOUT),
             has_flush_owners: AtomicBool::new(owners),
         })
     }

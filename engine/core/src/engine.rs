@@ -9,6 +9,7 @@ use std::time::Duration;
 use blkloom_io::Ring;
 use blkloom_io::errno::ESHUTDOWN;
 
+use crate::call::nanoseconds;
 use crate::device::Export;
 use crate::inbox::{Inbox, Message};
 use crate::lock;
@@ -133,7 +134,11 @@ impl Engine {
                 let turn = self.next.fetch_add(1, Ordering::Relaxed);
                 members[turn % members.len()].inbox.send(Message::Submit(Box::new(request)));
             }
-            _ => request.owner.complete(ESHUTDOWN, Vec::new()),
+            _ => {
+                let latency = nanoseconds(request.started);
+                request.device.stats().end(Shard::of_caller(), request.op, 1, 0, 1, latency);
+                request.owner.complete(ESHUTDOWN, Vec::new());
+            }
         }
     }
 

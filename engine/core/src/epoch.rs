@@ -23,6 +23,8 @@ pub struct Epochs {
     pins: [Pins; SHARDS],
     /// Requests that are in the device but hold no pin: faults, and those waiting at a lower gate.
     parked: AtomicI64,
+    /// How often anything was ever parked: tells `drain` what came and went while it looked elsewhere.
+    parks: AtomicU64,
     turn: Mutex<()>,
     waiting: AtomicBool,
     quiet: Mutex<()>,
@@ -62,6 +64,7 @@ impl Epochs {
 
     pub fn park(&self) {
         self.parked.fetch_add(1, Ordering::SeqCst);
+        self.parks.fetch_add(1, Ordering::SeqCst);
     }
 
     pub fn unpark(&self) {
@@ -92,12 +95,14 @@ impl Epochs {
     /// only what is inside already can move between the two.
     pub fn drain(&self, deadline: Option<Instant>) -> bool {
         loop {
+            let before = self.parks.load(Ordering::SeqCst);
             if !self.wait(deadline, || self.parked.load(Ordering::SeqCst) == 0) || !self.synchronize(deadline) {
                 return false;
             }
-            // A parked request is pinned again before it stops counting as parked; so if none is
-            // parked now, after all earlier pins went, none is anywhere.
-            if self.parked.load(Ordering::SeqCst) == 0 {
+            // Nothing parked when the turn began, and nothing was parked since: then nothing came back
+            // with a pin of the new epoch either, and the old ones are gone. (That nothing is parked
+            // *now* would not be enough: a request may park, be answered and pin again in between.)
+            if self.parks.load(Ordering::SeqCst) == before {
                 return true;
             }
         }

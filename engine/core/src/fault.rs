@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use blkloom_io::{Buffer, errno::EIO};
 
+use crate::device::LONGEST_TIMEOUT;
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
 use crate::request::Flags;
@@ -97,7 +98,7 @@ impl FaultQueue {
 
     /// All that wait, waiting for the first; empty after `timeout`, None once closed.
     pub fn next(&self, timeout: Option<Duration>) -> Option<Vec<Fault>> {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let deadline = timeout.map(|timeout| Instant::now() + timeout.min(LONGEST_TIMEOUT));
         let mut state = lock(&self.state);
         loop {
             if !state.faults.is_empty() {

@@ -83,8 +83,13 @@ impl Inbox {
     }
 
     pub fn woke(&self) {
-        if !self.asleep.swap(false, Ordering::SeqCst) {
-            clear(&self.event);
-        }
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// Makes the event unreadable; whoever was told of it looks for messages next. Not left to `woke`:
+    /// a sender may raise it only after the loop woke for another reason, and it would then be
+    /// readable, and the loop sleepless, for ever.
+    pub fn clear(&self) {
+        clear(&self.event);
     }
 }

@@ -31,6 +31,10 @@ const BUFFERS: usize = 64 << 20;
 const RING_ENTRIES: u32 = 256;
 /// Connections polled without asking epoll which of them is ready.
 const FEW: usize = 4;
+/// When the kernel was too busy to take submissions, they are offered again after this.
+const RETRY_SUBMIT: Duration = Duration::from_millis(1);
+/// Longer timeouts do not fit what every kernel's epoll takes.
+const LONGEST_SLEEP: Duration = Duration::from_secs(86400);
 const INBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
 
@@ -96,7 +100,22 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         spin_pays: 4,
         stopping: false,
     };
-    std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || this.run())
+    std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || {
+        let _last_resort = AbortOnPanic;
+        this.run();
+    })
+}
+
+/// A loop that unwound would free memory the kernel still reads and writes, and leave everybody who
+/// waits for it waiting for ever: the process ends instead, and its supervisor starts another.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 impl Loop {
@@ -134,14 +153,16 @@ impl Loop {
     }
 
     fn sleep(&mut self, now: Instant) {
-        self.active.clear();
-        if !self.inbox.doze() {
+        self.forget_waiting();
+        if !self.active.is_empty() || !self.inbox.doze() {
             return;
         }
         let stall = self.stalls.first().map(|(at, _)| *at);
-        let deadline = [self.bench.queue.next_deadline(), stall].into_iter().flatten().min();
+        let retry = self.bench.queue.is_unsubmitted().then(|| now + RETRY_SUBMIT);
+        let deadline = [self.bench.queue.next_deadline(), stall, retry].into_iter().flatten().min();
         // Rounded up: waking a little early would only poll until the deadline.
-        let timeout = deadline.map(|at| at.saturating_duration_since(now) + Duration::from_millis(1));
+        let wait = |at: Instant| (at.saturating_duration_since(now) + Duration::from_millis(1)).min(LONGEST_SLEEP);
+        let timeout = deadline.map(wait);
         self.ask(timeout);
         self.inbox.woke();
         // A wait shorter than twice the polling time would nearly have been caught by it.
@@ -150,6 +171,13 @@ impl Loop {
         } else {
             self.spin_pays = self.spin_pays.saturating_sub(1);
         }
+    }
+
+    /// Leaves to epoll all connections but those that can go on with what they received already: of
+    /// them it will never tell.
+    fn forget_waiting(&mut self) {
+        let members = &self.members;
+        self.active.retain(|&slot| members.get(slot).is_some_and(|member| member.connection.can_go_on()));
     }
 
     /// Asks epoll what is ready, waiting up to `timeout`.
@@ -166,10 +194,13 @@ impl Loop {
             }
         };
         if self.members.len() > FEW {
-            self.active.clear();
+            self.forget_waiting();
         }
         for event in ready.iter() {
             let key = event.data.u64();
+            if key == INBOX {
+                self.inbox.clear();
+            }
             let slot = key as usize;
             let Some(member) = self.members.get_mut(slot).filter(|_| key < RING) else {
                 continue;
@@ -217,9 +248,10 @@ impl Loop {
                 }
             }
         }
+        // Before the ring and the ended are looked at: what expires may end requests or start more I/O.
+        self.expire();
         self.bench.queue.submit_ring();
         moved |= self.finish_ended();
-        self.expire();
         moved
     }
 
@@ -237,6 +269,7 @@ impl Loop {
             }
             Message::Stop => {
                 self.stopping = true;
+                self.bench.queue.stop();
                 let slots: Vec<usize> = self.members.iter().map(|(slot, _)| slot).collect();
                 slots.into_iter().for_each(|slot| self.close(slot));
             }
@@ -285,7 +318,7 @@ impl Loop {
         for slot in touched {
             if let Some(member) = self.members.get_mut(slot) {
                 member.connection.send(&mut self.bench);
-                if member.connection.has_stash() && !self.active.contains(&slot) {
+                if member.connection.can_go_on() && !self.active.contains(&slot) {
                     self.active.push(slot);
                 }
             }

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Completion, File, Ring, Stretch, errno::EIO, errno::ETIMEDOUT};
+use blkloom_io::{Completion, File, Ring, Stretch, errno::EIO, errno::ESHUTDOWN, errno::ETIMEDOUT};
 use blkloom_map::Place;
 use slab::Slab;
 
@@ -28,6 +28,9 @@ use crate::stats::{Op, Shard};
 const MOST_TASKS: u32 = 256;
 /// A fault answered "retry" this often without the map helping is an error of the target.
 const MOST_RETRIES: u32 = 100;
+/// Memory is zeroed by so much a piece, and a piece of it counts as so many.
+const ZERO_STEP: u64 = 64 << 20;
+const ZERO_COST: u32 = 1024;
 /// Pieces walked before the loop looks after its other requests.
 const MOST_PIECES: u32 = 4096;
 /// Extents a request gathers before it is cut short.
@@ -48,6 +51,8 @@ struct Active {
     error: i32,
     phase: Phase,
     found: Vec<Found>,
+    /// A durable write left something to the flush that follows it.
+    unflushed: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,10 +83,23 @@ struct Task {
 }
 
 enum Kind {
-    Ring { file: Arc<File>, at: u64, done: u64, write: bool, durable: bool, _share: BlockShare },
-    Pool { sparse: bool },
-    Fault { deadline: Instant },
+    Ring {
+        file: Arc<File>,
+        at: u64,
+        done: u64,
+        write: bool,
+        durable: bool,
+        _share: BlockShare,
+    },
+    Pool {
+        sparse: bool,
+    },
+    Fault {
+        deadline: Instant,
+    },
     Gate,
+    /// The loop's next turn goes on with it.
+    Later,
 }
 
 pub struct Queue {
@@ -95,6 +113,8 @@ pub struct Queue {
     deadlines: BTreeSet<(Instant, TaskId)>,
     completions: Vec<Completion>,
     ended: Vec<Ended>,
+    /// The engine is closing: nobody waits at a gate any more.
+    stopping: bool,
 }
 
 /// What a piece is part of, while the devices above it are walked.
@@ -120,6 +140,7 @@ impl Queue {
             deadlines: BTreeSet::new(),
             completions: Vec::new(),
             ended: Vec::new(),
+            stopping: false,
         }
     }
 
@@ -147,12 +168,22 @@ impl Queue {
             error: 0,
             phase: Phase::Main,
             found: Vec::new(),
+            unflushed: false,
         });
-        self.advance(active);
+        self.advance(active, false);
     }
 
-    /// Walks what is left of a request, moves to its next phase, or ends it.
-    fn advance(&mut self, index: usize) {
+    /// Fails what waits at gates, now and from now on: the engine closes, and nobody may ever open them.
+    pub fn stop(&mut self) {
+        self.stopping = true;
+        let at_gates = self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate));
+        let ids: Vec<TaskId> = at_gates.map(|(slot, task)| TaskId { slot, generation: task.generation }).collect();
+        ids.into_iter().for_each(|id| self.finish(id, Err(ESHUTDOWN)));
+    }
+
+    /// Walks what is left of a request, moves to its next phase, or ends it. `inside`: a task that has
+    /// just ended still holds the request's device, so a closed gate does not concern what follows.
+    fn advance(&mut self, index: usize, inside: bool) {
         loop {
             let active = &mut self.actives[index];
             if active.error != 0 || active.found.len() >= MOST_FOUND {
@@ -168,11 +199,11 @@ impl Queue {
             if active.tasks > 0 {
                 return;
             }
-            let flushes = must_flush(&active.request);
+            let flushes = active.unflushed || must_flush(&active.request);
             match active.phase {
                 Phase::Main if flushes && active.error == 0 => {
                     active.phase = Phase::Sync;
-                    self.sync(index);
+                    self.sync(index, inside);
                 }
                 Phase::Sync if active.error == 0 => {
                     active.phase = Phase::Owners;
@@ -242,8 +273,9 @@ impl Queue {
         let mut done = 0;
         while done < len {
             let active = &self.actives[walk.active];
-            let extents = active.request.op == Op::Extents;
-            let enough = extents && (active.request.flags.one && done > 0 || active.found.len() >= MOST_FOUND);
+            let op = active.request.op;
+            let enough =
+                op == Op::Extents && (active.request.flags.one && done > 0 || active.found.len() >= MOST_FOUND);
             if enough || active.error != 0 {
                 return len;
             }
@@ -255,12 +287,16 @@ impl Queue {
                 self.rest_later(walk, root + done, len - done);
                 return len;
             }
-            let Some(piece) = mapping.map.lookup(at + done, len - done) else {
+            let Some(mut piece) = mapping.map.lookup(at + done, len - done) else {
                 self.fail(walk.active, EIO);
                 return len;
             };
+            if matches!(piece.place, Place::Memory { .. }) && matches!(op, Op::Discard | Op::WriteZeroes) {
+                piece.len = piece.len.min(ZERO_STEP);
+                walk.pieces += if piece.len == ZERO_STEP { ZERO_COST } else { 0 };
+            }
             match piece.place {
-                Place::Device { device: lower, offset, writable } if writable || !active.request.op.writes() => {
+                Place::Device { device: lower, offset, writable } if writable || !op.writes() => {
                     let part = self.descend(walk, lower, root + done, offset, piece.len);
                     if part < piece.len {
                         return done + part;
@@ -281,7 +317,10 @@ impl Queue {
             Op::Read | Op::Write => request.memory.slice().part((root - request.offset) as usize, len as usize),
             _ => blkloom_io::Slice::empty(),
         };
-        let durable = flags.fua && !request.device.has_owners();
+        let owners = flags.fua && request.device.has_owners();
+        let durable = flags.fua && !owners;
+        // Remembered: a swap may take the owners away before the request ends.
+        self.actives[walk.active].unflushed |= owners && op == Op::Write;
         match (op, place) {
             (Op::Cache, Place::Data { file, offset, .. }) => {
                 self.chore(walk, file, Chore::Prefetch { offset, len }, root, len);
@@ -365,11 +404,11 @@ impl Queue {
     ) {
         let kind = Kind::Ring { file: file.clone(), at, done: 0, write, durable, _share: share };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
-        self.push(id);
+        self.push(id, true);
     }
 
-    /// Hands (the rest of) a transfer to the ring, or to the pool where there is none or it is full.
-    fn push(&mut self, id: TaskId) {
+    /// Hands (the rest of) a transfer to the ring, or to the pool where the ring cannot take it.
+    fn push(&mut self, id: TaskId, use_ring: bool) {
         let task = &self.tasks[id.slot];
         let Kind::Ring { file, at, done, write, durable, .. } = &task.kind else {
             return;
@@ -379,27 +418,20 @@ impl Queue {
         let memory = request.memory.slice().part(skip, rest);
         let (file, at, write, durable) = (file.clone(), at + done, *write, *durable);
         let pushed = match &mut self.ring {
-            Some(ring) if !ring.is_full() && file.fits(at, memory) => match write {
-                true => ring.write(&file, at, memory, durable, id.slot as u64),
-                false => ring.read(&file, at, memory, id.slot as u64),
+            Some(ring) if use_ring && !ring.is_full() && file.fits(at, memory) => match write {
+                true => ring.write(&file, at, memory, durable, id.slot as u64).is_ok(),
+                false => ring.read(&file, at, memory, id.slot as u64).is_ok(),
             },
-            _ => {
-                let chore = match write {
-                    // The share of the blocks that the task holds would be in this chore's own way.
-                    true => {
-                        self.tasks[id.slot].kind = Kind::Pool { sparse: false };
-                        Chore::Write { offset: at, from: memory, durable }
-                    }
-                    false => Chore::Read { offset: at, into: memory },
-                };
-                self.pool.submit(file, chore, self.inbox.clone(), id);
-                return;
-            }
+            _ => false,
         };
-        if let Err(error) = pushed {
-            // By message: the request may be in the middle of a walk.
-            let errno = error.raw_os_error().unwrap_or(EIO);
-            self.inbox.send(Message::Worked(id, Work::Ended(Err(errno))));
+        if !pushed {
+            let chore = match write {
+                true => Chore::Write { offset: at, from: memory, durable },
+                false => Chore::Read { offset: at, into: memory },
+            };
+            // The share of the blocks that the task holds would be in a write's own way.
+            self.tasks[id.slot].kind = Kind::Pool { sparse: false };
+            self.pool.submit(file, chore, self.inbox.clone(), id);
         }
     }
 
@@ -431,6 +463,9 @@ impl Queue {
     }
 
     fn wait_at_gate(&mut self, walk: &Walk<'_>, device: &Arc<Device>, root: u64, len: u64) {
+        if self.stopping {
+            return self.fail(walk.active, ESHUTDOWN);
+        }
         let id = self.task(walk, root, len, parked(walk.path), Kind::Gate);
         if !device.wait_at_gate(&self.inbox, id) {
             self.inbox.send(Message::GateOpened(id));
@@ -439,7 +474,7 @@ impl Queue {
 
     /// Leaves a range for the loop's next turn.
     fn rest_later(&mut self, walk: &Walk<'_>, root: u64, len: u64) {
-        let id = self.task(walk, root, len, parked(walk.path), Kind::Gate);
+        let id = self.task(walk, root, len, parked(walk.path), Kind::Later);
         self.inbox.send(Message::GateOpened(id));
     }
 
@@ -456,12 +491,13 @@ impl Queue {
         if let Kind::Fault { deadline } = task.kind {
             self.deadlines.remove(&(deadline, id));
         }
-        leave(task.path);
         if let Err(errno) = result {
             self.fail(task.active, errno);
         }
         self.actives[task.active].tasks -= 1;
-        self.advance(task.active);
+        self.advance(task.active, !task.path.is_empty());
+        // Only now: a flush that belongs to the request must not find the device drained meanwhile.
+        leave(task.path);
     }
 
     /// Walks a parked task's range again, past the gates of the devices it is inside of.
@@ -472,23 +508,24 @@ impl Queue {
             self.deadlines.remove(&(deadline, id));
             retries += 1;
         }
+        // First, so that a request of very many pieces has room for the one it walks again.
+        self.actives[task.active].tasks -= 1;
         if self.actives[task.active].phase == Phase::Main {
             let inside: Vec<Arc<Device>> = task.path.iter().map(|inside| inside.device.clone()).collect();
             self.walk(task.active, task.offset, task.len, &inside, retries);
         }
+        self.advance(task.active, !task.path.is_empty());
         // Only now: between park and pin the task must not be missing from both counts.
         leave(task.path);
-        self.actives[task.active].tasks -= 1;
-        self.advance(task.active);
     }
 
     // Flushing
 
-    fn sync(&mut self, index: usize) {
+    fn sync(&mut self, index: usize, inside: bool) {
         let device = self.actives[index].request.device.clone();
         // A flush changes no place, so it enters only the request's own device: what is below may
         // be suspended, and syncing its files then is harmless.
-        let gate_open = self.actives[index].request.flags.through_gate || self.actives[index].request.op != Op::Flush;
+        let gate_open = self.actives[index].request.flags.through_gate || inside;
         let pin = if gate_open { Ok(device.epochs.pin(self.shard)) } else { device.enter(self.shard) };
         let mut path = Vec::new();
         let walk = Walk { active: index, path: &mut path, inside: &[], retries: 0, pieces: 0 };
@@ -502,6 +539,11 @@ impl Queue {
                 walk.path.push(Inside { device: device.clone(), pin: Some(pin) });
                 for file in files(&device) {
                     self.chore(&walk, &file, Chore::Sync, 0, 0);
+                }
+                if self.actives[index].tasks == 0 {
+                    // Here, while the device is pinned.
+                    self.actives[index].phase = Phase::Owners;
+                    self.flush_owners(index);
                 }
                 device.epochs.unpin(pin);
             }
@@ -540,19 +582,25 @@ impl Queue {
                 continue;
             };
             match result {
-                // Interrupted or out of requests: again.
-                -4 | -11 => self.push(id),
+                -4 => self.push(id, true),
+                // Out of requests, or a descriptor that is O_NONBLOCK: again, but not in circles.
+                -11 => self.push(id, false),
                 ..0 => self.finish(id, Err(-result)),
                 // The end of the file inside the device: somebody truncated it.
                 0 => self.finish(id, Err(EIO)),
                 moved => {
                     *done += moved as u64;
-                    if *done < task.len { self.push(id) } else { self.finish(id, Ok(())) }
+                    if *done < task.len { self.push(id, true) } else { self.finish(id, Ok(())) }
                 }
             }
         }
         self.completions = completions;
         any
+    }
+
+    /// The kernel was too busy to take all that waits in the ring: `submit_ring` must be called again.
+    pub fn is_unsubmitted(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::is_unsubmitted)
     }
 
     pub fn submit_ring(&mut self) {

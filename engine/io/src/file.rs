@@ -257,7 +257,7 @@ impl File {
             return self.write_whole(offset, from, flags);
         }
         let hull = self.hull(offset, from.len() as u64);
-        let _alone = self.blocks.lock(hull.0, hull.1, true);
+        let _alone = self.alone(hull)?;
         let bounce = Buffer::new((hull.1 - hull.0) as usize);
         // SAFETY: `bounce` outlives the calls and is borrowed by nobody meanwhile.
         let memory = unsafe { bounce.slice() };
@@ -273,17 +273,29 @@ impl File {
             self.read_at_least(offset, memory, 0)?;
         }
         memory.part(at, from.len()).copy_from_slice(from);
-        self.write_hull(hull, memory, flags)
+        self.write_hull(hull, offset + from.len() as u64, memory, flags)
     }
 
-    /// Writes whole blocks; a file that ends inside the last of them keeps its length.
-    fn write_hull(&self, hull: (u64, u64), memory: Slice, flags: ReadWriteFlags) -> Result<(), Errno> {
-        let size = if self.block_device { u64::MAX } else { self.size()? };
+    /// Writes whole blocks, of which the bytes before `end` count: a file that ends inside the last
+    /// of them does not grow past what was written or was there.
+    fn write_hull(&self, hull: (u64, u64), end: u64, memory: Slice, flags: ReadWriteFlags) -> Result<(), Errno> {
+        let size = if self.block_device { u64::MAX } else { self.size()?.max(end) };
         self.write_whole(hull.0, memory, flags)?;
-        if hull.0 < size && size < hull.1 {
+        if size < hull.1 {
             return fs::ftruncate(&self.fd, size).map_err(|error| error.raw_os_error());
         }
         Ok(())
+    }
+
+    /// Keeps all other writers out of some blocks; out of all that follows, too, where the file ends
+    /// inside them: `write_hull` will cut it there, and must not cut what others append meanwhile.
+    fn alone(&self, hull: (u64, u64)) -> Result<RangeGuard, Errno> {
+        let guard = self.blocks.lock(hull.0, hull.1, true);
+        if self.block_device || self.size()? >= hull.1 {
+            return Ok(guard);
+        }
+        drop(guard);
+        Ok(self.blocks.lock(hull.0, u64::MAX, true))
     }
 
     fn hull(&self, offset: u64, len: u64) -> (u64, u64) {
@@ -354,7 +366,7 @@ impl File {
 
     /// Gives the range's blocks back. A hint: where holes cannot be punched it does nothing.
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        let _alone = self.exclude(offset, len);
+        let _alone = self.exclude(offset, len)?;
         match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
             Err(EOPNOTSUPP) => Ok(()),
             other => other,
@@ -364,7 +376,7 @@ impl File {
     /// Makes the range read as zeros. unmap: blocks may be given back; otherwise they stay allocated.
     /// fast: EOPNOTSUPP rather than writing zeros.
     pub fn zero(&self, offset: u64, len: u64, unmap: bool, fast: bool) -> Result<(), Errno> {
-        let _alone = self.exclude(offset, len);
+        let _alone = self.exclude(offset, len)?;
         if unmap {
             match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
                 Err(EOPNOTSUPP) => {}
@@ -404,19 +416,18 @@ impl File {
         let memory = unsafe { bounce.slice() };
         self.read_at_least(hull.0, memory, 0)?;
         memory.part((offset - hull.0) as usize, from.len()).copy_from_slice(from);
-        self.write_hull(hull, memory, ReadWriteFlags::empty())
+        self.write_hull(hull, offset + from.len() as u64, memory, ReadWriteFlags::empty())
     }
 
-    fn exclude(&self, offset: u64, len: u64) -> Option<RangeGuard> {
-        self.direct.then(|| {
-            let hull = self.hull(offset, len);
-            self.blocks.lock(hull.0, hull.1, true)
-        })
+    fn exclude(&self, offset: u64, len: u64) -> Result<Option<RangeGuard>, Errno> {
+        self.direct.then(|| self.alone(self.hull(offset, len))).transpose()
     }
 
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
         if mode.contains(FallocateFlags::PUNCH_HOLE) {
             self.holes.store(true, Ordering::Relaxed);
+            // Writes may have to allocate from now on: see `new`.
+            self.nowait_write.store(false, Ordering::Relaxed);
         }
         loop {
             match fallocate(&self.fd, mode, offset, len) {

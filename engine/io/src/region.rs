@@ -6,7 +6,7 @@
 //! between copy and bit leaves a zeroed page with its bit set, never bytes that come back later.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use rustix::fs::{FallocateFlags, SealFlags, SeekFrom, fallocate, fcntl_get_seals, fstat, seek};
 use rustix::io::Errno as Os;
@@ -40,6 +40,8 @@ impl std::fmt::Display for RegionError {
 
 impl std::error::Error for RegionError {}
 
+const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
 pub struct Region {
     fd: OwnedFd,
     memory: Slice,
@@ -57,10 +59,10 @@ impl Region {
             return Err(RegionError::NotSealed);
         }
         let found = fstat(&fd).map_err(|error| RegionError::Os("fstat", error))?.st_size as u64;
-        let mapped = size.div_ceil(page_size) * page_size;
-        if size == 0 || found < mapped {
-            return Err(RegionError::TooSmall { size, found });
-        }
+        let mapped = match size.checked_next_multiple_of(page_size) {
+            Some(mapped) if size > 0 && mapped <= found => mapped,
+            _ => return Err(RegionError::TooSmall { size, found }),
+        };
         // SAFETY: a fresh mapping at an address of the kernel's choosing, unmapped only in Drop; the
         // file is at least this long and sealed to stay so.
         let memory = unsafe {
@@ -87,6 +89,7 @@ impl Region {
         let mut at = 0;
         while at < end {
             let data = match seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(data) if data >= end => return Ok(()), // the memfd is longer than the region
                 Ok(data) => data,
                 Err(Os::NXIO) => return Ok(()),
                 Err(Os::INVAL | Os::OPNOTSUPP) => at, // hugetlbfs of older kernels cannot tell
@@ -147,12 +150,33 @@ impl Region {
         }
         self.zero_written(offset, first - offset);
         self.zero_written(last, offset + len - last);
-        for index in first >> self.page_shift..last >> self.page_shift {
-            let (word, bit) = ((index / 64) as usize, 1u64 << (index % 64));
-            self.written[word].fetch_and(!bit, Ordering::AcqRel);
+        self.unmark(first >> self.page_shift, last >> self.page_shift);
+        // Pairs with the fence in `mark`: a writer that still saw a bit set wrote its bytes before the
+        // hole is punched.
+        fence(Ordering::SeqCst);
+        while let Err(error) = fallocate(&self.fd, PUNCH, first, last - first) {
+            if error != Os::INTR {
+                // What is not marked must not keep old bytes.
+                self.memory.part(first as usize, (last - first) as usize).zero();
+                self.mark(first, last - first);
+                break;
+            }
         }
-        fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, first, last - first)
-            .map_err(|error| error.raw_os_error())
+        Ok(())
+    }
+
+    /// Clears the bits of pages `first..last`, a word at a time.
+    fn unmark(&self, first: u64, last: u64) {
+        let mut index = first;
+        while index < last {
+            let end = last.min((index / 64 + 1) * 64);
+            let bits = u64::MAX >> (64 - (end - index)) << (index % 64);
+            let word = &self.written[(index / 64) as usize];
+            if word.load(Ordering::Relaxed) & bits != 0 {
+                word.fetch_and(!bits, Ordering::AcqRel);
+            }
+            index = end;
+        }
     }
 
     fn zero_written(&self, offset: u64, len: u64) {
@@ -196,6 +220,10 @@ impl Region {
         if len == 0 {
             return;
         }
+        // The bytes before the look at the bits: a discard that clears a bit after we saw it set must
+        // punch away what we wrote, or the page would hold bytes that its clear bit hides, and that
+        // come back with the next write to it.
+        fence(Ordering::SeqCst);
         for index in offset >> self.page_shift..=(offset + len - 1) >> self.page_shift {
             let word = &self.written[(index / 64) as usize];
             let bit = 1u64 << (index % 64);

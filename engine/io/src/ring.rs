@@ -57,7 +57,7 @@ impl Ring {
         self.in_flight.is_empty()
     }
 
-    /// Queues a read; `key` comes back with its completion.
+    /// Queues a read; `key` comes back with its completion. An error: the ring cannot take it now.
     pub fn read(&mut self, file: &Arc<File>, offset: u64, into: Slice, key: u64) -> std::io::Result<()> {
         let entry = opcode::Read::new(types::Fd(raw(file)), into.ptr(), part(into)).offset(offset).build();
         self.push(entry, file, key)
@@ -84,20 +84,31 @@ impl Ring {
         let entry = entry.user_data(slot as u64);
         // SAFETY: the memory was promised for as long as slices of it are in use (Slice::new), and
         // the file is held in `in_flight` until the completion.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            if let Err(error) = self.submit() {
-                self.in_flight.remove(slot);
-                return Err(error);
-            }
+        let mut pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() && self.submit().is_ok() {
+            // SAFETY: as above.
+            pushed = unsafe { self.ring.submission().push(&entry) };
+        }
+        if pushed.is_err() {
+            // The kernel takes none now; waiting for it here might be waiting for completions that
+            // nobody reaps meanwhile.
+            self.in_flight.remove(slot);
+            return Err(std::io::ErrorKind::WouldBlock.into());
         }
         self.unsubmitted += 1;
         Ok(())
+    }
+
+    /// Something is queued that the kernel has not taken yet: `submit` must be called again.
+    pub fn is_unsubmitted(&self) -> bool {
+        self.unsubmitted > 0
     }
 
     /// Tells the kernel of what was queued. Where it is busy the rest stays queued for the next call.
     pub fn submit(&mut self) -> std::io::Result<()> {
         while self.unsubmitted > 0 {
             match self.ring.submit() {
+                Ok(0) => return Ok(()),
                 Ok(taken) => self.unsubmitted -= taken.min(self.unsubmitted),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) if matches!(error.raw_os_error(), Some(16 | 11)) => return Ok(()),

@@ -131,8 +131,10 @@ impl Device {
     #[pyo3(signature = (*, flush = true, timeout = None))]
     fn suspend(&self, py: Python<'_>, flush: bool, timeout: Option<f64>) -> PyResult<()> {
         let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
-        py.detach(|| self.engine.suspend(&self.inner, flush, timeout.map(|timeout| Instant::now() + timeout)))
-            .map_err(|error| suspend_error(error, self.inner.name()))
+        py.detach(|| {
+            self.engine.suspend(&self.inner, flush, timeout.and_then(|timeout| Instant::now().checked_add(timeout)))
+        })
+        .map_err(|error| suspend_error(error, self.inner.name()))
     }
 
     fn swap(&self, py: Python<'_>, map: &Map) -> PyResult<()> {
@@ -299,13 +301,16 @@ impl Device {
                     return Err(value_error(format!("a buffer of {} bytes for {length}", bytes.len())));
                 }
                 let memory = Memory::Borrowed(bytes.slice());
-                notices.hold(token, bytes)?;
+                notices.hold(token, Some(bytes))?;
                 memory
             }
             (Op::Read | Op::Write, None) => {
                 return Err(value_error(format!("{operation} needs a buffer")));
             }
-            _ => Memory::None,
+            _ => {
+                notices.hold(token, None)?;
+                Memory::None
+            }
         };
         let request = Request {
             device: self.inner.clone(),

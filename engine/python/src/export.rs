@@ -18,12 +18,23 @@ use crate::places::duplicate;
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Notices {
     pub inner: Arc<blkloom_core::Notices>,
-    /// Buffers of I/O under way.
-    held: Mutex<HashMap<u64, Bytes>>,
+    /// I/O under way, with its buffer.
+    held: Mutex<HashMap<u64, Option<Bytes>>>,
+}
+
+impl Drop for Notices {
+    /// Buffers of I/O still under way must outlive it, and nobody is left to be told of its end: they
+    /// are never freed. (Dropping notices before their I/O has ended is a mistake of the caller's.)
+    fn drop(&mut self) {
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.inner.take().iter().for_each(|ended| drop(held.remove(&ended.token)));
+        held.drain().for_each(|(_, bytes)| std::mem::forget(bytes));
+    }
 }
 
 impl Notices {
-    pub fn hold(&self, token: u64, bytes: Bytes) -> PyResult<()> {
+    /// Keeps the buffer of an I/O that begins until its notice is taken. A token names one I/O at a time.
+    pub fn hold(&self, token: u64, bytes: Option<Bytes>) -> PyResult<()> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         if held.contains_key(&token) {
             return Err(value_error(format!("token {token} is in use")));

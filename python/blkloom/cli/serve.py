@@ -38,15 +38,15 @@ def _host_port(text: str) -> tuple[str, int]:
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=click.Path(), metavar="[FILE]...")
+@click.argument("files", nargs=-1, type=click.Path(readable=False), metavar="[FILE]...")
 @click.option("--table", metavar="TABLE", help="A device from a dmsetup table; '-' reads it from standard input.")
-@click.option("--table-file", type=click.Path(), metavar="PATH", help="A device from the table in a file.")
+@click.option("--table-file", type=click.Path(readable=False), metavar="PATH", help="A device from the table in a file.")
 @click.option("--ram", type=_size, metavar="SIZE", help="A device of memory: 512M, 4G, ...")
 @click.option("--device", "named", multiple=True, metavar="NAME=TABLE", help="One more device, exported as NAME.")
 @click.option("--concise", metavar="TEXT", help="Devices in dmsetup's concise form: name,uuid,minor,flags,table;...")
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
 @click.option("--description", default="", help="Text that clients are shown.")
-@click.option("--socket", type=click.Path(), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
+@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
 @click.option("--listen", type=_host_port, metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
 @click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")

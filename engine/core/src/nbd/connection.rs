@@ -19,7 +19,7 @@ use rustix::net::{RecvFlags, recv};
 
 use super::output::{Arena, Output};
 use crate::call::nanoseconds;
-use crate::device::Export;
+use crate::device::{Export, LONGEST_TIMEOUT};
 use crate::engine::NbdSession;
 use crate::notice::{Notices, Outcome};
 use crate::now::{self, Now, Patience};
@@ -140,7 +140,7 @@ impl Connection {
             context: session.context,
             notices,
             token,
-            stall: session.stall,
+            stall: session.stall.min(LONGEST_TIMEOUT),
             input: Input::Header,
             stash: session.initial,
             output: Output::default(),
@@ -188,9 +188,9 @@ impl Connection {
         self.wants_output() || mid_request && matches!(self.state, State::Open)
     }
 
-    /// Served bytes received, though nothing new need arrive for it.
-    pub fn has_stash(&self) -> bool {
-        !self.stash.is_empty()
+    /// It has received whole headers that it may serve now, though nothing new need arrive for it.
+    pub fn can_go_on(&self) -> bool {
+        self.wants_input() && self.stash.len() >= self.rules.style.header_size()
     }
 
     fn full(&self) -> bool {
@@ -281,10 +281,13 @@ impl Connection {
             }
         }
         let behind = self.stash.len();
+        if behind >= into.len() {
+            return Ok(Received::Nothing); // what there is must be served first
+        }
         match receive(&self.fd, &mut into.bytes_mut()[behind..]) {
             // An end or an error shows again at the next receive, after this payload was served.
             Ok(0) | Err(_) if filled => Ok(Received::Payload),
-            Ok(0) if behind < into.len() => Ok(Received::End),
+            Ok(0) => Ok(Received::End),
             Ok(count) => {
                 into.bytes_mut()[..behind].copy_from_slice(&self.stash);
                 self.stash.clear();
@@ -353,7 +356,10 @@ impl Connection {
         if bench.arena.room() < HEAD {
             self.flush(bench);
         }
-        if let Some(refusal) = request.refusal {
+        if let Some(mut refusal) = request.refusal {
+            if self.export.device.closed() {
+                refusal = Refusal { code: ErrorCode::Shutdown, why: "the device is closed" };
+            }
             if self.rules.style == Style::Extended && request.payload > self.rules.max_payload {
                 self.gone("a payload longer than the maximum");
                 return 0;
