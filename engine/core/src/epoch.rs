@@ -141,3 +141,73 @@ impl Epochs {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Requests that enter, park, are answered and pin again, over and over, as fast as they can.
+    #[test]
+    fn nothing_is_inside_once_drained() {
+        let (epochs, shut, stop, inside) =
+            (Epochs::default(), AtomicBool::new(false), AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for shard in 0..3 {
+                let (epochs, shut, stop, inside) = (&epochs, &shut, &stop, &inside);
+                scope.spawn(move || {
+                    let shard = Shard(shard);
+                    while !stop.load(Ordering::SeqCst) {
+                        let mut pin = epochs.pin(shard);
+                        if !shut.load(Ordering::SeqCst) {
+                            inside.fetch_add(1, Ordering::SeqCst);
+                            for _ in 0..4 {
+                                epochs.park();
+                                epochs.unpin(pin);
+                                pin = epochs.pin(shard);
+                                epochs.unpark();
+                                std::thread::yield_now();
+                            }
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                        }
+                        epochs.unpin(pin);
+                    }
+                });
+            }
+            let mut busy = 0;
+            for _ in 0..2000 {
+                shut.store(true, Ordering::SeqCst);
+                let drained = epochs.drain(Some(Instant::now() + Duration::from_secs(60)));
+                busy += inside.load(Ordering::SeqCst);
+                assert!(drained, "nobody may keep a device from draining for ever");
+                shut.store(false, Ordering::SeqCst);
+                std::thread::yield_now();
+            }
+            stop.store(true, Ordering::SeqCst);
+            assert_eq!(busy, 0, "requests were inside of a drained device");
+        });
+    }
+
+    #[test]
+    fn a_turn_waits_for_those_before_it_and_for_nobody_else() {
+        let epochs = Epochs::default();
+        let past = Some(Instant::now());
+        assert!(epochs.synchronize(past), "nobody is inside");
+        let old = epochs.pin(Shard(3));
+        let again = epochs.again(old);
+        assert!(!epochs.synchronize(past));
+        // The turn that gave up left a pin behind: later turns wait for it, too.
+        let young = epochs.pin(Shard(4));
+        epochs.unpin(old);
+        assert!(!epochs.synchronize(past));
+        epochs.unpin(again);
+        epochs.unpin(young);
+        epochs.park();
+        assert!(epochs.synchronize(past), "parked requests hold nothing");
+        assert!(!epochs.drain(past), "but they are inside");
+        epochs.unpark();
+        assert!(epochs.drain(past));
+    }
+}

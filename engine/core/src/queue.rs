@@ -291,9 +291,12 @@ impl Queue {
                 self.fail(walk.active, EIO);
                 return len;
             };
-            if matches!(piece.place, Place::Memory { .. }) && matches!(op, Op::Discard | Op::WriteZeroes) {
-                piece.len = piece.len.min(ZERO_STEP);
-                walk.pieces += if piece.len == ZERO_STEP { ZERO_COST } else { 0 };
+            if let Place::Memory { offset, .. } = piece.place
+                && matches!(op, Op::Discard | Op::WriteZeroes)
+            {
+                // Ends with a page, so that none stays for having been zeroed by halves.
+                piece.len = piece.len.min(ZERO_STEP - offset % ZERO_STEP);
+                walk.pieces += (piece.len / ZERO_STEP) as u32 * ZERO_COST;
             }
             match piece.place {
                 Place::Device { device: lower, offset, writable } if writable || !op.writes() => {

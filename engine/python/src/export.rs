@@ -62,7 +62,8 @@ impl Notices {
         for notice in self.inner.take() {
             let (result, errno) = match notice.outcome {
                 Outcome::Io { error, found } => {
-                    self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&notice.token);
+                    let held = self.held.lock().unwrap_or_else(PoisonError::into_inner).remove(&notice.token);
+                    drop(held); // not under the lock: releasing a buffer may run Python
                     let found: Vec<_> = found.iter().map(|f| (f.offset, f.len, f.flags)).collect();
                     let result =
                         if found.is_empty() { py.None().into_bound(py) } else { found.into_pyobject(py)?.into_any() };

@@ -1,0 +1,341 @@
+//! Connections in NBD's transmission phase, as a raw client meets them: floods, large answers, early
+//! bytes, and ends of every kind. (What the protocol asks of each request is tested from Python.)
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod rig;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, NbdSession, Notices, Outcome, Session};
+use blkloom_map::Extent;
+use blkloom_wire::Style;
+use rig::*;
+
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISCONNECT: u16 = 2;
+const FLUSH: u16 = 3;
+
+fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend([0, 0]);
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+struct Client {
+    socket: UnixStream,
+    handle: ConnectionHandle,
+}
+
+struct Server {
+    engine: Engine,
+    export: Arc<Export>,
+    notices: Arc<Notices>,
+}
+
+impl Server {
+    fn new(engine: Engine, device: &Arc<Device>) -> Server {
+        let export = Export::new(device.clone(), "test".into(), false);
+        Server { engine, export, notices: Arc::new(Notices::new().unwrap()) }
+    }
+
+    fn connect(&self, initial: Vec<u8>) -> Client {
+        let (socket, served) = UnixStream::pair().unwrap();
+        // Patience is the same in both directions: a server that forgets a client fails the test.
+        socket.set_read_timeout(Some(PATIENT)).unwrap();
+        socket.set_write_timeout(Some(PATIENT)).unwrap();
+        let session = Session { style: Style::Simple, context: None, initial, max_payload: 32 << 20, stall: PATIENT };
+        let (export, notices) = (self.export.clone(), self.notices.clone());
+        let served = NbdSession { export, fd: served.into(), session, notices, token: 7 };
+        Client { socket, handle: self.engine.serve_nbd(served).unwrap() }
+    }
+
+    /// Waits for `count` connections to be over.
+    fn ends(&self, count: usize) -> Vec<String> {
+        let mut reasons = Vec::new();
+        while reasons.len() < count {
+            let fd = self.notices.fd();
+            let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
+            assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1, "a connection never ended");
+            for notice in self.notices.take() {
+                let Outcome::Closed { reason } = notice.outcome else { panic!("no I/O was submitted") };
+                reasons.push(reason);
+            }
+        }
+        assert_eq!(self.export.connections.load(Ordering::Relaxed), 0);
+        reasons
+    }
+}
+
+impl Client {
+    /// The next reply: (error, cookie).
+    fn reply(&mut self) -> (u32, u64) {
+        let mut head = [0; 16];
+        self.socket.read_exact(&mut head).unwrap();
+        assert_eq!(head[..4], 0x6744_6698u32.to_be_bytes());
+        let error = u32::from_be_bytes(head[4..8].try_into().unwrap());
+        (error, u64::from_be_bytes(head[8..].try_into().unwrap()))
+    }
+
+    fn data(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+}
+
+/// A device whose first half is memory that tells its offsets, and whose second half faults.
+const HALF: u64 = 1 << 20;
+
+fn speaking() -> Arc<Device> {
+    let place = region(HALF);
+    let mut bytes = expected(0, HALF as usize);
+    place.write(0, slice(&mut bytes));
+    let device = device(mapping(vec![(HALF, memory(&place, 0)), (HALF, Extent::Fault)], vec![]));
+    device.attach_mapper();
+    device
+}
+
+fn expected(offset: u64, len: usize) -> Vec<u8> {
+    (offset..offset + len as u64).map(|at| (at / 512 % 251) as u8).collect()
+}
+
+fn serve_faults(device: &Device) {
+    while let Some(faults) = device.next_faults(None) {
+        for mut fault in faults {
+            let bytes = expected(fault.offset, fault.len as usize);
+            fault.answer(Answer::Done(Some(bytes)));
+        }
+    }
+}
+
+/// More clients than a loop polls, each with more requests under way than a connection may have, so
+/// that what was received must wait for what is in flight.
+#[test]
+fn floods_on_many_connections_are_answered_to_the_last() {
+    const CLIENTS: u64 = 14;
+    const EACH: u64 = 3000;
+    for (name, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let offset = |client: u64, i: u64| (client * 7 + i * 13) % (2 * HALF / 512) * 512;
+        std::thread::scope(|scope| {
+            let mapper = scope.spawn(|| serve_faults(&device));
+            let clients: Vec<_> = (0..CLIENTS)
+                .map(|number| {
+                    let mut client = server.connect(Vec::new());
+                    scope.spawn(move || {
+                        let mut sender = client.socket.try_clone().unwrap();
+                        let sending = std::thread::spawn(move || {
+                            let all: Vec<u8> =
+                                (0..EACH).flat_map(|i| request(READ, i, offset(number, i), 512)).collect();
+                            sender.write_all(&all).unwrap();
+                        });
+                        let mut open: BTreeMap<u64, ()> = (0..EACH).map(|cookie| (cookie, ())).collect();
+                        while !open.is_empty() {
+                            let (error, cookie) = client.reply();
+                            assert_eq!((error, open.remove(&cookie)), (0, Some(())), "each is answered once");
+                            assert!(client.data(512) == expected(offset(number, cookie), 512));
+                        }
+                        sending.join().unwrap();
+                        client.socket.write_all(&request(DISCONNECT, 0, 0, 0)).unwrap();
+                        assert_eq!(client.socket.read(&mut [0]).unwrap(), 0);
+                    })
+                })
+                .collect();
+            let ended: Vec<_> = clients.into_iter().map(|client| client.join()).collect();
+            device.close();
+            mapper.join().unwrap();
+            assert!(ended.iter().all(Result::is_ok), "with {name}");
+        });
+        assert!(server.ends(CLIENTS as usize).iter().all(|reason| reason == "the client disconnected"));
+    }
+}
+
+/// A connection takes a thousand requests at once; what it received beyond them goes on when those
+/// have ended, all together here, though nothing new arrives on the socket to remind of it.
+#[test]
+fn what_waited_for_room_goes_on_when_there_is_room() {
+    const CLIENTS: usize = 12;
+    const MOST: usize = 1024;
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let mut clients: Vec<Client> = (0..CLIENTS).map(|_| server.connect(Vec::new())).collect();
+        let _idle: Vec<Client> = (0..4).map(|_| server.connect(Vec::new())).collect();
+        for _ in 0..12 {
+            let all: Vec<u8> = (0..MOST as u64 + 5).flat_map(|i| request(READ, i, HALF, 512)).collect();
+            clients.iter_mut().for_each(|client| client.socket.write_all(&all).unwrap());
+            for count in [MOST, 5] {
+                let mut faults = Vec::new();
+                while faults.len() < CLIENTS * count {
+                    let more = device.next_faults(Some(PATIENT)).unwrap();
+                    assert!(!more.is_empty(), "requests that were received are forgotten");
+                    faults.extend(more);
+                }
+                faults.iter_mut().for_each(|fault| fault.answer(Answer::Done(Some(vec![3; 512]))));
+                for client in &mut clients {
+                    for reply in client.data(count * 528).chunks(528) {
+                        assert_eq!((&reply[4..8], &reply[16..]), (&[0; 4][..], &[3; 512][..]));
+                    }
+                }
+            }
+        }
+        device.close();
+    }
+}
+
+/// Everything is asked before anything is read: answers exceed what the engine keeps for a client.
+#[test]
+fn clients_that_read_late_get_everything_in_the_end() {
+    const LEN: u32 = 100_000;
+    const EACH: u64 = 80;
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let mut clients: Vec<Client> = (0..12).map(|_| server.connect(Vec::new())).collect();
+        for client in &mut clients {
+            let all: Vec<u8> = (0..EACH).flat_map(|i| request(READ, i, i * 512, LEN)).collect();
+            client.socket.write_all(&all).unwrap();
+        }
+        for client in &mut clients {
+            for i in 0..EACH {
+                assert_eq!(client.reply(), (0, i), "what is done at once is answered in order");
+                assert!(client.data(LEN as usize) == expected(i * 512, LEN as usize));
+            }
+        }
+        drop(clients);
+        assert!(server.ends(12).iter().all(|reason| reason == "the client hung up"));
+        device.close();
+    }
+}
+
+#[test]
+fn what_the_handshake_received_too_early_is_served_however_much_it_is() {
+    let engine = engines().remove(0).1;
+    let device = speaking();
+    let server = Server::new(engine, &device);
+    const COUNT: u64 = 30_000; // three times what a loop receives at once
+    let mut early: Vec<u8> = (0..COUNT).flat_map(|i| request(FLUSH, i, 0, 0)).collect();
+    let late = early.split_off(early.len() - 13);
+    let mut client = server.connect(early);
+    client.socket.write_all(&late).unwrap();
+    (0..COUNT).for_each(|i| assert_eq!(client.reply(), (0, i)));
+    device.close();
+}
+
+#[test]
+fn writes_arrive_whole_however_they_are_cut() {
+    for (_, engine) in engines() {
+        let place = file(1 << 20, true);
+        let device = device(mapping(vec![(1 << 20, data(&place, 0))], vec![]));
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        let (mut random, mut model, mut all) = (Random::new(3), vec![0u8; 1 << 20], Vec::new());
+        const COUNT: u64 = 40;
+        for cookie in 0..COUNT {
+            // Disjoint, for requests under way have no order.
+            let (offset, len) = (cookie * 25_000, 1 + random.below(25_000));
+            all.extend(request(WRITE, cookie, offset, len as u32));
+            let bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            model[offset as usize..(offset + len) as usize].copy_from_slice(&bytes);
+            all.extend(bytes);
+        }
+        let mut rest = &all[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(1 + random.below(9000) as usize));
+            client.socket.write_all(now).unwrap();
+            rest = later;
+        }
+        let mut open: Vec<u64> = (0..COUNT)
+            .map(|_| client.reply())
+            .map(|(error, cookie)| {
+                assert_eq!(error, 0);
+                cookie
+            })
+            .collect();
+        open.sort_unstable();
+        assert!(open.into_iter().eq(0..COUNT));
+        client.socket.write_all(&request(READ, 9, 0, 1 << 20)).unwrap();
+        assert_eq!(client.reply(), (0, 9));
+        assert!(client.data(1 << 20) == model);
+    }
+}
+
+#[test]
+fn a_client_that_vanishes_leaves_nothing_behind_once_its_requests_have_ended() {
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        client.socket.write_all(&request(READ, 1, HALF, 512)).unwrap();
+        let mut faults = device.next_faults(Some(PATIENT)).unwrap();
+        client.socket.write_all(&request(WRITE, 2, 0, 1 << 20)).unwrap();
+        client.socket.write_all(&[1; 5000]).unwrap();
+        drop(client);
+        // In the middle of its payload, and with a fault at the mapper that keeps it from being forgotten.
+        assert!(server.notices.take().is_empty());
+        faults[0].answer(Answer::Done(Some(vec![0; 512])));
+        server.ends(1); // the reason is what was met first: the end of its input, or the broken pipe
+        assert_eq!(device.stats().totals().in_flight, 0);
+    }
+}
+
+#[test]
+fn a_connection_that_is_closed_answers_what_is_in_flight_first() {
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        client.socket.write_all(&request(READ, 1, HALF, 512)).unwrap();
+        let mut faults = device.next_faults(Some(PATIENT)).unwrap();
+        client.handle.close();
+        client.handle.close();
+        faults[0].answer(Answer::Done(Some(vec![5; 512])));
+        assert_eq!((client.reply(), client.data(512)), ((0, 1), vec![5; 512]));
+        assert_eq!(client.socket.read(&mut [0]).unwrap(), 0);
+        assert_eq!(server.ends(1), ["closed by the server"]);
+    }
+}
+
+#[test]
+fn after_its_device_has_closed_a_client_is_told_of_the_shutdown() {
+    let engine = engines().remove(0).1;
+    let device = speaking();
+    let server = Server::new(engine, &device);
+    let mut client = server.connect(Vec::new());
+    device.close();
+    client.socket.write_all(&request(READ, 1, 0, 512)).unwrap();
+    client.socket.write_all(&[request(WRITE, 2, 0, 512), vec![0; 512]].concat()).unwrap();
+    client.socket.write_all(&request(FLUSH, 3, 0, 0)).unwrap();
+    for cookie in 1..4 {
+        assert_eq!(client.reply(), (ESHUTDOWN as u32, cookie));
+    }
+}
+
+#[test]
+fn closing_the_engine_closes_its_connections_though_requests_wait_at_a_gate() {
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        server.engine.suspend(&device, true, None).unwrap();
+        client.socket.write_all(&request(READ, 1, 0, 512)).unwrap();
+        while device.stats().totals().in_flight == 0 {
+            std::thread::yield_now();
+        }
+        server.engine.close();
+        assert_eq!(client.reply(), (ESHUTDOWN as u32, 1));
+        assert_eq!(client.socket.read(&mut [0]).unwrap(), 0);
+        assert_eq!(server.ends(1), ["closed by the server"]);
+    }
+}
