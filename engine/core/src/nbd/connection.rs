@@ -7,13 +7,16 @@
 //! A connection that must end is `Ending` (nothing more is read, what is in flight is answered) or
 //! `Gone` (nobody listens any more; what is in flight still has to finish before it is forgotten).
 
+mod answer;
+mod transfer;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkloom_io::{Buffer, BufferPool, Slice};
-use blkloom_wire::{Command, ErrorCode, Framing, Header, Refusal, Rules, Sink, Style, flags};
+use blkloom_io::{Buffer, BufferPool};
+use blkloom_wire::{Command, ErrorCode, Framing, Header, Refusal, Rules, Style, flags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
@@ -22,9 +25,9 @@ use crate::call::nanoseconds;
 use crate::device::{Export, LONGEST_TIMEOUT};
 use crate::engine::NbdSession;
 use crate::notice::{Notices, Outcome};
-use crate::now::{self, Now, Patience};
-use crate::queue::{Ended, Queue};
-use crate::request::{Flags, Found, Memory, Owner, Request};
+use crate::now::{self, Now};
+use crate::queue::Queue;
+use crate::request::{Flags, Memory, Owner, Request};
 use crate::stats::{Op, Shard};
 
 /// What the handshake settled.
@@ -392,166 +395,6 @@ impl Connection {
         blkloom_wire::error(framing, &mut bench.arena, refusal.code, refusal.why);
     }
 
-    // Reading
-
-    fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
-        let framing = self.framing(header);
-        let length = header.length as usize;
-        if length == 0 {
-            return blkloom_wire::success(&framing, &mut bench.arena);
-        }
-        if header.length > THROUGH_ARENA {
-            return self.read_large(slot, header, bench, started);
-        }
-        if bench.arena.room() < length + HEAD {
-            self.flush(bench);
-        }
-        let start = bench.arena.used();
-        bench.zeros.clear();
-        blkloom_wire::read_data(&framing, &mut bench.arena, header.offset, header.length, true);
-        let data = bench.arena.used();
-        let memory = bench.arena.claim(length);
-        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
-        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
-            Now::Done if bench.zeros.is_empty() => self.tally(Op::Read, header.length, false),
-            Now::Done => {
-                let bytes = bench.arena.bytes()[data..].to_vec();
-                bench.arena.rewind(start);
-                self.sparse(&framing, &bytes, bench);
-                self.tally(Op::Read, header.length, false);
-            }
-            Now::Failed(errno) => {
-                bench.arena.rewind(start);
-                self.fail(&framing, errno, &mut bench.arena);
-                self.tally(Op::Read, 0, true);
-            }
-            Now::Later(done) => {
-                let mut buffer = bench.buffers.take(length);
-                let read = done as usize;
-                buffer.bytes_mut()[..read].copy_from_slice(&bench.arena.bytes()[data..data + read]);
-                bench.arena.rewind(start);
-                self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
-            }
-        }
-    }
-
-    fn may_send_holes(&self, header: &Header) -> bool {
-        self.rules.style != Style::Simple && header.flags & flags::DF == 0
-    }
-
-    /// A read whose data has zeros in it (in `bench.zeros`): data and holes as chunks of their own.
-    fn sparse(&mut self, framing: &Framing, bytes: &[u8], bench: &mut Workbench) {
-        let mut out = Vec::with_capacity(bytes.len());
-        let (mut at, end) = (0u64, bytes.len() as u64);
-        let data = |out: &mut Vec<u8>, from: u64, to: u64| {
-            blkloom_wire::read_data(framing, out, framing.offset + from, to - from, to == end);
-            out.extend_from_slice(&bytes[from as usize..to as usize]);
-        };
-        for &(start, len) in &bench.zeros {
-            if start > at {
-                data(&mut out, at, start);
-            }
-            at = start + len;
-            blkloom_wire::hole(framing, &mut out, framing.offset + start, len, at == end);
-        }
-        if at < end {
-            data(&mut out, at, end);
-        }
-        if bench.arena.room() < out.len() {
-            self.flush(bench);
-        }
-        match bench.arena.room() < out.len() {
-            true => self.output.push(out, None),
-            false => bench.arena.put(&out),
-        }
-    }
-
-    fn read_large(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
-        let framing = self.framing(header);
-        let buffer = bench.buffers.take(header.length as usize);
-        // SAFETY: the buffer is kept below until the read has ended.
-        let memory = unsafe { buffer.slice() };
-        bench.zeros.clear();
-        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
-        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
-            Now::Done if !bench.zeros.is_empty() => {
-                self.sparse(&framing, buffer.bytes(), bench);
-                bench.buffers.put(buffer);
-                self.tally(Op::Read, header.length, false);
-            }
-            Now::Done => {
-                self.flush(bench);
-                let mut head = Vec::with_capacity(48);
-                blkloom_wire::read_data(&framing, &mut head, header.offset, header.length, true);
-                self.output.push(head, Some(buffer));
-                self.send(bench);
-                self.tally(Op::Read, header.length, false);
-            }
-            Now::Failed(errno) => {
-                bench.buffers.put(buffer);
-                self.fail(&framing, errno, &mut bench.arena);
-                self.tally(Op::Read, 0, true);
-            }
-            Now::Later(done) => self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started),
-        }
-    }
-
-    // Writing
-
-    fn write(&mut self, slot: usize, header: &Header, rest: &[u8], bench: &mut Workbench, started: Instant) -> usize {
-        let length = header.length as usize;
-        if length == 0 {
-            blkloom_wire::success(&self.framing(header), &mut bench.arena);
-            return 0;
-        }
-        if rest.len() < length {
-            let mut buffer = bench.buffers.take(length);
-            buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
-            self.input = Input::Payload { header: *header, buffer, have: rest.len() };
-            return rest.len();
-        }
-        // SAFETY: `rest` is borrowed for the whole call; `write_now` only reads from the memory.
-        let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), length) };
-        if let Some(done) = self.write_now(header, memory, bench) {
-            let mut buffer = bench.buffers.take(length);
-            buffer.bytes_mut().copy_from_slice(&rest[..length]);
-            self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
-        }
-        length
-    }
-
-    /// Writes at once and answers, or says how far it came.
-    fn write_now(&mut self, header: &Header, memory: Slice, bench: &mut Workbench) -> Option<u64> {
-        let device = &self.export.device;
-        let attempt = match header.flags & flags::FUA != 0 && device.needs_flush() {
-            true => Now::Later(0),
-            false => now::write(device, bench.shard, header.offset, memory, Patience::Nowait),
-        };
-        self.answer_now(header, Op::Write, attempt, bench)
-    }
-
-    fn answer_now(&mut self, header: &Header, op: Op, attempt: Now, bench: &mut Workbench) -> Option<u64> {
-        let framing = self.framing(header);
-        if bench.arena.room() < HEAD {
-            self.flush(bench);
-        }
-        match attempt {
-            Now::Done => {
-                blkloom_wire::success(&framing, &mut bench.arena);
-                self.tally(op, header.length, false);
-                None
-            }
-            Now::Failed(errno) => {
-                self.fail(&framing, errno, &mut bench.arena);
-                self.tally(op, 0, true);
-                None
-            }
-            Now::Later(done) => Some(done),
-        }
-    }
-
-    // Everything else
-
     fn command(&mut self, slot: usize, header: &Header, command: Command, bench: &mut Workbench, started: Instant) {
         let op = operation(command);
         let device = &self.export.device;
@@ -598,77 +441,6 @@ impl Connection {
             done,
         });
     }
-
-    /// Answers a request that came back from the queue.
-    pub fn finish(&mut self, ticket: &Ticket, ended: Ended, bench: &mut Workbench) {
-        let Ended { request, error, found } = ended;
-        self.in_flight -= 1;
-        let bytes = if error == 0 && request.op != Op::Extents { ticket.length } else { 0 };
-        let latency = nanoseconds(request.started);
-        self.export.stats.end(bench.shard, request.op, 1, bytes, u64::from(error != 0), latency);
-        let buffer = match request.memory {
-            Memory::Owned(buffer) => {
-                self.in_flight_bytes -= ticket.length;
-                Arc::try_unwrap(buffer).ok()
-            }
-            _ => None,
-        };
-        if self.is_gone() {
-            if let Some(buffer) = buffer {
-                bench.buffers.put(buffer);
-            }
-            return;
-        }
-        let (framing, mut head) = (&ticket.framing, Vec::with_capacity(48));
-        if error != 0 {
-            self.fail(framing, error, &mut head);
-        } else {
-            match ticket.command {
-                Command::Read => blkloom_wire::read_data(framing, &mut head, framing.offset, ticket.length, true),
-                Command::BlockStatus => self.block_status(ticket, &found, &mut head),
-                _ => blkloom_wire::success(framing, &mut head),
-            }
-        }
-        match buffer {
-            Some(buffer) if error == 0 && ticket.command == Command::Read => self.output.push(head, Some(buffer)),
-            Some(buffer) => {
-                bench.buffers.put(buffer);
-                self.output.push(head, None);
-            }
-            None => self.output.push(head, None),
-        }
-    }
-
-    fn block_status(&self, ticket: &Ticket, found: &[Found], head: &mut Vec<u8>) {
-        let mut extents: Vec<(u64, u32)> = Vec::new();
-        let mut at = ticket.framing.offset;
-        let one = ticket.flags & flags::REQ_ONE != 0;
-        for found in
-            found.iter().take_while(|found| std::mem::replace(&mut at, found.offset + found.len) == found.offset)
-        {
-            match extents.last_mut() {
-                Some((len, flags)) if *flags == found.flags => *len += found.len,
-                Some(_) if one => break,
-                _ => extents.push((found.len, found.flags)),
-            }
-        }
-        if extents.is_empty() {
-            extents.push((ticket.length, 0)); // "a server MAY always safely report a status of 0"
-        }
-        blkloom_wire::block_status(&ticket.framing, head, self.context.unwrap_or(0), &extents);
-    }
-
-    fn fail(&self, framing: &Framing, errno: i32, out: &mut impl Sink) {
-        let code = blkloom_wire::nbd_errno(errno);
-        let message = if code == ErrorCode::Io && errno != 5 {
-            format!("{}", std::io::Error::from_raw_os_error(errno))
-        } else {
-            String::new()
-        };
-        blkloom_wire::error(framing, out, code, &message);
-    }
-
-    // Sending and counting
 
     /// Sends the arena and what waits.
     pub fn flush(&mut self, bench: &mut Workbench) {

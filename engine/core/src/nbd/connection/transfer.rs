@@ -1,0 +1,178 @@
+//! Reads and writes of one connection: at once through the loop's buffers, or through the queue. Part
+//! of `connection`, whose invariants hold here.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use blkloom_io::Slice;
+use blkloom_wire::{Framing, Header, Sink, Style, flags};
+
+use super::{Connection, HEAD, Input, THROUGH_ARENA, Workbench};
+use crate::now::{self, Now, Patience};
+use crate::request::Memory;
+use crate::stats::Op;
+
+impl Connection {
+    pub(super) fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+        let framing = self.framing(header);
+        let length = header.length as usize;
+        if length == 0 {
+            return blkloom_wire::success(&framing, &mut bench.arena);
+        }
+        if header.length > THROUGH_ARENA {
+            return self.read_large(slot, header, bench, started);
+        }
+        if bench.arena.room() < length + HEAD {
+            self.flush(bench);
+        }
+        let start = bench.arena.used();
+        bench.zeros.clear();
+        blkloom_wire::read_data(&framing, &mut bench.arena, header.offset, header.length, true);
+        let data = bench.arena.used();
+        let memory = bench.arena.claim(length);
+        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+            Now::Done if bench.zeros.is_empty() => self.tally(Op::Read, header.length, false),
+            Now::Done => {
+                let bytes = bench.arena.bytes()[data..].to_vec();
+                bench.arena.rewind(start);
+                self.sparse(&framing, &bytes, bench);
+                self.tally(Op::Read, header.length, false);
+            }
+            Now::Failed(errno) => {
+                bench.arena.rewind(start);
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(Op::Read, 0, true);
+            }
+            Now::Later(done) => {
+                let mut buffer = bench.buffers.take(length);
+                let read = done as usize;
+                buffer.bytes_mut()[..read].copy_from_slice(&bench.arena.bytes()[data..data + read]);
+                bench.arena.rewind(start);
+                self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+            }
+        }
+    }
+
+    fn may_send_holes(&self, header: &Header) -> bool {
+        self.rules.style != Style::Simple && header.flags & flags::DF == 0
+    }
+
+    /// A read whose data has zeros in it (in `bench.zeros`): data and holes as chunks of their own.
+    fn sparse(&mut self, framing: &Framing, bytes: &[u8], bench: &mut Workbench) {
+        let mut out = Vec::with_capacity(bytes.len());
+        let (mut at, end) = (0u64, bytes.len() as u64);
+        let data = |out: &mut Vec<u8>, from: u64, to: u64| {
+            blkloom_wire::read_data(framing, out, framing.offset + from, to - from, to == end);
+            out.extend_from_slice(&bytes[from as usize..to as usize]);
+        };
+        for &(start, len) in &bench.zeros {
+            if start > at {
+                data(&mut out, at, start);
+            }
+            at = start + len;
+            blkloom_wire::hole(framing, &mut out, framing.offset + start, len, at == end);
+        }
+        if at < end {
+            data(&mut out, at, end);
+        }
+        if bench.arena.room() < out.len() {
+            self.flush(bench);
+        }
+        match bench.arena.room() < out.len() {
+            true => self.output.push(out, None),
+            false => bench.arena.put(&out),
+        }
+    }
+
+    fn read_large(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+        let framing = self.framing(header);
+        let buffer = bench.buffers.take(header.length as usize);
+        // SAFETY: the buffer is kept below until the read has ended.
+        let memory = unsafe { buffer.slice() };
+        bench.zeros.clear();
+        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+            Now::Done if !bench.zeros.is_empty() => {
+                self.sparse(&framing, buffer.bytes(), bench);
+                bench.buffers.put(buffer);
+                self.tally(Op::Read, header.length, false);
+            }
+            Now::Done => {
+                self.flush(bench);
+                let mut head = Vec::with_capacity(48);
+                blkloom_wire::read_data(&framing, &mut head, header.offset, header.length, true);
+                self.output.push(head, Some(buffer));
+                self.send(bench);
+                self.tally(Op::Read, header.length, false);
+            }
+            Now::Failed(errno) => {
+                bench.buffers.put(buffer);
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(Op::Read, 0, true);
+            }
+            Now::Later(done) => self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+        }
+    }
+
+    // Writing
+
+    pub(super) fn write(
+        &mut self,
+        slot: usize,
+        header: &Header,
+        rest: &[u8],
+        bench: &mut Workbench,
+        started: Instant,
+    ) -> usize {
+        let length = header.length as usize;
+        if length == 0 {
+            blkloom_wire::success(&self.framing(header), &mut bench.arena);
+            return 0;
+        }
+        if rest.len() < length {
+            let mut buffer = bench.buffers.take(length);
+            buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
+            self.input = Input::Payload { header: *header, buffer, have: rest.len() };
+            return rest.len();
+        }
+        // SAFETY: `rest` is borrowed for the whole call; `write_now` only reads from the memory.
+        let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), length) };
+        if let Some(done) = self.write_now(header, memory, bench) {
+            let mut buffer = bench.buffers.take(length);
+            buffer.bytes_mut().copy_from_slice(&rest[..length]);
+            self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+        }
+        length
+    }
+
+    /// Writes at once and answers, or says how far it came.
+    pub(super) fn write_now(&mut self, header: &Header, memory: Slice, bench: &mut Workbench) -> Option<u64> {
+        let device = &self.export.device;
+        let attempt = match header.flags & flags::FUA != 0 && device.needs_flush() {
+            true => Now::Later(0),
+            false => now::write(device, bench.shard, header.offset, memory, Patience::Nowait),
+        };
+        self.answer_now(header, Op::Write, attempt, bench)
+    }
+
+    pub(super) fn answer_now(&mut self, header: &Header, op: Op, attempt: Now, bench: &mut Workbench) -> Option<u64> {
+        let framing = self.framing(header);
+        if bench.arena.room() < HEAD {
+            self.flush(bench);
+        }
+        match attempt {
+            Now::Done => {
+                blkloom_wire::success(&framing, &mut bench.arena);
+                self.tally(op, header.length, false);
+                None
+            }
+            Now::Failed(errno) => {
+                self.fail(&framing, errno, &mut bench.arena);
+                self.tally(op, 0, true);
+                None
+            }
+            Now::Later(done) => Some(done),
+        }
+    }
+}

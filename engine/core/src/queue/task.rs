@@ -1,0 +1,181 @@
+//! Tasks: pieces that take time, from their start in the ring, the pool, a fault or a gate to their
+//! end. Part of `queue`, whose invariants hold here.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use blkloom_io::{File, errno::EIO, errno::ESHUTDOWN};
+
+use super::{Inside, Kind, Phase, Queue, Task, Walk};
+use crate::device::Device;
+use crate::fault::{Fault, Payload};
+use crate::inbox::{Message, TaskId};
+use crate::pool::{BlockShare, Chore};
+use crate::request::Memory;
+use crate::stats::Op;
+
+/// A fault answered "retry" this often without the map helping is an error of the target.
+const MOST_RETRIES: u32 = 100;
+
+impl Queue {
+    pub(super) fn task(&mut self, walk: &Walk<'_>, offset: u64, len: u64, path: Vec<Inside>, kind: Kind) -> TaskId {
+        self.generation = self.generation.wrapping_add(1);
+        self.actives[walk.active].tasks += 1;
+        let task =
+            Task { active: walk.active, generation: self.generation, offset, len, path, kind, retries: walk.retries };
+        TaskId { slot: self.tasks.insert(task), generation: self.generation }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one private call a direction; a struct would only be unpacked again")]
+    pub(super) fn transfer(
+        &mut self,
+        walk: &Walk<'_>,
+        file: &Arc<File>,
+        at: u64,
+        root: u64,
+        len: u64,
+        write: bool,
+        durable: bool,
+        share: BlockShare,
+    ) {
+        let kind = Kind::Ring { file: file.clone(), at, done: 0, write, durable, _share: share };
+        let id = self.task(walk, root, len, pinned(walk.path), kind);
+        self.push(id, true);
+    }
+
+    /// Hands (the rest of) a transfer to the ring, or to the pool where the ring cannot take it.
+    pub(super) fn push(&mut self, id: TaskId, use_ring: bool) {
+        let task = &self.tasks[id.slot];
+        let Kind::Ring { file, at, done, write, durable, .. } = &task.kind else {
+            return;
+        };
+        let request = &self.actives[task.active].request;
+        let (skip, rest) = ((task.offset - request.offset + done) as usize, (task.len - done) as usize);
+        let memory = request.memory.slice().part(skip, rest);
+        let (file, at, write, durable) = (file.clone(), at + done, *write, *durable);
+        let pushed = match &mut self.ring {
+            Some(ring) if use_ring && !ring.is_full() && file.fits(at, memory) => match write {
+                true => ring.write(&file, at, memory, durable, id.slot as u64).is_ok(),
+                false => ring.read(&file, at, memory, id.slot as u64).is_ok(),
+            },
+            _ => false,
+        };
+        if !pushed {
+            let chore = match write {
+                true => Chore::Write { offset: at, from: memory, durable },
+                false => Chore::Read { offset: at, into: memory },
+            };
+            // The share of the blocks that the task holds would be in a write's own way.
+            self.tasks[id.slot].kind = Kind::Pool { sparse: false };
+            self.pool.submit(file, chore, self.inbox.clone(), id);
+        }
+    }
+
+    pub(super) fn chore(&mut self, walk: &Walk<'_>, file: &Arc<File>, chore: Chore, root: u64, len: u64) {
+        let kind = Kind::Pool { sparse: matches!(chore, Chore::Stretches { .. }) };
+        let id = self.task(walk, root, len, pinned(walk.path), kind);
+        self.pool.submit(file.clone(), chore, self.inbox.clone(), id);
+    }
+
+    pub(super) fn fault(&mut self, walk: &Walk<'_>, owner: u32, op: Op, root: u64, at: u64, len: u64) {
+        let Some(last) = walk.path.last() else { return };
+        if walk.retries >= MOST_RETRIES {
+            return self.fail(walk.active, EIO);
+        }
+        let device = last.device.clone();
+        device.stats.fault(self.shard);
+        let deadline = Instant::now() + device.fault_timeout;
+        let id = self.task(walk, root, len, parked(walk.path), Kind::Fault { deadline });
+        self.deadlines.insert((deadline, id));
+        let request = &self.actives[walk.active].request;
+        let skip = root.wrapping_sub(request.offset) as usize;
+        let payload = match (&request.memory, op) {
+            (Memory::Owned(buffer), Op::Write) => Payload::Shared { buffer: buffer.clone(), at: skip },
+            (Memory::Borrowed(slice), Op::Write) => Payload::Copied(slice.part(skip, len as usize).to_vec()),
+            _ => Payload::None,
+        };
+        let (flags, inbox) = (request.flags, self.inbox.clone());
+        device.faults.push(Fault { op, owner, offset: at, len, flags, payload, inbox, task: id, answered: false });
+    }
+
+    pub(super) fn wait_at_gate(&mut self, walk: &Walk<'_>, device: &Arc<Device>, root: u64, len: u64) {
+        if self.stopping {
+            return self.fail(walk.active, ESHUTDOWN);
+        }
+        let id = self.task(walk, root, len, parked(walk.path), Kind::Gate);
+        if !device.wait_at_gate(&self.inbox, id) {
+            self.inbox.send(Message::GateOpened(id));
+        }
+    }
+
+    /// Leaves a range for the loop's next turn.
+    pub(super) fn rest_later(&mut self, walk: &Walk<'_>, root: u64, len: u64) {
+        let id = self.task(walk, root, len, parked(walk.path), Kind::Later);
+        self.inbox.send(Message::GateOpened(id));
+    }
+
+    pub(super) fn take(&mut self, id: TaskId) -> Option<Task> {
+        match self.tasks.get(id.slot) {
+            Some(task) if task.generation == id.generation => self.tasks.try_remove(id.slot),
+            _ => None,
+        }
+    }
+
+    /// A task has ended: lets go of its devices and goes on with its request.
+    pub(super) fn finish(&mut self, id: TaskId, result: Result<(), i32>) {
+        let Some(task) = self.take(id) else { return };
+        if let Kind::Fault { deadline } = task.kind {
+            self.deadlines.remove(&(deadline, id));
+        }
+        if let Err(errno) = result {
+            self.fail(task.active, errno);
+        }
+        self.actives[task.active].tasks -= 1;
+        self.advance(task.active, !task.path.is_empty());
+        // Only now: a flush that belongs to the request must not find the device drained meanwhile.
+        leave(task.path);
+    }
+
+    /// Walks a parked task's range again, past the gates of the devices it is inside of.
+    pub(super) fn retry(&mut self, id: TaskId) {
+        let Some(task) = self.take(id) else { return };
+        let mut retries = task.retries;
+        if let Kind::Fault { deadline } = task.kind {
+            self.deadlines.remove(&(deadline, id));
+            retries += 1;
+        }
+        // First, so that a request of very many pieces has room for the one it walks again.
+        self.actives[task.active].tasks -= 1;
+        if self.actives[task.active].phase == Phase::Main {
+            let inside: Vec<Arc<Device>> = task.path.iter().map(|inside| inside.device.clone()).collect();
+            self.walk(task.active, task.offset, task.len, &inside, retries);
+        }
+        self.advance(task.active, !task.path.is_empty());
+        // Only now: between park and pin the task must not be missing from both counts.
+        leave(task.path);
+    }
+}
+
+/// The path for a task that uses what the map named: pinned once more.
+fn pinned(path: &[Inside]) -> Vec<Inside> {
+    let again = |inside: &Inside| Inside {
+        device: inside.device.clone(),
+        pin: inside.pin.map(|pin| inside.device.epochs.again(pin)),
+    };
+    path.iter().map(again).collect()
+}
+
+/// The path for a task that waits: counted as parked.
+fn parked(path: &[Inside]) -> Vec<Inside> {
+    path.iter().for_each(|inside| inside.device.epochs.park());
+    path.iter().map(|inside| Inside { device: inside.device.clone(), pin: None }).collect()
+}
+
+fn leave(path: Vec<Inside>) {
+    for Inside { device, pin } in path {
+        match pin {
+            Some(pin) => device.epochs.unpin(pin),
+            None => device.epochs.unpark(),
+        }
+    }
+}
