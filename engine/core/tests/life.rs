@@ -122,7 +122,7 @@ fn a_suspended_device_is_quiet_though_its_requests_fault() {
                 answer_all(device, |fault| {
                     let first = fault.offset / 4096;
                     for cluster in first..(fault.offset + fault.len).div_ceil(4096) {
-                        table.install(cluster, &[Entry::KIND_DATA << 61 | cluster * 8]).unwrap();
+                        table.install(cluster, &[(Entry::KIND_DATA << 61) | (cluster * 8)]).unwrap();
                     }
                     table.drop_page((first + 7) % CLUSTERS).unwrap();
                     Answer::Retry
