@@ -40,7 +40,7 @@ def _host_port(text: str) -> tuple[str, int]:
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(readable=False), metavar="[FILE]...")
 @click.option("--table", metavar="TABLE", help="A device from a dmsetup table; '-' reads it from standard input.")
-@click.option("--table-file", type=click.Path(readable=False), metavar="PATH", help="A device from the table in a file.")
+@click.option("--table-file", type=click.Path(readable=False), metavar="PATH", help="A device from a table in a file.")
 @click.option("--ram", type=_size, metavar="SIZE", help="A device of memory: 512M, 4G, ...")
 @click.option("--device", "named", multiple=True, metavar="NAME=TABLE", help="One more device, exported as NAME.")
 @click.option("--concise", metavar="TEXT", help="Devices in dmsetup's concise form: name,uuid,minor,flags,table;...")
