@@ -11,7 +11,6 @@ import select
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,20 +63,6 @@ class Volatile(Target):
     def flush(self) -> None:
         type(self).durable[:] = self._content
         type(self).flushed += 1
-
-
-@pytest.fixture(params=["auto", "threads"])
-def engine(request: pytest.FixtureRequest) -> Iterator[_engine.Engine]:
-    engine = _engine.Engine(io=request.param, loops=2)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def host(engine: _engine.Engine, tmp_path: Path) -> Iterator[NbdHost]:
-    host = NbdHost(engine, tmp_path / "nbd.sock")
-    yield host
-    host.close()
 
 
 @pytest.mark.parametrize("table", ["0 2048 volatile", "0 2048 linear blkloom:lower 0"])

@@ -35,20 +35,6 @@ ROUNDS = 120
 """Changes of the table in one test."""
 
 
-@pytest.fixture(params=["auto", "threads"])
-def engine(request: pytest.FixtureRequest) -> Iterator[_engine.Engine]:
-    engine = _engine.Engine(io=request.param, loops=2)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def host(engine: _engine.Engine, tmp_path: Path) -> Iterator[NbdHost]:
-    host = NbdHost(engine, tmp_path / "nbd.sock")
-    yield host
-    host.close()
-
-
 def table(text: str) -> Table:
     return parse(text, targets=all_targets([Growing]))
 
