@@ -7,7 +7,7 @@ use blkloom_io::{Slice, errno::EINVAL, errno::ENOSPC, errno::ESHUTDOWN};
 
 use crate::device::{Device, SuspendError};
 use crate::engine::Engine;
-use crate::now::{self, Now, Patience};
+use crate::now::{self, Besides, Now, Patience};
 use crate::request::{Flags, Found, Memory, Owner, Request, Waiter};
 use crate::stats::{Op, Shard};
 
@@ -26,6 +26,12 @@ impl Direction {
     }
 }
 
+/// Larger reads find their own way into the caches, and would drive each other out.
+const WORTH_FETCHING: u64 = 16 << 10;
+
+/// How many reads of a batch ahead memory is fetched.
+const AHEAD: usize = 2;
+
 /// One I/O of a caller's.
 #[derive(Clone, Copy)]
 pub struct Transfer {
@@ -35,11 +41,22 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    fn now(&self, device: &Device, shard: Shard, patience: Patience) -> Now {
+    /// next: memory that will be read soon.
+    fn now(&self, device: &Device, shard: Shard, patience: Patience, next: Option<Slice>) -> Now {
         match self.direction {
-            Direction::Read => now::read(device, shard, self.offset, self.memory, patience, None),
+            Direction::Read => {
+                now::read(device, shard, self.offset, self.memory, patience, Besides { next, zeros: None })
+            }
             Direction::Write => now::write(device, shard, self.offset, self.memory, patience),
         }
+    }
+
+    /// The memory it will copy from, where fetching that ahead pays.
+    fn source(&self, device: &Device, shard: Shard) -> Option<Slice> {
+        let len = self.memory.len() as u64;
+        let pays = self.direction == Direction::Read && len <= WORTH_FETCHING;
+        (pays && check(device, Op::Read, self.offset, len).is_ok())
+            .then(|| now::source(device, shard, self.offset, len))
     }
 
     fn later(&self, device: &Arc<Device>, flags: Flags, done: u64, started: Instant, owner: Owner) -> Request {
@@ -77,7 +94,7 @@ impl Engine {
         device.stats.start(shard, 1);
         let attempt = match fua && device.needs_flush() {
             true => Now::Later(0),
-            false => transfer.now(device, shard, Patience::Wait),
+            false => transfer.now(device, shard, Patience::Wait, None),
         };
         match attempt {
             Now::Later(done) => {
@@ -110,8 +127,9 @@ impl Engine {
         device.stats.start(shard, batch.len() as u64);
         for (index, transfer) in batch.iter().enumerate() {
             let (op, len) = (transfer.direction.op(), transfer.memory.len() as u64);
+            let next = batch.get(index + AHEAD).and_then(|next| next.source(device, shard));
             let attempt = match check(device, op, transfer.offset, len) {
-                Ok(()) => transfer.now(device, shard, Patience::Nowait),
+                Ok(()) => transfer.now(device, shard, Patience::Nowait, next),
                 Err(errno) => Now::Failed(errno),
             };
             let sum = &mut sums[op as usize];

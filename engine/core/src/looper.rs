@@ -33,6 +33,9 @@ const RING_ENTRIES: u32 = 256;
 const FEW: usize = 4;
 /// When the kernel was too busy to take submissions, they are offered again after this.
 const RETRY_SUBMIT: Duration = Duration::from_millis(1);
+/// While storage works for us a loop polls up to this long, if storage tends to answer within it: asleep,
+/// it would be woken on the client's CPU, and both would then take turns there while others idle.
+const STORAGE_SPIN: Duration = Duration::from_micros(600);
 /// Longer timeouts do not fit what every kernel's epoll takes.
 const LONGEST_SLEEP: Duration = Duration::from_secs(86400);
 const INBOX: u64 = u64::MAX;
@@ -68,6 +71,8 @@ struct Loop {
     spin: Duration,
     /// Evidence for polling before sleeping, 0 to 8.
     spin_pays: u32,
+    /// How long a turn without anything to do lasts while storage has work of ours: a moving average.
+    storage_wait: Duration,
     stopping: bool,
 }
 
@@ -98,6 +103,7 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         ended: Vec::new(),
         spin: settings.spin,
         spin_pays: 4,
+        storage_wait: Duration::ZERO,
         stopping: false,
     };
     std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || {
@@ -120,7 +126,8 @@ impl Drop for AbortOnPanic {
 
 impl Loop {
     fn run(&mut self) {
-        let mut idle_since: Option<Instant> = None;
+        // Since when nothing moved, and whether storage had work of ours then.
+        let mut idle_since: Option<(Instant, bool)> = None;
         let mut turn = 0u32;
         loop {
             turn = turn.wrapping_add(1);
@@ -129,8 +136,8 @@ impl Loop {
                 return;
             }
             if moved {
-                if idle_since.take().is_some() {
-                    self.spin_pays = (self.spin_pays + 1).min(8);
+                if let Some((since, on_storage)) = idle_since.take() {
+                    self.learn(since.elapsed(), on_storage);
                 }
                 // Those not polled must not starve while the polled ones are busy.
                 if self.members.len() > self.active.len() && turn.is_multiple_of(16) {
@@ -139,16 +146,38 @@ impl Loop {
                 continue;
             }
             let now = Instant::now();
-            let since = *idle_since.get_or_insert(now);
-            if self.spin_pays > 0 && now.duration_since(since) < self.spin {
+            let (since, on_storage) = *idle_since.get_or_insert_with(|| (now, self.bench.queue.is_in_storage()));
+            if now.duration_since(since) < self.patience(on_storage) {
                 if self.members.len() > self.active.len() && turn.is_multiple_of(4) {
                     self.ask(Some(Duration::ZERO));
                 }
                 std::thread::yield_now();
                 continue;
             }
-            idle_since = None;
             self.sleep(now);
+            if let Some((since, on_storage)) = idle_since.take() {
+                self.learn(since.elapsed(), on_storage);
+            }
+        }
+    }
+
+    /// How long to poll before sleeping.
+    fn patience(&self, on_storage: bool) -> Duration {
+        if on_storage && !self.spin.is_zero() && self.storage_wait < STORAGE_SPIN {
+            return STORAGE_SPIN.max(self.spin);
+        }
+        if self.spin_pays > 0 { self.spin } else { Duration::ZERO }
+    }
+
+    /// Something moved after `waited`. A wait shorter than twice the polling time was, or would nearly
+    /// have been, caught by polling.
+    fn learn(&mut self, waited: Duration, on_storage: bool) {
+        if on_storage {
+            self.storage_wait = (self.storage_wait * 7 + waited.min(8 * STORAGE_SPIN)) / 8;
+        } else if waited < 2 * self.spin {
+            self.spin_pays = (self.spin_pays + 1).min(8);
+        } else {
+            self.spin_pays = self.spin_pays.saturating_sub(1);
         }
     }
 
@@ -165,12 +194,6 @@ impl Loop {
         let timeout = deadline.map(wait);
         self.ask(timeout);
         self.inbox.woke();
-        // A wait shorter than twice the polling time would nearly have been caught by it.
-        if now.elapsed() < 2 * self.spin {
-            self.spin_pays = (self.spin_pays + 1).min(8);
-        } else {
-            self.spin_pays = self.spin_pays.saturating_sub(1);
-        }
     }
 
     /// Leaves to epoll all connections but those that can go on with what they received already: of

@@ -81,16 +81,26 @@ fn visit_entered(
     Now::Done
 }
 
-/// Reads all of `into`. zeros: where given, ranges (relative to `into`) known to be zeros.
+/// What else a read is to do.
+#[derive(Default)]
+pub struct Besides<'a> {
+    /// Collects the ranges (relative to the read) known to be zeros.
+    pub zeros: Option<&'a mut Vec<(u64, u64)>>,
+    /// Memory that will be read soon.
+    pub next: Option<Slice>,
+}
+
+/// Reads all of `into`.
 pub fn read(
     device: &Device,
     shard: Shard,
     offset: u64,
     into: Slice,
     patience: Patience,
-    mut zeros: Option<&mut Vec<(u64, u64)>>,
+    Besides { mut zeros, next }: Besides<'_>,
 ) -> Now {
     let mut at = 0usize;
+    let next = next.unwrap_or(Slice::empty());
     visit(device, shard, (offset, into.len() as u64), false, &mut |place, len| {
         let part = into.part(at, len as usize);
         at += len as usize;
@@ -108,7 +118,7 @@ pub fn read(
                 if let Some(zeros) = &mut zeros {
                     note_unwritten(region, *offset, len, (at - len as usize) as u64, zeros);
                 }
-                region.read(*offset, part);
+                region.read(*offset, part, next);
                 Now::Done
             }
             Place::Zero { .. } => {
@@ -122,6 +132,19 @@ pub fn read(
             Place::Fault | Place::Device { .. } => Now::Later(0),
         }
     })
+}
+
+/// The memory that a read of this range would copy from, if it is in one piece.
+pub fn source(device: &Device, shard: Shard, offset: u64, len: u64) -> Slice {
+    let mut found = Slice::empty();
+    let _looked_up = visit(device, shard, (offset, len), false, &mut |place, piece| match place {
+        Place::Memory { region, offset } if piece == len => {
+            found = region.memory(*offset, len as usize);
+            Now::Done
+        }
+        _ => Now::Later(0),
+    });
+    found
 }
 
 /// Reads a file; a large read of a file with holes says where they are.

@@ -264,6 +264,11 @@ impl Queue {
         self.ring.as_ref().is_some_and(Ring::is_unsubmitted)
     }
 
+    /// The ring has I/O that the kernel has not finished.
+    pub fn is_in_storage(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| !ring.is_idle())
+    }
+
     pub fn submit_ring(&mut self) {
         if let Some(ring) = &mut self.ring
             && let Err(error) = ring.submit()

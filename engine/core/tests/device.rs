@@ -173,7 +173,7 @@ fn a_suspended_device_lets_nobody_in_and_parked_requests_finish_on_resume() {
     let contents = || {
         let mut bytes = vec![0u8; 3 * 512];
         // SAFETY: `bytes` outlives the call.
-        region.read(0, unsafe { Slice::new(bytes.as_mut_ptr(), bytes.len()) });
+        region.read(0, unsafe { Slice::new(bytes.as_mut_ptr(), bytes.len()) }, Slice::empty());
         bytes
     };
     std::thread::scope(|scope| {

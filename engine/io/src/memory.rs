@@ -1,5 +1,10 @@
 //! `Slice`: raw memory that its maker promised to keep.
 
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE: usize = 64;
+/// Copied between two lots of prefetches: few enough misses at a time that none is dropped.
+const STEP: usize = 256;
+
 /// Some bytes of memory that stay mapped for as long as any copy of the slice is used.
 ///
 /// The contents may be changed by others at any time (a client's buffer in Python, memory shared
@@ -69,6 +74,31 @@ impl Slice {
         assert_eq!(self.len, from.len, "lengths of a copy");
         // SAFETY: both promises; `copy_from` (memmove) allows overlap.
         unsafe { self.ptr.copy_from(from.ptr, self.len) }
+    }
+
+    /// Copies from `from`, which must be as long, while the processor fetches `next` into its caches:
+    /// random pages otherwise come out of the machine's memory one miss after the other.
+    pub(crate) fn copy_from_while_fetching(&self, from: Slice, next: Slice) {
+        let mut at = 0;
+        while at < self.len {
+            let step = STEP.min(self.len - at);
+            if at < next.len {
+                next.part(at, STEP.min(next.len - at)).prefetch();
+            }
+            self.part(at, step).copy_from_slice(from.part(at, step));
+            at += step;
+        }
+    }
+
+    /// A hint that faults nothing in.
+    fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..self.len).step_by(CACHE_LINE) {
+            // SAFETY: prefetching has no effect but on time, at any address; this one is in bounds.
+            unsafe {
+                core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(self.ptr.add(line).cast())
+            }
+        }
     }
 
     pub fn to_vec(&self) -> Vec<u8> {

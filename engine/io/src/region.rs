@@ -114,18 +114,25 @@ impl Region {
         pages << self.page_shift
     }
 
-    pub fn read(&self, offset: u64, into: Slice) {
+    /// next: what will be read soon, worth fetching meanwhile; may be empty.
+    pub fn read(&self, offset: u64, into: Slice, next: Slice) {
         let mut done = 0;
         while done < into.len() {
             let (run, written) = self.run(offset + done as u64, (into.len() - done) as u64);
             let part = into.part(done, run as usize);
             if written {
-                part.copy_from_slice(self.memory.part(offset as usize + done, run as usize));
+                let from = self.memory.part(offset as usize + done, run as usize);
+                if next.is_empty() { part.copy_from_slice(from) } else { part.copy_from_while_fetching(from, next) }
             } else {
                 part.zero();
             }
             done += run as usize;
         }
+    }
+
+    /// The memory of a range, for `read`'s `next`.
+    pub fn memory(&self, offset: u64, len: usize) -> Slice {
+        self.memory.part(offset as usize, len)
     }
 
     pub fn write(&self, offset: u64, from: Slice) {

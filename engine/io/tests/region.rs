@@ -30,7 +30,11 @@ fn write(region: &Region, offset: u64, bytes: &[u8]) {
 fn read(region: &Region, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xaa; len];
     // SAFETY: `bytes` outlives the call.
-    region.read(offset, unsafe { Slice::new(bytes.as_mut_ptr(), len) });
+    region.read(offset, unsafe { Slice::new(bytes.as_mut_ptr(), len) }, Slice::empty());
+    let mut again = vec![0x55; len];
+    // SAFETY: `again` outlives the call.
+    region.read(offset, unsafe { Slice::new(again.as_mut_ptr(), len) }, region.memory(0, len.div_ceil(2)));
+    assert!(bytes == again, "what is fetched meanwhile changes nothing");
     bytes
 }
 

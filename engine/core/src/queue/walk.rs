@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use blkloom_io::errno::EIO;
+use blkloom_io::{Slice, errno::EIO};
 use blkloom_map::Place;
 
 use super::{Inside, MOST_FOUND, MOST_TASKS, Queue, Walk};
@@ -127,7 +127,7 @@ impl Queue {
                     self.chore(walk, file, Chore::Read { offset, into: memory }, root, len);
                 }
             }
-            (Op::Read, Place::Memory { region, offset }) => region.read(offset, memory),
+            (Op::Read, Place::Memory { region, offset }) => region.read(offset, memory, Slice::empty()),
             (Op::Read, Place::Zero { .. }) => memory.zero(),
             (Op::Write, Place::Data { file, offset, writable: true, .. }) => {
                 let share = file.fits(offset, memory).then(|| file.share_blocks(offset, len)).flatten();

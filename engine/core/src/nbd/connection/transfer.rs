@@ -8,7 +8,7 @@ use blkloom_io::Slice;
 use blkloom_wire::{Framing, Header, Sink, Style, flags};
 
 use super::{Connection, HEAD, Input, THROUGH_ARENA, Workbench};
-use crate::now::{self, Now, Patience};
+use crate::now::{self, Besides, Now, Patience};
 use crate::request::Memory;
 use crate::stats::Op;
 
@@ -30,8 +30,8 @@ impl Connection {
         blkloom_wire::read_data(&framing, &mut bench.arena, header.offset, header.length, true);
         let data = bench.arena.used();
         let memory = bench.arena.claim(length);
-        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
-        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+        let besides = Besides { zeros: self.may_send_holes(header).then_some(&mut bench.zeros), next: None };
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, besides) {
             Now::Done if bench.zeros.is_empty() => self.tally(Op::Read, header.length, false),
             Now::Done => {
                 let bytes = bench.arena.bytes()[data..].to_vec();
@@ -91,8 +91,8 @@ impl Connection {
         // SAFETY: the buffer is kept below until the read has ended.
         let memory = unsafe { buffer.slice() };
         bench.zeros.clear();
-        let zeros = self.may_send_holes(header).then_some(&mut bench.zeros);
-        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, zeros) {
+        let besides = Besides { zeros: self.may_send_holes(header).then_some(&mut bench.zeros), next: None };
+        match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, besides) {
             Now::Done if !bench.zeros.is_empty() => {
                 self.sparse(&framing, buffer.bytes(), bench);
                 bench.buffers.put(buffer);
