@@ -76,6 +76,7 @@ lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools $(VENV)/.bench-tools ## form
 
 bench: setup $(VENV)/.bench-tools ## against peers on this machine; needs fio and the peers
 	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
+	$(CARGO) build --release --quiet --manifest-path engine/Cargo.toml --package blkloom-core --example null_server
 	$(VENV)/bin/python bench/run.py
 
 fuzz: setup $(VENV)/.test-tools ## the property tests, at length: make fuzz FUZZ_CASES=100000

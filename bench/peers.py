@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import quote
 
 from ground import Ground
@@ -27,6 +28,7 @@ from results import Sample
 from servers import Server, activated, announcing
 from tables import table_text
 
+_NULL_SERVER: Final = Path(__file__).parents[1] / "engine/target/release/examples/null_server"
 _SLACK = 4  # connections beyond the job's, for those that have not quite ended
 
 
@@ -147,6 +149,27 @@ class Nbdkit:
             if self.plugin == "memory":
                 session.fill()
             yield session
+
+
+@dataclass(frozen=True)
+class NullServer:
+    """A server with nothing behind it (engine/core/examples/null_server.rs): what client, socket and
+    machine can do at all. `make bench` builds it.
+    """
+
+    family: str = "null server"
+    setting: str = ""
+
+    def missing(self) -> str:
+        return "" if _NULL_SERVER.exists() else f"{_NULL_SERVER} is not built; `make bench` builds it"
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+        socket = ground.scratch / "null.sock"
+        command = [str(_NULL_SERVER), str(ground.size)]
+        log = ground.scratch / "null.log"
+        with activated(command, path=socket, log=log, status=-signal.SIGTERM) as server:
+            yield FioSession(ground, job, _nbd(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)

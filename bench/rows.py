@@ -12,7 +12,7 @@ from typing import Final
 
 from jobs import Job, Pattern
 from measuring import Workload
-from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, QemuNbd
+from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer, QemuNbd
 from results import Goal
 
 _LOOP: Final = "blkloom loop"
@@ -20,6 +20,9 @@ _RAM: Final = "blkloom ram"
 _QEMU: Final = (QemuNbd("threads"), QemuNbd("io_uring"))
 _NBDKIT: Final = (Nbdkit("file", 16), Nbdkit("file", 4), Nbdkit("file", 1))
 _MEMORY: Final = (Nbdkit("memory", 16, "malloc"), Nbdkit("memory", 1, "malloc"), Nbdkit("memory", 16, "sparse"))
+_NULL: Final = NullServer()
+_LIMIT: Final = Goal(_LOOP, _NULL.family)
+"""How near the row comes to what this client and this machine can do; no goal can be beyond it."""
 _SEGMENTS: Final = 10_000
 _IDLE: Final = 1_000
 _KIB: Final = 1024
@@ -40,28 +43,28 @@ def workloads(blkloom: str) -> list[Workload]:
 
 def _small(blkloom: str) -> list[Workload]:
     loop = Blkloom(blkloom, _LOOP)
-    everybody = (loop, *_QEMU, *_NBDKIT)
+    everybody = (loop, *_QEMU, *_NBDKIT, _NULL)
     return [
         Workload(
             "randrw-4k-c1-q16",
             "4K randrw, 1 connection, qd 16",
             Job("randrw", 4 * _KIB, depth=16),
             everybody,
-            (Goal(_LOOP, "qemu-nbd", 4.0), Goal(_LOOP, "nbdkit file", 1.2)),
+            (Goal(_LOOP, "qemu-nbd", 4.0), Goal(_LOOP, "nbdkit file", 1.2), _LIMIT),
         ),
         Workload(
             "randrw-4k-c2-q16",
             "4K randrw, 2 connections, qd 16",
             Job("randrw", 4 * _KIB, depth=16, connections=2),
             everybody,
-            (Goal(_LOOP, "qemu-nbd", 6.0), Goal(_LOOP, "nbdkit file", 3.0)),
+            (Goal(_LOOP, "qemu-nbd", 6.0), Goal(_LOOP, "nbdkit file", 3.0), _LIMIT),
         ),
         Workload(
             "randrw-4k-c1-q1",
             "4K randrw, 1 connection, qd 1",
             Job("randrw", 4 * _KIB),
             everybody,
-            (Goal(_LOOP, "nbdkit file", 2.0), Goal(_LOOP, "qemu-nbd")),
+            (Goal(_LOOP, "nbdkit file", 2.0), Goal(_LOOP, "qemu-nbd"), _LIMIT),
         ),
     ]
 
@@ -87,8 +90,8 @@ def _ram(blkloom: str) -> list[Workload]:
             f"ram-randrw-4k-c{connections}-q16",
             f"4K randrw, {connections} connection{'s' * (connections > 1)}, qd 16",
             Job("randrw", 4 * _KIB, depth=16, connections=connections),
-            (Blkloom(blkloom, _RAM, "ram"), *_MEMORY),
-            (Goal(_RAM, "nbdkit memory", 2.0),),
+            (Blkloom(blkloom, _RAM, "ram"), *_MEMORY, _NULL),
+            (Goal(_RAM, "nbdkit memory", 2.0), Goal(_RAM, _NULL.family)),
         )
         for connections in (1, 2)
     ]

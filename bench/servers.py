@@ -48,9 +48,9 @@ class Server:
 
 
 @contextmanager
-def activated(command: list[str], *, path: Path, log: Path) -> Iterator[Server]:
+def activated(command: list[str], *, path: Path, log: Path, status: int = 0) -> Iterator[Server]:
     """A server that is handed a listening Unix socket at `path` as systemd would (sd_listen_fds(3)):
-    ready once it greets a client. Raises ServerError.
+    ready once it greets a client. status: how it ends when told to. Raises ServerError.
     """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as sink:
@@ -59,7 +59,7 @@ def activated(command: list[str], *, path: Path, log: Path) -> Iterator[Server]:
         process = subprocess.Popen(
             ["sh", "-c", _HAND_OVER, "sh", *command], stdin=listener.fileno(), stdout=subprocess.DEVNULL, stderr=sink
         )
-    with _ending(process, log):
+    with _ending(process, log, status):
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(_START_SECONDS)
             try:
@@ -95,16 +95,16 @@ def announcing(command: list[str], *, ready: str, log: Path, text: str = "") -> 
 
 
 @contextmanager
-def _ending(process: subprocess.Popen[bytes], log: Path) -> Iterator[None]:
+def _ending(process: subprocess.Popen[bytes], log: Path, status: int = 0) -> Iterator[None]:
     """SIGTERM at the end, and SIGKILL to one that does not listen. Raises ServerError if a server
-    that was used without trouble does not end by itself with 0.
+    that was used without trouble does not end with `status`.
     """
     try:
         yield
     except BaseException:
         _stop(process)
         raise
-    if code := _stop(process):
+    if (code := _stop(process)) != status:
         raise ServerError(f"{process.args!r} ended with {code}: {_tail(log)}")
 
 
