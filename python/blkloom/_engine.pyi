@@ -16,6 +16,7 @@ from typing_extensions import Buffer, disjoint_base
 __all__ = [
     "ClusterTable",
     "Connection",
+    "Detached",
     "Device",
     "Engine",
     "Export",
@@ -61,13 +62,19 @@ class File:
     def memory_alignment(self) -> int: ...
     @property
     def label(self) -> str: ...
+    @property
+    def in_flight(self) -> int:
+        """Operations that storage has not answered: handed to io_uring or a thread, or keeping a caller
+        waiting. What is done at once, out of the page cache, does not count.
+        """
 
 @final
 class Region:
     """A piece of memory shared through a sealed memfd. Owns a duplicate of `fd`.
 
     The memfd must be sealed against shrinking (F_SEAL_SHRINK), so touching it can never raise
-    SIGBUS; EINVAL otherwise. What was never written reads as zeros and takes no memory.
+    SIGBUS; EINVAL otherwise. What was never written reads as zeros and takes no memory. What it
+    holds already (another process's memory, handed over) is there and counts as `resident`.
     """
 
     def __new__(cls, fd: int, size: int, *, page_size: int = 4096) -> Region: ...
@@ -208,7 +215,10 @@ class Fault:
 
 @disjoint_base
 class Device:
-    """Executes requests against a map. Born live with `map`, or suspended with none."""
+    """Executes requests against a map. Born live with `map`, or suspended with none.
+
+    Devices stand on one another by device extents, 32 at most (ELOOP), and never in a circle (ValueError).
+    """
 
     def __new__(
         cls,
@@ -229,10 +239,13 @@ class Device:
     # life
     def suspend(self, *, flush: bool = True, timeout: float | None = None) -> None:
         """Stop new requests (they park), finish those in flight, flush. TimeoutError leaves the
-        device live.
+        device as it was; `File.in_flight` says which file holds it up. It comes in time also while
+        another suspend, swap or resume is under way.
         """
     def swap(self, map: Map) -> None:
-        """Replace the map. Live: returns when no request that began before is in flight."""
+        """Replace the map. Live: returns when no request that began before is in flight. Raises
+        ValueError, OSError (ELOOP, ESHUTDOWN).
+        """
     def resume(self) -> None: ...
     def synchronize(self) -> None:
         """Wait until no request that looked up the map before this call is in flight. Parked
@@ -243,7 +256,9 @@ class Device:
     def attach_mapper(self) -> None:
         """From now on faults wait for `next_faults` (before, they fail with EIO)."""
     def close(self) -> None:
-        """Drains without flushing, ends `next_faults`, fails what comes later with ESHUTDOWN."""
+        """Drains without flushing, ends `next_faults`, fails what comes later with ESHUTDOWN. Waits
+        `fault_timeout` at most, whatever else is under way; what still is then, ends by itself.
+        """
 
     # I/O, synchronous: 0 <= offset, offset + length <= size, else EINVAL (write: ENOSPC)
     def pread(self, length: int, offset: int) -> bytes: ...
@@ -288,7 +303,8 @@ class Notices:
     def fileno(self) -> int: ...
     def take(self) -> list[tuple[int, Any, int]]:
         """(token, result, errno): the I/O submitted with token has ended (result: None, or the
-        extents), or the connection served with token has closed (result: a str, the reason).
+        extents), or the connection served with token has closed (result: a str, the reason) or was
+        detached (result: a `Detached`).
         """
 
 @final
@@ -322,10 +338,33 @@ def serve_nbd(
 ) -> Connection:
     """NBD's transmission phase on a connected stream socket, from here on the engine's (it owns
     a duplicate of fd). allocation_context: the id given to base:allocation by the handshake, None
-    where not selected. initial: bytes the handshake received but did not consume.
+    where not selected. initial: bytes received but not served: beyond the handshake, or
+    `Detached.initial`; as many as they may be.
     """
 
 @final
 class Connection:
     def close(self) -> None:
         """Finish what is in flight, send the replies that fit, close. The notice follows."""
+    def detach(self) -> None:
+        """Let go of the client without its noticing, for another engine to go on with it: read no more,
+        finish and answer what was begun, take back what waits at a suspended device's gate. The notice
+        follows: a `Detached`, or a str where the client left first. Not to be undone (`close` does nothing
+        any more): `serve_nbd` again.
+
+        A client that does not take its replies closes it after the stall timeout; storage that does
+        not answer holds it up (`File.in_flight`).
+        """
+
+@final
+class Detached:
+    """A connection between two engines: its socket, and what was received on it and not served.
+
+    Freed with the descriptor not taken, it closes the socket.
+    """
+
+    @property
+    def initial(self) -> bytes:
+        """Requests, whole and in part, for `serve_nbd(..., initial=)`, as the client sent them."""
+    def take_descriptor(self) -> int:
+        """The socket, from now on the caller's to close. EBADF: it was taken before."""

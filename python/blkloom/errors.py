@@ -102,5 +102,61 @@ class ResourceError(BlkloomError, OSError):
     exit_code = 71  # EX_OSERR
 
 
+class DrainError(BlkloomError, TimeoutError):
+    """Requests in flight did not end in time; the device is as it was. path: the file that does not
+    answer, "" where it is none.
+    """
+
+    errno = _errno.ETIMEDOUT
+    exit_code = 75  # EX_TEMPFAIL
+
+    def __init__(self, what: str, *, path: str = "", cure: str = "", errno: int | None = None) -> None:
+        super().__init__(what, cure=cure, errno=errno)
+        self.path = path
+
+
+class NoSuchDevice(UsageError):
+    """No device has that name, uuid or number."""
+
+    errno = _errno.ENXIO
+
+
+class DeviceExists(UsageError):
+    """The name, uuid or number is taken."""
+
+    errno = _errno.EBUSY
+
+
+class DeviceBusy(UsageError):
+    """Clients or other devices use the device."""
+
+    errno = _errno.EBUSY
+    exit_code = 75  # EX_TEMPFAIL
+
+
+class DeviceFailed(ResourceError):
+    """The device has no worker any more; the error says why, and what may be done."""
+
+    errno = _errno.EIO
+
+
+class WorkerGone(ResourceError):
+    """The worker ended before it answered."""
+
+    errno = _errno.ECONNRESET
+
+
+class WorkerStuck(ResourceError):
+    """The worker does not answer."""
+
+    errno = _errno.ETIMEDOUT
+
+
+class NoSupervisor(ResourceError):
+    """There is none, and none could be started."""
+
+    errno = _errno.ECONNREFUSED
+
+
 class FaultError(OSError):
     """What a target's fault handler raises to fail a request with a particular errno."""

@@ -1,7 +1,8 @@
 """Every target the suite runs over, one entry each: a table, and what it needs.
 
 `{mem}` and `{disk}` are directories on a memory file system and on the disk's; every file a table
-names there exists and is FILE bytes long. The model reads the same text.
+names there exists and is FILE bytes long. `{blk}` holds links `a` and `b` to block devices of that
+size. The model reads the same text.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ TARGETS: dict[str, UnderTest] = {
         targets=(Growing,),
         own={"growing": b""},
     ),
+    "linear on block devices": UnderTest("0 1000 linear {blk}/a 17\n1000 500 linear {blk}/b 0"),
+    "linear on block devices, direct I/O": UnderTest(
+        "0 1000 linear {blk}/a 17\n1000 500 linear {disk}/b 0", direct_io=True
+    ),
+    "loop on a block device": UnderTest("0 1200 loop {blk}/a 1536\n1200 100 loop {mem}/b"),
+    "striped on block devices": UnderTest("0 1260 striped 3 7 {blk}/a 1 {disk}/b 0 {blk}/b 5"),
     "linear, read-only device": UnderTest("0 1000 linear {disk}/b 3", read_only=True),
     "striped, odd chunk": UnderTest("0 1260 striped 3 7 {mem}/a 1 {disk}/b 0 {mem}/c 5"),
     "striped, large chunk": UnderTest("0 1024 striped 2 128 {disk}/a 0 {disk}/b 8"),

@@ -141,7 +141,6 @@ def test_completion_completes_words(cli: Cli, blkloom: str) -> None:
         (["serve", "--no-such-option"], "No such option"),
         (["serve", "--format", "vmdk", "--ram", "1M"], "vmdk"),
         (["serve", "--export", "x" * 5000, "--ram", "1M"], "use at most 4096"),
-        (["sreve"], "No such command"),
         (["completion", "csh"], "csh"),
     ],
 )

@@ -120,16 +120,16 @@ def test_a_failed_load_leaves_both_tables_and_opens_nothing(path: Path, tmp_path
         blkloom.open(path).close()
 
 
-def test_a_swap_that_would_make_a_device_stand_on_itself_is_refused() -> None:
+def test_a_table_that_would_make_a_device_stand_on_itself_is_refused() -> None:
     devices: dict[str, blkloom.Device] = {}
     with blkloom.open("0 8 ram") as ram:
         devices["self"] = blkloom.Device(devices={"ram": ram}, table=table("0 8 linear blkloom:ram 0"))
         with blkloom.Device(devices=devices, table=table("0 8 linear blkloom:self 0")) as upper:
             lower = devices["self"]
             lower._devices["upper"] = upper
-            lower.load(table("0 8 linear blkloom:upper 0"))
-            with pytest.raises(ValueError, match="reach the device itself"):
-                lower.resume()
+            with pytest.raises(TableError, match="would stand on itself: 'upper'"):
+                lower.load(table("0 8 linear blkloom:upper 0"))
+            assert lower.inactive_table is None
             assert not lower.suspended
             assert upper.pread(1, 0) == b"\0"
         devices["self"].close()

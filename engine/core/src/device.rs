@@ -12,7 +12,9 @@ use crate::epoch::{Epochs, Pin};
 use crate::fault::{Fault, FaultQueue};
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
+use crate::stacking::{self, Users};
 use crate::stats::{Shard, Stats};
+use crate::turn::Turn;
 
 /// What the engine's maps name.
 pub struct Kinds;
@@ -55,12 +57,9 @@ impl Mapping {
         Mapping { map, files: files.into(), lower: lower.into() }
     }
 
-    /// Whether this map, or one below it, reaches `device`.
-    fn reaches(&self, device: &Device) -> bool {
-        self.lower.iter().any(|lower| {
-            std::ptr::eq(&**lower, device)
-                || lower.mapping.load().as_ref().is_some_and(|mapping| mapping.reaches(device))
-        })
+    /// Whether `device` stands directly below this map.
+    pub(crate) fn names(&self, device: &Device) -> bool {
+        self.lower.iter().any(|lower| std::ptr::eq(&**lower, device))
     }
 }
 
@@ -74,13 +73,14 @@ const CLOSED: u8 = 2;
 pub struct Device {
     name: String,
     pub(crate) mapping: ArcSwapOption<Mapping>,
+    pub(crate) users: Users,
     gate: AtomicU8,
     pub(crate) epochs: Epochs,
     pub(crate) stats: Stats,
     pub(crate) faults: FaultQueue,
     at_gate: Mutex<Vec<(Arc<Inbox>, TaskId)>>,
     /// One suspend, swap, resume or close at a time.
-    control: Mutex<()>,
+    control: Turn,
     pub(crate) fault_timeout: Duration,
     /// A flush was asked for before the map knew of flush owners: see `needs_flush`.
     has_flush_owners: AtomicBool,
@@ -102,24 +102,35 @@ pub enum SuspendError {
     Flush(i32),
     /// The new map reaches the device itself.
     Cycle,
+    /// With the new map so many devices would stand on one another.
+    TooDeep(usize),
 }
 
 impl Device {
-    pub fn new(name: String, mapping: Option<Arc<Mapping>>, fault_timeout: Duration) -> Arc<Device> {
-        let gate = if mapping.is_some() { LIVE } else { SUSPENDED };
-        let owners = mapping.as_ref().is_some_and(|mapping| !mapping.map.flush_owners().is_empty());
-        Arc::new(Device {
+    /// Live with a map, or suspended with none.
+    pub fn new(
+        name: String,
+        mapping: Option<Arc<Mapping>>,
+        fault_timeout: Duration,
+    ) -> Result<Arc<Device>, SuspendError> {
+        let device = Arc::new(Device {
             name,
-            mapping: ArcSwapOption::new(mapping),
-            gate: AtomicU8::new(gate),
+            mapping: ArcSwapOption::empty(),
+            users: Users::default(),
+            gate: AtomicU8::new(SUSPENDED),
             epochs: Epochs::default(),
             stats: Stats::default(),
             faults: FaultQueue::default(),
             at_gate: Mutex::new(Vec::new()),
-            control: Mutex::new(()),
+            control: Turn::default(),
             fault_timeout: fault_timeout.min(LONGEST_TIMEOUT),
-            has_flush_owners: AtomicBool::new(owners),
-        })
+            has_flush_owners: AtomicBool::new(false),
+        });
+        if let Some(mapping) = mapping {
+            device.swap(mapping)?;
+            device.resume();
+        }
+        Ok(device)
     }
 
     pub fn name(&self) -> &str {
@@ -165,14 +176,19 @@ impl Device {
         true
     }
 
-    fn set_gate(&self, state: u8) {
+    /// False: the device has closed, for good.
+    fn set_gate(&self, state: u8) -> bool {
         let mut waiting = lock(&self.at_gate);
+        if self.closed() {
+            return state == CLOSED;
+        }
         self.gate.store(state, Ordering::SeqCst);
         if state != SUSPENDED {
             for (inbox, task) in waiting.drain(..) {
                 inbox.send(Message::GateOpened(task));
             }
         }
+        true
     }
 
     /// Whether a flush must do anything but answer.
@@ -195,11 +211,14 @@ impl Device {
         deadline: Option<Instant>,
         flush: impl FnOnce() -> Result<(), SuspendError>,
     ) -> Result<(), SuspendError> {
-        let _control = lock(&self.control);
-        match self.gate.load(Ordering::SeqCst) {
-            SUSPENDED => return Ok(()),
-            CLOSED => return Err(SuspendError::Closed),
-            _ => self.set_gate(SUSPENDED),
+        let Some(_control) = self.control.take(deadline) else {
+            return Err(SuspendError::Timeout);
+        };
+        if self.suspended() {
+            return Ok(());
+        }
+        if !self.set_gate(SUSPENDED) {
+            return Err(SuspendError::Closed);
         }
         if !self.epochs.drain(deadline) {
             self.set_gate(LIVE);
@@ -215,19 +234,22 @@ impl Device {
     }
 
     /// Replaces the map; returns once no request uses the old one.
-    pub fn swap(&self, mapping: Arc<Mapping>) -> Result<Option<Arc<Mapping>>, SuspendError> {
-        let _control = lock(&self.control);
-        if self.gate.load(Ordering::SeqCst) == CLOSED {
+    pub fn swap(self: &Arc<Self>, mapping: Arc<Mapping>) -> Result<Option<Arc<Mapping>>, SuspendError> {
+        let _control = self.control.take(None);
+        if self.closed() {
             return Err(SuspendError::Closed);
         }
-        if mapping.reaches(self) {
-            return Err(SuspendError::Cycle);
-        }
         let owners = !mapping.map.flush_owners().is_empty();
-        if owners {
-            self.has_flush_owners.store(true, Ordering::SeqCst);
+        let before = self.has_flush_owners.load(Ordering::SeqCst);
+        self.has_flush_owners.store(before || owners, Ordering::SeqCst);
+        let old = stacking::publish(self, mapping).inspect_err(|_| {
+            self.has_flush_owners.store(before, Ordering::SeqCst);
+        })?;
+        if self.closed() {
+            // `close` did not wait for its turn, and may have let go of the map before this one.
+            self.mapping.store(None);
+            return Err(SuspendError::Closed);
         }
-        let old = self.mapping.swap(Some(mapping));
         self.epochs.synchronize(None);
         self.has_flush_owners.store(owners, Ordering::SeqCst);
         Ok(old)
@@ -235,12 +257,8 @@ impl Device {
 
     /// Opens the gate. False: there is no map to be live with, or the device has closed.
     pub fn resume(&self) -> bool {
-        let _control = lock(&self.control);
-        if self.mapping.load().is_none() || self.gate.load(Ordering::SeqCst) == CLOSED {
-            return false;
-        }
-        self.set_gate(LIVE);
-        true
+        let _control = self.control.take(None);
+        self.mapping.load().is_some() && self.set_gate(LIVE)
     }
 
     pub fn synchronize(&self) {
@@ -257,11 +275,13 @@ impl Device {
 
     /// Refuses what comes, lets what is in flight end, and lets the map go.
     pub fn close(&self) {
-        let _control = lock(&self.control);
+        // Bounded: a request may be waiting at the gate of a suspended device below, or for storage that
+        // does not answer, and then so may whoever has the turn. What a request uses it holds; only its
+        // answer comes late.
+        let deadline = Instant::now() + self.fault_timeout;
         self.set_gate(CLOSED);
-        // Bounded: a request may be waiting at the gate of a suspended device below. What it uses it
-        // holds; only its answer comes late.
-        self.epochs.drain(Some(Instant::now() + self.fault_timeout));
+        let _control = self.control.take(Some(deadline));
+        self.epochs.drain(Some(deadline));
         self.faults.close();
         self.mapping.store(None);
     }

@@ -54,6 +54,8 @@ struct Member {
 
 pub struct Engine {
     use_ring: bool,
+    /// A loop that gets no ring of its own after all goes without.
+    may_do_without: bool,
     count: usize,
     spin: Duration,
     pool: Arc<Pool>,
@@ -63,7 +65,7 @@ pub struct Engine {
     closed: Mutex<bool>,
 }
 
-/// A served connection, for closing it.
+/// A served connection, for ending it.
 pub struct ConnectionHandle {
     inbox: Arc<Inbox>,
     id: u64,
@@ -73,12 +75,19 @@ impl ConnectionHandle {
     pub fn close(&self) {
         self.inbox.send(Message::CloseConnection(self.id));
     }
+
+    /// Lets go of the client without its noticing; the notice brings what the next engine needs. From
+    /// then on `close` does nothing.
+    pub fn detach(&self) {
+        self.inbox.send(Message::DetachConnection(self.id));
+    }
 }
 
 impl Engine {
     /// loops: 0 for one a CPU.
     pub fn new(loops: usize, io: IoChoice, spin: Duration, threads: usize) -> Result<Engine, EngineError> {
-        let use_ring = match (io, Ring::probe()) {
+        // As large as the loops': a small one may be allowed where that is not.
+        let use_ring = match (io, Ring::new(looper::RING_ENTRIES)) {
             (IoChoice::Threads, _) => false,
             (IoChoice::Ring, Err(error)) => return Err(EngineError::NoRing(error)),
             (_, probed) => probed.is_ok(),
@@ -86,6 +95,7 @@ impl Engine {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Engine {
             use_ring,
+            may_do_without: io == IoChoice::Auto,
             count: if loops == 0 { cpus } else { loops }.clamp(1, 64),
             spin,
             pool: Arc::new(Pool::new(threads)),
@@ -122,7 +132,11 @@ impl Engine {
             shard: Shard::of_loop(index),
             connections: connections.clone(),
         };
-        let thread = looper::start(index, settings).map_err(|error| EngineError::Os("starting a loop", error))?;
+        let thread = match looper::start(index, settings.clone()) {
+            Err(_) if self.may_do_without => looper::start(index, LoopSettings { use_ring: false, ..settings }),
+            started => started,
+        };
+        let thread = thread.map_err(|error| EngineError::Os("starting a loop", error))?;
         Ok(Member { inbox, connections, thread: Mutex::new(Some(thread)) })
     }
 

@@ -12,6 +12,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::stats::{SHARDS, Shard};
+use crate::turn::Turn;
 
 #[repr(align(128))]
 #[derive(Default)]
@@ -25,7 +26,7 @@ pub struct Epochs {
     parked: AtomicI64,
     /// How often anything was ever parked: tells `drain` what came and went while it looked elsewhere.
     parks: AtomicU64,
-    turn: Mutex<()>,
+    turn: Turn,
     waiting: AtomicBool,
     quiet: Mutex<()>,
     changed: Condvar,
@@ -81,7 +82,9 @@ impl Epochs {
 
     /// Waits until no pin taken before this call is held. False: the deadline passed first.
     pub fn synchronize(&self, deadline: Option<Instant>) -> bool {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(_turn) = self.turn.take(deadline) else {
+            return false;
+        };
         // A turn that timed out left pins of the other parity behind; they must go first.
         let old = self.epoch.load(Ordering::SeqCst);
         if !self.wait(deadline, || self.pinned(((old + 1) & 1) as usize) == 0) {

@@ -33,6 +33,7 @@ pub enum Message {
     GateOpened(TaskId),
     Serve(Box<Connection>),
     CloseConnection(u64),
+    DetachConnection(u64),
     Stop,
 }
 

@@ -18,7 +18,9 @@ mod now;
 mod pool;
 mod queue;
 mod request;
+mod stacking;
 mod stats;
+mod turn;
 
 pub use call::{Batch, Direction, Transfer};
 pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};

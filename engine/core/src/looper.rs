@@ -12,14 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use blkloom_io::{Buffer, BufferPool, Ring};
+use blkloom_io::{Buffer, BufferPool, Ring, errno::ESHUTDOWN};
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use slab::Slab;
 
 use crate::call::nanoseconds;
 use crate::inbox::{Inbox, Message};
-use crate::nbd::{Arena, Connection, Workbench};
+use crate::nbd::{Arena, Connection, Ticket, Workbench};
 use crate::pool::Pool;
 use crate::queue::{Ended, Queue};
 use crate::request::Owner;
@@ -28,7 +28,7 @@ use crate::stats::Shard;
 const INPUT: usize = 256 << 10;
 const ARENA: usize = 1 << 20;
 const BUFFERS: usize = 64 << 20;
-const RING_ENTRIES: u32 = 256;
+pub const RING_ENTRIES: u32 = 256;
 /// Connections polled without asking epoll which of them is ready.
 const FEW: usize = 4;
 /// When the kernel was too busy to take submissions, they are offered again after this.
@@ -41,6 +41,7 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(86400);
 const INBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
 
+#[derive(Clone)]
 pub struct LoopSettings {
     pub inbox: Arc<Inbox>,
     pub pool: Arc<Pool>,
@@ -73,6 +74,8 @@ struct Loop {
     spin_pays: u32,
     /// How long a turn without anything to do lasts while storage has work of ours: a moving average.
     storage_wait: Duration,
+    /// Connections that another engine is to go on with.
+    leaving: usize,
     stopping: bool,
 }
 
@@ -104,6 +107,7 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         spin: settings.spin,
         spin_pays: 4,
         storage_wait: Duration::ZERO,
+        leaving: 0,
         stopping: false,
     };
     std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || {
@@ -274,8 +278,35 @@ impl Loop {
         // Before the ring and the ended are looked at: what expires may end requests or start more I/O.
         self.expire();
         self.bench.queue.submit_ring();
+        if self.leaving > 0 {
+            moved |= self.take_back();
+        }
         moved |= self.finish_ended();
         moved
+    }
+
+    /// Gives requests that only wait at gates back to connections that are leaving. Where nobody is left
+    /// to go on with such a connection, they fail.
+    fn take_back(&mut self) -> bool {
+        let members = &self.members;
+        let of = |ticket: &Ticket| {
+            members.get(ticket.slot).map(|member| &member.connection).filter(|connection| connection.id == ticket.id)
+        };
+        let withdrawn = self.bench.queue.withdraw(|ticket| of(ticket).is_some_and(Connection::is_leaving));
+        let any = !withdrawn.is_empty();
+        for request in withdrawn {
+            let Owner::Connection(Ticket { slot, .. }) = request.owner else {
+                continue;
+            };
+            match self.members.get_mut(slot).map(|member| &mut member.connection) {
+                Some(connection) if connection.is_detaching() => {
+                    connection.take_back(request, &mut self.bench);
+                    self.settle(slot, true);
+                }
+                _ => self.ended.push(Ended { request, error: ESHUTDOWN, found: Vec::new() }),
+            }
+        }
+        any
     }
 
     fn message(&mut self, message: Message) {
@@ -290,7 +321,16 @@ impl Loop {
                     self.close(slot);
                 }
             }
+            Message::DetachConnection(id) => {
+                if let Some((slot, member)) = self.members.iter_mut().find(|(_, member)| member.connection.id == id) {
+                    self.leaving += usize::from(!member.connection.is_leaving());
+                    member.connection.detach();
+                    self.settle(slot, true);
+                }
+            }
             Message::Stop => {
+                // What can be given back must not be failed with the rest.
+                self.take_back();
                 self.stopping = true;
                 self.bench.queue.stop();
                 let slots: Vec<usize> = self.members.iter().map(|(slot, _)| slot).collect();
@@ -366,6 +406,7 @@ impl Loop {
                 let _watched = epoll::delete(&self.epoll, member.connection.fd());
             }
             let member = self.members.remove(slot);
+            self.leaving -= usize::from(member.connection.is_leaving());
             self.active.retain(|&other| other != slot);
             self.count.fetch_sub(1, Ordering::Relaxed);
             member.connection.announce();

@@ -1,4 +1,4 @@
-//! What an event loop of Python's is told: ended I/O and closed connections.
+//! What an event loop of Python's is told: ended I/O, and connections that closed or were detached.
 //!
 //! A queue and an eventfd that is readable while the queue is not empty. Loops push, Python takes.
 
@@ -11,8 +11,18 @@ use crate::lock;
 use crate::request::Found;
 
 pub enum Outcome {
-    Io { error: i32, found: Vec<Found> },
-    Closed { reason: String },
+    Io {
+        error: i32,
+        found: Vec<Found>,
+    },
+    Closed {
+        reason: String,
+    },
+    /// The engine let go of the client; initial: what it received and did not serve.
+    Detached {
+        fd: OwnedFd,
+        initial: Vec<u8>,
+    },
 }
 
 pub struct Notice {

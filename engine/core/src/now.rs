@@ -4,7 +4,7 @@
 //! queue. It stops at the first piece that would wait, fault or park, and says how far it came; the
 //! queue takes the request from there.
 
-use blkloom_io::{File, Inline, InlinePolicy, Slice, Stretch, errno::EIO};
+use blkloom_io::{Busy, File, Inline, InlinePolicy, Slice, Stretch, errno::EIO};
 use blkloom_map::Place;
 
 use crate::device::{Device, Kinds, Refused};
@@ -111,7 +111,7 @@ pub fn read(
                 Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
                 Inline::Wait(done) => {
                     let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
-                    file.read(offset, part).map_or_else(Now::Failed, |()| Now::Done)
+                    Busy::new(&***file).read(offset, part).map_or_else(Now::Failed, |()| Now::Done)
                 }
             },
             Place::Memory { region, offset } => {
@@ -209,7 +209,7 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: 
                 Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
                 Inline::Wait(done) => {
                     let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
-                    file.write(offset, part, false).map_or_else(Now::Failed, |()| Now::Done)
+                    Busy::new(&***file).write(offset, part, false).map_or_else(Now::Failed, |()| Now::Done)
                 }
             },
             Place::Memory { region, offset } => {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use blkloom_io::{Errno, File, RangeGuard, Slice, Stretch};
+use blkloom_io::{Busy, Errno, File, RangeGuard, Slice, Stretch};
 
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
@@ -28,7 +28,7 @@ pub enum Work {
 }
 
 struct Job {
-    file: Arc<File>,
+    file: Busy<Arc<File>>,
     chore: Chore,
     inbox: Arc<Inbox>,
     task: TaskId,
@@ -61,7 +61,7 @@ impl Pool {
     /// Does the chore and sends `Message::Worked`. What the chore's memory needs is kept by the task.
     pub fn submit(&self, file: Arc<File>, chore: Chore, inbox: Arc<Inbox>, task: TaskId) {
         let mut state = lock(&self.shared.state);
-        state.jobs.push_back(Job { file, chore, inbox, task });
+        state.jobs.push_back(Job { file: Busy::new(file), chore, inbox, task });
         if state.idle < state.jobs.len() && state.threads.len() < self.limit {
             let shared = self.shared.clone();
             match std::thread::Builder::new().name("blkloom-io".into()).spawn(move || run(&shared)) {
@@ -86,6 +86,7 @@ fn run(shared: &Shared) {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
             let work = job.chore.work(&job.file);
+            drop(job.file);
             job.inbox.send(Message::Worked(job.task, work));
             state = lock(&shared.state);
         } else if state.stopping {

@@ -12,12 +12,13 @@
 mod flush;
 mod task;
 mod walk;
+mod withdraw;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Completion, File, Ring, Stretch, errno::EIO, errno::ESHUTDOWN, errno::ETIMEDOUT};
+use blkloom_io::{Busy, Completion, File, Ring, Stretch, errno::EIO, errno::ESHUTDOWN, errno::ETIMEDOUT};
 use slab::Slab;
 
 use self::flush::must_flush;
@@ -81,7 +82,7 @@ struct Task {
 
 enum Kind {
     Ring {
-        file: Arc<File>,
+        file: Busy<Arc<File>>,
         at: u64,
         done: u64,
         write: bool,

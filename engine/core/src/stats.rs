@@ -141,6 +141,11 @@ impl Stats {
         shard.ended.fetch_add(count, Ordering::Relaxed);
     }
 
+    /// A request that was started will not end here: another process goes on with it.
+    pub fn withdraw(&self, shard: Shard) {
+        self.shard(shard).ended.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub fn fault(&self, shard: Shard) {
         self.shard(shard).faults.fetch_add(1, Ordering::Relaxed);
     }

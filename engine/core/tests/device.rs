@@ -38,7 +38,7 @@ fn mapping(extent: Extent<Kinds>, flush_owners: Vec<u32>) -> Arc<Mapping> {
 }
 
 fn device(extent: Extent<Kinds>) -> Arc<Device> {
-    Device::new("test".into(), Some(mapping(extent, vec![])), Duration::from_secs(20))
+    Device::new("test".into(), Some(mapping(extent, vec![])), Duration::from_secs(20)).unwrap()
 }
 
 fn read(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), i32> {
@@ -269,7 +269,7 @@ fn faults_end_with_what_the_target_says_or_with_an_error() {
 #[test]
 fn a_fault_nobody_answers_fails_and_its_late_answer_is_ignored() {
     let engine = engine(IoChoice::Auto);
-    let device = Device::new(String::new(), Some(mapping(Extent::Fault, vec![])), Duration::from_millis(50));
+    let device = Device::new(String::new(), Some(mapping(Extent::Fault, vec![])), Duration::from_millis(50)).unwrap();
     device.attach_mapper();
     assert_eq!(read(&engine, &device, 0, &mut [0; 512]), Err(ETIMEDOUT));
     let mut late = device.next_faults(None).unwrap();
@@ -287,7 +287,7 @@ fn a_fault_nobody_answers_fails_and_its_late_answer_is_ignored() {
 fn a_flush_reaches_targets_that_asked_for_it() {
     let engine = engine(IoChoice::Auto);
     let mapping = mapping(memory(&region()), vec![3, 9]);
-    let device = Device::new(String::new(), Some(mapping), Duration::from_secs(20));
+    let device = Device::new(String::new(), Some(mapping), Duration::from_secs(20)).unwrap();
     device.attach_mapper();
     std::thread::scope(|scope| {
         let device = &device;

@@ -226,7 +226,7 @@ fn requests_wait_at_the_gate_of_a_device_below() {
 fn faults_nobody_answers_time_out_however_soon_the_loop_sleeps() {
     for (name, engine) in engines() {
         let place = mapping(vec![(1 << 20, Extent::Fault)], vec![0]);
-        let device = Device::new(String::new(), Some(place), Duration::from_millis(30));
+        let device = Device::new(String::new(), Some(place), Duration::from_millis(30)).unwrap();
         device.attach_mapper();
         for _ in 0..3 {
             assert_eq!(read_later(&engine, &device, 0, &mut [0; 512]), ETIMEDOUT, "with {name}");
@@ -255,7 +255,7 @@ fn faults_nobody_answers_time_out_however_soon_the_loop_sleeps() {
 #[test]
 fn timeouts_beyond_the_clock_are_for_ever() {
     let engine = engines().remove(0).1;
-    let device = Device::new(String::new(), Some(mapping(vec![(512, Extent::Fault)], vec![])), Duration::MAX);
+    let device = Device::new(String::new(), Some(mapping(vec![(512, Extent::Fault)], vec![])), Duration::MAX).unwrap();
     device.attach_mapper();
     std::thread::scope(|scope| {
         let (engine, device) = (&engine, &device);

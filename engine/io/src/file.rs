@@ -7,9 +7,10 @@
 //! reads, modifies and writes whole blocks under a range lock.
 
 use std::io::{IoSlice, IoSliceMut};
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::fs::{
     self, Advice, AtFlags, FallocateFlags, FileType, SeekFrom, StatxFlags, fadvise, fallocate, fdatasync, fstat,
@@ -86,6 +87,31 @@ pub struct File {
     offset_alignment: u64,
     memory_alignment: u64,
     blocks: Arc<RangeLock>,
+    busy: AtomicUsize,
+}
+
+/// Counts as one of the file's operations that storage has not answered, until it is dropped.
+pub struct Busy<F: Deref<Target = File>>(F);
+
+impl<F: Deref<Target = File>> Busy<F> {
+    pub fn new(file: F) -> Busy<F> {
+        file.busy.fetch_add(1, Ordering::Relaxed);
+        Busy(file)
+    }
+}
+
+impl<F: Deref<Target = File>> Deref for Busy<F> {
+    type Target = F;
+
+    fn deref(&self) -> &F {
+        &self.0
+    }
+}
+
+impl<F: Deref<Target = File>> Drop for Busy<F> {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl File {
@@ -120,6 +146,7 @@ impl File {
             offset_alignment,
             memory_alignment,
             blocks: Arc::default(),
+            busy: AtomicUsize::new(0),
         })
     }
 
@@ -153,6 +180,11 @@ impl File {
 
     pub fn memory_alignment(&self) -> u64 {
         self.memory_alignment
+    }
+
+    /// Operations that storage has not answered; not those that are tried at once.
+    pub fn in_flight(&self) -> usize {
+        self.busy.load(Ordering::Relaxed)
     }
 
     /// Bytes, now.

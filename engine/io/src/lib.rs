@@ -12,7 +12,7 @@ mod region;
 mod ring;
 
 pub use buffer::{Buffer, BufferPool};
-pub use file::{File, FileError, Inline, InlinePolicy, Stretch};
+pub use file::{Busy, File, FileError, Inline, InlinePolicy, Stretch};
 pub use memory::Slice;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use region::{Region, RegionError};

@@ -61,7 +61,8 @@ fn acts() -> impl Strategy<Value = Vec<(Act, u64, u64)>> {
 proptest! {
     #[test]
     fn a_region_is_a_vector_of_bytes(acts in acts()) {
-        let (region, mut model) = (region(SIZE), vec![0u8; SIZE as usize]);
+        let fd = memfd(SIZE);
+        let (region, mut model) = (Region::new(fd.try_clone().unwrap(), SIZE, PAGE).unwrap(), vec![0u8; SIZE as usize]);
         for (act, offset, len) in acts {
             let len = len.min(SIZE - offset);
             let range = offset as usize..(offset + len) as usize;
@@ -99,6 +100,13 @@ proptest! {
             at += len;
         }
         prop_assert_eq!(region.resident(), written_bytes);
+        // Whoever gets the memory next finds the same, though the first has gone.
+        drop(region);
+        let next = Region::new(fd, SIZE, PAGE).unwrap();
+        prop_assert_eq!(&read(&next, 0, SIZE as usize), &model);
+        prop_assert_eq!(next.resident(), written_bytes);
+        next.zero(0, SIZE, true).unwrap();
+        prop_assert_eq!(next.resident(), 0);
     }
 }
 
@@ -142,6 +150,17 @@ fn a_memfd_handed_over_keeps_its_bytes() {
     assert_eq!(read(&second, 5 * PAGE, 10), [0, 9, 9, 9, 9, 9, 9, 9, 9, 0]);
     let only_past_the_end = Region::new(fd, 4 * PAGE, PAGE).unwrap();
     assert_eq!(only_past_the_end.resident(), 0);
+}
+
+#[test]
+fn memory_allocated_but_not_written_is_not_taken_for_data() {
+    let fd = memfd(SIZE);
+    rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, SIZE).unwrap();
+    let first = Region::new(fd.try_clone().unwrap(), SIZE, PAGE).unwrap();
+    assert_eq!(first.resident(), 0);
+    write(&first, 3 * PAGE, &[1]);
+    let second = Region::new(fd, SIZE, PAGE).unwrap();
+    assert_eq!((second.resident(), second.run(0, SIZE)), (PAGE, (3 * PAGE, false)));
 }
 
 #[test]

@@ -87,11 +87,12 @@ impl Device {
 
 fn suspend_error(error: SuspendError, name: &str) -> PyErr {
     match error {
-        SuspendError::Timeout => {
-            PyTimeoutError::new_err(format!("{name}: requests in flight did not finish in time; the device is live"))
-        }
+        SuspendError::Timeout => PyTimeoutError::new_err(format!(
+            "{name}: requests in flight, or another call, did not finish in time; nothing changed"
+        )),
         SuspendError::Closed => os_error(108, name),
         SuspendError::Flush(errno) => os_error(errno, &format!("{name}: flush on suspend")),
+        SuspendError::TooDeep(levels) => os_error(40, &format!("{name}: {levels} devices would stand on one another")),
         SuspendError::Cycle => PyValueError::new_err(format!("{name}: the new map would reach the device itself")),
     }
 }
@@ -109,7 +110,8 @@ impl Device {
     ) -> PyResult<Device> {
         let _for_subclasses = kwargs;
         let timeout = Duration::try_from_secs_f64(fault_timeout).map_err(value_error)?;
-        let inner = blkloom_core::Device::new(name.to_owned(), map.map(|map| map.0.clone()), timeout);
+        let inner = blkloom_core::Device::new(name.to_owned(), map.map(|map| map.0.clone()), timeout)
+            .map_err(|error| suspend_error(error, name))?;
         Ok(Device { engine: engine.0.clone(), inner })
     }
 

@@ -1,7 +1,7 @@
 //! Exports, connections and notices.
 
 use std::collections::HashMap;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Session};
 use blkloom_wire::Style;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
 use crate::border::{Bytes, os_error, stats, value_error};
 use crate::device::{Device, Engine};
@@ -70,6 +70,10 @@ impl Notices {
                     (result, error)
                 }
                 Outcome::Closed { reason } => (reason.into_pyobject(py)?.into_any(), 0),
+                Outcome::Detached { fd, initial } => {
+                    let detached = Detached { initial: PyBytes::new(py, &initial).unbind(), fd: Mutex::new(Some(fd)) };
+                    (Bound::new(py, detached)?.into_any(), 0)
+                }
             };
             all.push((notice.token, result, errno));
         }
@@ -125,12 +129,35 @@ impl Connection {
     fn close(&self) {
         self.0.close();
     }
+
+    fn detach(&self) {
+        self.0.detach();
+    }
+}
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct Detached {
+    initial: Py<PyBytes>,
+    fd: Mutex<Option<OwnedFd>>,
+}
+
+#[pymethods]
+impl Detached {
+    #[getter]
+    fn initial(&self, py: Python<'_>) -> Py<PyBytes> {
+        self.initial.clone_ref(py)
+    }
+
+    fn take_descriptor(&self) -> PyResult<i32> {
+        let taken = self.fd.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.map(OwnedFd::into_raw_fd).ok_or_else(|| os_error(9, "the descriptor was taken before"))
+    }
 }
 
 #[pyfunction]
 #[pyo3(signature = (
     engine, export, fd, notices, token, *, structured = false, extended = false, allocation_context = None,
-    initial = Vec::new(), max_payload = 33_554_432, stall_timeout = 60.0,
+    initial = &b""[..], max_payload = 33_554_432, stall_timeout = 60.0,
 ), text_signature = "(engine, export, fd, notices, token, *, structured=False, extended=False, \
     allocation_context=None, initial=b'', max_payload=33554432, stall_timeout=60.0)")]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
@@ -144,7 +171,7 @@ pub fn serve_nbd(
     structured: bool,
     extended: bool,
     allocation_context: Option<u32>,
-    initial: Vec<u8>,
+    initial: &[u8],
     max_payload: u32,
     stall_timeout: f64,
 ) -> PyResult<Connection> {
@@ -154,7 +181,7 @@ pub fn serve_nbd(
         _ => Style::Simple,
     };
     let stall = Duration::try_from_secs_f64(stall_timeout).map_err(value_error)?;
-    let session = Session { style, context: allocation_context, initial, max_payload, stall };
+    let session = Session { style, context: allocation_context, initial: initial.to_vec(), max_payload, stall };
     let (fd, export, notices) = (duplicate(fd)?, export.inner.clone(), notices.inner.clone());
     py.detach(|| engine.0.serve_nbd(NbdSession { export, fd, session, notices, token }))
         .map(Connection)

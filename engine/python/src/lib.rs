@@ -16,7 +16,7 @@ mod _engine {
     #[pymodule_export]
     use crate::device::{Device, Engine};
     #[pymodule_export]
-    use crate::export::{Connection, Export, Notices, serve_nbd};
+    use crate::export::{Connection, Detached, Export, Notices, serve_nbd};
     #[pymodule_export]
     use crate::fault::Fault;
     #[pymodule_export]

@@ -82,6 +82,11 @@ impl File {
     fn label(&self) -> &str {
         self.0.label()
     }
+
+    #[getter]
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
 }
 
 #[pyclass(frozen, module = "blkloom._engine")]

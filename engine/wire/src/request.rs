@@ -1,6 +1,6 @@
 //! Request headers, compact (28 bytes) and extended (32 bytes).
 
-use crate::reply::ErrorCode;
+use crate::reply::{ErrorCode, Sink};
 
 const COMPACT_MAGIC: u32 = 0x2560_9513;
 const EXTENDED_MAGIC: u32 = 0x21e4_1c71;
@@ -102,6 +102,22 @@ impl Style {
             _ => u64_at(20) & 0xffff_ffff,
         };
         Ok(Some(Header { flags: u16_at(4), kind: u16_at(6), cookie: u64_at(8), offset: u64_at(16), length }))
+    }
+}
+
+impl Header {
+    /// The bytes `Style::header` took apart.
+    pub fn put(self, style: Style, out: &mut impl Sink) {
+        let (magic, length) = match style {
+            Style::Extended => (EXTENDED_MAGIC, self.length.to_be_bytes()),
+            _ => (COMPACT_MAGIC, (self.length << 32).to_be_bytes()),
+        };
+        out.put(&magic.to_be_bytes());
+        out.put(&self.flags.to_be_bytes());
+        out.put(&self.kind.to_be_bytes());
+        out.put(&self.cookie.to_be_bytes());
+        out.put(&self.offset.to_be_bytes());
+        out.put(&length[..style.header_size() - 24]);
     }
 }
 

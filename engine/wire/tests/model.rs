@@ -40,10 +40,16 @@ proptest! {
         let bytes = compact(f, k, c, o, l);
         let header = Style::Simple.header(&bytes).unwrap().unwrap();
         prop_assert_eq!((header.flags, header.kind, header.cookie, header.offset, header.length), (f, k, c, o, l.into()));
+        let mut again = Vec::new();
+        header.put(Style::Simple, &mut again);
+        prop_assert_eq!(&again, &bytes);
         prop_assert_eq!(Style::Structured.header(&bytes[..cut]), Ok(None));
         let bytes = extended(f, k, c, o, u64::from(l) << 20);
         let header = Style::Extended.header(&bytes).unwrap().unwrap();
         prop_assert_eq!((header.offset, header.length), (o, u64::from(l) << 20));
+        again.clear();
+        header.put(Style::Extended, &mut again);
+        prop_assert_eq!(&again, &bytes);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 """The `blkloom` command: its verbs, its log, and one exit code an error.
 
-Below this module nothing reads the environment or prints; errors come up as exceptions.
+Below the command line nothing reads the environment or prints; errors come up as exceptions.
 """
 
 from __future__ import annotations
@@ -8,50 +8,65 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from blkloom.cli.completion import completion
-from blkloom.cli.serve import serve
-from blkloom.cli.targets import targets
+from blkloom.cli.session import RUN_DIR
+from blkloom.cli.verbs import Verbs
+from blkloom.dm.failing import VerbFailed
 from blkloom.errors import BlkloomError
 
 _EX_OSERR = 71
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="blkloom")
+@click.option(
+    "--run-dir",
+    envvar="BLKLOOM_RUN_DIR",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Where the supervisor and its devices are ($BLKLOOM_RUN_DIR); $XDG_RUNTIME_DIR/blkloom or /run/blkloom.",
+)
 @click.option("-v", "--verbose", count=True, help="Log more: -v connections, -vv everything.")
 @click.option("-q", "--quiet", is_flag=True, help="Log errors only.")
-def blkloom(verbose: int, quiet: bool) -> None:
+@click.pass_context
+def blkloom(context: click.Context, run_dir: str | None, verbose: int, quiet: bool) -> None:
     """Virtual block devices in user space, woven from files, memory and each other.
 
     \b
-    blkloom serve disk.img                    a file as a disk
-    blkloom serve --ram 1G                    memory as a disk
-    blkloom serve --table '0 2048 zero'       what a dmsetup table describes
-    blkloom targets                           what tables are made of
+    blkloom create disk --table '0 2048 loop disk.img'   a device, live until it is removed
+    blkloom ls --tree                                    what stands on what
+    blkloom info -c -o name,size,open,socket             where NBD clients reach it
+    blkloom remove disk                                  drained, flushed, gone
+    blkloom serve disk.img                               without a supervisor, until ^C
+    blkloom targets -v                                   what tables are made of
 
-    Exit status: 0 success, 64 usage, 65 a bad table, 66 a backing file that cannot be used, 69 a
-    socket that cannot be listened on, 71 the system lacks something, 75 a backing file in use.
+    Verbs of dmsetup's take its options, print what it prints and exit as it does: 0, or 1 when
+    something failed. `blkloom VERB --help` tells more of each.
+
+    Exit status of serve: 0 success, 64 usage, 65 a bad table, 66 a backing file that cannot be used,
+    69 a socket that cannot be listened on, 71 the system lacks something, 75 a backing file in use.
     """
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="blkloom: %(levelname)s: %(message)s", stream=sys.stderr)
-
-
-for verb in (serve, targets, completion):
-    blkloom.add_command(verb)
+    if context.invoked_subcommand != "supervisor":  # its log goes to the journal where there is one
+        logging.basicConfig(level=level, format="blkloom: %(levelname)s: %(message)s", stream=sys.stderr)
+    context.meta[RUN_DIR] = run_dir
 
 
 def main() -> NoReturn:
     """Runs the command and exits with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        _any_bytes(stream)
     try:
         blkloom(standalone_mode=False)
+    except VerbFailed as error:
+        _end(error.text(), 1)
     except BlkloomError as error:
-        _fail(str(error), error.exit_code)
+        _end(f"blkloom: {error}", error.exit_code)
     except click.exceptions.Abort:
-        _fail("interrupted", 130)
+        _end("blkloom: interrupted", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(64 if isinstance(error, click.UsageError) else error.exit_code)
@@ -60,12 +75,18 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        _fail(str(error), _EX_OSERR)
+        _end(f"blkloom: {error}", _EX_OSERR)
     sys.exit(0)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"blkloom: {message}", err=True)
+def _any_bytes(stream: Any) -> None:
+    """Names of files need not be UTF-8, and are printed as they are."""
+    stream.reconfigure(errors="surrogateescape")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    click.echo(message, err=True)
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from blkloom import _engine
+from blkloom.cli.addresses import host_port
 from blkloom.cli.devices import DeviceRequest, open_devices, requested
 from blkloom.cli.serving import Listening, Report, run
 from blkloom.errors import ResourceError, UsageError
@@ -27,16 +28,6 @@ def _size(text: str) -> Bytes:
         raise click.BadParameter(str(error)) from error
 
 
-def _host_port(text: str) -> tuple[str, int]:
-    """HOST:PORT, HOST or :PORT; IPv6 addresses in brackets."""
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = text, "10809"
-    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise click.BadParameter(f"{text!r}: the port must be a number up to 65535, as in localhost:10809")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(readable=False), metavar="[FILE]...")
 @click.option("--table", metavar="TABLE", help="A device from a dmsetup table; '-' reads it from standard input.")
@@ -47,7 +38,7 @@ def _host_port(text: str) -> tuple[str, int]:
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
 @click.option("--description", default="", help="Text that clients are shown.")
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
-@click.option("--listen", type=_host_port, metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
+@click.option("--listen", type=host_port, metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
 @click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")
 @click.option("--shared", is_flag=True, help="Do not lock files; others may change them meanwhile.")

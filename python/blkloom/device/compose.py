@@ -35,12 +35,17 @@ class Owner:
 
 @dataclass(frozen=True, eq=False)
 class LoadedTable:
-    """A table, its map, its targets by owner number, and what was opened for it."""
+    """A table, its map, its targets by owner number (in order), and what was opened for it."""
 
     table: Table
     map: Map
     owners: dict[int, Owner]
     opening: Opening
+
+    @property
+    def read_only(self) -> bool:
+        """Writes fail with EROFS."""
+        return self.opening.read_only
 
     def close(self) -> None:
         """Closes the targets, then what was opened. A target that fails to is logged."""

@@ -14,6 +14,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -23,10 +24,12 @@ from blkloom.device.at_exit import close_at_exit, forget
 from blkloom.device.compose import LoadedTable, compose
 from blkloom.device.mapper import Mapper
 from blkloom.device.raw_io import RawDevice
-from blkloom.errors import UsageError
+from blkloom.errors import DrainError, UsageError
 from blkloom.table import Table
+from blkloom.target.descriptors import Descriptors
 from blkloom.target.holding import HeldFiles
 from blkloom.target.opening import Opening
+from blkloom.units import Sectors
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Device(_engine.Device):
     """
 
     read_only: bool
-    """Writes fail with EROFS."""
+    """Writes fail with EROFS: the active table is read-only, or the next one is unless told otherwise."""
     engine: _engine.Engine
     """The engine whose loops serve this device's exports and asynchronous I/O."""
 
@@ -68,6 +71,8 @@ class Device(_engine.Device):
         direct_io: bool = False,
         shared: bool = False,
         devices: Mapping[str, Device] | None = None,
+        device_folder: str = "",
+        held: HeldFiles | None = None,
     ) -> None:
         """Loads `table` and goes live; without one the device starts suspended and empty.
 
@@ -75,18 +80,20 @@ class Device(_engine.Device):
         fault_timeout: seconds after which a fault its target has not answered fails (ETIMEDOUT).
         read_only: open every file for reading only. direct_io: open files with O_DIRECT unless the
         table says otherwise. shared: claim no files; others may change them at the same time.
-        devices: the devices that `blkloom:NAME` in tables may name.
+        devices: the devices that `blkloom:NAME` in tables may name. device_folder: paths in it name
+        them too. held: where its files are kept, None for a place of its own.
         Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
         """
         self.read_only = read_only
         self._direct_io = direct_io
         self._shared = shared
-        self._devices = dict(devices or {})
+        self._devices = devices if devices is not None else {}
+        self._device_folder = device_folder
         self._fault_timeout = fault_timeout
         self._owns_engine = engine is None
         self._control = threading.RLock()
         self._closed = False
-        self._held = HeldFiles()
+        self._held = held if held is not None else HeldFiles()
         self._owner_numbers = itertools.count()
         self._active: LoadedTable | None = None
         self._inactive: LoadedTable | None = None
@@ -121,23 +128,37 @@ class Device(_engine.Device):
         """Whether `close` was called."""
         return self._closed
 
-    def load(self, table: Table) -> None:
+    def load(
+        self,
+        table: Table,
+        *,
+        read_only: bool | None = None,
+        shared: bool | None = None,
+        descriptors: Descriptors | None = None,
+    ) -> LoadedTable:
         """Opens and maps `table` into the inactive slot, in place of what was there. The active
         table, and the inactive one if this raises, stay as they are.
+
+        read_only, shared: None for the device's own. descriptors: who opens files, None for this
+        process. Returns what was loaded.
         """
         with self._control:
             self._check_open()
             opening = Opening(
                 self._held,
-                read_only=self.read_only,
+                read_only=self.read_only if read_only is None else read_only,
                 direct_io=self._direct_io,
-                shared=self._shared,
+                shared=self._shared if shared is None else shared,
                 devices=self._devices,
+                device_folder=self._device_folder,
+                descriptors=descriptors,
+                above=self,
             )
             loaded = compose(table, opening, self._owner_numbers)
             self.clear()
             self._mapper.add(loaded)
             self._inactive = loaded
+            return loaded
 
     def clear(self) -> None:
         """Empties the inactive slot."""
@@ -146,23 +167,99 @@ class Device(_engine.Device):
             if loaded:
                 self._mapper.retire(loaded)
 
-    def resume(self) -> None:
-        """Swaps the inactive table in, if there is one, and goes live. A live device is suspended
-        for that (drained and flushed) as `dmsetup resume` does. If the swap fails the old table
-        stays active.
+    def suspend(self, *, flush: bool = True, timeout: float | None = None) -> None:
+        """Stops new requests (they wait), finishes those in flight, flushes. timeout: seconds.
+        Raises DrainError, which says what does not end, and OSError when the flush fails; then the
+        device stays live.
         """
         with self._control:
             self._check_open()
-            if self._inactive:
-                self._swap_in(self._inactive)
+            try:
+                super().suspend(flush=flush, timeout=timeout)
+            except TimeoutError as error:
+                after = f" after {timeout:g} s" if timeout is not None else ""
+                raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
+
+    def resume(self, *, flush: bool = True, timeout: float | None = None, swap: bool = True) -> None:
+        """Swaps the inactive table in, if there is one and unless `swap` is False, and goes live. A live device is suspended
+        for that (drained and flushed) as `dmsetup resume` does. If the swap fails the old table
+        stays active. Arguments and errors are those of `suspend`.
+        """
+        with self._control:
+            self._check_open()
+            if swap:
+                self.activate(flush=flush, timeout=timeout)
             if self._active is None:
                 raise UsageError("a device without a table cannot be resumed", cure="load a table first")
             super().resume()
 
-    def _swap_in(self, new: LoadedTable) -> None:
+    def activate(self, *, flush: bool = True, timeout: float | None = None) -> None:
+        """Swaps the inactive table in, if there is one. The device is suspended after that."""
+        with self._control:
+            self._check_open()
+            if self._inactive:
+                self._swap_in(self._inactive, flush=flush, timeout=timeout)
+
+    def status(self) -> list[tuple[Sectors, Sectors, str, str]]:
+        """(start, length, target, what it says of itself) a segment of the active table; waits for
+        the handler that runs.
+        """
+        with self._control:
+            owners = list(self._active.owners.values()) if self._active else []
+            segments = self._active.table.segments if self._active else ()
+            texts = [self._mapper.ask(owner.target.status) for owner in owners]
+        return [
+            (segment.start, segment.length, segment.target.name, text)
+            for segment, text in zip(segments, texts, strict=True)
+        ]
+
+    def message(self, sector: Sectors, words: list[str]) -> str | None:
+        """Gives a message to the target whose segment holds `sector` (sectors). Its answer, or None.
+        Raises UsageError, and whatever the target raises.
+        """
+        with self._control:
+            if self._active is None:
+                raise UsageError("a device without a table takes no messages", cure="load a table and resume")
+            owners = zip(self._active.table.segments, self._active.owners.values(), strict=True)
+            for segment, owner in owners:
+                if segment.start <= sector < segment.end:
+                    return self._mapper.ask(partial(owner.target.message, words))
+        raise UsageError(f"Target message sector outside device: {sector}", cure=f"it has {segment.end} sectors")
+
+    def all_below(self) -> list[Device]:
+        """The devices this one stands on, at whatever depth, each once."""
+        found: list[Device] = []
+        waiting = [self]
+        while waiting:
+            device = waiting.pop()
+            for loaded in (device._active, device._inactive):
+                for below in loaded.opening.below if loaded else ():
+                    if below not in found:
+                        found.append(below)
+                        waiting.append(below)
+        return found
+
+    def stuck(self, what: str) -> DrainError:
+        """`what` went wrong, and whom requests in flight wait for, as far as that can be told."""
+        files: dict[str, int] = {}
+        suspended: list[str] = []
+        for device in (self, *self.all_below()):
+            for path, count in device._held.in_flight().items():
+                files[path] = files.get(path, 0) + count
+            if device is not self and device.suspended:
+                suspended.append(device.name)
+        if files:
+            waiting = ", ".join(f"{count} in {path}" for path, count in files.items())
+            return DrainError(f"{what}: {waiting}", path=next(iter(files)), cure="see what keeps its storage")
+        if suspended:
+            names = ", ".join(map(repr, suspended))
+            return DrainError(f"{what}: they wait for suspended devices below: {names}", cure="resume those first")
+        return DrainError(f"{what}: no file holds them up, so a target does", cure="see the log for its errors")
+
+    def _swap_in(self, new: LoadedTable, *, flush: bool, timeout: float | None) -> None:
         was_live = not self.suspended
         if was_live:
-            super().suspend(flush=True)
+            self.suspend(flush=flush, timeout=timeout)
         try:
             super().swap(new.map)
         except BaseException:
@@ -170,6 +267,7 @@ class Device(_engine.Device):
                 super().resume()
             raise
         old, self._active, self._inactive = self._active, new, None
+        self.read_only = new.read_only
         if old:
             self._mapper.retire(old)
 
@@ -195,7 +293,7 @@ class Device(_engine.Device):
                     super().suspend(flush=flush, timeout=self._fault_timeout)
             except TimeoutError as error:
                 what = f"device {self.name!r} closed with requests not ended after {self._fault_timeout:g} s"
-                raise TimeoutError(errno.ETIMEDOUT, what) from error
+                raise self.stuck(what) from error
             finally:
                 super().close()
                 if not self._mapper.ended(self._fault_timeout):

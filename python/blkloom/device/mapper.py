@@ -12,7 +12,8 @@ import errno
 import logging
 import threading
 from collections import defaultdict
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from blkloom import _engine
 from blkloom.device.compose import LoadedTable, Owner
@@ -21,6 +22,7 @@ from blkloom.target.base import RETRY, Target
 from blkloom.units import Bytes
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 
 
@@ -59,6 +61,11 @@ class Mapper:
                 for number in loaded.owners:
                     del self._owners[number]
                 loaded.close()
+
+    def ask(self, question: Callable[[], _T]) -> _T:
+        """Asks a target something between two batches of faults."""
+        with self._turn:
+            return question()
 
     def ended(self, timeout: float) -> bool:
         """Waits for the thread after the device was closed; whether it has ended (and closed all)."""

@@ -95,6 +95,13 @@ def parse_concise(text: str, *, targets: Targets, source: str = "--concise") -> 
     return devices
 
 
+def split_concise(text: str, *, source: str = "--concise") -> list[list[str]]:
+    r"""The fields of each device as text, tables with a newline for each comma; nothing else is looked
+    at: there may be fewer fields than five. Raises TableError for a `\` at the end.
+    """
+    return [[field.text for field in fields] for fields in _split(text, LinePlaces(text, source))]
+
+
 def format_concise(devices: Iterable[ConciseDevice]) -> str:
     """What `parse_concise` reads back as the same devices.
 

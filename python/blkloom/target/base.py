@@ -8,8 +8,8 @@ Obligations.
 - Of the target: it is a value (`parse(format(x)) == x`; a dataclass gives that for nothing).
   State of a loaded target is made in `map`, not before: a table may be loaded more than once, and
   each load gets a copy of its own.
-- Of blkloom: `map`, the handlers and `close` never run at the same time, so a target needs no
-  locks. Handlers run on the device's mapper thread. Offsets are bytes from the start of the
+- Of blkloom: `map`, the handlers, `status`, `message` and `close` never run at the same time, so a
+  target needs no locks. Handlers run on the device's mapper thread. Offsets are bytes from the start of the
   *segment*; a fault never reaches past it.
 - A handler answers by returning (the request is done), by returning `RETRY` (the map has changed,
   look again), or by raising: `FaultError` and any other `OSError` give the request their errno,
@@ -24,14 +24,17 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from blkloom.errors import FaultError
+from blkloom.errors import FaultError, UsageError
 from blkloom.units import Bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from blkloom._engine import Extent
     from blkloom.table.arguments import Arguments
+    from blkloom.target.leg import Leg
     from blkloom.target.opening import Opening
 
 
@@ -84,6 +87,21 @@ class Target(ABC):
         start: where in the device the segment begins. Raises TableError (`opening.refuse`) or
         BackingError; then the table is not loaded and nothing changes.
         """
+
+    def legs(self) -> Sequence[Leg]:
+        """What it stands on, as far as its arguments say: devices in it must be loaded before it."""
+        return ()
+
+    def status(self) -> str:
+        """How it does, for `status`: what the kernel's target of that name says. Asked while loaded."""
+        return ""
+
+    def message(self, words: list[str]) -> str | None:
+        """Does what `message` asks; an answer, or None. Raises UsageError for what it does not know."""
+        raise UsageError(
+            f"Invalid argument: target {self.name} understands no message {' '.join(words)!r}",
+            cure="it takes none",
+        )
 
     @property
     def flushes(self) -> bool:

@@ -9,7 +9,8 @@ mounts away; the kernel knows no claim to read, so readers have none.
 
 Source: QEMU block/file-posix.c (RAW_LOCK_PERM_BASE, raw_check_lock_bytes); fcntl(2), open(2).
 A claim belongs to one open file description and ends with `release`, however many duplicates of
-the descriptor live on. One thread at a time.
+the descriptor live on; `abandon` leaves it to whoever has such a duplicate. A claim that a former
+process of the device left so is taken up again. One thread at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from enum import IntEnum
 from typing import Final
 
 from blkloom.errors import BackingError, BusyError
+from blkloom.target.descriptors import Descriptors, OwnDescriptors
 
 _log = logging.getLogger(__name__)
 
@@ -43,24 +45,28 @@ class _Permission(IntEnum):
 class Claim:
     """Made on an open file or block device. writable: others may not even read."""
 
-    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
-        """Owns a duplicate of `fd`. Raises BusyError that names the holder's pid where it can be
-        found; a file system that has no locks gets a warning instead.
+    def __init__(self, fd: int, path: str, *, writable: bool, descriptors: Descriptors | None = None) -> None:
+        """Owns a duplicate of `fd`, or what `descriptors` has from a former process. Raises BusyError
+        that names the holder's pid where it can be found; a file system that has no locks gets a
+        warning instead.
         """
         self.path = path
         self._writable = False
+        self._descriptors = descriptors or OwnDescriptors()
         status = os.fstat(fd)
         self._number = status.st_rdev if stat.S_ISBLK(status.st_mode) else None
-        self._fd = os.dup(fd) if self._number is None else -1
+        former = self._descriptors.claimed(path)
+        self._fd = former if former is not None else os.dup(fd) if self._number is None else -1
         try:
             self._lock(writable)
         except BaseException:
             self.release()
             raise
 
-    def extend(self) -> None:
+    def extend(self, descriptors: Descriptors | None = None) -> None:
         """From reading to writing. Raises BusyError and stays a claim to read."""
         if not self._writable:
+            self._descriptors = descriptors or self._descriptors
             self._lock(writable=True)
 
     def release(self) -> None:
@@ -75,10 +81,21 @@ class Claim:
             finally:
                 os.close(fd)
 
+    def abandon(self) -> None:
+        """Gives the descriptor up without ending the claim."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @property
+    def descriptor(self) -> int:
+        """Holds the claim; -1 where nothing needs to."""
+        return self._fd
+
     def _lock(self, writable: bool) -> None:
         if self._number is not None:
-            if writable:
-                self._fd = _exclusive(self.path, self._number)
+            if writable and self._fd < 0:
+                self._fd = _exclusive(self._descriptors, self.path, self._number)
             self._writable = writable
             return
         self._writable = writable
@@ -119,10 +136,10 @@ def _is_held(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _exclusive(path: str, number: int) -> int:
+def _exclusive(descriptors: Descriptors, path: str, number: int) -> int:
     """A descriptor that holds the block device `number`."""
     try:
-        claim = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+        claim = descriptors.open(path, writable=False, direct=False, exclusive=True)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise BackingError(f"claiming: {error.strerror}", path=path, errno=error.errno or errno.EIO) from error

@@ -9,6 +9,7 @@ Used under the device's control lock, by one thread at a time.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import stat
@@ -18,6 +19,7 @@ from typing import Final
 from blkloom._engine import File
 from blkloom.errors import BackingError
 from blkloom.target.claim import Claim
+from blkloom.target.descriptors import Descriptors
 
 _log = logging.getLogger(__name__)
 
@@ -45,22 +47,28 @@ class HeldFiles:
 
     def __init__(self) -> None:
         self._held: dict[Identity, _Held] = {}
+        self.claims_stay = False
+        """Claims are left standing when their last user goes: another process of the device has them."""
 
-    def take(self, path: str, *, writable: bool, direct: bool, shared: bool) -> tuple[Identity, File]:
+    def take(
+        self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors
+    ) -> tuple[Identity, File]:
         """The file at `path`, one use of it counted. shared: without a claim. Raises BackingError."""
-        fd, direct = _open(path, writable=writable, direct=direct)
+        fd, direct = _open(descriptors, path, writable=writable, direct=direct)
         try:
             identity = _identity(fd, path)
             held = self._held.get(identity)
             if held is None:
-                held = _Held(None if shared else Claim(fd, path, writable=writable))
+                held = _Held(None if shared else Claim(fd, path, writable=writable, descriptors=descriptors))
             elif writable and held.claim:
-                held.claim.extend()
+                held.claim.extend(descriptors)
             try:
                 file = held.files.get((writable, direct)) or File(fd, writable=writable, direct=direct, label=path)
+                if held.claim and held.claim.descriptor >= 0:
+                    descriptors.claim(path, held.claim.descriptor)
             except BaseException as error:
-                if held.users == 0 and held.claim:
-                    held.claim.release()
+                if held.users == 0:
+                    self._end(held)
                 if isinstance(error, OSError):
                     raise _refused(path, error, writable=writable) from error
                 raise
@@ -78,32 +86,41 @@ class HeldFiles:
         if held.users == 0:
             del self._held[identity]
             held.files.clear()
-            if held.claim:
-                held.claim.release()
+            self._end(held)
+
+    def _end(self, held: _Held) -> None:
+        if held.claim and self.claims_stay:
+            held.claim.abandon()
+        elif held.claim:
+            held.claim.release()
+
+    def in_flight(self) -> dict[str, int]:
+        """How many requests each file's storage has not answered, by path; files at rest left out."""
+        found: dict[str, int] = {}
+        for held in list(self._held.values()):
+            for file in list(held.files.values()):
+                if count := file.in_flight:
+                    found[file.label] = found.get(file.label, 0) + count
+        return found
 
     def __len__(self) -> int:
         return len(self._held)
 
 
-def _open(path: str, *, writable: bool, direct: bool) -> tuple[int, bool]:
+def _open(descriptors: Descriptors, path: str, *, writable: bool, direct: bool) -> tuple[int, bool]:
     """A descriptor, and whether it is direct: where the file system refuses that, it is buffered."""
-    # O_NONBLOCK: opening a FIFO must not wait for its other end.
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        if direct:
-            try:
-                return os.open(path, flags | os.O_DIRECT), True
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-        fd = os.open(path, flags)
+        fd = descriptors.open(path, writable=writable, direct=direct)
+    except BackingError:
+        raise
     except OSError as error:
         raise _refused(path, error, writable=writable) from error
     except ValueError as error:  # a null byte
         raise BackingError("could not open backing file: not a path", path=repr(path), errno=errno.EINVAL) from error
-    if direct:
+    is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+    if direct and not is_direct:
         _log.warning("%s: its file system does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O", path)
-    return fd, False
+    return fd, is_direct
 
 
 def _identity(fd: int, path: str) -> Identity:

@@ -5,6 +5,7 @@ Source: Linux Documentation/admin-guide/device-mapper/linear.rst.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -38,6 +39,10 @@ class Linear(Target):
     @override
     def format(self) -> list[str]:
         return self.leg.format()
+
+    @override
+    def legs(self) -> Sequence[Leg]:
+        return (self.leg,)
 
     @override
     def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:

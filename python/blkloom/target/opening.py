@@ -12,10 +12,12 @@ import fcntl
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from blkloom._engine import File, Region
 from blkloom.errors import Place, ResourceError, TableError
+from blkloom.target.descriptors import Descriptors, OwnDescriptors
 from blkloom.target.holding import HeldFiles, Identity
 from blkloom.units import Bytes, format_size
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from blkloom.device.device import Device
 
 _log = logging.getLogger(__name__)
+
+STACKED: Final = "blkloom:"
+"""Paths in tables that begin like this name a device of blkloom's."""
 
 _PAGE: Final = 4096
 _HUGE_PAGE: Final = 2 << 20
@@ -33,7 +38,9 @@ class Opening:
 
     read_only: nothing may be opened for writing; extents that writes could change must not be
     given out. direct_io: what `file` does unless told. place: where the segment being mapped
-    stands, for errors.
+    stands, for errors. device_folder: paths in it name devices (`device_name`). deps: what was
+    asked for so far: paths, and devices as `blkloom:NAME`, each once. below: those devices.
+    above: the device the table is for; none that stands on it is given out.
     """
 
     def __init__(
@@ -44,12 +51,20 @@ class Opening:
         direct_io: bool = False,
         shared: bool = False,
         devices: Mapping[str, Device] | None = None,
+        device_folder: str = "",
+        descriptors: Descriptors | None = None,
+        above: Device | None = None,
     ) -> None:
         self.read_only = read_only
         self.direct_io = direct_io
         self.place: Place | None = None
+        self.device_folder = device_folder
+        self.deps: list[str] = []
+        self.below: list[Device] = []
         self._shared = shared
         self._devices = dict(devices or {})
+        self._above = above
+        self._descriptors: Descriptors = descriptors or OwnDescriptors()
         self._held = held
         self._used: list[Identity] = []
         self._files: dict[tuple[str, bool, bool], File] = {}
@@ -65,13 +80,17 @@ class Opening:
         key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io)
         if key not in self._files:
             _, writable, direct = key
-            identity, file = self._held.take(path, writable=writable, direct=direct, shared=self._shared)
+            identity, file = self._held.take(
+                path, writable=writable, direct=direct, shared=self._shared, descriptors=self._descriptors
+            )
             self._used.append(identity)
             self._files[key] = file
+            if path not in self.deps:
+                self.deps.append(path)
         return self._files[key]
 
     def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
-        """`size` bytes of zeros in a sealed memfd.
+        """`size` bytes of zeros in a sealed memfd; after a restart, what they were before it.
 
         huge_pages: 2 MiB pages out of the system's pool (vm.nr_hugepages); they are always
         allocated at once, because a pool that runs dry later would kill the process that touches
@@ -79,25 +98,15 @@ class Opening:
         """
         page = _HUGE_PAGE if huge_pages else _PAGE
         rounded = -(-size // page) * page
-        if preallocate and not huge_pages and rounded > (available := _available_memory()):
-            # Asked for it, the kernel would take memory from everybody and then kill processes.
-            raise ResourceError(
-                f"{format_size(size)} of memory cannot be had: {format_size(available)} are available",
-                cure="make the device smaller, or leave preallocate out",
-            )
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        if huge_pages:
-            flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+        make = partial(_make_memory, rounded, huge_pages=huge_pages, preallocate=preallocate)
         try:
-            fd = os.memfd_create("blkloom-ram", flags)
+            fd = self._descriptors.memory(make)
             try:
-                os.ftruncate(fd, rounded)
-                if preallocate or huge_pages:
-                    os.posix_fallocate(fd, 0, rounded)
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
                 return Region(fd, rounded, page_size=page)
             finally:
                 os.close(fd)
+        except ResourceError:
+            raise
         except (OSError, MemoryError, OverflowError) as error:
             pages = f"reserve {rounded // page} huge pages (sysctl vm.nr_hugepages) or leave huge_pages out"
             raise ResourceError(
@@ -107,11 +116,16 @@ class Opening:
             ) from error
 
     def device(self, name: str) -> Device:
-        """The device to stack on. Raises TableError that lists those there are."""
+        """The device to stack on. Raises TableError that lists those there are, or for a cycle."""
         device = self._devices.get(name)
         if device is None:
             known = ", ".join(sorted(self._devices)) or "none"
             raise self.refuse("Device lookup failed: no such blkloom device", value=name, cure=f"there are: {known}")
+        if self._above is not None and self._above in (device, *device.all_below()):
+            raise self.refuse("Device lookup failed: the device would stand on itself", value=name)
+        if device not in self.below:
+            self.below.append(device)
+            self.deps.append(STACKED + name)
         return device
 
     def refuse(self, what: str, *, value: str = "", cure: str = "") -> TableError:
@@ -127,6 +141,29 @@ class Opening:
         self._files.clear()
         while self._used:
             self._held.release(self._used.pop())
+
+
+def _make_memory(size: int, *, huge_pages: bool, preallocate: bool) -> int:
+    """A sealed memfd of `size` bytes. Raises ResourceError, OSError, OverflowError."""
+    if preallocate and not huge_pages and size > (available := _available_memory()):
+        # Asked for it, the kernel would take memory from everybody and then kill processes.
+        raise ResourceError(
+            f"{format_size(Bytes(size))} of memory cannot be had: {format_size(Bytes(available))} are available",
+            cure="make the device smaller, or leave preallocate out",
+        )
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if huge_pages:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    fd = os.memfd_create("blkloom-ram", flags)
+    try:
+        os.ftruncate(fd, size)
+        if preallocate or huge_pages:
+            os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _available_memory() -> int:

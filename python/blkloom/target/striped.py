@@ -2,11 +2,12 @@
 
 The rules are those of the kernel's dm-stripe.c: any chunk size, a power of two or not; the length
 a multiple of the number of stripes, and each leg's share a multiple of the chunk.
-Source: Linux Documentation/admin-guide/device-mapper/striped.rst.
+Source: Linux Documentation/admin-guide/device-mapper/striped.rst; the status is that of stripe_status.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
@@ -25,10 +26,10 @@ _MOST: Final = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class Striped(Target):
-    """Chunk i of the segment is chunk i // n of leg i % n."""
+    """Chunk i of the segment is chunk i // n of stripe i % n."""
 
     chunk: Sectors
-    legs: tuple[Leg, ...]
+    stripes: tuple[Leg, ...]
 
     name: ClassVar[str] = "striped"
     syntax: ClassVar[str] = "<num devs> <chunk size> [<dev path> <offset>]+"
@@ -52,12 +53,21 @@ class Striped(Target):
         return cls(chunk, legs)
 
     @override
+    def legs(self) -> Sequence[Leg]:
+        return self.stripes
+
+    @override
+    def status(self) -> str:
+        # A for alive: an error of a leg goes to whoever asked, and leaves it in use.
+        return " ".join([str(len(self.stripes)), *(leg.path for leg in self.stripes), "1", "A" * len(self.stripes)])
+
+    @override
     def format(self) -> list[str]:
-        return [str(len(self.legs)), str(self.chunk), *(word for leg in self.legs for word in leg.format())]
+        return [str(len(self.stripes)), str(self.chunk), *(word for leg in self.stripes for word in leg.format())]
 
     @override
     def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-        sectors, stripes = to_sectors(length), len(self.legs)
+        sectors, stripes = to_sectors(length), len(self.stripes)
         if sectors % stripes:
             raise opening.refuse(
                 "Target length not divisible by number of stripes",
@@ -71,10 +81,10 @@ class Striped(Target):
                 cure=self._nearest(sectors),
             )
         share = Bytes(length // stripes)
-        legs = [leg.extent(opening, share) for leg in self.legs]
+        legs = [leg.extent(opening, share) for leg in self.stripes]
         return [(Bytes(0), length, legs[0] if stripes == 1 else Extent.stripes(to_bytes(self.chunk), legs))]
 
     def _nearest(self, sectors: int) -> str:
-        row = self.chunk * len(self.legs)
+        row = self.chunk * len(self.stripes)
         below = sectors // row * row
         return f"make it {below} or {below + row} sectors" if below else f"make it {row} sectors"

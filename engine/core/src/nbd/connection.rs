@@ -5,9 +5,11 @@
 //! `finish`. An idle connection owns no buffers. Only its loop's thread touches a connection.
 //!
 //! A connection that must end is `Ending` (nothing more is read, what is in flight is answered) or
-//! `Gone` (nobody listens any more; what is in flight still has to finish before it is forgotten).
+//! `Gone` (nobody listens any more; what is in flight still has to finish before it is forgotten). One
+//! that another engine goes on with is `Detaching` (see `detach`).
 
 mod answer;
+mod detach;
 mod transfer;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,10 +57,10 @@ pub struct Workbench {
 pub struct Ticket {
     pub slot: usize,
     pub id: u64,
-    framing: Framing,
+    /// How many of the connection's requests came to the queue before it.
+    order: u64,
+    header: Header,
     command: Command,
-    flags: u16,
-    length: u64,
 }
 
 enum Input {
@@ -90,6 +92,8 @@ enum Received {
 
 enum State {
     Open,
+    /// Requests taken back so far: their order and their bytes.
+    Detaching(Vec<(u64, Vec<u8>)>),
     Ending(String),
     Gone(String),
 }
@@ -112,7 +116,13 @@ pub struct Connection {
     output: Output,
     in_flight: usize,
     in_flight_bytes: u64,
+    /// Requests given to the queue, ever.
+    queued: u64,
     state: State,
+    /// Another engine is to go on with it, whatever became of that.
+    leaving: bool,
+    /// The client's request to disconnect, once it came.
+    parting: Option<Header>,
     tally: Tally,
 }
 
@@ -149,7 +159,10 @@ impl Connection {
             output: Output::default(),
             in_flight: 0,
             in_flight_bytes: 0,
+            queued: 0,
             state: State::Open,
+            leaving: false,
+            parting: None,
             tally: Tally::default(),
         }
     }
@@ -159,7 +172,12 @@ impl Connection {
     }
 
     pub fn wants_input(&self) -> bool {
-        matches!(self.state, State::Open) && !self.full()
+        self.takes_input() && !self.full() || self.is_detaching() && self.is_skipping()
+    }
+
+    /// What arrives belongs to a request it serves or refuses.
+    fn takes_input(&self) -> bool {
+        matches!(self.state, State::Open)
     }
 
     pub fn wants_output(&self) -> bool {
@@ -180,6 +198,7 @@ impl Connection {
         self.in_flight == 0
             && match self.state {
                 State::Open => false,
+                State::Detaching(_) => self.output.is_empty() && !self.is_skipping(),
                 State::Ending(_) => self.output.is_empty(),
                 State::Gone(_) => true,
             }
@@ -188,12 +207,12 @@ impl Connection {
     /// It waits for the client to go on with something begun.
     pub fn is_waiting(&self) -> bool {
         let mid_request = !matches!(self.input, Input::Header) || !self.stash.is_empty() && !self.full();
-        self.wants_output() || mid_request && matches!(self.state, State::Open)
+        self.wants_output() || mid_request && self.takes_input() || self.is_skipping()
     }
 
     /// It has received whole headers that it may serve now, though nothing new need arrive for it.
     pub fn can_go_on(&self) -> bool {
-        self.wants_input() && self.stash.len() >= self.rules.style.header_size()
+        self.takes_input() && !self.full() && self.stash.len() >= self.rules.style.header_size()
     }
 
     fn full(&self) -> bool {
@@ -228,12 +247,16 @@ impl Connection {
     /// Says that it is over.
     pub fn announce(self) {
         self.export.connections.fetch_sub(1, Ordering::Relaxed);
-        let reason = match self.state {
-            State::Open => "closed".to_owned(),
-            State::Ending(reason) | State::Gone(reason) => reason,
-        };
-        drop(self.fd);
-        self.notices.push(self.token, Outcome::Closed { reason });
+        let (notices, token) = (self.notices.clone(), self.token);
+        notices.push(token, self.outcome());
+    }
+
+    fn outcome(mut self) -> Outcome {
+        match std::mem::replace(&mut self.state, State::Open) {
+            State::Open => Outcome::Closed { reason: "closed".to_owned() },
+            State::Detaching(returned) => Outcome::Detached { initial: self.unserved(returned), fd: self.fd },
+            State::Ending(reason) | State::Gone(reason) => Outcome::Closed { reason },
+        }
     }
 
     /// Takes what has arrived and serves it. Returns whether anything was received or served.
@@ -248,8 +271,9 @@ impl Connection {
                 self.consume(slot, &input.bytes()[..behind + count], bench, started)
             }
             Ok(Received::Payload) => self.finish_payload(slot, bench, started),
-            // What was stashed while the connection was full may go on now.
-            Ok(Received::Nothing) if stashed >= self.rules.style.header_size() => {
+            // What was stashed, while the connection was full or by the engine that had it before, may go
+            // on now; an end or an error shows again at the next receive.
+            Ok(Received::Nothing | Received::End) | Err(_) if stashed >= self.rules.style.header_size() => {
                 let stash = std::mem::take(&mut self.stash);
                 self.consume(slot, &stash, bench, started);
             }
@@ -304,7 +328,7 @@ impl Connection {
     fn consume(&mut self, slot: usize, bytes: &[u8], bench: &mut Workbench, started: Instant) {
         let mut at = 0;
         self.finish_payload(slot, bench, started);
-        while at < bytes.len() && matches!(self.state, State::Open) {
+        while at < bytes.len() && (self.takes_input() || self.is_skipping()) {
             if let Input::Skip { left, framing, refusal } = &mut self.input {
                 let skipped = (*left).min((bytes.len() - at) as u64);
                 *left -= skipped;
@@ -331,7 +355,7 @@ impl Connection {
                 }
             }
         }
-        if matches!(self.state, State::Open) {
+        if matches!(self.state, State::Open | State::Detaching(_)) {
             self.stash.extend_from_slice(&bytes[at..]);
         }
     }
@@ -375,7 +399,10 @@ impl Connection {
             return 0;
         }
         match request.command {
-            Some(Command::Disconnect) => self.end("the client disconnected"),
+            Some(Command::Disconnect) => {
+                self.end("the client disconnected");
+                self.parting = Some(header);
+            }
             Some(Command::Write) => return self.write(slot, &header, rest, bench, started),
             Some(Command::Read) => self.read(slot, &header, bench, started),
             Some(command) => self.command(slot, &header, command, bench, started),
@@ -424,9 +451,10 @@ impl Connection {
             return;
         };
         let (op, length) = (operation(command), header.length);
+        let ticket = Ticket { slot, id: self.id, order: self.queued, header: *header, command };
+        self.queued += 1;
         self.in_flight += 1;
         self.in_flight_bytes += if matches!(memory, Memory::None) { 0 } else { length };
-        let framing = self.framing(header);
         self.export.stats.start(bench.shard, 1);
         self.export.device.stats.start(bench.shard, 1);
         bench.queue.submit(Request {
@@ -436,7 +464,7 @@ impl Connection {
             len: length,
             flags: wanted(header.flags),
             memory,
-            owner: Owner::Connection(Ticket { slot, id: self.id, framing, command, flags: header.flags, length }),
+            owner: Owner::Connection(ticket),
             started,
             done,
         });

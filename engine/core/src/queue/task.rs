@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{File, errno::EIO, errno::ESHUTDOWN};
+use blkloom_io::{Busy, File, errno::EIO, errno::ESHUTDOWN};
 
 use super::{Inside, Kind, Phase, Queue, Task, Walk};
 use crate::device::Device;
@@ -38,7 +38,7 @@ impl Queue {
         durable: bool,
         share: BlockShare,
     ) {
-        let kind = Kind::Ring { file: file.clone(), at, done: 0, write, durable, _share: share };
+        let kind = Kind::Ring { file: Busy::new(file.clone()), at, done: 0, write, durable, _share: share };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
         self.push(id, true);
     }
@@ -52,7 +52,7 @@ impl Queue {
         let request = &self.actives[task.active].request;
         let (skip, rest) = ((task.offset - request.offset + done) as usize, (task.len - done) as usize);
         let memory = request.memory.slice().part(skip, rest);
-        let (file, at, write, durable) = (file.clone(), at + done, *write, *durable);
+        let (file, at, write, durable) = (Arc::clone(file), at + done, *write, *durable);
         let pushed = match &mut self.ring {
             Some(ring) if use_ring && !ring.is_full() && file.fits(at, memory) => match write {
                 true => ring.write(&file, at, memory, durable, id.slot as u64).is_ok(),
@@ -171,7 +171,7 @@ fn parked(path: &[Inside]) -> Vec<Inside> {
     path.iter().map(|inside| Inside { device: inside.device.clone(), pin: None }).collect()
 }
 
-fn leave(path: Vec<Inside>) {
+pub(super) fn leave(path: Vec<Inside>) {
     for Inside { device, pin } in path {
         match pin {
             Some(pin) => device.epochs.unpin(pin),

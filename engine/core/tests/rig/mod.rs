@@ -76,7 +76,7 @@ pub fn mapping(parts: Vec<(u64, Extent<Kinds>)>, flush_owners: Vec<u32>) -> Arc<
 }
 
 pub fn device(mapping: Arc<Mapping>) -> Arc<Device> {
-    Device::new("test".into(), Some(mapping), PATIENT)
+    Device::new("test".into(), Some(mapping), PATIENT).unwrap()
 }
 
 pub fn slice(bytes: &mut [u8]) -> Slice {

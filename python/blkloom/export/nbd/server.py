@@ -3,6 +3,7 @@
 Python's part ends with the handshake; each agreed connection is handed to the engine. Everything here
 runs on one event loop and none of it is on the way of the data. Promises:
 
+- accepting never awaits, so no client is lost between accept and its session;
 - never more than `connections` clients plus `refusals` being told no; over that, closed at once;
 - no descriptor left for accept means waiting for one (or a second), never spinning;
 - what a client does ends at most its own connection.
@@ -11,11 +12,12 @@ runs on one event loop and none of it is on the way of the data. Promises:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -24,12 +26,13 @@ from typing import Final, Self
 
 from blkloom import _engine
 from blkloom.errors import UsageError
+from blkloom.export.nbd.burst import Burst
 from blkloom.export.nbd.codes import Reply
 from blkloom.export.nbd.events import Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
 from blkloom.export.nbd.offer import Catalogue
-from blkloom.export.nbd.session import NbdExport, Session, closing_reason
+from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # accept(2): errors already pending on the new connection, "treat them like EAGAIN by retrying".
@@ -48,6 +51,8 @@ _GONE: Final = frozenset(
         errno.ETIMEDOUT,
     }
 )
+_MOVE_GRACE: Final = 2.0
+"""Seconds a handshake has to end when the clients move to another server."""
 _STOP_GRACE: Final = 1.0
 """Seconds a handshake may go on being told ERR_SHUTDOWN while the server stops."""
 
@@ -83,22 +88,27 @@ class NbdServer:
         *,
         limits: ServerLimits | None = None,
         log: logging.Logger | None = None,
+        on_change: Callable[[], None] | None = None,
     ) -> None:
+        """on_change: called when a client has entered transmission or has left."""
         self._engine = engine
         self._limits = limits or ServerLimits()
         self._log = log or logging.getLogger("blkloom.nbd")
         self._exports: dict[str, NbdExport] = {}
         self._catalogue = Catalogue({})
+        self._on_change = on_change or _nothing
         self._listeners: list[Listener] = []
-        self._accepting: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[None]] = set()
         self._tokens = count(1)
         self._sessions: dict[int, Session] = {}
         self._refused: dict[int, Session] = {}
         self._negotiating: dict[int, asyncio.Task[str]] = {}
         self._notices: _engine.Notices | None = None
         self._ended = asyncio.Event()
-        self._burst = _Burst(self._log)
+        self._burst = Burst(self._log)
         self._starved = False
+        self._paused = False
+        self._moved: list[Moving] = []
         self._stopping = False
         self._served = 0
         for export in exports:
@@ -119,6 +129,20 @@ class NbdServer:
         removed = self._exports[name]
         self._publish({key: export for key, export in self._exports.items() if key != name})
         return removed
+
+    def rename_export(self, name: str, export: NbdExport) -> None:
+        """Offer `export` in place of the one called `name`; its clients are the new one's. UsageError
+        as of `add_export` and `remove_export`.
+        """
+        former = self.remove_export(name)
+        try:
+            self.add_export(export)
+        except UsageError:
+            self.add_export(former)
+            raise
+        for session in self._sessions.values():
+            if session.export == name:
+                session.export = export.name
 
     def _publish(self, exports: dict[str, NbdExport]) -> None:
         self._exports = exports
@@ -142,14 +166,22 @@ class NbdServer:
         if self._stopping:
             listener.close()
             raise UsageError("this server has been stopped", cure="make a new one")
+        self._listeners.append(listener)
+        if not self._paused:
+            self._watch(listener)
+        return listener
+
+    def _watch(self, listener: Listener) -> None:
+        asyncio.get_running_loop().add_reader(listener.socket.fileno(), self._accept, listener)
+
+    def _ignore(self, listener: Listener) -> None:
+        asyncio.get_running_loop().remove_reader(listener.socket.fileno())
+
+    def _started_notices(self) -> _engine.Notices:
         if self._notices is None:
             self._notices = _engine.Notices()
             asyncio.get_running_loop().add_reader(self._notices.fileno(), self._take_notices)
-        self._listeners.append(listener)
-        task = asyncio.create_task(self._accept(listener), name=f"accept on {listener}")
-        self._accepting.add(task)
-        task.add_done_callback(self._accepting.discard)
-        return listener
+        return self._notices
 
     @property
     def listeners(self) -> list[Listener]:
@@ -170,6 +202,11 @@ class NbdServer:
         return len(self._sessions)
 
     @property
+    def serving(self) -> int:
+        """Clients in transmission now."""
+        return sum(session.connection is not None for session in self._sessions.values())
+
+    @property
     def served(self) -> int:
         """Clients that have reached transmission since the start."""
         return self._served
@@ -183,32 +220,35 @@ class NbdServer:
         self._ended.clear()
         await self._ended.wait()
 
-    async def _accept(self, listener: Listener) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connected, _ = await loop.sock_accept(listener.socket)
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    await self._wait_for_descriptors(listener, error)
-                elif error.errno not in _GONE:
-                    self._log.critical("%s: accepts no more clients: %s", listener, error)
-                    return
-                continue
-            self._starved = False
-            self._welcome(connected)
-            # sock_accept does not yield while clients are waiting; the others want their turn.
-            await asyncio.sleep(0)
+    def _accept(self, listener: Listener) -> None:
+        """One client; the event loop calls again while others wait, after it has served them all once."""
+        try:
+            connected, _ = listener.socket.accept()
+        except (BlockingIOError, InterruptedError):
+            return  # another process on the same socket was faster
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._ignore(listener)
+                task = asyncio.create_task(self._wait_for_descriptors(listener, error))
+                self._waiting.add(task)
+                task.add_done_callback(self._waiting.discard)
+            elif error.errno not in _GONE:
+                self._log.critical("%s: accepts no more clients: %s", listener, error)
+                self._ignore(listener)
+            return
+        self._starved = False
+        self._welcome(connected)
 
     async def _wait_for_descriptors(self, listener: Listener, error: OSError) -> None:
         if not self._starved:
             self._starved = True
             self._log.error("%s: clients wait, nothing is left to accept them with: %s", listener, error)
-        try:
+        # Somebody else may close a descriptor unseen: looks again after a while in any case.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.accept_retry):
                 await self._next_end()
-        except TimeoutError:
-            return  # somebody else may have closed a descriptor: look again
+        if listener in self._listeners and not self._paused:
+            self._watch(listener)
 
     def _welcome(self, connected: socket.socket) -> None:
         handshake = Handshake(self._catalogue)
@@ -240,31 +280,45 @@ class NbdServer:
             self._end(session, reason)
 
     def _serve(self, exports: Mapping[str, NbdExport], session: Session, outcome: Transmission) -> _engine.Connection:
+        return self._hand_over(exports, outcome.initial, session)
+
+    def _hand_over(self, exports: Mapping[str, NbdExport], initial: bytes, session: Session) -> _engine.Connection:
         """Hand the connection to the engine. Raises OSError when the engine cannot take it."""
-        assert self._notices is not None, "it exists since the first listener"
         connection = _engine.serve_nbd(
             self._engine,
-            exports[outcome.offer.name].export,
+            exports[session.export].export,
             session.descriptor,
-            self._notices,
+            self._started_notices(),
             session.token,
-            structured=outcome.structured,
-            extended=outcome.extended,
-            allocation_context=outcome.allocation_context,
-            initial=outcome.initial,
-            max_payload=outcome.offer.block_sizes.maximum,
+            structured=session.agreed.structured,
+            extended=session.agreed.extended,
+            allocation_context=session.agreed.allocation_context,
+            initial=initial,
+            max_payload=session.agreed.max_payload,
             stall_timeout=self._limits.stall,
         )
         self._served += 1
-        if self._stopping:
-            connection.close()
+        if self._stopping or self._paused:
+            connection.detach()
+        asyncio.get_running_loop().call_soon(self._on_change)
         return connection
 
     def _take_notices(self) -> None:
         if self._notices is None:
             return
         for token, result, error in self._notices.take():
-            if (session := self._sessions.get(token)) is not None:
+            if (session := self._sessions.get(token)) is None:
+                continue
+            if isinstance(result, _engine.Detached):
+                moving = Moving(session.export, session.agreed, result.take_descriptor(), result.initial)
+                self._end(session, "disconnected" if self._stopping else "handed over")
+                if self._stopping:
+                    moving.close()
+                elif self._paused:
+                    self._moved.append(moving)
+                else:  # it took longer than anybody waited
+                    self._take_back(moving)
+            else:
                 self._end(session, closing_reason(result, error))
 
     def _end(self, session: Session, reason: str) -> None:
@@ -276,6 +330,60 @@ class NbdServer:
             if len(self._sessions) <= self._limits.connections * 7 // 8:
                 self._burst.over()
         self._ended.set()
+        self._on_change()
+
+    # moving to another server
+
+    def hold_back(self) -> None:
+        """Accept nobody until `go_on`."""
+        self._paused = True
+        for listener in self._listeners:
+            self._ignore(listener)
+
+    async def pause(self, timeout: float | None = None) -> list[Moving]:
+        """Accept nobody and let every client go, without their noticing; the sockets go on listening.
+        A client still in its handshake has a moment to end it, and is dropped then.
+
+        timeout: seconds for all of it. Raises TimeoutError, with requests still in flight; in any case
+        `go_on` takes up what was let go and not returned here.
+        """
+        self.hold_back()
+        await self._stop_negotiating(_MOVE_GRACE if timeout is None else min(timeout, _MOVE_GRACE))
+        for session in self._sessions.values():
+            if session.connection is not None:
+                session.connection.detach()
+        async with asyncio.timeout(timeout):
+            while self._sessions:
+                await self._next_end()
+        moved, self._moved = self._moved, []
+        return moved
+
+    def go_on(self, moving: Iterable[Moving] = ()) -> None:
+        """Serve these clients, and those `pause` did not return, and accept again."""
+        self._paused = False
+        returned, self._moved = self._moved, []
+        for client in (*returned, *moving):
+            self._take_back(client)
+        for listener in self._listeners:
+            self._watch(listener)
+
+    def _take_back(self, moving: Moving) -> None:
+        token = next(self._tokens)
+        connected = socket.socket(fileno=moving.descriptor)
+        hand_over = partial(self._hand_over, self._exports, moving.initial)
+        session = Session(
+            token,
+            connected,
+            Handshake(self._catalogue),
+            timeout=0,
+            hand_over=partial(self._serve, self._exports),
+            log=self._log,
+        )
+        self._sessions[token] = session
+        try:
+            session.go_on(hand_over, moving)
+        except (OSError, KeyError) as error:
+            self._end(session, f"lost while it was handed over: {error!r}")
 
     # the end
 
@@ -287,16 +395,16 @@ class NbdServer:
         """
         self._stopping = True
         deadline = asyncio.get_running_loop().time() + timeout
-        for task in self._accepting:
+        for task in self._waiting:
             task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
         for listener in self._listeners:
+            self._ignore(listener)
             self._stop_listening(listener)
         self._listeners.clear()
         for session in (*self._sessions.values(), *self._refused.values()):
             session.handshake.refuse(Reply.ERR_SHUTDOWN, "the server is shutting down")
             if session.connection is not None:
-                session.connection.close()
+                session.connection.detach()  # unlike close, it does not wait for a suspended device
         await self._stop_negotiating(min(timeout, _STOP_GRACE))
         try:
             async with asyncio.timeout_at(deadline):
@@ -332,19 +440,5 @@ class NbdServer:
         await self.stop()
 
 
-class _Burst:
-    """Says once that clients are being refused, and once how many it were when that is over."""
-
-    def __init__(self, log: logging.Logger) -> None:
-        self._log = log
-        self._count = 0
-
-    def refused(self, reason: str) -> None:
-        if not self._count:
-            self._log.warning("clients are refused: %s", reason)
-        self._count += 1
-
-    def over(self) -> None:
-        if self._count:
-            self._log.warning("clients are taken again; %d were refused", self._count)
-        self._count = 0
+def _nothing() -> None:
+    return

@@ -1,7 +1,8 @@
 """One client from accept to close: its handshake, the hand-over to the engine, and why it ended.
 
 Lives on the server's event loop. The Python socket is closed when the handshake is over, however it
-ended; from the hand-over on the engine owns a duplicate of the descriptor, left non-blocking.
+ended; from the hand-over on the engine owns a duplicate of the descriptor, left non-blocking. What was
+agreed is remembered, so that another server can go on with the client where this one stopped.
 """
 
 from __future__ import annotations
@@ -47,10 +48,36 @@ class NbdExport:
             name=self.name,
             size=self.export.device.size,
             description=self.description,
-            read_only=self.export.read_only,
+            read_only=self.export.read_only or bool(getattr(self.export.device, "read_only", False)),
             multi_conn=self.multi_conn,
             block_sizes=self.block_sizes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the transmission phase follows, as `_engine.serve_nbd` takes it."""
+
+    structured: bool = False
+    extended: bool = False
+    allocation_context: int | None = None
+    max_payload: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A client between two servers. export: its name. descriptor: its socket, owned by whoever has
+    this. initial: what was received from it and not served.
+    """
+
+    export: str
+    agreed: Agreed
+    descriptor: int
+    initial: bytes
+
+    def close(self) -> None:
+        """Hangs up."""
+        os.close(self.descriptor)
 
 
 class Session:
@@ -74,6 +101,8 @@ class Session:
         self.handshake = handshake
         self.peer = "a client"
         self.connection: _engine.Connection | None = None
+        self.export = ""
+        self.agreed = Agreed()
 
     @property
     def descriptor(self) -> int:
@@ -101,6 +130,15 @@ class Session:
         finally:
             self.release()
 
+    def go_on(self, hand_over: Callable[[Session], _engine.Connection], moving: Moving) -> None:
+        """Takes over a client that another server has served. Raises OSError."""
+        self.peer = peer_name(self._socket)
+        self.export, self.agreed = moving.export, moving.agreed
+        try:
+            self.connection = hand_over(self)
+        finally:
+            self.release()
+
     def _prepare(self) -> None:
         self._socket.setblocking(False)
         if self._socket.family != socket.AF_UNIX:
@@ -113,6 +151,13 @@ class Session:
             outcome = await negotiate(self._socket, self.handshake)
         match outcome:
             case Transmission():
+                self.export = outcome.offer.name
+                self.agreed = Agreed(
+                    outcome.structured,
+                    outcome.extended,
+                    outcome.allocation_context,
+                    outcome.offer.block_sizes.maximum,
+                )
                 self.connection = self._hand_over(self, outcome)
                 self._log.info("%s: serving export %r (%s)", self.peer, outcome.offer.name, _agreed(outcome))
                 return ""

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blkloom_wire::{Command, ErrorCode, Framing, Sink, flags};
+use blkloom_wire::{Command, ErrorCode, Framing, Header, Sink, flags};
 
 use super::{Connection, Ticket, Workbench};
 use crate::call::nanoseconds;
@@ -15,12 +15,13 @@ impl Connection {
     pub fn finish(&mut self, ticket: &Ticket, ended: Ended, bench: &mut Workbench) {
         let Ended { request, error, found } = ended;
         self.in_flight -= 1;
-        let bytes = if error == 0 && request.op != Op::Extents { ticket.length } else { 0 };
+        let length = ticket.header.length;
+        let bytes = if error == 0 && request.op != Op::Extents { length } else { 0 };
         let latency = nanoseconds(request.started);
         self.export.stats.end(bench.shard, request.op, 1, bytes, u64::from(error != 0), latency);
         let buffer = match request.memory {
             Memory::Owned(buffer) => {
-                self.in_flight_bytes -= ticket.length;
+                self.in_flight_bytes -= length;
                 Arc::try_unwrap(buffer).ok()
             }
             _ => None,
@@ -31,13 +32,13 @@ impl Connection {
             }
             return;
         }
-        let (framing, mut head) = (&ticket.framing, Vec::with_capacity(48));
+        let (framing, mut head) = (&self.framing(&ticket.header), Vec::with_capacity(48));
         if error != 0 {
             self.fail(framing, error, &mut head);
         } else {
             match ticket.command {
-                Command::Read => blkloom_wire::read_data(framing, &mut head, framing.offset, ticket.length, true),
-                Command::BlockStatus => self.block_status(ticket, &found, &mut head),
+                Command::Read => blkloom_wire::read_data(framing, &mut head, framing.offset, length, true),
+                Command::BlockStatus => self.block_status(&ticket.header, &found, &mut head),
                 _ => blkloom_wire::success(framing, &mut head),
             }
         }
@@ -51,10 +52,10 @@ impl Connection {
         }
     }
 
-    fn block_status(&self, ticket: &Ticket, found: &[Found], head: &mut Vec<u8>) {
+    fn block_status(&self, header: &Header, found: &[Found], head: &mut Vec<u8>) {
         let mut extents: Vec<(u64, u32)> = Vec::new();
-        let mut at = ticket.framing.offset;
-        let one = ticket.flags & flags::REQ_ONE != 0;
+        let mut at = header.offset;
+        let one = header.flags & flags::REQ_ONE != 0;
         for found in
             found.iter().take_while(|found| std::mem::replace(&mut at, found.offset + found.len) == found.offset)
         {
@@ -65,9 +66,9 @@ impl Connection {
             }
         }
         if extents.is_empty() {
-            extents.push((ticket.length, 0)); // "a server MAY always safely report a status of 0"
+            extents.push((header.length, 0)); // "a server MAY always safely report a status of 0"
         }
-        blkloom_wire::block_status(&ticket.framing, head, self.context.unwrap_or(0), &extents);
+        blkloom_wire::block_status(&self.framing(header), head, self.context.unwrap_or(0), &extents);
     }
 
     pub(super) fn fail(&self, framing: &Framing, errno: i32, out: &mut impl Sink) {

@@ -1,0 +1,75 @@
+//! Letting go of a client so that another engine goes on with it, without the client noticing. Part of
+//! `connection`, whose invariants hold here.
+//!
+//! From `detach` on nothing new is begun. What was begun ends, and its replies are sent; what does
+//! nothing but wait at a closed gate is taken back by the loop (`Queue::withdraw`, `take_back`). So each
+//! request is either answered here or among the bytes the next engine gets, and never both. The one
+//! exception to reading no more: the payload of a refused request is skipped to its end first, for what
+//! was skipped cannot be given to anybody.
+
+use std::sync::Arc;
+
+use super::{Connection, Input, State, Workbench};
+use crate::request::{Memory, Owner, Request};
+
+impl Connection {
+    pub fn detach(&mut self) {
+        self.leaving = true;
+        match (&self.state, self.parting) {
+            (State::Open, _) => self.state = State::Detaching(Vec::new()),
+            // Requests under way may still be taken back: then the disconnection belongs behind them.
+            (State::Ending(_), Some(parting)) => {
+                self.state = State::Detaching(Vec::new());
+                parting.put(self.rules.style, &mut self.stash);
+            }
+            _ => {}
+        }
+    }
+
+    /// Its requests must not wait at gates any more.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    pub fn is_detaching(&self) -> bool {
+        matches!(self.state, State::Detaching(_))
+    }
+
+    pub(super) fn is_skipping(&self) -> bool {
+        matches!(self.input, Input::Skip { .. }) && matches!(self.state, State::Open | State::Detaching(_))
+    }
+
+    /// Keeps a request of its own, which the queue gave back, for the next engine.
+    pub fn take_back(&mut self, request: Request, bench: &mut Workbench) {
+        let (Owner::Connection(ticket), State::Detaching(returned)) = (&request.owner, &mut self.state) else {
+            return;
+        };
+        self.in_flight -= 1;
+        self.export.stats.withdraw(bench.shard);
+        self.export.device.stats.withdraw(bench.shard);
+        let mut bytes = Vec::new();
+        ticket.header.put(self.rules.style, &mut bytes);
+        if let Memory::Owned(buffer) = request.memory {
+            self.in_flight_bytes -= ticket.header.length;
+            if request.op.writes() {
+                bytes.extend_from_slice(buffer.bytes());
+            }
+            if let Ok(buffer) = Arc::try_unwrap(buffer) {
+                bench.buffers.put(buffer);
+            }
+        }
+        returned.push((ticket.order, bytes));
+    }
+
+    /// All that was received and not served, in the order it came.
+    pub(super) fn unserved(&mut self, mut returned: Vec<(u64, Vec<u8>)>) -> Vec<u8> {
+        returned.sort_unstable_by_key(|(order, _)| *order);
+        let mut bytes: Vec<u8> = returned.into_iter().flat_map(|(_, bytes)| bytes).collect();
+        if let Input::Payload { header, buffer, have } = &self.input {
+            header.put(self.rules.style, &mut bytes);
+            bytes.extend_from_slice(&buffer.bytes()[..*have]);
+        }
+        bytes.append(&mut self.stash);
+        bytes
+    }
+}

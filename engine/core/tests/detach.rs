@@ -1,0 +1,597 @@
+//! Connections that go from one engine to another while their clients go on: each request is answered
+//! once, whoever answers it, and nobody's bytes are lost.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod rig;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Outcome, Session};
+use blkloom_map::Extent;
+use blkloom_wire::{Header, Style};
+use rig::*;
+
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISCONNECT: u16 = 2;
+const FLUSH: u16 = 3;
+const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
+const MOST_PAYLOAD: u32 = 1 << 20;
+
+fn request(style: Style, kind: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let flags = if style == Style::Extended && kind == WRITE { 1 << 5 } else { 0 };
+    Header { flags, kind, cookie, offset, length }.put(style, &mut bytes);
+    bytes
+}
+
+/// An engine with a device of its own, as a process would have them.
+struct Host {
+    engine: Engine,
+    device: Arc<Device>,
+    export: Arc<Export>,
+    notices: Arc<Notices>,
+}
+
+impl Host {
+    fn new(engine: Engine, device: Arc<Device>) -> Host {
+        let export = Export::new(device.clone(), "test".into(), false);
+        Host { engine, device, export, notices: Arc::new(Notices::new().unwrap()) }
+    }
+
+    fn serve(&self, style: Style, fd: OwnedFd, initial: Vec<u8>, stall: Duration) -> ConnectionHandle {
+        let session = Session { style, context: None, initial, max_payload: MOST_PAYLOAD, stall };
+        let (export, notices) = (self.export.clone(), self.notices.clone());
+        self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
+    }
+
+    /// A client of this host's.
+    fn connect(&self, style: Style) -> (Client, ConnectionHandle) {
+        let (socket, served) = UnixStream::pair().unwrap();
+        socket.set_read_timeout(Some(PATIENT)).unwrap();
+        socket.set_write_timeout(Some(PATIENT)).unwrap();
+        (Client { socket, style }, self.serve(style, served.into(), Vec::new(), PATIENT))
+    }
+
+    /// What became of the next connection that ends.
+    fn next_end(&self) -> Outcome {
+        let fd = self.notices.fd();
+        let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1, "nobody says what came of it");
+        let mut all = self.notices.take();
+        assert_eq!(all.len(), 1, "one connection ends once");
+        all.remove(0).outcome
+    }
+
+    /// What became of the only connection there is.
+    fn end(&self) -> Outcome {
+        let outcome = self.next_end();
+        assert_eq!(self.export.connections.load(Ordering::Relaxed), 0);
+        outcome
+    }
+
+    fn detached(&self) -> (OwnedFd, Vec<u8>) {
+        match self.end() {
+            Outcome::Detached { fd, initial } => {
+                for stats in [self.device.stats(), &self.export.stats] {
+                    assert_eq!(stats.totals().in_flight, 0, "nothing is left behind");
+                }
+                (fd, initial)
+            }
+            Outcome::Closed { reason } => panic!("closed: {reason}"),
+            Outcome::Io { .. } => panic!("no I/O was submitted"),
+        }
+    }
+
+    fn closed(&self) -> String {
+        match self.end() {
+            Outcome::Closed { reason } => reason,
+            _ => panic!("it did not close"),
+        }
+    }
+
+    /// Waits until `count` requests are inside.
+    fn until_in_flight(&self, count: u64) {
+        while self.device.stats().totals().in_flight != count {
+            std::thread::yield_now();
+        }
+    }
+}
+
+struct Client {
+    socket: UnixStream,
+    style: Style,
+}
+
+impl Client {
+    fn send(&mut self, kind: u16, cookie: u64, offset: u64, length: u64, payload: &[u8]) -> Vec<u8> {
+        let bytes = [request(self.style, kind, cookie, offset, length), payload.to_vec()].concat();
+        self.socket.write_all(&bytes).unwrap();
+        bytes
+    }
+
+    fn exactly(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// The next reply, which `length` tells the read of this cookie to: (error, cookie, data).
+    fn reply(&mut self, length: impl Fn(u64) -> usize) -> (u32, u64, Vec<u8>) {
+        let u16_at = |bytes: &[u8], at: usize| u16::from_be_bytes(bytes[at..at + 2].try_into().unwrap());
+        let u32_at = |bytes: &[u8], at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+        let u64_at = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let head = self.exactly(match self.style {
+            Style::Simple => 16,
+            Style::Structured => 20,
+            Style::Extended => 32,
+        });
+        let magic = match self.style {
+            Style::Simple => 0x6744_6698,
+            Style::Structured => 0x668e_33ef,
+            Style::Extended => 0x6e8a_278c,
+        };
+        assert_eq!(u32_at(&head, 0), magic, "the stream of replies is out of step");
+        let cookie = u64_at(&head, 8);
+        if self.style == Style::Simple {
+            let error = u32_at(&head, 4);
+            let data = self.exactly(if error == 0 { length(cookie) } else { 0 });
+            return (error, cookie, data);
+        }
+        assert_eq!(u16_at(&head, 4), 1, "reads of these places are answered in one piece");
+        let rest = match self.style {
+            Style::Extended => u64_at(&head, 24) as usize,
+            _ => u32_at(&head, 16) as usize,
+        };
+        let rest = self.exactly(rest);
+        match u16_at(&head, 6) {
+            0 => (0, cookie, Vec::new()),
+            1 => (0, cookie, rest[8..].to_vec()),
+            0x8001 => (u32_at(&rest, 0), cookie, Vec::new()),
+            kind => panic!("chunk of kind {kind}"),
+        }
+    }
+
+    /// The server hangs up, and says nothing more before.
+    fn hung_up(&mut self) {
+        assert_eq!(self.socket.read_to_end(&mut Vec::new()).unwrap(), 0);
+    }
+
+    fn done(&mut self, cookie: u64) {
+        assert_eq!(self.reply(|_| 0), (0, cookie, Vec::new()));
+    }
+}
+
+/// That hosts served so many requests together. (What a turn served is counted after it was answered.)
+fn served<'a>(hosts: impl IntoIterator<Item = &'a Host> + Clone, count: u64) {
+    let sum = || -> u64 {
+        let all = hosts.clone().into_iter().map(|host| host.export.stats.totals());
+        all.flat_map(|totals| totals.ops).map(|op| op.count).sum()
+    };
+    while sum() < count {
+        std::thread::yield_now();
+    }
+    assert_eq!(sum(), count, "a request was served twice");
+}
+
+fn memory_device(size: u64) -> Arc<Device> {
+    let place = region(size);
+    place.write(0, slice(&mut vec![7; size as usize]));
+    device(mapping(vec![(size, memory(&place, 0))], vec![]))
+}
+
+fn threads() -> Engine {
+    Engine::new(1, IoChoice::Threads, Duration::ZERO, 2).unwrap()
+}
+
+#[test]
+fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_order() {
+    for style in STYLES {
+        let host = Host::new(threads(), memory_device(1 << 20));
+        let (mut client, handle) = host.connect(style);
+        host.engine.suspend(&host.device, true, None).unwrap();
+        let mut sent = Vec::new();
+        for cookie in 0..200 {
+            sent.extend(match cookie % 4 {
+                0 => client.send(WRITE, cookie, cookie * 512, 700, &[cookie as u8; 700]),
+                1 => client.send(READ, cookie, cookie * 512, 512, &[]),
+                2 => client.send(FLUSH, cookie, 0, 0, &[]),
+                _ => client.send(WRITE, cookie, 0, 300_000, &vec![cookie as u8; 300_000]),
+            });
+        }
+        host.until_in_flight(200);
+        let half = client.send(WRITE, 200, 4096, 100_000, &[9; 60_000]);
+        handle.detach();
+        handle.detach();
+        handle.close();
+        let (fd, mut given) = host.detached();
+        // What the engine had not received yet is still in the socket.
+        let mut late = vec![0; 200_000];
+        let (count, _) = rustix::net::recv(&fd, &mut *late, rustix::net::RecvFlags::DONTWAIT).unwrap_or((0, 0));
+        given.extend_from_slice(&late[..count]);
+        sent.extend(half);
+        assert!(given == sent, "{style:?}: {} bytes were sent, {} given back", sent.len(), given.len());
+        assert!(host.device.suspended());
+
+        let next = Host::new(threads(), memory_device(1 << 20));
+        let _handle = next.serve(style, fd, given, PATIENT);
+        client.socket.write_all(&[9; 40_000]).unwrap();
+        let mut open: Vec<u64> = (0..=200).collect();
+        while !open.is_empty() {
+            let (error, cookie, data) = client.reply(|cookie| if cookie % 4 == 1 { 512 } else { 0 });
+            assert_eq!((error, data.len()), (0, if cookie % 4 == 1 { 512 } else { 0 }));
+            let at = open.iter().position(|&other| other == cookie).expect("each is answered once");
+            open.remove(at);
+        }
+        served([&next], 201);
+        served([&host], 0);
+    }
+}
+
+#[test]
+fn what_was_begun_is_answered_before_the_connection_leaves() {
+    for (_, engine) in engines() {
+        let faulty = device(mapping(vec![(1 << 20, Extent::Fault)], vec![]));
+        faulty.attach_mapper();
+        let host = Host::new(engine, faulty);
+        let (mut client, handle) = host.connect(Style::Simple);
+        client.send(READ, 1, 0, 512, &[]);
+        let mut faults = host.device.next_faults(Some(PATIENT)).unwrap();
+        handle.detach();
+        let after = client.send(READ, 2, 0, 512, &[]);
+        assert!(host.notices.take().is_empty());
+        faults[0].answer(Answer::Done(Some(vec![5; 512])));
+        let (fd, mut given) = host.detached();
+        assert_eq!(client.reply(|_| 512), (0, 1, vec![5; 512]));
+        let mut rest = vec![0; after.len()];
+        if given.is_empty() {
+            UnixStream::from(fd).read_exact(&mut rest).unwrap();
+            given = rest;
+        }
+        assert_eq!(given, after, "what came later is not read, or given back");
+    }
+}
+
+/// A request of which a part was done and a part waits at a lower device is given back whole.
+#[test]
+fn a_request_that_waits_below_is_given_back_and_lets_the_device_above_drain() {
+    let lower = memory_device(4096);
+    let upper = device(mapping(
+        vec![
+            (4096, memory(&region(4096), 0)),
+            (4096, Extent::Device { device: lower.clone(), offset: 0, writable: true }),
+        ],
+        vec![],
+    ));
+    let host = Host::new(threads(), upper);
+    let (mut client, handle) = host.connect(Style::Simple);
+    host.engine.suspend(&lower, true, None).unwrap();
+    let sent = client.send(WRITE, 3, 0, 8192, &[4; 8192]);
+    host.until_in_flight(1);
+    handle.detach();
+    assert!(host.detached().1 == sent);
+    host.engine.suspend(&host.device, true, None).unwrap();
+}
+
+#[test]
+fn a_request_is_given_back_only_once_no_part_of_it_moves() {
+    for (_, engine) in engines() {
+        let lower = memory_device(4096);
+        let below = Extent::Device { device: lower.clone(), offset: 0, writable: true };
+        let upper = device(mapping(vec![(4096, Extent::Fault), (4096, below)], vec![]));
+        upper.attach_mapper();
+        let host = Host::new(engine, upper);
+        let (mut client, handle) = host.connect(Style::Structured);
+        host.engine.suspend(&lower, true, None).unwrap();
+        let sent = client.send(WRITE, 3, 0, 8192, &[4; 8192]);
+        let mut faults = host.device.next_faults(Some(PATIENT)).unwrap();
+        handle.detach();
+        // Another connection of the same loop shows that the message was taken; there may be two loops.
+        for _ in 0..2 {
+            let (mut other, handle) = host.connect(Style::Simple);
+            other.send(READ, 1, 1 << 40, 1, &[]);
+            assert_eq!(other.reply(|_| 0).0, 22);
+            handle.close();
+            assert!(matches!(host.next_end(), Outcome::Closed { .. }));
+        }
+        assert_eq!(faults[0].payload(), [4; 4096]);
+        faults[0].answer(Answer::Done(None));
+        assert!(host.detached().1 == sent);
+    }
+}
+
+#[test]
+fn a_refused_payload_is_skipped_to_its_end_first() {
+    for style in STYLES {
+        let host = Host::new(threads(), memory_device(1 << 20));
+        let (mut client, handle) = host.connect(style);
+        // More than a socket holds: when it is sent, some of it was skipped.
+        client.send(WRITE, 1, 1 << 30, 1 << 20, &vec![1; 900_000]);
+        handle.detach();
+        let rest = (1 << 20) - 900_000;
+        client.socket.write_all(&[vec![1; rest], request(style, FLUSH, 3, 0, 0)].concat()).unwrap();
+        let (error, cookie, _) = client.reply(|_| 0);
+        assert_eq!((error, cookie), (28, 1));
+        let (fd, given) = host.detached();
+        let next = Host::new(threads(), memory_device(1 << 20));
+        let _handle = next.serve(style, fd, given, PATIENT);
+        client.done(3);
+    }
+}
+
+#[test]
+fn a_disconnection_behind_waiting_requests_is_handed_over_behind_them() {
+    let host = Host::new(threads(), memory_device(1 << 20));
+    let (mut client, handle) = host.connect(Style::Extended);
+    host.engine.suspend(&host.device, true, None).unwrap();
+    let mut sent = client.send(WRITE, 1, 0, 5, &[1; 5]);
+    host.until_in_flight(1);
+    sent.extend(client.send(DISCONNECT, 2, 0, 0, &[]));
+    // A second connection is served on the same loop: what the first sent was received before.
+    let (mut other, other_handle) = host.connect(Style::Extended);
+    other.send(READ, 9, 1 << 40, 1, &[]);
+    assert_eq!(other.reply(|_| 0).0, 22);
+    other_handle.close();
+    assert!(matches!(host.next_end(), Outcome::Closed { .. }));
+    handle.detach();
+    let (fd, mut given) = host.detached();
+    let mut late = [0; 64];
+    let (count, _) = rustix::net::recv(&fd, &mut late, rustix::net::RecvFlags::DONTWAIT).unwrap_or((0, 0));
+    given.extend_from_slice(&late[..count]);
+    assert_eq!(given, sent);
+    let next = Host::new(threads(), memory_device(1 << 20));
+    next.serve(Style::Extended, fd, given, PATIENT);
+    client.done(1);
+    client.hung_up();
+    assert_eq!(next.closed(), "the client disconnected");
+}
+
+#[test]
+fn requests_given_back_are_served_though_their_client_has_hung_up() {
+    let host = Host::new(threads(), memory_device(1 << 20));
+    let (client, served) = UnixStream::pair().unwrap();
+    drop(client);
+    let mut initial = Vec::new();
+    for i in 0..3 {
+        initial.extend(request(Style::Simple, WRITE, i, i * 512, 512));
+        initial.extend([i as u8; 512]);
+    }
+    host.serve(Style::Simple, served.into(), initial, PATIENT);
+    host.closed();
+    for i in 0..3 {
+        let mut back = [9; 512];
+        read(&host.engine, &host.device, i * 512, &mut back).unwrap();
+        assert_eq!(back, [i as u8; 512]);
+    }
+}
+
+#[test]
+fn a_client_that_is_gone_is_not_waited_for_though_its_requests_wait_at_a_gate() {
+    for (_, engine) in engines() {
+        let host = Host::new(engine, memory_device(1 << 20));
+        let (mut client, handle) = host.connect(Style::Simple);
+        host.engine.suspend(&host.device, true, None).unwrap();
+        client.send(READ, 1, 0, 512, &[]);
+        host.until_in_flight(1);
+        client.socket.write_all(b"garbage after a request").unwrap();
+        client.hung_up();
+        handle.detach();
+        assert!(host.closed().starts_with("garbage"));
+        assert_eq!(host.device.stats().totals().in_flight, 0);
+    }
+}
+
+#[test]
+fn a_client_that_takes_no_replies_is_dropped_after_the_stall_timeout() {
+    let host = Host::new(threads(), memory_device(8 << 20));
+    let (mut socket, served) = UnixStream::pair().unwrap();
+    let handle = host.serve(Style::Simple, served.into(), Vec::new(), Duration::from_millis(50));
+    for cookie in 0..3 {
+        socket.write_all(&request(Style::Simple, READ, cookie, 0, 1 << 20)).unwrap();
+    }
+    while host.device.stats().totals().ops[0].count < 3 {
+        std::thread::yield_now();
+    }
+    handle.detach();
+    assert!(host.closed().contains("stalled"));
+}
+
+#[test]
+fn an_engine_that_closes_gives_back_what_was_to_be_given_back() {
+    for (_, engine) in engines() {
+        let host = Host::new(engine, memory_device(1 << 20));
+        let (mut client, handle) = host.connect(Style::Simple);
+        host.engine.suspend(&host.device, true, None).unwrap();
+        let sent = client.send(READ, 1, 0, 512, &[]);
+        host.until_in_flight(1);
+        handle.detach();
+        host.engine.close();
+        assert!(host.detached().1 == sent);
+    }
+}
+
+#[test]
+fn any_amount_of_unserved_bytes_is_served() {
+    let host = Host::new(threads(), memory_device(1 << 20));
+    for style in STYLES {
+        let (socket, served) = UnixStream::pair().unwrap();
+        let mut client = Client { socket, style };
+        let payload = vec![3; MOST_PAYLOAD as usize];
+        let mut initial = Vec::new();
+        (0..3000).for_each(|cookie| initial.extend(request(style, FLUSH, cookie, 0, 0)));
+        for cookie in 3000..3040 {
+            initial.extend(request(style, WRITE, cookie, 0, payload.len() as u64));
+            initial.extend_from_slice(&payload);
+        }
+        let late = initial.split_off(initial.len() - 1);
+        host.serve(style, served.into(), initial, PATIENT);
+        client.socket.write_all(&late).unwrap();
+        (0..3040).for_each(|cookie| client.done(cookie));
+        drop(client);
+        host.closed();
+    }
+}
+
+/// What the client knows of its device, and of its requests under way: (offset, length, a write, data).
+#[derive(Default)]
+struct Model {
+    bytes: Vec<u8>,
+    open: BTreeMap<u64, (u64, usize, bool, Vec<u8>)>,
+    answered: u64,
+}
+
+const SIZE: u64 = 3 << 20;
+const COUNT: u64 = 1500;
+const WINDOW: usize = 48;
+
+/// Sends `COUNT` requests in pieces of any size, those under way never overlapping where one writes.
+fn ask(mut socket: UnixStream, style: Style, model: &Mutex<Model>, over: &AtomicBool, seed: u64) {
+    let mut random = Random::new(seed);
+    for cookie in 0..COUNT {
+        let bytes = loop {
+            let mut model = model.lock().unwrap();
+            let longest = if random.one_in(20) { 300_000 } else { 9_000 };
+            let (offset, length) = (random.below(SIZE - longest), 1 + random.below(longest) as usize);
+            let write = random.one_in(2);
+            let meets = |&(o, l, w, _): &(u64, usize, bool, Vec<u8>)| {
+                (w || write) && o < offset + length as u64 && offset < o + l as u64
+            };
+            if model.open.len() >= WINDOW || model.open.values().any(meets) {
+                drop(model);
+                assert!(!over.load(Ordering::SeqCst), "nobody takes the answers");
+                std::thread::yield_now();
+                continue;
+            }
+            let range = offset as usize..offset as usize + length;
+            if write {
+                let data: Vec<u8> = (0..length).map(|_| random.next() as u8).collect();
+                model.bytes[range].copy_from_slice(&data);
+                model.open.insert(cookie, (offset, length, true, Vec::new()));
+                break [request(style, WRITE, cookie, offset, length as u64), data].concat();
+            }
+            let data = model.bytes[range].to_vec();
+            model.open.insert(cookie, (offset, length, false, data));
+            break request(style, READ, cookie, offset, length as u64);
+        };
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let most = if random.one_in(3) { 40 } else { 100_000 };
+            let (now, later) = rest.split_at(rest.len().min(1 + random.below(most) as usize));
+            socket.write_all(now).unwrap();
+            rest = later;
+        }
+    }
+}
+
+fn listen(mut client: Client, model: &Mutex<Model>) {
+    for _ in 0..COUNT {
+        let length = |cookie| model.lock().unwrap().open.get(&cookie).map_or(0, |open| if open.2 { 0 } else { open.1 });
+        let (error, cookie, data) = client.reply(length);
+        let mut model = model.lock().unwrap();
+        let (offset, length, _, expected) = model.open.remove(&cookie).expect("each is answered once");
+        assert_eq!(error, 0, "{length} bytes at {offset}");
+        assert!(data == expected, "{length} bytes at {offset} are not what was written there");
+        model.answered += 1;
+    }
+}
+
+/// Says that the listener has ended, however it did.
+struct Tell<'a>(&'a AtomicBool);
+
+impl Drop for Tell<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A device over shared storage: a direct file, a buffered one, and memory behind a lower device.
+fn stack(parts: &[Extent<blkloom_core::Kinds>; 3]) -> (Arc<Device>, Arc<Device>) {
+    let [first, second, third] = parts.clone();
+    let lower = device(mapping(vec![(1 << 20, third)], vec![]));
+    let below = Extent::Device { device: lower.clone(), offset: 0, writable: true };
+    (device(mapping(vec![(1 << 20, first), (1 << 20, second), (1 << 20, below)], vec![])), lower)
+}
+
+#[test]
+fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
+    for (number, style) in STYLES.into_iter().enumerate() {
+        let mut random = Random::new(77 + number as u64);
+        let parts = [data(&file(1 << 20, true), 0), data(&file(1 << 20, false), 0), memory(&region(1 << 20), 0)];
+        let hosts: Vec<(Host, Arc<Device>)> = engines()
+            .into_iter()
+            .chain(engines())
+            .map(|(_, engine)| {
+                let (upper, lower) = stack(&parts);
+                (Host::new(engine, upper), lower)
+            })
+            .collect();
+        // No run of zeros is told apart: reads are answered in one piece.
+        let mut start = vec![0xa5u8; SIZE as usize];
+        write(&hosts[0].0.engine, &hosts[0].0.device, 0, &start, false).unwrap();
+        let model = Mutex::new(Model { bytes: std::mem::take(&mut start), ..Model::default() });
+        let (client, mut handle) = hosts[0].0.connect(style);
+        let over = AtomicBool::new(false);
+        let (mut at, mut turns, mut carried) = (0, 0, 0);
+        std::thread::scope(|scope| {
+            let (model, over) = (&model, &over);
+            let sender = client.socket.try_clone().unwrap();
+            let asking = scope.spawn(move || ask(sender, style, model, over, 5 + number as u64));
+            let listening = scope.spawn(move || {
+                let _tell = Tell(over);
+                listen(client, model);
+            });
+            let finished = || over.load(Ordering::SeqCst);
+            while !finished() {
+                let (host, lower) = &hosts[at];
+                let before = model.lock().unwrap().answered;
+                // Some are handed on at once, most after having done something.
+                let enough = before + random.below(60);
+                while model.lock().unwrap().answered < enough && !finished() {
+                    std::thread::yield_now();
+                }
+                let suspended = match random.below(3) {
+                    0 => Some(&host.device),
+                    1 => Some(lower),
+                    _ => None,
+                };
+                if let Some(device) = suspended {
+                    host.engine.suspend(device, false, None).unwrap();
+                    (0..random.below(200)).for_each(|_| std::thread::yield_now());
+                }
+                handle.detach();
+                let end = host.end();
+                host.device.resume();
+                lower.resume();
+                let (fd, initial) = match end {
+                    Outcome::Detached { fd, initial } => (fd, initial),
+                    Outcome::Closed { reason } => {
+                        assert!(finished(), "closed: {reason}");
+                        break;
+                    }
+                    Outcome::Io { .. } => panic!("no I/O was submitted"),
+                };
+                assert_eq!(host.device.stats().totals().in_flight, 0);
+                carried += initial.len();
+                turns += 1;
+                at = (at + 1 + random.below(hosts.len() as u64 - 1) as usize) % hosts.len();
+                handle = hosts[at].0.serve(style, fd, initial, PATIENT);
+            }
+            asking.join().unwrap();
+            listening.join().unwrap();
+        });
+        let model = model.into_inner().unwrap();
+        assert_eq!((model.answered, model.open.len()), (COUNT, 0));
+        assert!(turns > 10 && carried > 0, "{turns} turns carried {carried} bytes: this tested nothing");
+        let mut back = vec![0; SIZE as usize];
+        read(&hosts[0].0.engine, &hosts[0].0.device, 0, &mut back).unwrap();
+        assert!(back == model.bytes, "the device is not what its client wrote");
+        served(hosts.iter().map(|(host, _)| host), COUNT);
+    }
+}

@@ -1,0 +1,35 @@
+"""`blkloom deps`: what devices stand on."""
+
+from __future__ import annotations
+
+import click
+
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.ls import device_names
+from blkloom.cli.session import Named, Session
+from blkloom.dm.dependencies import Dependency, dependencies
+
+
+@verb("[DEVICE...]")
+@click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname.")
+@click.option("--inactive", is_flag=True, hidden=True)
+def deps(session: Session, operands: tuple[str, ...], options: str | None, inactive: bool) -> None:
+    """Tell which devices and files the tables of devices name.
+
+    Block devices and devices of blkloom's have numbers or names, files their paths.
+    """
+    how = device_names(options)
+    others = {info.name: info for info in session.everything()}
+    several = session.several(operands)
+    for info in session.found(operands, "deps"):
+        session.tell(Named(info.name, name=info.name))
+        name = f"{session.show(info.name)}: " if several and not session.verbose else ""
+        found = dependencies(info, others)
+        texts = "".join(f" ({_shown(dependency, how)})" for dependency in found)
+        click.echo(f"{name}{len(found)} dependencies\t:{texts}")
+        if several and session.verbose:
+            click.echo()
+
+
+def _shown(dependency: Dependency, how: str) -> str:
+    return dependency.number(", ") if how == "devno" else dependency.block_name

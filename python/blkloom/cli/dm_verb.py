@@ -1,0 +1,153 @@
+"""A verb of dmsetup's: its words are read as dmsetup's getopt reads them.
+
+Every option of dmsetup's goes with every verb; those without a meaning here are taken and ignored. A
+verb is a function of its `Session`, its words and its own options.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import click
+from typing_extensions import override
+
+from blkloom.cli.completing import complete_devices
+from blkloom.cli.session import NAMING, Session
+from blkloom.dm.failing import NotACommandLine, WrongCount
+from blkloom.dm.names import Mangling
+from blkloom.dm.options import LETTERS, LONG, read_words
+
+_SHARED: Final = frozenset({"uuid", "major", "minor", "manglename", "verbose", "select"})
+"""Options that every verb has, and that `Session` reads."""
+
+
+class DmCommand(click.Command):
+    """operands: the fewest and the most words behind the options; None: as many as one likes."""
+
+    def __init__(self, *args: Any, operands: tuple[int, int | None] = (0, None), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._least, self._most = operands
+        taken = {name for param in self.params for name in param.opts}
+        letters = {long: letter for letter, long in reversed(LETTERS.items())}
+        for long, takes_value in LONG.items():
+            if f"--{long}" in taken or long == "help":
+                continue
+            names = [f"--{long}", *([f"-{letters[long]}"] if long in letters else [])]
+            shared = long in _SHARED
+            option = click.Option(
+                names,
+                expose_value=False,
+                hidden=not shared or long in ("select",),
+                help=_HELP.get(long),
+                metavar=_METAVARS.get(long),
+                callback=_store if shared else None,
+                **({} if takes_value else {"count": True}),
+            )
+            self.params.append(option)
+
+    @override
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        own = {
+            name[2:]: not (param.is_flag or param.count)
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option)
+            for name in param.opts
+            if name.startswith("--")
+        }
+        words = read_words(args, own)
+        if "--help" in words.options:
+            return super().parse_args(ctx, ["--help"])
+        _check(words.options)
+        if len(words.operands) < self._least or (self._most is not None and len(words.operands) > self._most):
+            raise WrongCount(self.get_usage(ctx))
+        try:
+            rest = super().parse_args(ctx, [*words.options, "--", *words.operands])
+        except click.UsageError as error:
+            raise NotACommandLine(error.format_message()) from error
+        _numbers(ctx)
+        return rest
+
+
+def verb(
+    *operands: str, least: int = 0, most: int | None = None, complete: bool = True, name: str | None = None
+) -> Callable[[Callable[..., None]], click.Command]:
+    """A function (session, operands, options...) as a verb of dmsetup's. operands: how the help writes
+    them. complete: whether they are names of devices.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(operands: tuple[str, ...], **options: Any) -> None:
+            function(Session(click.get_current_context()), operands, **options)
+
+        command = click.command(name, cls=DmCommand, operands=(least, most))(run)
+        if operands or most != 0:
+            argument = click.Argument(
+                ["operands"],
+                nargs=-1,
+                metavar=" ".join(operands),
+                shell_complete=complete_devices if complete else None,
+            )
+            command.params.insert(0, argument)
+        else:
+            command.params.insert(0, click.Argument(["operands"], nargs=-1, metavar=""))
+        return command
+
+    return decorate
+
+
+_HELP: Final = {
+    "uuid": "The device with this uuid.",
+    "major": "With -m: the device with this number (the major one is 0).",
+    "minor": "With -j: the device with this number.",
+    "manglename": "How names are meant and shown: auto, hex or none.",
+    "verbose": "Tell the device's state too.",
+    "select": "Devices that a selection fits, as in -S 'open>0'.",
+}
+_METAVARS: Final = {
+    "uuid": "UUID",
+    "major": "N",
+    "minor": "N",
+    "manglename": "MODE",
+    "select": "SELECTION",
+}
+
+
+def _store(context: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value is not None and not context.resilient_parsing:
+        if param.name == "manglename":
+            try:
+                value = Mangling(value.lower())
+            except ValueError:
+                raise NotACommandLine("Unknown name mangling mode.", what="auto, hex or none") from None
+        context.meta.setdefault(NAMING, {})[param.name] = value
+    return value
+
+
+def _numbers(context: click.Context) -> None:
+    given = context.meta.get(NAMING, {})
+    if "minor" in given:
+        given["numbers"] = (_integer(given["major"]), _integer(given["minor"]))
+
+
+def _integer(text: str) -> int:
+    """As atoi: what is no number is 0."""
+    digits = text.strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
+
+
+def _check(options: Sequence[str]) -> None:
+    """What dmsetup refuses before it looks at the verb."""
+    names = {option.partition("=")[0] for option in options}
+    if ("--major" in names) != ("--minor" in names):
+        raise NotACommandLine(
+            "Please specify both major number and minor number.", what="the major number is 0: -j 0 -m N"
+        )
+    if {"--table", "--notable"} <= names:
+        raise NotACommandLine("--table and --notable are incompatible.")
+    if {"--addnodeonresume", "--addnodeoncreate"} <= names:
+        raise NotACommandLine("--addnodeonresume and --addnodeoncreate are incompatible.")

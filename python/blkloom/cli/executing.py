@@ -1,0 +1,27 @@
+"""`--exec`: a command of the user's for each device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from blkloom.cli.connecting import device_directory
+from blkloom.cli.session import Session
+from blkloom.control.messages import DeviceInfo
+from blkloom.dm.failing import VerbFailed
+from blkloom.dm.names import mangle
+
+
+def execute(command: str, session: Session, info: DeviceInfo) -> None:
+    """Runs the command's words, as white space divides them, with the path of the device's socket behind
+    them, and waits; its exit status does not count (as with dmsetup). Raises VerbFailed.
+    """
+    words = command.split()
+    if not words:
+        raise VerbFailed("--exec needs a command.")
+    sys.stdout.flush()
+    try:
+        subprocess.run([*words, os.path.join(device_directory(session.run_dir), mangle(info.name))], check=False)
+    except OSError as error:
+        raise VerbFailed(f"{words[0]}: {error.strerror}") from error

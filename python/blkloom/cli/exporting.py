@@ -1,0 +1,78 @@
+"""`blkloom export`, `unexport`: the ways NBD clients reach a live device."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from blkloom.cli.addresses import host_port
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.session import Session
+from blkloom.control.messages import ExportState
+from blkloom.dm.failing import VerbFailed
+from blkloom.export.nbd.uri import tcp_uri, unix_uri
+
+
+@verb("DEVICE", least=0, most=1)
+@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket (mode 0600).")
+@click.option("--listen", type=host_port, metavar="HOST:PORT", help="TCP; port 0 finds a free one.")
+@click.option("--name", "export_name", metavar="NAME", help="What clients ask for; the device's name if not given.")
+@click.option("-r", "--readonly", "--read-only", "readonly", is_flag=True, help="For reading only.")
+@click.option("--list", "listed", is_flag=True, help="Print the ways in that there are.")
+def export(
+    session: Session,
+    operands: tuple[str, ...],
+    socket: str | None,
+    listen: tuple[str, int] | None,
+    export_name: str | None,
+    readonly: bool,
+    listed: bool,
+) -> None:
+    """Let NBD clients in by another way, and print its URI.
+
+    \b
+    blkloom export disk --listen localhost:10809
+    blkloom export disk --socket /srv/disk.sock --read-only
+    blkloom export disk --list
+
+    Every device has a socket of its own in the run directory; after unexport, export without an
+    address opens it again.
+    """
+    named = session.named(operands[0] if operands else None)
+    if listed:
+        for state in session.info(named, "export").exports:
+            click.echo(f"{state.id}\t{uri(state)}")
+        return
+    if socket is not None and listen is not None:
+        raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
+    host, port = listen or ("", 0)
+    with session.ioctl(named, "export"):
+        state = session.client.export(
+            named.wire,
+            name=export_name or "",
+            unix=os.path.abspath(socket) if socket else "",
+            host=host or ("localhost" if listen else ""),
+            port=port,
+            read_only=readonly,
+        )
+    click.echo(uri(state))
+
+
+@verb("DEVICE", "EXPORT", least=1, most=2)
+def unexport(session: Session, operands: tuple[str, ...]) -> None:
+    """Close a way in: EXPORT is its number in export --list, or the path of its socket.
+
+    Its clients are disconnected; those of other ways stay.
+    """
+    if len(operands) == 1 and not session.elsewhere:
+        raise VerbFailed("No export specified.", what="blkloom export DEVICE --list shows them")
+    named = session.named(operands[0] if len(operands) == 2 else None)
+    which = operands[-1]
+    with session.ioctl(named, "unexport"):
+        session.client.unexport(named.wire, os.path.abspath(which) if "/" in which else which)
+
+
+def uri(state: ExportState) -> str:
+    """What an NBD client is given."""
+    return unix_uri(state.unix, state.name) if state.unix else tcp_uri(state.host, state.port, state.name)

@@ -1,0 +1,63 @@
+"""`blkloom load`, `reload`, `clear`: the inactive slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.session import Session
+from blkloom.cli.tables import read_table
+from blkloom.dm.failing import VerbFailed
+
+_table = click.option("--table", metavar="TABLE", help="The table; else from TABLE_FILE, else from standard input.")
+_readonly = click.option("-r", "--readonly", is_flag=True, help="For reading only.")
+_notable = click.option("-n", "--notable", is_flag=True, hidden=True)
+_shared = click.option("--shared", is_flag=True, help="Do not lock files: others may write to them.")
+
+
+def _load(
+    session: Session, operands: tuple[str, ...], table: str | None, readonly: bool, notable: bool, shared: bool
+) -> None:
+    """Put a table into a device's inactive slot; resume swaps it in.
+
+    \b
+    blkloom load disk --table '0 4096 loop bigger.img'
+    blkloom resume disk
+
+    A table that cannot be loaded leaves everything as it was.
+    """
+    if notable:
+        raise VerbFailed("--notable only available when creating new device.")
+    if not session.elsewhere and not operands:
+        raise VerbFailed("Please specify device.")
+    if session.elsewhere and len(operands) > 1:
+        raise VerbFailed("Too many command line arguments.")
+    name, file = (None, *operands, None)[:2] if session.elsewhere else (*operands, None)[:2]
+    named = session.named(name)
+    text = read_table(table, file)
+    with session.ioctl(named, "reload"):
+        session.client.load(named.wire, text.text, source=text.source, read_only=readonly, shared=shared)
+    session.tell(named)
+
+
+def _named(name: str) -> click.Command:
+    def run(session: Session, operands: tuple[str, ...], **options: Any) -> None:
+        _load(session, operands, **options)
+
+    run.__doc__ = _load.__doc__
+    return verb("DEVICE", "[TABLE_FILE]", most=2, name=name)(_table(_readonly(_notable(_shared(run)))))
+
+
+load = _named("load")
+reload = _named("reload")
+
+
+@verb("DEVICE...")
+def clear(session: Session, operands: tuple[str, ...]) -> None:
+    """Empty the inactive slot: the table loaded there is forgotten."""
+    for named in session.each(operands):
+        with session.ioctl(named, "clear"):
+            session.client.clear(named.wire)
+        session.tell(named)

@@ -1,0 +1,90 @@
+"""`blkloom ls`: which devices there are, and how they stand on each other."""
+
+from __future__ import annotations
+
+import locale
+import os
+
+import click
+
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.session import Session
+from blkloom.control.messages import DeviceInfo
+from blkloom.dm.failing import NotACommandLine
+from blkloom.dm.fields import MAJOR
+from blkloom.dm.names import mangle
+
+
+@verb(most=0)
+@click.option("--target", metavar="TYPE", help="Devices with a segment of this target.")
+@click.option("--tree", is_flag=True, help="Draw what stands on what.")
+@click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname; for --tree: ascii, utf, ...")
+@click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with each device's socket.")
+def ls(
+    session: Session,
+    operands: tuple[str, ...],
+    target: str | None,
+    tree: bool,
+    options: str | None,
+    command: str | None,
+) -> None:
+    """List devices.
+
+    \b
+    blkloom ls
+    blkloom ls --target striped
+    blkloom ls --tree -o ascii,open
+
+    Options of --tree: ascii, utf, vt100; compact, inverted, notrunc; blkdevname, [no]device, active,
+    open, rw, uuid.
+    """
+    if tree:
+        _draw(session, options or "")
+        return
+    how = device_names(options)
+    infos = list(session.found(()))
+    if target is None and command is None:
+        for info in infos:
+            number = f"{MAJOR}:{info.minor}" if how == "devno" else mangle(info.name)
+            click.echo(f"{session.show(info.name)}\t({number})")
+        return
+    for info in infos:
+        if target is not None and target not in info.types:
+            continue
+        if command is None or session.verbose:
+            click.echo(f"{session.show(info.name)}\t({MAJOR}, {info.minor})")
+        if command is not None:
+            from blkloom.cli.executing import execute
+
+            execute(command, session, info)
+
+
+def device_names(options: str | None) -> str:
+    """devno, blkdevname or devname, whichever comes last. Raises NotACommandLine."""
+    how = "devno"
+    for option in filter(None, (options or "").split(",")):
+        found = [name for name in ("devno", "blkdevname", "devname") if name.startswith(option)]
+        if not found:
+            raise NotACommandLine(f"Option not recognised: {option}.", what="devno, devname or blkdevname")
+        how = found[0]
+    return how
+
+
+def _draw(session: Session, options: str) -> None:
+    from blkloom.dm.dependencies import Graph
+    from blkloom.dm.tree import ASCII, UTF, Style, draw, read_style
+
+    locale.setlocale(locale.LC_CTYPE, "")
+    utf = locale.nl_langinfo(locale.CODESET) == "UTF-8"
+    style = read_style(options, Style(symbols=UTF if utf else ASCII, width=_width()))
+    infos: list[DeviceInfo] = list(session.found(()))
+    for line in draw(Graph(infos), style, session.show):
+        click.echo(line)
+
+
+def _width() -> int:
+    try:
+        columns = os.get_terminal_size(1).columns
+    except OSError:
+        return 80
+    return columns - 3 if columns > 3 else 80

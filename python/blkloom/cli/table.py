@@ -1,0 +1,119 @@
+"""`blkloom table`, `status`: the segments of devices, and what their targets say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.session import Named, Session
+from blkloom.control.messages import DeviceInfo
+from blkloom.dm.showing import Segment, concise_device, segment_line, table_segments
+
+_target = click.option("--target", metavar="TYPE", help="Segments of this target only.")
+_inactive = click.option("--inactive", is_flag=True, help="Of the inactive slot.")
+_exec = click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with each device's socket.")
+
+
+@verb("[DEVICE...]")
+@_target
+@_inactive
+@click.option("--showkeys", is_flag=True, help="Keys as they are, not as zeros.")
+@click.option("--concise", is_flag=True, help="In the form that create --concise reads.")
+@_exec
+def table(
+    session: Session,
+    operands: tuple[str, ...],
+    target: str | None,
+    inactive: bool,
+    showkeys: bool,
+    concise: bool,
+    command: str | None,
+) -> None:
+    """Print the tables of devices (of all, without DEVICE) as they could be loaded again.
+
+    \b
+    blkloom table disk > disk.table
+    blkloom table --concise > all-devices
+    """
+    whole = _Tables(
+        session, "table", target, lambda wire: table_segments(session.client.table(wire, inactive=inactive))
+    )
+    if concise:
+        whole.concise(operands)
+    else:
+        whole.print(operands, command)
+
+
+@verb("[DEVICE...]")
+@_target
+@_inactive
+@click.option("--noflush", is_flag=True, help="Taken as given: nothing is flushed for it.")
+@_exec
+def status(
+    session: Session,
+    operands: tuple[str, ...],
+    target: str | None,
+    inactive: bool,
+    noflush: bool,
+    command: str | None,
+) -> None:
+    """Print what the targets of devices (of all, without DEVICE) say of themselves."""
+
+    def segments(wire: str) -> list[Segment]:
+        if inactive:  # A table that is not live has nothing to tell but what it is made of.
+            return [
+                (start, length, name, "")
+                for start, length, name, _ in table_segments(session.client.table(wire, inactive=True))
+            ]
+        return [(start, length, name, text) for start, length, name, text in session.client.status(wire)]
+
+    _Tables(session, "", target, segments).print(operands, command)
+
+
+class _Tables:
+    """task: the ioctl that fails for a device that is not there; "": dmsetup has other words for it."""
+
+    def __init__(self, session: Session, task: str, target: str | None, segments: Callable[[str], list[Segment]]):
+        self._session, self._task, self._target, self._segments = session, task, target, segments
+
+    def print(self, operands: tuple[str, ...], command: str | None) -> None:
+        """A line a segment, with the device's name in front where there are several."""
+        session, several = self._session, self._session.several(operands)
+        for info in session.found(operands, self._task):
+            lines = self._lines(info)
+            if lines is None:
+                continue
+            session.tell(Named(info.name, name=info.name))
+            if not command or session.verbose:
+                name = f"{session.show(info.name)}: " if several and not session.verbose else ""
+                for line in lines:
+                    click.echo(name + line)
+            if session.verbose and several:
+                click.echo()
+            if command:
+                from blkloom.cli.executing import execute
+
+                execute(command, session, info)
+
+    def concise(self, operands: tuple[str, ...]) -> None:
+        """All on one line."""
+        texts = []
+        for info in self._session.found(operands, self._task):
+            segments = [segment for segment in self._read(info) if self._target in (None, segment[2])]
+            if segments or self._target is None:
+                texts.append(concise_device(info, self._session.show(info.name), segments))
+        if texts:
+            click.echo(";".join(texts))
+
+    def _read(self, info: DeviceInfo) -> list[Segment]:
+        with self._session.ioctl(Named(info.name, name=info.name), self._task or "status"):
+            return self._segments(info.name)
+
+    def _lines(self, info: DeviceInfo) -> list[str] | None:
+        """None: no segment is of the target asked for. A device without a table has an empty line."""
+        segments = self._read(info)
+        if self._target is None:
+            return [segment_line(segment) for segment in segments] or [""]
+        return [segment_line(segment) for segment in segments if segment[2] == self._target] or None

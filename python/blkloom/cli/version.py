@@ -1,0 +1,24 @@
+"""`blkloom version`: which one this is, and which one holds the devices."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed
+
+import click
+
+from blkloom.cli.dm_verb import verb
+from blkloom.cli.session import Session
+
+
+@verb(most=0)
+@click.option("--json", "as_json", is_flag=True, help="With the supervisor's limits and counts, as JSON.")
+def version(session: Session, operands: tuple[str, ...], as_json: bool) -> None:
+    """Tell the versions of this command ("library") and of the supervisor ("driver")."""
+    told = session.client.version()
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"command": installed("blkloom"), **told}, indent=2))
+        return
+    click.echo(f"Library version:   {installed('blkloom')}")
+    click.echo(f"Driver version:    {told['version']}")

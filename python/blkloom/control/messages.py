@@ -1,0 +1,563 @@
+"""Everything that is said on a control socket, as types.
+
+A line of JSON each, tagged by "kind"; descriptors ride along (SCM_RIGHTS) with the first byte of a line
+and are counted in its `fds`. Two conversations use it:
+
+- client → supervisor, on `<run-dir>/control.sock`: `Request` with one of `ClientCall`;
+- supervisor → worker, on a socket pair made with the worker, or on `<run-dir>/workers/<worker>.sock`
+  when a supervisor comes back: `Request` with one of `WorkerCall`.
+
+Either side greets with `Hello` first. Who gets a `Request` sends exactly one `Reply` or `Failure` with
+its `id`, in any order. While a request is open the one who serves it may send `OpenFile` ("open this
+file with your rights", answered by `Opened` or `OpenRefused`). A worker may at any time send `Keep`,
+`Drop` and `Happened`; they are not answered, and what a worker sent before a `Reply` is acted on before.
+Unknown fields are ignored (a newer peer may add some); an unknown kind or verb is a `Failure`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+PROTOCOL: Final = 1
+"""Grows when an old peer would misunderstand a new one."""
+LONGEST_LINE: Final = 64 << 20
+MOST_DESCRIPTORS: Final = 250
+"""One line carries at most this many (SCM_MAX_FD is 253); more go in several `Keep`s or `Hold`s."""
+
+
+class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
+    pass
+
+
+class _Call(msgspec.Struct, tag_field="verb", kw_only=True, omit_defaults=True):
+    pass
+
+
+class _Value(msgspec.Struct, kw_only=True, omit_defaults=True):
+    pass
+
+
+# What is said
+
+
+class Hello(_Message, tag="hello"):
+    """Who is speaking. Sent first by both sides."""
+
+    protocol: int = PROTOCOL
+    version: str = ""
+    pid: int = 0
+
+
+class Failure(_Message, tag="failure"):
+    """An error as it is raised on the other side. type: a class name of `blkloom.errors`."""
+
+    id: int
+    type: str = "BlkloomError"
+    what: str = ""
+    cure: str = ""
+    errno: int | None = None
+    path: str = ""
+    value: str = ""
+    source: str = ""
+    line: int = 0
+    column: int = 0
+
+
+class Reply(_Message, tag="reply"):
+    """The answer of a call that succeeded."""
+
+    id: int
+    result: Any = None
+    """What the call's docstring says, as plain JSON; convert with msgspec.convert."""
+    fds: int = 0
+
+
+class OpenFile(_Message, tag="open"):
+    """Open `path`, as seen from where you are, with your rights. request: whom it is for."""
+
+    id: int
+    request: int
+    path: str
+    writable: bool = False
+    direct: bool = False
+    exclusive: bool = False
+    """O_EXCL, for claiming a block device."""
+
+
+class Opened(_Message, tag="opened"):
+    """The file is open; its descriptor rides along."""
+
+    id: int
+    fds: int = 1
+
+
+class OpenRefused(_Message, tag="refused"):
+    """The file cannot be opened."""
+
+    id: int
+    errno: int
+
+
+# The state of a device: what the registry keeps and workers are given
+
+
+class Label(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stored descriptor is. role and key:
+    file: `w`/`r` then `d`/`-` then the path as the table has it; claim: the path; memory: a number
+    within its load; listen: the export's id; connection: a number within the device.
+    load: the loaded table it belongs to (0: the device itself).
+    """
+
+    device: int
+    """The device's minor number, unique in a run directory while the device lives."""
+    load: int
+    role: Literal["file", "claim", "memory", "listen", "connection"]
+    key: str
+
+
+class Loaded(_Value):
+    """A table in a slot. load: a number no other load of this run directory has had."""
+
+    load: int
+    table: str
+    read_only: bool = False
+    shared: bool = False
+
+
+class ExportState(_Value):
+    """One NBD export. id: unique within the device. name: what clients ask for (they also get it by
+    the empty name). unix: socket path, or ""; otherwise host and port. automatic: the socket every
+    device has at `<run-dir>/dev/<name>`.
+    """
+
+    id: str
+    name: str
+    unix: str = ""
+    host: str = ""
+    port: int = 0
+    read_only: bool = False
+    automatic: bool = False
+
+
+class ConnectionState(_Value):
+    """A live NBD connection on its way to another worker. initial: base64 of bytes received and not
+    served. export: the `ExportState.id`.
+    """
+
+    export: str
+    number: int
+    structured: bool = False
+    extended: bool = False
+    allocation_context: int | None = None
+    max_payload: int = 32 << 20
+    initial: str = ""
+
+
+class DeviceState(_Value):
+    """All that makes a device, but for its descriptors."""
+
+    name: str
+    minor: int
+    uuid: str = ""
+    read_only: bool = False
+    active: Loaded | None = None
+    inactive: Loaded | None = None
+    suspended: bool = False
+    event: int = 0
+    exports: list[ExportState] = []
+    connections: list[ConnectionState] = []
+    """Only while it is handed over."""
+
+
+class DeviceInfo(_Value):
+    """What `info`, `ls` and `top` show."""
+
+    name: str
+    minor: int
+    uuid: str = ""
+    state: Literal["ACTIVE", "SUSPENDED", "FAILED"] = "ACTIVE"
+    reason: str = ""
+    """Why it is FAILED."""
+    read_only: bool = False
+    live: bool = False
+    inactive: bool = False
+    open_count: int = 0
+    """Clients connected, and devices standing on this one."""
+    connections: int = 0
+    event: int = 0
+    targets: int = 0
+    """Segments of the live table."""
+    types: list[str] = []
+    """Names of the live table's targets, each once."""
+    size: int = 0
+    """Bytes."""
+    worker: int = 0
+    """Process id; 0: none."""
+    restarts: int = 0
+    deferred: bool = False
+    exports: list[ExportState] = []
+    deps: list[str] = []
+    """What it stands on: `blkloom:NAME` and paths."""
+    holders: list[str] = []
+    """Devices that stand on it."""
+
+
+# What a client asks of the supervisor. `device`: a name, `uuid:UUID` or `minor:N`.
+
+
+class Create(_Call, tag="create"):
+    """→ DeviceInfo. table None: `--notable`. Otherwise created, loaded and resumed, or not at all."""
+
+    name: str
+    uuid: str = ""
+    minor: int | None = None
+    table: str | None = None
+    source: str = "table"
+    """What the table's text is called in errors."""
+    read_only: bool = False
+    shared: bool = False
+    suspended: bool = False
+
+
+class Load(_Call, tag="load"):
+    """→ None."""
+
+    device: str
+    table: str
+    source: str = "table"
+    read_only: bool = False
+    shared: bool = False
+
+
+class Clear(_Call, tag="clear"):
+    """Empties the inactive slot. → None."""
+
+    device: str
+
+
+class Suspend(_Call, tag="suspend"):
+    """timeout: seconds for requests in flight to end; None: the supervisor's default."""
+
+    device: str
+    flush: bool = True
+    timeout: float | None = None
+
+
+class Resume(_Call, tag="resume"):
+    """Swaps the inactive table in, and goes live. → None."""
+
+    device: str
+    flush: bool = True
+    timeout: float | None = None
+
+
+class Remove(_Call, tag="remove"):
+    """force: first an error table goes in. deferred: when the last user leaves. retry: for some seconds."""
+
+    device: str
+    force: bool = False
+    deferred: bool = False
+    retry: bool = False
+
+
+class RemoveAll(_Call, tag="remove_all"):
+    """→ list of names that could not be removed, each with why: [[name, what], ...]."""
+
+    force: bool = False
+    deferred: bool = False
+
+
+class Rename(_Call, tag="rename"):
+    """One of both."""
+
+    device: str
+    name: str = ""
+    uuid: str = ""
+
+
+class GetTable(_Call, tag="table"):
+    """→ the table's text ("" for none)."""
+
+    device: str
+    inactive: bool = False
+
+
+class GetStatus(_Call, tag="status"):
+    """→ list of [start, length, target, status] a segment; sectors."""
+
+    device: str
+
+
+class GetInfo(_Call, tag="info"):
+    """→ list of DeviceInfo by minor; device "": of all."""
+
+    device: str = ""
+
+
+class SendMessage(_Call, tag="message"):
+    """→ the target's answer, or None."""
+
+    device: str
+    sector: int
+    text: str
+
+
+class Wait(_Call, tag="wait"):
+    """→ the event number, as soon as it is above `event` (None: above the present one)."""
+
+    device: str
+    event: int | None = None
+
+
+class GetStats(_Call, tag="stats"):
+    """→ {name: {"device": `Device.stats()`, "exports": {id: `Export.stats()`}}}; device "": of all."""
+
+    device: str = ""
+
+
+class AddExport(_Call, tag="export"):
+    """→ ExportState with where it listens (port 0 becomes the port it got). unix "" and host "": the
+    automatic socket once more (after `unexport`).
+    """
+
+    device: str
+    name: str = ""
+    unix: str = ""
+    host: str = ""
+    port: int = 0
+    read_only: bool = False
+
+
+class RemoveExport(_Call, tag="unexport"):
+    """id: the export's, or a socket path. Its clients are disconnected."""
+
+    device: str
+    id: str
+
+
+class GetVersion(_Call, tag="version"):
+    """→ {"version", "protocol", "pid", "devices", "workers", "run_dir", "limits": {...}}."""
+
+
+class Upgrade(_Call, tag="upgrade"):
+    """The supervisor and every worker are replaced by what is installed now. → {"workers": n}."""
+
+
+class Reap(_Call, tag="reap"):
+    """→ list of what was removed, a line each: sockets, state files and locks nobody owns."""
+
+
+class Stop(_Call, tag="stop"):
+    """Every device is drained, flushed and removed; then the supervisor ends. → None."""
+
+
+ClientCall = (
+    Create
+    | Load
+    | Clear
+    | Suspend
+    | Resume
+    | Remove
+    | RemoveAll
+    | Rename
+    | GetTable
+    | GetStatus
+    | GetInfo
+    | SendMessage
+    | Wait
+    | GetStats
+    | AddExport
+    | RemoveExport
+    | GetVersion
+    | Upgrade
+    | Reap
+    | Stop
+)
+
+
+# What the supervisor asks of a worker. `minor` names the device.
+
+
+class Hold(_Call, tag="hold"):
+    """Bring these devices up, lower ones first, from the state and the descriptors that ride along (in
+    the order of `labels`): new ones, those of a worker that died, or those another worker handed over.
+    more: further descriptors for the same devices come in the next `Hold`. → None.
+    """
+
+    devices: list[DeviceState] = []
+    labels: list[Label] = []
+    more: bool = False
+    fds: int = 0
+
+
+class WorkerLoad(_Call, tag="load"):
+    """→ {"deps": [...], "targets": n, "types": [...], "size": n} of the table loaded. Files are asked
+    for with `OpenFile`. Raises as `Device.load`; then nothing changed.
+    """
+
+    minor: int
+    loaded: Loaded
+    source: str = "table"
+
+
+class WorkerClear(_Call, tag="clear"):
+    """Empties the inactive slot."""
+
+    minor: int
+
+
+class WorkerSuspend(_Call, tag="suspend"):
+    """Drains, and flushes. → None."""
+
+    minor: int
+    flush: bool = True
+    timeout: float | None = None
+
+
+class WorkerResume(_Call, tag="resume"):
+    """→ {"targets": n, "types": [...], "size": n, "event": n}."""
+
+    minor: int
+    flush: bool = True
+    timeout: float | None = None
+
+
+class Release(_Call, tag="release"):
+    """The device ends: drained and flushed, its exports and files closed. fail: without waiting."""
+
+    minor: int
+    fail: bool = False
+
+
+class WorkerRename(_Call, tag="rename"):
+    """Sets both."""
+
+    minor: int
+    name: str
+    uuid: str = ""
+
+
+class WorkerStatus(_Call, tag="status"):
+    """→ list of [start, length, target, status] a segment; sectors."""
+
+    minor: int
+
+
+class WorkerMessage(_Call, tag="message"):
+    """→ the target's answer, or None."""
+
+    minor: int
+    sector: int
+    text: str
+
+
+class WorkerStats(_Call, tag="stats"):
+    """→ {minor: {"device": ..., "exports": {id: ...}}} of all its devices."""
+
+
+class Serve(_Call, tag="serve"):
+    """Accept on the listening socket that rides along."""
+
+    minor: int
+    export: ExportState
+    fds: int = 1
+
+
+class Unserve(_Call, tag="unserve"):
+    """Ends an export and its connections."""
+
+    minor: int
+    id: str
+
+
+class Describe(_Call, tag="describe"):
+    """For a supervisor that came back: → {"devices": [DeviceState], "infos": [DeviceInfo]}, after
+    `Keep`s with every descriptor it holds.
+    """
+
+
+class Freeze(_Call, tag="freeze"):
+    """Drain, stop accepting, take the connections out of the engine; from here on nothing moves.
+    → {"devices": [DeviceState]} with connections, whose descriptors came before in `Keep`s.
+    """
+
+    timeout: float | None = None
+
+
+class Thaw(_Call, tag="thaw"):
+    """The hand-over failed: go on as before `Freeze`."""
+
+
+class Leave(_Call, tag="leave"):
+    """End now. flush: False after a hand-over: nothing is flushed, unlocked or unlinked, another
+    process owns it all.
+    """
+
+    flush: bool = True
+
+
+WorkerCall = (
+    Hold
+    | WorkerLoad
+    | WorkerClear
+    | WorkerSuspend
+    | WorkerResume
+    | Release
+    | WorkerRename
+    | WorkerStatus
+    | WorkerMessage
+    | WorkerStats
+    | Serve
+    | Unserve
+    | Describe
+    | Freeze
+    | Thaw
+    | Leave
+)
+
+
+class ClientRequest(_Message, tag="request"):
+    """A call to the supervisor."""
+
+    id: int
+    call: ClientCall
+
+
+class WorkerRequest(_Message, tag="request"):
+    """A call to a worker."""
+
+    id: int
+    call: WorkerCall
+    fds: int = 0
+
+
+# What a worker says on its own
+
+
+class Keep(_Message, tag="keep"):
+    """Store these descriptors: a worker that takes my place will need them."""
+
+    labels: list[Label]
+    fds: int = 0
+
+
+class Drop(_Message, tag="drop"):
+    """They are not needed any more."""
+
+    labels: list[Label]
+
+
+class Happened(_Message, tag="happened"):
+    """The device's clients or event number changed."""
+
+    minor: int
+    connections: int
+    event: int
+
+
+FromClient = ClientRequest | Opened | OpenRefused | Hello
+ToClient = Hello | Reply | Failure | OpenFile
+ToWorker = Hello | WorkerRequest | Opened | OpenRefused
+FromWorker = Hello | Reply | Failure | OpenFile | Keep | Drop | Happened

@@ -1,0 +1,165 @@
+"""dmsetup's options, and reading a command line as its getopt_long does.
+
+Options may stand anywhere, before the verb too; long ones may be shortened as long as one only is meant;
+every option goes with every verb. Pure; raises NotACommandLine with getopt's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from blkloom.dm.failing import NotACommandLine
+
+FLAGS: Final = (
+    "addnodeoncreate",
+    "addnodeonresume",
+    "checks",
+    "columns",
+    "concise",
+    "deferred",
+    "force",
+    "help",
+    "inactive",
+    "nameprefixes",
+    "noflush",
+    "noheadings",
+    "nolockfs",
+    "noopencount",
+    "notable",
+    "noudevrules",
+    "noudevsync",
+    "readonly",
+    "retry",
+    "rows",
+    "setuuid",
+    "showkeys",
+    "tree",
+    "unbuffered",
+    "unquoted",
+    "verbose",
+    "verifyudev",
+    "yes",
+)
+"""Options without a value."""
+
+VALUES: Final = (
+    "exec",
+    "gid",
+    "headings",
+    "major",
+    "manglename",
+    "minor",
+    "mode",
+    "options",
+    "readahead",
+    "select",
+    "separator",
+    "sort",
+    "table",
+    "target",
+    "udevcookie",
+    "uid",
+    "units",
+    "uuid",
+)
+"""Options with one."""
+
+LETTERS: Final = {
+    "c": "columns",
+    "C": "columns",
+    "f": "force",
+    "G": "gid",
+    "h": "help",
+    "j": "major",
+    "m": "minor",
+    "M": "mode",
+    "n": "notable",
+    "o": "options",
+    "O": "sort",
+    "r": "readonly",
+    "S": "select",
+    "u": "uuid",
+    "U": "uid",
+    "v": "verbose",
+    "y": "yes",
+}
+
+LONG: Final[dict[str, bool]] = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(VALUES, True)}
+"""Every long option, and whether it takes a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A command line in order: options as `--long` or `--long=value`, and the other words."""
+
+    options: list[str]
+    operands: list[str]
+
+
+def read_words(arguments: Sequence[str], own: Mapping[str, bool] | None = None, *, one_operand: bool = False) -> Words:
+    """Sorts options from operands.
+
+    own: further long options, and whether they take a value; they go before dmsetup's of that name.
+    one_operand: stop behind the first; `operands` then has all the rest as it was.
+    """
+    long = {**LONG, **(own or {})}
+    options: list[str] = []
+    operands: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            operands += rest
+            break
+        if word.startswith("--"):
+            options.append(_long(word, rest, long))
+        elif word.startswith("-") and word != "-":
+            options += _short(word, rest, long)
+        else:
+            operands.append(word)
+            if one_operand:
+                operands += rest
+                break
+    return Words(options, operands)
+
+
+def _long(word: str, rest: list[str], known: Mapping[str, bool]) -> str:
+    given, equals, value = word[2:].partition("=")
+    matches = [given] if given in known else [name for name in known if name.startswith(given)]
+    if len(dmsetups := [name for name in matches if name in LONG]) == 1:
+        matches = dmsetups  # What is short for one of dmsetup's stays so, whatever options we add.
+    if not matches:
+        raise NotACommandLine(f"blkloom: unrecognized option '--{given}'")
+    if len(matches) > 1:
+        possible = " ".join(f"'--{name}'" for name in matches)
+        raise NotACommandLine(f"blkloom: option '--{given}' is ambiguous; possibilities: {possible}")
+    (name,) = matches
+    if not known[name]:
+        if equals:
+            raise NotACommandLine(f"blkloom: option '--{name}' doesn't allow an argument")
+        return f"--{name}"
+    if not equals:
+        if not rest:
+            raise NotACommandLine(f"blkloom: option '--{name}' requires an argument")
+        value = rest.pop(0)
+    return f"--{name}={value}"
+
+
+def _short(word: str, rest: list[str], known: Mapping[str, bool]) -> list[str]:
+    found = []
+    letters = word[1:]
+    while letters:
+        letter, letters = letters[0], letters[1:]
+        if letter not in LETTERS:
+            raise NotACommandLine(f"blkloom: invalid option -- '{letter}'")
+        name = LETTERS[letter]
+        if not known[name]:
+            found.append(f"--{name}")
+            continue
+        if not letters and not rest:
+            raise NotACommandLine(f"blkloom: option requires an argument -- '{letter}'")
+        found.append(f"--{name}={letters or rest.pop(0)}")
+        break
+    return found

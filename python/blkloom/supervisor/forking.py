@@ -1,0 +1,120 @@
+"""The supervisor's end of the zygote: forks on demand, and word of how workers ended.
+
+A zygote that dies is replaced at the next fork; workers are not its own to take along. On the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from blkloom.control.channel import AsyncChannel, ChannelClosed
+from blkloom.control.rundir import RunDir
+from blkloom.errors import ResourceError
+from blkloom.worker.zygote import Exited, Fork, Forked, ForkRefused, FromZygote
+
+_log = logging.getLogger(__name__)
+_FORK_SECONDS: Final = 60.0
+
+
+class Forker:
+    """For one run directory. exited: told of worker, pid and status (minus a signal)."""
+
+    def __init__(self, run_dir: RunDir, exited: Callable[[str, int, int], None]) -> None:
+        self._run_dir = run_dir
+        self._exited = exited
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: AsyncChannel | None = None
+        self._waiting: dict[str, asyncio.Future[tuple[int, int]]] = {}
+        self._listener: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def fork(self, worker: str) -> tuple[int, int, socket.socket]:
+        """Its pid, a pidfd, and this end of its channel. Raises ResourceError."""
+        channel = await self._reach()
+        ours, theirs = socket.socketpair()
+        forked: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._waiting[worker] = forked
+        try:
+            with theirs:
+                await channel.send(Fork(worker=worker, run_dir=str(self._run_dir.path)), [theirs.fileno()])
+            async with asyncio.timeout(_FORK_SECONDS):
+                pid, pidfd = await forked
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, ChannelClosed | TimeoutError):
+                raise ResourceError(
+                    f"no worker can be had: the process that forks them has ended ({error})", cure="try again"
+                ) from error
+            raise
+        finally:
+            del self._waiting[worker]
+        return pid, pidfd, ours
+
+    async def _reach(self) -> AsyncChannel:
+        async with self._starting:
+            if self._channel is None:
+                await self._start()
+            assert self._channel
+            return self._channel
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "blkloom.worker.zygote",
+                str(theirs.fileno()),
+                level,
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        self._channel = AsyncChannel(ours, FromZygote)
+        self._listener = asyncio.create_task(self._listen(self._channel, self._process), name="zygote")
+
+    async def _listen(self, channel: AsyncChannel, process: asyncio.subprocess.Process) -> None:
+        try:
+            while True:
+                message, fds = await channel.receive()
+                self._take(message, fds)
+        except ConnectionError as error:
+            _log.warning("the process that forks workers has ended: %s", error)
+        finally:
+            await channel.close()
+            if self._channel is channel:
+                self._channel = None
+            for forked in self._waiting.values():
+                if not forked.done():
+                    forked.set_exception(ChannelClosed("the zygote has ended"))
+        await process.wait()
+
+    def _take(self, message: Forked | ForkRefused | Exited, fds: list[int]) -> None:
+        match message:
+            case Forked() if (forked := self._waiting.get(message.worker)) and not forked.done():
+                forked.set_result((message.pid, fds.pop()))
+            case ForkRefused() if (forked := self._waiting.get(message.worker)) and not forked.done():
+                what = f"no process can be had for a worker: {os.strerror(message.errno)}"
+                forked.set_exception(
+                    ResourceError(what, cure="see limits of processes and memory", errno=message.errno)
+                )
+            case Exited():
+                self._exited(message.worker, message.pid, message.status)
+        for fd in fds:
+            os.close(fd)
+
+    async def close(self) -> None:
+        """Ends the zygote."""
+        if self._listener is None or self._process is None:
+            return
+        self._listener.cancel()
+        await asyncio.gather(self._listener, return_exceptions=True)
+        await self._process.wait()

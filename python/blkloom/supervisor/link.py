@@ -1,0 +1,158 @@
+"""The supervisor's end of one worker's channel: calls out, answers and news in.
+
+`call` sends a request and waits for its answer, with a bound: a worker that does not answer makes an
+error, never a hung command. What the worker says of its own accord goes to `Heard`. On the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
+from typing import Any, Final, Protocol
+
+from blkloom.control import messages as m
+from blkloom.control.channel import AsyncChannel, ChannelClosed
+from blkloom.control.failures import to_exception
+from blkloom.errors import WorkerGone, WorkerStuck
+
+_log = logging.getLogger(__name__)
+
+ANSWER_SECONDS: Final = 60.0
+"""For a worker to answer, over what the call itself may wait."""
+
+Opener = Callable[[m.OpenFile], Awaitable[int]]
+"""Has a file opened; the descriptor becomes the caller's. Raises OSError."""
+
+
+class Heard(Protocol):
+    """Who is told what a worker says."""
+
+    def keep(self, labels: Sequence[m.Label], fds: list[int]) -> None:
+        """Owns the descriptors."""
+
+    def drop(self, labels: Sequence[m.Label]) -> None:
+        """They are not needed any more."""
+
+    def happened(self, news: m.Happened) -> None:
+        """A device's clients or event number changed."""
+
+    def gone(self) -> None:
+        """The channel has ended."""
+
+
+class Link:
+    """Over `channel`, to the worker `name`."""
+
+    def __init__(self, name: str, channel: AsyncChannel, heard: Heard) -> None:
+        self.name = name
+        self._channel = channel
+        self._heard = heard
+        self._numbers = count(1)
+        self._open: dict[int, tuple[asyncio.Future[Any], Opener | None]] = {}
+        self._opening: set[asyncio.Task[None]] = set()
+        self._ended = False
+        self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
+
+    async def greet(self, hello: m.Hello) -> None:
+        """Says who is speaking. Raises WorkerGone."""
+        try:
+            await self._channel.send(hello)
+        except ConnectionError as error:
+            raise self._gone() from error
+
+    async def call(
+        self, call: m.WorkerCall, fds: Sequence[int] = (), *, opener: Opener | None = None, wait: float | None = None
+    ) -> Any:
+        """The result. opener: has the files opened that the worker asks for. wait: seconds the call
+        itself may take. Raises what the worker raises, WorkerGone, WorkerStuck.
+        """
+        if self._ended:
+            raise self._gone()
+        number = next(self._numbers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[number] = (answer, opener)
+        try:
+            await self._channel.send(m.WorkerRequest(id=number, call=call), fds)
+            async with asyncio.timeout((wait or 0) + ANSWER_SECONDS):
+                return await answer
+        except TimeoutError as error:
+            if answer.done():  # the worker's own
+                raise
+            raise WorkerStuck(
+                f"worker {self.name} does not answer {type(call).__name__}",
+                cure="see what its storage does; `remove --force` ends it",
+            ) from error
+        except ChannelClosed as error:
+            raise self._gone() from error
+        finally:
+            self._open.pop(number, None)
+
+    async def close(self) -> None:
+        """Ends the conversation, not the worker."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                message, fds = await self._channel.receive()
+                self._take(message, fds)
+        except ConnectionError as error:
+            if not isinstance(error, ChannelClosed):
+                _log.error("worker %s: %s", self.name, error)
+        finally:
+            self._ended = True
+            await self._channel.close()
+            for answer, _ in self._open.values():
+                if not answer.done():
+                    answer.set_exception(self._gone())
+            for task in self._opening:
+                task.cancel()
+        self._heard.gone()
+
+    def _take(self, message: Any, fds: list[int]) -> None:
+        match message:
+            case m.Keep():
+                self._heard.keep(message.labels, fds)
+                return
+            case m.Drop():
+                self._heard.drop(message.labels)
+            case m.Happened():
+                self._heard.happened(message)
+            case m.OpenFile():
+                task = asyncio.create_task(self._have_opened(message), name=f"open {message.path}")
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
+            case m.Reply() | m.Failure() if message.id in self._open:
+                answer, _ = self._open[message.id]
+                if not answer.done():
+                    if isinstance(message, m.Reply):
+                        answer.set_result(message.result)
+                    else:
+                        answer.set_exception(to_exception(message))
+        for fd in fds:
+            os.close(fd)
+
+    async def _have_opened(self, asked: m.OpenFile) -> None:
+        _, opener = self._open.get(asked.request, (None, None))
+        try:
+            try:
+                if opener is None:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                fd = await opener(asked)
+            except OSError as error:
+                await self._channel.send(m.OpenRefused(id=asked.id, errno=error.errno or errno.EIO))
+                return
+            try:
+                await self._channel.send(m.Opened(id=asked.id), [fd])
+            finally:
+                os.close(fd)
+        except ConnectionError:
+            return  # the listener notices
+
+    def _gone(self) -> WorkerGone:
+        return WorkerGone(f"worker {self.name} ended before it answered", cure="its devices come back; try again")

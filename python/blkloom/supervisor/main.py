@@ -1,0 +1,408 @@
+"""The supervisor process: from its lock to its last word.
+
+One a run directory (flock on `lock`). It binds or is handed the control socket, takes up what a former
+supervisor left, then answers clients of the same user, or root. SIGTERM, SIGINT and `stop` end it
+cleanly, every device drained, flushed and removed; killed, it leaves its workers serving. `upgrade`
+replaces the program in place (execve(2), same process) and then every worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import importlib.metadata
+import logging
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import click
+
+from blkloom.control import messages as m
+from blkloom.control.channel import AsyncChannel
+from blkloom.control.failures import to_failure
+from blkloom.control.rundir import RunDir
+from blkloom.errors import BlkloomError, ResourceError, UsageError
+from blkloom.export.nbd.listening import listen_unix
+from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
+from blkloom.supervisor.adoption import Adoption
+from blkloom.supervisor.news import News
+from blkloom.supervisor.reaping import reap
+from blkloom.supervisor.registry import Registry
+from blkloom.supervisor.session import Session
+from blkloom.supervisor.store import Store
+from blkloom.supervisor.tables import Tables
+from blkloom.supervisor.verbs import Caller, Verbs
+from blkloom.supervisor.workers import Workers
+from blkloom.target.registry import all_targets
+from blkloom.units import Bytes, format_size, parse_size
+
+_log = logging.getLogger(__name__)
+_CREDENTIALS: Final = struct.Struct("iII")
+_LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute."""
+
+    devices: int
+    memory: int
+    deaths: int
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What the program before this one in the same process left open: lock, control socket, and the
+    client that asked for the upgrade.
+    """
+
+    lock: int
+    control: int
+    client: int
+    request: int
+
+
+class Supervisor:
+    """One run directory's."""
+
+    def __init__(self, run_dir: RunDir, limits: Limits, again: Sequence[str]) -> None:
+        """again: the command line that starts it once more."""
+        self._run_dir = run_dir
+        self._limits = limits
+        self._again = again
+        self._hello = m.Hello(version=importlib.metadata.version("blkloom"), pid=os.getpid())
+        self._registry = Registry(limits.devices)
+        self._store = Store()
+        self._news = News()
+        self._workers = Workers(
+            run_dir, self._registry, self._store, changed=lambda entry: self._verbs.look_at(entry), deaths=limits.deaths
+        )
+        tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
+        self._tables = tables
+        self._verbs = Verbs(run_dir, self._registry, self._store, self._workers, tables, self._news)
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._ending: asyncio.Future[None]
+        self._lock = -1
+        self._control: socket.socket
+
+    async def live(self, lock: int, control: socket.socket, inherited: Inherited | None, ready: Ready) -> int:
+        """Until it is told to end. Returns the exit status."""
+        loop = asyncio.get_running_loop()
+        self._ending = loop.create_future()
+        self._lock, self._control = lock, control
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        await Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables).run()
+        accepting = asyncio.create_task(self._accept(control), name="accept")
+        if inherited is not None:
+            self._sessions.add(asyncio.create_task(self._finish_upgrade(inherited), name="upgrade"))
+        ready.say(f"{len(self._registry)} devices in {self._run_dir.path}")
+        await self._ending
+        ready.stopping()
+        errors = await self._verbs.stop()
+        for error in errors:
+            _log.error("%s", error)
+        accepting.cancel()
+        current = [task for task in self._sessions if not task.done()]
+        await self._workers.close()
+        if current:  # their last answers
+            await asyncio.wait(current, timeout=0.2)
+        for task in current:
+            task.cancel()
+        await asyncio.gather(accepting, *current, return_exceptions=True)
+        return 1 if errors else 0
+
+    def _end(self) -> None:
+        if not self._ending.done():
+            self._ending.set_result(None)
+
+    # clients
+
+    async def _accept(self, control: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connected, _ = await loop.sock_accept(control)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    raise
+                _log.error("clients wait, nothing is left to accept them with: %s", error)
+                await asyncio.sleep(1)
+                continue
+            task = asyncio.create_task(self._welcome(connected), name="client")
+            self._sessions.add(task)
+            task.add_done_callback(self._sessions.discard)
+
+    async def _welcome(self, connected: socket.socket) -> None:
+        pid, uid, _ = _CREDENTIALS.unpack(
+            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        channel = AsyncChannel(connected, m.FromClient)
+        if uid not in (0, os.geteuid()):
+            _log.warning("process %d of user %d was refused", pid, uid)
+            what = f"this supervisor is of user {os.geteuid()}, you are user {uid}"
+            try:
+                await channel.send(to_failure(0, UsageError(what, cure="start your own with --run-dir")))
+            finally:
+                await channel.close()
+            return
+        await Session(channel, self._hello, self._answer).run()
+
+    async def _answer(self, call: m.ClientCall, caller: Caller, session: Session, request: int) -> Any:
+        verbs = self._verbs
+        match call:
+            case m.Create():
+                return await verbs.create(call, caller)
+            case m.Load():
+                return await verbs.load(call, caller)
+            case m.Clear():
+                return await verbs.clear(call)
+            case m.Suspend():
+                return await verbs.suspend(call)
+            case m.Resume():
+                return await verbs.resume(call, caller)
+            case m.Remove():
+                return await verbs.remove(call)
+            case m.RemoveAll():
+                return await verbs.remove_all(call)
+            case m.Rename():
+                return await verbs.rename(call)
+            case m.GetTable():
+                return verbs.table(call)
+            case m.GetStatus():
+                return await verbs.status(call)
+            case m.GetInfo():
+                return verbs.info(call)
+            case m.SendMessage():
+                return await verbs.message(call)
+            case m.Wait():
+                return await verbs.wait(call)
+            case m.GetStats():
+                return await verbs.stats(call)
+            case m.AddExport():
+                return await verbs.add_export(call)
+            case m.RemoveExport():
+                return await verbs.remove_export(call)
+            case m.GetVersion():
+                return self._version()
+            case m.Reap():
+                return reap(self._run_dir, self._registry, self._workers.groups)
+            case m.Upgrade():
+                return await self._upgrade(session, request)
+            case m.Stop():
+                self._end()
+                return None
+
+    def _version(self) -> dict[str, Any]:
+        return {
+            "version": self._hello.version,
+            "protocol": m.PROTOCOL,
+            "pid": os.getpid(),
+            "devices": len(self._registry),
+            "workers": sum(group.pid > 0 for group in self._workers.groups.values()),
+            "run_dir": str(self._run_dir.path),
+            "limits": {
+                "devices": self._limits.devices,
+                "ram": self._limits.memory,
+                "deaths": self._limits.deaths,
+            },
+        }
+
+    # upgrade
+
+    async def _upgrade(self, session: Session, request: int) -> None:
+        """Does not return: the program is replaced, and its successor answers."""
+        async with self._workers.locked(*self._registry):
+            await self._workers.rest()
+            kept = [self._lock, self._control.fileno(), session.fileno()]
+            for descriptor in kept:
+                os.set_inheritable(descriptor, True)
+            arguments = [*self._again, "--inherited", ",".join(map(str, [*kept, request]))]
+            _log.warning("upgrading from version %s", self._hello.version)
+            os.execv(sys.executable, arguments)
+
+    async def _finish_upgrade(self, inherited: Inherited) -> None:
+        channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient)
+        session = Session(channel, self._hello, self._answer, greet=False)
+        running = asyncio.create_task(session.run(), name="client")
+        replaced, errors = 0, []
+        for identifier in list(self._workers.groups):
+            group = self._workers.groups.get(identifier)
+            if group is None:
+                continue
+            async with group.lock:
+                if not group.minors or group.link is None:
+                    continue
+                try:
+                    await self._workers.replace(group)
+                    replaced += 1
+                except (OSError, ValueError) as error:
+                    names = ", ".join(entry.name for entry in self._registry.lower_first(group.minors))
+                    errors.append(f"{names}: {error}")
+        self._verbs.save_all()
+        try:
+            if errors:
+                what = f"not every worker was replaced: {'; '.join(errors)}"
+                await channel.send(to_failure(inherited.request, ResourceError(what, cure="they go on as they were")))
+            else:
+                await session.reply(inherited.request, {"workers": replaced})
+        except ConnectionError as error:
+            _log.warning("who asked for the upgrade has gone: %s", error)
+        await running
+
+
+class Ready:
+    """Tells whoever started the supervisor."""
+
+    def __init__(self, notifier: ServiceNotifier, descriptor: int | None) -> None:
+        self._notifier = notifier
+        self._descriptor = descriptor
+
+    def say(self, status: str) -> None:
+        """Clients are answered from now on."""
+        self._notifier.ready(status)
+        if self._descriptor is not None:
+            os.write(self._descriptor, b"1")
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def stopping(self) -> None:
+        """They are not any more."""
+        self._notifier.stopping()
+
+
+class _JournalFormatter(logging.Formatter):
+    """Priorities as sd-daemon(3) has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{_LEVELS.get(record.levelno, 6)}>{super().format(record)}"
+
+
+def _start_logging(level: int) -> None:
+    handler = logging.StreamHandler()
+    if "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def _take_lock(run_dir: RunDir) -> int:
+    """Raises UsageError when another supervisor has it."""
+    descriptor = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise UsageError(
+            f"{run_dir.path} has a supervisor already, process {pid or 'unknown'}",
+            cure="use that one",
+            errno=errno.EBUSY,
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _control_socket(run_dir: RunDir) -> tuple[socket.socket, bool]:
+    """Listening, and whether it is ours to remove."""
+    passed = passed_descriptors(os.environ, pid=os.getpid())
+    for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)
+    if passed:
+        return adopt_socket(passed[0].fd), False
+    return listen_unix(run_dir.control).socket, True
+
+
+def run(run_dir: RunDir, limits: Limits, *, ready_fd: int | None, inherited: Inherited | None, again: list[str]) -> int:
+    """The supervisor's life. Raises UsageError, ListenError, OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    run_dir.make()
+    ours = True
+    if inherited is None:
+        lock = _take_lock(run_dir)
+        control, ours = _control_socket(run_dir)
+    else:
+        lock, control = inherited.lock, socket.socket(fileno=inherited.control)
+        control.setblocking(False)
+        for descriptor in (inherited.lock, inherited.control, inherited.client):
+            os.set_inheritable(descriptor, False)
+    notifier = ServiceNotifier(os.environ)
+    try:
+        return asyncio.run(Supervisor(run_dir, limits, again).live(lock, control, inherited, Ready(notifier, ready_fd)))
+    finally:
+        if ours:
+            run_dir.control.unlink(missing_ok=True)
+        control.close()
+        os.close(lock)
+
+
+def _parse_inherited(text: str) -> Inherited:
+    return Inherited(*map(int, text.split(",")))
+
+
+def _default_memory() -> int:
+    """80 % of the machine's."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--run-dir", type=click.Path(), help="Its directory; $XDG_RUNTIME_DIR/blkloom or /run/blkloom.")
+@click.option("--max-devices", type=click.IntRange(1), default=4096, show_default=True)
+@click.option("--max-ram", metavar="SIZE", help="For all RAM devices together; 80 % of the machine's memory.")
+@click.option("--max-deaths", type=click.IntRange(0), default=5, show_default=True, help="Of a worker in a minute.")
+@click.option("-v", "--verbose", count=True, help="Log more.")
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--inherited", hidden=True)
+def supervisor(
+    run_dir: str | None,
+    max_devices: int,
+    max_ram: str | None,
+    max_deaths: int,
+    verbose: int,
+    ready_fd: int | None,
+    inherited: str | None,
+) -> None:
+    """Keep the devices of a run directory, in the foreground.
+
+    Commands start one of their own where there is none. SIGTERM ends it: every device is drained,
+    flushed and removed. Killed, it leaves all devices serving, and the next one takes them up.
+    """
+    _start_logging((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    where = RunDir.at(run_dir) if run_dir else RunDir.default(os.environ)
+    try:
+        memory: int = parse_size(max_ram) if max_ram else _default_memory()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--max-ram") from error
+    again = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(where.path)]
+    again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}", *["-v"] * verbose]
+    limits = Limits(max_devices, memory, max_deaths)
+    _log.info("RAM devices may have %s together", format_size(Bytes(memory)))
+    kept = _parse_inherited(inherited) if inherited else None
+    sys.exit(run(where, limits, ready_fd=ready_fd, inherited=kept, again=again))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m blkloom.supervisor`. Returns the exit status."""
+    try:
+        supervisor.main(list(arguments), prog_name="blkloom supervisor", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 64
+    except BlkloomError as error:
+        print(f"blkloom: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0

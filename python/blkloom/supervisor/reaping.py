@@ -1,0 +1,48 @@
+"""What lies in a run directory and belongs to nobody: sockets, state files, workers' sockets.
+
+Files that hold something still are left: a socket that answers, a device that is registered.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from blkloom.control.rundir import RunDir
+from blkloom.supervisor.registry import Registry
+
+
+def reap(run_dir: RunDir, registry: Registry, groups: Collection[str]) -> list[str]:
+    """Removes it. A line each. Raises OSError."""
+    return [f"{what} {path}" for what, path in _found(run_dir, registry, groups) if _remove(path)]
+
+
+def _found(run_dir: RunDir, registry: Registry, groups: Collection[str]) -> Iterator[tuple[str, Path]]:
+    used = {export.unix for entry in registry for export in entry.exports}
+    for path in sorted(run_dir.devices.iterdir()):
+        if str(path) not in used and not _answers(path):
+            yield "socket", path
+    for path in sorted(run_dir.workers.iterdir()):
+        if path.stem not in groups and not _answers(path):
+            yield "worker's socket", path
+    for path in sorted(run_dir.states.iterdir()):
+        if not path.stem.isdigit() or path.suffix != ".json" or registry.get(int(path.stem)) is None:
+            yield "state file", path
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # it listens, and is busy
+        except OSError:
+            return False
+        return True
+
+
+def _remove(path: Path) -> bool:
+    path.unlink(missing_ok=True)
+    return True

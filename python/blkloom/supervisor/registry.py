@@ -1,0 +1,300 @@
+"""Which devices there are, what they are called, and which stands on which.
+
+Pure: no I/O, no event loop; one thread. The rules here are the registry's only: names, uuids and minor
+numbers are unique, nothing stands on itself, and who stands on a device keeps it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blkloom.control.messages import DeviceInfo, DeviceState, ExportState, Loaded
+from blkloom.dm.names import check_new_name, check_uuid
+from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
+
+if TYPE_CHECKING:
+    from blkloom.supervisor.group import Group
+
+
+@dataclass
+class Entry:
+    """A device. below: minors it stands on, by slot. suspended: as its own verbs left it; suspended_for:
+    the lower device that was suspended and took this one along.
+    """
+
+    name: str
+    minor: int
+    group: Group
+    uuid: str = ""
+    read_only: bool = False
+    active: Loaded | None = None
+    inactive: Loaded | None = None
+    suspended: bool = False
+    suspended_for: int | None = None
+    event: int = 0
+    exports: list[ExportState] = field(default_factory=list)
+    connections: int = 0
+    size: int = 0
+    targets: int = 0
+    types: list[str] = field(default_factory=list)
+    deps: list[str] = field(default_factory=list)
+    inactive_deps: list[str] = field(default_factory=list)
+    below_active: frozenset[int] = frozenset()
+    below_inactive: frozenset[int] = frozenset()
+    memory_active: int = 0
+    memory_inactive: int = 0
+    failed: str = ""
+    restarts: int = 0
+    deferred: bool = False
+    making: bool = False
+
+    @property
+    def below(self) -> frozenset[int]:
+        """What either of its tables stands on."""
+        return self.below_active | self.below_inactive
+
+    def state(self) -> DeviceState:
+        """What a worker is given to bring it up."""
+        return DeviceState(
+            name=self.name,
+            minor=self.minor,
+            uuid=self.uuid,
+            read_only=self.read_only,
+            active=self.active,
+            inactive=self.inactive,
+            suspended=self.suspended or self.suspended_for is not None,
+            event=self.event,
+            exports=list(self.exports),
+        )
+
+
+class Registry:
+    """Entries by minor number, found by name and uuid."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._entries: dict[int, Entry] = {}
+        self._names: dict[str, Entry] = {}
+        self._uuids: dict[str, Entry] = {}
+        self._users: dict[int, set[int]] = {}
+        self._next_minor = 0
+        self._next_load = 1
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """By minor number."""
+        return iter([self._entries[minor] for minor in sorted(self._entries)])
+
+    def get(self, minor: int) -> Entry | None:
+        """The device of that number."""
+        return self._entries.get(minor)
+
+    def named(self, name: str) -> Entry | None:
+        """The device of that name."""
+        return self._names.get(name)
+
+    def find(self, device: str) -> Entry:
+        """By a name, `uuid:UUID` or `minor:N`. Raises NoSuchDevice."""
+        entry = self._names.get(device)
+        if entry is None and device.startswith("uuid:"):
+            entry = self._uuids.get(device.removeprefix("uuid:"))
+        if entry is None and device.startswith("minor:") and device.removeprefix("minor:").isdigit():
+            entry = self._entries.get(int(device.removeprefix("minor:")))
+        if entry is None:
+            raise NoSuchDevice(f"Device {device} not found", cure="`blkloom ls` lists those there are")
+        return entry
+
+    def new_load(self) -> int:
+        """A number no load has had."""
+        self._next_load += 1
+        return self._next_load - 1
+
+    def seen_load(self, load: int) -> None:
+        """A load of a former supervisor's: later ones are higher."""
+        self._next_load = max(self._next_load, load + 1)
+
+    def check_new(self, name: str, uuid: str, minor: int | None) -> int:
+        """The minor number a new device gets. Raises DeviceExists, ResourceError, UsageError."""
+        check_new_name(name)
+        check_uuid(uuid)
+        if name in self._names:
+            raise DeviceExists(f"a device {name!r} exists", cure="choose another name, or remove that one")
+        if uuid and uuid in self._uuids:
+            raise DeviceExists(f"device {self._uuids[uuid].name!r} has the uuid {uuid!r}", cure="uuids are unique")
+        if minor is not None and minor in self._entries:
+            raise DeviceExists(f"device {self._entries[minor].name!r} has minor number {minor}", cure="leave it out")
+        if len(self._entries) >= self._limit:
+            raise ResourceError(
+                f"there are {len(self._entries)} devices, the most this supervisor takes",
+                cure="remove some, or start it with a higher --max-devices",
+                errno=errno.ENOSPC,
+            )
+        return self._free_minor() if minor is None else minor
+
+    def _free_minor(self) -> int:
+        while self._next_minor in self._entries:
+            self._next_minor += 1
+        return self._next_minor
+
+    def add(self, entry: Entry) -> None:
+        """Registers it; `check_new` or a former supervisor has let it in."""
+        self._entries[entry.minor] = entry
+        self._names[entry.name] = entry
+        if entry.uuid:
+            self._uuids[entry.uuid] = entry
+        self._stand(entry, frozenset(), entry.below)
+
+    def remove(self, entry: Entry) -> None:
+        """Forgets it."""
+        del self._entries[entry.minor]
+        del self._names[entry.name]
+        if entry.uuid:
+            del self._uuids[entry.uuid]
+        self._stand(entry, entry.below, frozenset())
+        self._next_minor = min(self._next_minor, entry.minor)
+
+    def rename(self, entry: Entry, name: str) -> None:
+        """Raises DeviceExists, UsageError."""
+        check_new_name(name, what="new name")
+        if name in self._names:
+            raise DeviceExists(f"a device {name!r} exists", cure="choose another name, or remove that one")
+        del self._names[entry.name]
+        entry.name = name
+        self._names[name] = entry
+
+    def set_uuid(self, entry: Entry, uuid: str) -> None:
+        """A device gets a uuid once. Raises DeviceExists, UsageError."""
+        check_uuid(uuid)
+        if entry.uuid:
+            raise UsageError(
+                f"device {entry.name!r} has the uuid {entry.uuid!r} already", cure="it stays", errno=errno.EINVAL
+            )
+        if uuid in self._uuids:
+            raise DeviceExists(f"device {self._uuids[uuid].name!r} has the uuid {uuid!r}", cure="uuids are unique")
+        entry.uuid = uuid
+        self._uuids[uuid] = entry
+
+    # who stands on whom
+
+    def set_below(
+        self, entry: Entry, *, active: frozenset[int] | None = None, inactive: frozenset[int] | None = None
+    ) -> None:
+        """What the slots stand on from now on; None leaves one as it is."""
+        before = entry.below
+        if active is not None:
+            entry.below_active = active
+        if inactive is not None:
+            entry.below_inactive = inactive
+        self._stand(entry, before, entry.below)
+
+    def _stand(self, entry: Entry, before: frozenset[int], after: frozenset[int]) -> None:
+        for minor in before - after:
+            users = self._users[minor]
+            users.discard(entry.minor)
+            if not users:
+                del self._users[minor]
+        for minor in after - before:
+            self._users.setdefault(minor, set()).add(entry.minor)
+
+    def holders(self, entry: Entry) -> list[Entry]:
+        """Devices that stand on it directly, by minor number."""
+        return [self._entries[minor] for minor in sorted(self._users.get(entry.minor, ()))]
+
+    def above(self, entry: Entry) -> list[Entry]:
+        """All that stand on it, directly or not; every one before those below it."""
+        found: dict[int, Entry] = {}
+
+        def visit(lower: Entry) -> None:
+            for holder in self.holders(lower):
+                if holder.minor not in found:
+                    visit(holder)
+                    found[holder.minor] = holder
+
+        visit(entry)
+        return list(found.values())
+
+    def check_stack(self, entry: Entry, below: frozenset[int]) -> None:
+        """Raises TableError if `entry` would come to stand on itself."""
+        pending, seen = set(below), set[int]()
+        while pending:
+            minor = pending.pop()
+            if minor == entry.minor:
+                raise TableError(
+                    f"device {entry.name!r} would stand on itself", value=entry.name, cure="break the cycle"
+                )
+            if minor not in seen and (lower := self._entries.get(minor)):
+                seen.add(minor)
+                pending |= lower.below
+        return
+
+    def lower_first(self, minors: set[int]) -> list[Entry]:
+        """Those devices, each after what it stands on."""
+        ordered: dict[int, Entry] = {}
+
+        def visit(minor: int) -> None:
+            entry = self._entries[minor]
+            for lower in sorted(entry.below & minors):
+                if lower not in ordered:
+                    visit(lower)
+            ordered[minor] = entry
+
+        for minor in sorted(minors):
+            if minor not in ordered:
+                visit(minor)
+        return list(ordered.values())
+
+    # what may be done
+
+    def open_count(self, entry: Entry) -> int:
+        """Clients connected, and devices standing on it."""
+        return entry.connections + len(self._users.get(entry.minor, ()))
+
+    def check_unused(self, entry: Entry) -> None:
+        """Raises DeviceBusy, which says who."""
+        users = [f"device {holder.name!r} stands on it" for holder in self.holders(entry)]
+        if entry.connections:
+            users.append(f"{entry.connections} client{'s are' if entry.connections > 1 else ' is'} connected")
+        if users:
+            raise DeviceBusy(
+                f"Device {entry.name} is in use: {', '.join(users)}",
+                cure="end that first, or remove it with --deferred or --force",
+            )
+
+    def memory(self) -> int:
+        """Bytes of all RAM devices, loaded or not."""
+        return sum(entry.memory_active + entry.memory_inactive for entry in self._entries.values())
+
+    def info(self, entry: Entry) -> DeviceInfo:
+        """What is told of it."""
+        stopped = entry.suspended or entry.suspended_for is not None
+        return DeviceInfo(
+            name=entry.name,
+            minor=entry.minor,
+            uuid=entry.uuid,
+            state="FAILED" if entry.failed else "SUSPENDED" if stopped else "ACTIVE",
+            reason=entry.failed,
+            read_only=entry.read_only,
+            live=entry.active is not None,
+            inactive=entry.inactive is not None,
+            open_count=self.open_count(entry),
+            connections=entry.connections,
+            event=entry.event,
+            targets=entry.targets,
+            types=entry.types,
+            size=entry.size,
+            worker=entry.group.pid,
+            restarts=entry.restarts,
+            deferred=entry.deferred,
+            exports=entry.exports,
+            deps=entry.deps,
+            holders=[holder.name for holder in self.holders(entry)],
+        )
+
+
+Notice = Callable[[Entry], None]
+"""Told that an entry changed."""

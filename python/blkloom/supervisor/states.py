@@ -1,0 +1,56 @@
+"""State files: what a supervisor writes down of each device for the one that comes after it.
+
+A file a device, replaced at every change; they live on a memory file system as long as the run
+directory does, so nothing is synced. The worker knows better while it lives; the file counts when it
+is dead too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import msgspec
+
+from blkloom.control.messages import DeviceState
+from blkloom.control.rundir import RunDir
+
+_log = logging.getLogger(__name__)
+
+
+class Written(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A device, and what its worker does not know of it."""
+
+    state: DeviceState
+    group: str
+    memory: bool = False
+    """Its bytes are in memory: without a worker and without a store they are gone."""
+    failed: str = ""
+    restarts: int = 0
+    deferred: bool = False
+    suspended_for: int | None = None
+
+
+def write(run_dir: RunDir, written: Written) -> None:
+    """Replaces the device's file. Raises OSError."""
+    path = run_dir.state(written.state.minor)
+    aside = path.with_suffix(".new")
+    aside.write_bytes(msgspec.json.encode(written))
+    os.replace(aside, path)
+
+
+def remove(run_dir: RunDir, minor: int) -> None:
+    """The device has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        run_dir.state(minor).unlink()
+
+
+def read_all(run_dir: RunDir) -> Iterator[Written]:
+    """What a former supervisor wrote. A file that makes no sense is logged and left."""
+    for path in sorted(run_dir.states.glob("*.json")):
+        try:
+            yield msgspec.json.decode(path.read_bytes(), type=Written)
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.error("%s makes no sense, its device is lost: %s", path, error)

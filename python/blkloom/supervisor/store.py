@@ -1,0 +1,62 @@
+"""The descriptors that outlive workers: by device and label. One thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+
+from blkloom.control.messages import Label
+
+
+class Store:
+    """Owns what it is given."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, dict[Label, int]] = {}
+
+    def put(self, label: Label, fd: int) -> None:
+        """Keeps `fd`; one of that label makes way."""
+        self.drop([label])
+        self._kept.setdefault(label.device, {})[label] = fd
+
+    def drop(self, labels: Iterable[Label]) -> None:
+        """Closes those of these labels that there are."""
+        for label in labels:
+            kept = self._kept.get(label.device, {})
+            if (fd := kept.pop(label, None)) is not None:
+                os.close(fd)
+            if not kept:
+                self._kept.pop(label.device, None)
+
+    def find(self, label: Label) -> int | None:
+        """The descriptor; it stays the store's."""
+        return self._kept.get(label.device, {}).get(label)
+
+    def of(self, devices: Collection[int]) -> tuple[list[Label], list[int]]:
+        """Labels and descriptors of these devices, in one order; they stay the store's."""
+        found = [pair for device in devices for pair in self._kept.get(device, {}).items()]
+        return [label for label, _ in found], [fd for _, fd in found]
+
+    def passing(self, device: int) -> list[Label]:
+        """Labels that have a meaning only while a device is handed over."""
+        return [
+            label
+            for label in self._kept.get(device, {})
+            if label.role == "connection" or (label.role == "memory" and label.load == 0)
+        ]
+
+    def forget(self, device: int) -> None:
+        """All of a device that has gone."""
+        self.drop(list(self._kept.get(device, {})))
+
+    def take(self, labels: Sequence[Label], fds: list[int]) -> None:
+        """What a worker says to keep: as many descriptors as labels, which become the store's."""
+        for label in labels:
+            if not fds:
+                break
+            self.put(label, fds.pop(0))
+        while fds:
+            os.close(fds.pop())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))

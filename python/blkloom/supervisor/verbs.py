@@ -1,0 +1,523 @@
+"""The verbs: what each call of a client does to registry and workers.
+
+A verb holds the lock of the group it changes, asks the worker first and writes the registry after it
+has agreed; a call that fails leaves the registry as it was. On the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from blkloom.control import messages as m
+from blkloom.control.rundir import RunDir
+from blkloom.errors import (
+    BlkloomError,
+    DeviceBusy,
+    DeviceFailed,
+    NoSuchDevice,
+    ResourceError,
+    UsageError,
+    WorkerGone,
+)
+from blkloom.supervisor import exporting, states
+from blkloom.supervisor.group import Group
+from blkloom.supervisor.link import Opener
+from blkloom.supervisor.news import News
+from blkloom.supervisor.registry import Entry, Registry
+from blkloom.supervisor.store import Store
+from blkloom.supervisor.tables import Read, Tables
+from blkloom.supervisor.workers import Workers
+from blkloom.target.leg import rename_legs
+
+_log = logging.getLogger(__name__)
+
+SUSPEND_SECONDS: Final = 30.0
+"""For requests in flight to end, unless the caller says otherwise."""
+RETRY_SECONDS: Final = 5.0
+"""How long `remove --retry` waits for users to leave. dmsetup: 25 tries, 200 ms apart."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. opener: has files opened with his rights."""
+
+    opener: Opener
+
+
+class Verbs:
+    """On the registry and its workers."""
+
+    def __init__(
+        self, run_dir: RunDir, registry: Registry, store: Store, workers: Workers, tables: Tables, news: News
+    ) -> None:
+        self._run_dir = run_dir
+        self._registry = registry
+        self._store = store
+        self._workers = workers
+        self._tables = tables
+        self._news = news
+        self._deferred: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    # making
+
+    async def create(self, call: m.Create, caller: Caller) -> m.DeviceInfo:
+        """Created, loaded and live; or not at all."""
+        if self._stopping:
+            raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
+        minor = self._registry.check_new(call.name, call.uuid, call.minor)
+        group = self._workers.new_group()
+        entry = Entry(call.name, minor, group, uuid=call.uuid, read_only=call.read_only, making=True)
+        group.minors.add(minor)
+        self._registry.add(entry)
+        try:
+            found = self._tables.read(entry, call.table, call.source) if call.table is not None else None
+        except BaseException:
+            self._registry.remove(entry)
+            del self._workers.groups[group.id]
+            raise
+        async with self._workers.locked(entry, *(self._lowers(found) if found else ())):
+            try:
+                await self._make(entry, call, found, caller)
+            except BaseException:
+                await asyncio.shield(self._drop(entry, fail=True))
+                raise
+            entry.making = False
+            self._save(entry)
+        return self._registry.info(entry)
+
+    async def _make(self, entry: Entry, call: m.Create, found: Read | None, caller: Caller) -> None:
+        export = exporting.automatic(self._run_dir, entry.name)
+        await exporting.listen(self._store, entry, export)
+        entry.exports.append(export)
+        await self._workers.start(entry.group)
+        await self._workers.hold(entry.group, [entry.state()])
+        if found is not None and call.table is not None:
+            loaded = m.Loaded(
+                load=self._registry.new_load(), table=call.table, read_only=call.read_only, shared=call.shared
+            )
+            await self._bring_together(entry, found)
+            await self._load(entry, loaded, call.source, found, caller)
+            if call.suspended:
+                entry.suspended = True
+            else:
+                await self._resume_one(entry, flush=True, timeout=None)
+
+    async def _bring_together(self, entry: Entry, found: Read) -> None:
+        """One group of the device and what the table stands on; the caller holds the locks of all."""
+        groups = {lower.group.id: lower.group for lower in self._lowers(found)} | {entry.group.id: entry.group}
+        if len(groups) > 1:
+            await self._workers.merge(list(groups.values()))
+
+    def _lowers(self, found: Read) -> list[Entry]:
+        lowers = [self._registry.get(minor) for minor in found.below]
+        return [lower for lower in lowers if lower is not None]
+
+    # tables
+
+    async def load(self, call: m.Load, caller: Caller) -> None:
+        """Fills the inactive slot."""
+        entry = self._live(call.device)
+        found = self._tables.read(entry, call.table, call.source)
+        async with self._workers.locked(entry, *self._lowers(found)):
+            self._check_there(entry, call.device)
+            found = self._tables.read(entry, call.table, call.source)  # with nothing able to change any more
+            loaded = m.Loaded(
+                load=self._registry.new_load(),
+                table=call.table,
+                read_only=call.read_only or entry.read_only,
+                shared=call.shared,
+            )
+            await self._bring_together(entry, found)
+            await self._load(entry, loaded, call.source, found, caller)
+            self._save(entry)
+
+    async def _load(self, entry: Entry, loaded: m.Loaded, source: str, found: Read, caller: Caller) -> None:
+        call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
+        result = await entry.group.call(call, opener=caller.opener)
+        entry.inactive = loaded
+        entry.memory_inactive = found.memory
+        entry.inactive_deps = list(result.get("deps", []))
+        self._registry.set_below(entry, inactive=found.below)
+        if entry.active is None:
+            entry.deps = entry.inactive_deps
+
+    async def clear(self, call: m.Clear) -> None:
+        """Empties the inactive slot."""
+        entry = self._live(call.device)
+        async with self._workers.locked(entry):
+            await entry.group.call(m.WorkerClear(minor=entry.minor))
+            entry.inactive, entry.memory_inactive = None, 0
+            self._registry.set_below(entry, inactive=frozenset())
+            self._save(entry)
+
+    # suspend and resume
+
+    async def suspend(self, call: m.Suspend) -> None:
+        """The upper ones first, then the device."""
+        entry = self._live(call.device)
+        wait = SUSPEND_SECONDS if call.timeout is None else call.timeout
+        async with self._workers.locked(entry):
+            taken: list[Entry] = []
+            try:
+                for upper in [*self._registry.above(entry), entry]:
+                    if not upper.suspended and upper.suspended_for is None and upper.active is not None:
+                        await upper.group.call(
+                            m.WorkerSuspend(minor=upper.minor, flush=call.flush, timeout=wait), wait=wait
+                        )
+                        taken.append(upper)
+                        if upper is not entry:
+                            upper.suspended_for = entry.minor
+            except BaseException:
+                for upper in reversed(taken):
+                    upper.suspended_for = None
+                    await upper.group.call(m.WorkerResume(minor=upper.minor))
+                raise
+            entry.suspended, entry.suspended_for = True, None
+            for changed in taken:
+                self._save(changed)
+                self._news.changed(changed)
+
+    async def resume(self, call: m.Resume, caller: Caller) -> None:
+        """Swaps the inactive table in and goes live; then those above that were suspended for it."""
+        entry = self._registry.find(call.device)
+        async with self._workers.locked(entry):
+            if entry.failed:
+                await self._revive(entry, caller)
+                return
+            await self._resume_one(entry, flush=call.flush, timeout=call.timeout)
+            entry.suspended_for = None
+            self._save(entry)
+            for upper in reversed(self._registry.above(entry)):
+                if upper.suspended_for == entry.minor:
+                    await self._resume_one(upper, flush=call.flush, timeout=call.timeout, swap=False)
+                    upper.suspended_for = None
+                    self._save(upper)
+
+    async def _resume_one(self, entry: Entry, *, flush: bool, timeout: float | None, swap: bool = True) -> None:
+        wait = SUSPEND_SECONDS if timeout is None else timeout
+        if entry.active is None and entry.inactive is None:
+            entry.suspended = False  # as the kernel does; it stays without a table
+            return
+        result = await entry.group.call(m.WorkerResume(minor=entry.minor, flush=flush, timeout=wait), wait=wait)
+        if entry.inactive is not None:
+            self._registry.set_below(entry, active=entry.below_inactive, inactive=frozenset())
+            entry.active, entry.inactive = entry.inactive, None
+            entry.memory_active, entry.memory_inactive = entry.memory_inactive, 0
+            entry.deps = entry.inactive_deps
+        if swap:
+            entry.suspended = False
+        entry.targets, entry.types, entry.size = result["targets"], result["types"], result["size"]
+        entry.event = max(entry.event, result["event"])
+        self._news.changed(entry)
+
+    async def _revive(self, entry: Entry, caller: Caller) -> None:
+        """A FAILED device, and those of its group, once more."""
+        group = entry.group
+        group.deaths.clear()
+        entries = self._registry.lower_first(group.minors)
+        for other in entries:
+            for export in other.exports:
+                if self._store.find(exporting.label(other, export)) is None:
+                    await exporting.listen(self._store, other, export)
+        await self._workers.restart(group, "asked to try again", opener=caller.opener)
+        for other in entries:
+            self._save(other)
+        if entry.failed:
+            raise DeviceFailed(f"device {entry.name!r} has failed: {entry.failed}", cure="remove it, or try again")
+
+    # going
+
+    async def remove(self, call: m.Remove) -> None:
+        """Ends the device, if nobody uses it."""
+        entry = self._registry.find(call.device)
+        async with self._workers.locked(entry):
+            if call.force and not entry.failed and entry.active is not None:
+                await self._fail_all_io(entry)
+            try:
+                self._registry.check_unused(entry)
+            except DeviceBusy:
+                if call.deferred:
+                    entry.deferred = True
+                    self._save(entry)
+                    return
+                if not call.retry:
+                    raise
+            else:
+                await self._drop(entry, fail=call.force)
+                return
+        await self._remove_later(entry)
+
+    async def _remove_later(self, entry: Entry) -> None:
+        """As soon as its users have gone, within RETRY_SECONDS. Raises DeviceBusy."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            news = self._news.next(entry)
+            async with self._workers.locked(entry):
+                if self._registry.get(entry.minor) is not entry:
+                    return
+                try:
+                    self._registry.check_unused(entry)
+                except DeviceBusy:
+                    if time.monotonic() >= deadline:
+                        raise
+                else:
+                    await self._drop(entry, fail=False)
+                    return
+            await asyncio.wait([news], timeout=max(0.0, deadline - time.monotonic()))
+
+    async def _fail_all_io(self, entry: Entry) -> None:
+        loaded = m.Loaded(load=self._registry.new_load(), table=self._tables.error_table(entry.size))
+        try:
+            await entry.group.call(m.WorkerLoad(minor=entry.minor, loaded=loaded))
+            entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
+            self._registry.set_below(entry, inactive=frozenset())
+            await self._resume_one(entry, flush=False, timeout=None)
+        except (OSError, ValueError) as error:
+            _log.error("device %r could not be given an error table: %s", entry.name, error)
+            if (
+                isinstance(error, BlkloomError)
+                and not self._registry.open_count(entry)
+                and len(entry.group.minors) == 1
+            ):
+                entry.group.leaving = True
+                entry.group.kill()  # what holds it may hold it for ever
+                return
+            raise
+
+    async def _drop(self, entry: Entry, *, fail: bool) -> None:
+        """The device ends; the caller holds its group's lock."""
+        group = entry.group
+        try:
+            if group.link is not None and not entry.failed:
+                await group.call(m.Release(minor=entry.minor, fail=fail))
+        except WorkerGone:
+            pass
+        except BaseException:
+            if not fail and self._registry.get(entry.minor) is entry and not entry.making:
+                # The last flush failed; the device is closed even so.
+                _log.error("device %r was removed, but not all of it was written", entry.name)
+                self._forget(entry, group)
+                raise
+        self._forget(entry, group)
+        if not group.minors:
+            await self._workers.end(group)
+
+    def _forget(self, entry: Entry, group: Group) -> None:
+        for export in entry.exports:
+            exporting.stop_listening(self._store, entry, export)
+        self._store.forget(entry.minor)
+        self._registry.remove(entry)
+        group.minors.discard(entry.minor)
+        states.remove(self._run_dir, entry.minor)
+        self._news.changed(entry)
+        for lower in entry.below:
+            if found := self._registry.get(lower):
+                self.look_at(found)
+
+    def look_at(self, entry: Entry) -> None:
+        """Something changed: a deferred removal may be due."""
+        self._news.changed(entry)
+        if entry.deferred and not self._registry.open_count(entry) and not self._stopping:
+            task = asyncio.create_task(self._remove_deferred(entry), name=f"deferred {entry.name}")
+            self._deferred.add(task)
+            task.add_done_callback(self._deferred.discard)
+
+    async def _remove_deferred(self, entry: Entry) -> None:
+        async with self._workers.locked(entry):
+            if self._registry.get(entry.minor) is not entry or self._registry.open_count(entry):
+                return
+            try:
+                await self._drop(entry, fail=False)
+            except (OSError, ValueError) as error:
+                _log.error("deferred removal of device %r: %s", entry.name, error)
+
+    async def remove_all(self, call: m.RemoveAll) -> list[tuple[str, str]]:
+        """Those on top first. What could not be removed, and why."""
+        left = []
+        for entry in reversed(self._registry.lower_first({entry.minor for entry in self._registry})):
+            try:
+                await self.remove(m.Remove(device=f"minor:{entry.minor}", force=call.force, deferred=call.deferred))
+            except (OSError, ValueError) as error:
+                left.append((entry.name, str(error)))
+        return left
+
+    async def stop(self) -> list[str]:
+        """All devices end, whoever uses them; flushed. What went wrong."""
+        self._stopping = True
+        errors = []
+        for entry in reversed(self._registry.lower_first({entry.minor for entry in self._registry})):
+            try:
+                async with self._workers.locked(entry):
+                    if self._registry.get(entry.minor) is entry:
+                        await self._drop(entry, fail=False)
+            except (OSError, ValueError) as error:
+                errors.append(f"device {entry.name!r}: {error}")
+        return errors
+
+    async def rename(self, call: m.Rename) -> None:
+        """A new name, which its automatic socket and the tables above it follow; or a first uuid."""
+        entry = self._live(call.device)
+        if bool(call.name) == bool(call.uuid):
+            raise UsageError("rename takes either a name or a uuid")
+        async with self._workers.locked(entry):
+            if call.uuid:
+                self._registry.set_uuid(entry, call.uuid)
+                await entry.group.call(m.WorkerRename(minor=entry.minor, name=entry.name, uuid=call.uuid))
+                self._save(entry)
+                return
+            former = entry.name
+            self._registry.rename(entry, call.name)
+            try:
+                await entry.group.call(m.WorkerRename(minor=entry.minor, name=call.name))
+            except BaseException:
+                self._registry.rename(entry, former)
+                raise
+            for export in entry.exports:
+                if export.name == former:
+                    export.name = call.name
+                if export.automatic:
+                    exporting.move(self._store, entry, export, str(self._run_dir.device(call.name)))
+            self._save(entry)
+            for holder in self._registry.holders(entry):
+                self._rename_below(holder, former, call.name)
+                self._save(holder)
+
+    def _rename_below(self, holder: Entry, former: str, name: str) -> None:
+        folder = str(self._run_dir.devices)
+        for loaded in (holder.active, holder.inactive):
+            if loaded is not None:
+                loaded.table = rename_legs(self._tables.parsed(loaded.table), former, name, device_folder=folder)
+        holder.deps = [f"blkloom:{name}" if dep == f"blkloom:{former}" else dep for dep in holder.deps]
+
+    # looking
+
+    def info(self, call: m.GetInfo) -> list[m.DeviceInfo]:
+        """Of one, or of all."""
+        if call.device:
+            return [self._registry.info(self._registry.find(call.device))]
+        return [self._registry.info(entry) for entry in self._registry if not entry.making]
+
+    def table(self, call: m.GetTable) -> str:
+        """As it is shown; "" for an empty slot."""
+        entry = self._registry.find(call.device)
+        loaded = entry.inactive if call.inactive else entry.active
+        return self._tables.shown(loaded.table) if loaded else ""
+
+    async def status(self, call: m.GetStatus) -> Any:
+        """A line a segment."""
+        entry = self._registry.find(call.device)
+        if entry.failed:
+            size = max(1, entry.size // 512)
+            return [[0, size, "failed", entry.failed]]
+        return await entry.group.call(m.WorkerStatus(minor=entry.minor)) if entry.active else []
+
+    async def message(self, call: m.SendMessage) -> Any:
+        """To the target at a sector."""
+        entry = self._live(call.device)
+        async with self._workers.locked(entry):
+            return await entry.group.call(m.WorkerMessage(minor=entry.minor, sector=call.sector, text=call.text))
+
+    async def wait(self, call: m.Wait) -> int:
+        """The event number, once it is above `call.event`."""
+        entry = self._registry.find(call.device)
+        known = entry.event if call.event is None else call.event
+        while entry.event <= known:
+            await asyncio.wait([self._news.next(entry)])
+            if self._registry.get(entry.minor) is not entry:
+                raise UsageError(f"Device {call.device} not found: it was removed", errno=errno.ENXIO)
+        return entry.event
+
+    async def stats(self, call: m.GetStats) -> dict[str, Any]:
+        """Counters by name. A device without a worker has none."""
+        entries = [self._registry.find(call.device)] if call.device else list(self._registry)
+        groups = {entry.group.id: entry.group for entry in entries if entry.group.link is not None}
+
+        async def ask(group: Group) -> dict[str, Any]:
+            try:
+                return dict(await group.call(m.WorkerStats()))
+            except WorkerGone:
+                return {}
+
+        found: dict[str, Any] = {}
+        for answer in await asyncio.gather(*map(ask, groups.values())):
+            found |= answer
+        return {entry.name: found[str(entry.minor)] for entry in entries if str(entry.minor) in found}
+
+    # ways in
+
+    async def add_export(self, call: m.AddExport) -> m.ExportState:
+        """One more."""
+        entry = self._live(call.device)
+        async with self._workers.locked(entry):
+            export = exporting.wanted(self._run_dir, entry, call)
+            descriptor = await exporting.listen(self._store, entry, export)
+            try:
+                await entry.group.call(m.Serve(minor=entry.minor, export=export), descriptor)
+            except BaseException:
+                exporting.stop_listening(self._store, entry, export)
+                raise
+            entry.exports.append(export)
+            self._save(entry)
+            return export
+
+    async def remove_export(self, call: m.RemoveExport) -> None:
+        """Its clients are disconnected."""
+        entry = self._live(call.device)
+        async with self._workers.locked(entry):
+            found = [export for export in entry.exports if call.id in (export.id, export.unix)]
+            if not found:
+                known = ", ".join(f"{export.id} ({export.unix or export.host})" for export in entry.exports) or "none"
+                raise UsageError(f"device {entry.name!r} has no export {call.id!r}", cure=f"it has: {known}")
+            await entry.group.call(m.Unserve(minor=entry.minor, id=found[0].id))
+            exporting.stop_listening(self._store, entry, found[0])
+            entry.exports.remove(found[0])
+            self._save(entry)
+
+    # shared
+
+    def _live(self, device: str) -> Entry:
+        """The device, unless it has failed."""
+        entry = self._registry.find(device)
+        if entry.failed:
+            raise DeviceFailed(
+                f"device {entry.name!r} has failed: {entry.failed}",
+                cure=f"blkloom resume {entry.name} tries again, blkloom remove {entry.name} gives it up",
+            )
+        return entry
+
+    def _check_there(self, entry: Entry, device: str) -> None:
+        if self._registry.get(entry.minor) is not entry:
+            raise NoSuchDevice(f"Device {device} not found: it was removed meanwhile")
+
+    def save_all(self) -> None:
+        """Writes every state file."""
+        for entry in self._registry:
+            self._save(entry)
+
+    def _save(self, entry: Entry) -> None:
+        save(self._run_dir, entry)
+
+
+def save(run_dir: RunDir, entry: Entry) -> None:
+    """Writes the state file. A full run directory is logged: the device works."""
+    written = states.Written(
+        state=msgspec.structs.replace(entry.state(), suspended=entry.suspended),
+        group=entry.group.id,
+        memory=bool(entry.memory_active or entry.memory_inactive),
+        failed=entry.failed,
+        restarts=entry.restarts,
+        deferred=entry.deferred,
+        suspended_for=entry.suspended_for,
+    )
+    try:
+        states.write(run_dir, written)
+    except OSError as error:
+        _log.error("%s cannot be written: %s", run_dir.state(entry.minor), error)

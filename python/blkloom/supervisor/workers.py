@@ -1,0 +1,317 @@
+"""Workers: started, given their devices, watched, replaced, merged.
+
+Whoever calls a method that takes a group holds the group's lock. What a worker says to keep is in the
+store before the answer to the call it came with is acted on. On the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+import msgspec
+
+from blkloom.control import messages as m
+from blkloom.control.channel import AsyncChannel
+from blkloom.control.rundir import RunDir
+from blkloom.errors import ResourceError
+from blkloom.supervisor.forking import Forker
+from blkloom.supervisor.group import Group
+from blkloom.supervisor.link import Link, Opener
+from blkloom.supervisor.registry import Entry, Registry
+from blkloom.supervisor.store import Store
+
+_log = logging.getLogger(__name__)
+
+DEATHS_WITHIN: Final = 60.0
+"""Seconds in which so many deaths are too many."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+FREEZE_SECONDS: Final = 30.0
+
+
+class _Ears:
+    """What a group's worker says goes here."""
+
+    def __init__(self, group: Group, workers: Workers) -> None:
+        self._group, self._workers = group, workers
+
+    def keep(self, labels: Sequence[m.Label], fds: list[int]) -> None:
+        """Into the store."""
+        self._workers.store.take(labels, fds)
+
+    def drop(self, labels: Sequence[m.Label]) -> None:
+        """Out of the store."""
+        self._workers.store.drop(labels)
+
+    def happened(self, news: m.Happened) -> None:
+        """To the entry."""
+        entry = self._workers.registry.get(news.minor)
+        if entry is not None and entry.group is self._group:
+            entry.connections = news.connections
+            entry.event = max(entry.event, news.event)
+            self._workers.changed(entry)
+
+    def gone(self) -> None:
+        """A worker without a channel is of no use; one that lives and closed it is ended."""
+        if not self._group.leaving and not self._workers.resting:
+            self._group.kill()
+
+
+class Workers:
+    """All groups of a supervisor.
+
+    changed: told that an entry's clients, event number or state changed. deaths: more within
+    DEATHS_WITHIN seconds leave a device failed.
+    """
+
+    def __init__(
+        self, run_dir: RunDir, registry: Registry, store: Store, *, changed: Callable[[Entry], None], deaths: int
+    ) -> None:
+        self.registry = registry
+        self.store = store
+        self.changed = changed
+        self.groups: dict[str, Group] = {}
+        self.resting = False
+        """The supervisor ends and its workers stay."""
+        self.hello = m.Hello(pid=os.getpid())
+        self._run_dir = run_dir
+        self._deaths = deaths
+        self._forker = Forker(run_dir, self._exited)
+
+    # groups
+
+    def new_group(self, identifier: str = "") -> Group:
+        """One without a worker yet."""
+        group = Group(identifier or secrets.token_hex(6))
+        self.groups[group.id] = group
+        return group
+
+    async def start(self, group: Group) -> None:
+        """Forks its worker. Raises ResourceError."""
+        pid, pidfd, connected = await self._forker.fork(group.id)
+        await self._attach(group, pid, pidfd, connected)
+
+    async def _attach(self, group: Group, pid: int, pidfd: int, connected: socket.socket) -> None:
+        group.pid, group.pidfd, group.leaving = pid, pidfd, False
+        group.watch(self._died)
+        group.link = Link(group.id, AsyncChannel(connected, m.FromWorker), _Ears(group, self))
+        await group.link.greet(self.hello)
+
+    async def hold(self, group: Group, states: Sequence[m.DeviceState], *, opener: Opener | None = None) -> None:
+        """Gives the worker these devices with all that is stored of them. Raises what it raises."""
+        labels, fds = self.store.of([state.minor for state in states])
+        for at in range(0, max(1, len(labels)), m.MOST_DESCRIPTORS):
+            end = at + m.MOST_DESCRIPTORS
+            call = m.Hold(devices=list(states), labels=labels[at:end], more=end < len(labels))
+            await group.call(call, *fds[at:end], opener=opener)
+        for state in states:
+            self.store.drop(self.store.passing(state.minor))
+
+    async def end(self, group: Group, *, flush: bool = True) -> None:
+        """Ends a group that has no devices any more, or is not needed."""
+        group.leaving = True
+        self.groups.pop(group.id, None)
+        await group.leave(flush=flush)
+
+    @asynccontextmanager
+    async def locked(self, *entries: Entry) -> AsyncIterator[None]:
+        """Holds the locks of these devices' groups, also when they are merged meanwhile."""
+        while True:
+            groups = sorted({entry.group.id: entry.group for entry in entries}.items())
+            async with AsyncExitStack() as stack:
+                for _, group in groups:
+                    await stack.enter_async_context(group.lock)
+                if {entry.group.id for entry in entries} <= {identifier for identifier, _ in groups}:
+                    yield
+                    return
+
+    # death
+
+    def _exited(self, worker: str, pid: int, status: int) -> None:
+        if (group := self.groups.get(worker)) is not None and group.pid in (pid, 0):
+            group.status = status
+
+    def _died(self, group: Group) -> None:
+        for minor in group.minors:
+            if entry := self.registry.get(minor):
+                entry.connections = 0
+                self.changed(entry)
+        if not group.leaving and not self.resting and group.id in self.groups:
+            group.restarting = asyncio.create_task(self._replace(group), name=f"restart {group.id}")
+
+    async def _replace(self, group: Group) -> None:
+        async with group.lock:
+            if group.leaving or group.pid or group.id not in self.groups:
+                return
+            try:
+                await self.restart(group, self._reason(group))
+            except Exception as error:
+                _log.exception("worker %s", group.id)
+                self.fail(group, f"worker cannot be replaced: {error}")
+
+    def _reason(self, group: Group) -> str:
+        status = group.status
+        if status is None:
+            return "its worker ended"
+        if status < 0:
+            return f"its worker was killed by {signal.Signals(-status).name}"
+        return f"its worker ended with status {status}"
+
+    async def restart(self, group: Group, reason: str, *, opener: Opener | None = None) -> None:
+        """A new worker with the group's devices; after too many deaths they are failed instead."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if group.link:
+                await group.link.close()
+                group.link = None
+            now = loop.time()
+            group.deaths.append(now)
+            while group.deaths and group.deaths[0] < now - DEATHS_WITHIN:
+                group.deaths.popleft()
+            if len(group.deaths) > self._deaths:
+                self.fail(group, f"{reason}, {len(group.deaths)} times within {DEATHS_WITHIN:g} s")
+                return
+            if len(group.deaths) > 1:
+                await asyncio.sleep(min(_FIRST_PAUSE * 2 ** min(len(group.deaths) - 2, 16), _LONGEST_PAUSE))
+            entries = self.registry.lower_first(group.minors)
+            if not entries:
+                return
+            for entry in entries:
+                entry.event += 1
+                entry.restarts += 1
+            try:
+                await self.start(group)
+                await self.hold(group, [entry.state() for entry in entries], opener=opener)
+            except (OSError, ValueError) as error:
+                reason = f"its worker could not take it up again: {error}"
+                died = not group.pid or group.ended.is_set()
+                await group.leave(flush=False)
+                if died:
+                    continue
+                self.fail(group, reason)
+                return
+            _log.warning("%s: %s; started again", ", ".join(entry.name for entry in entries), reason)
+            for entry in entries:
+                entry.failed = ""
+                self.changed(entry)
+            return
+
+    def fail(self, group: Group, reason: str) -> None:
+        """Its devices stay, without a worker, and say why. Their sockets go: a client shall be refused,
+        not wait.
+        """
+        for minor in group.minors:
+            entry = self.registry.get(minor)
+            if entry is None:
+                continue
+            entry.failed = reason
+            entry.connections = 0
+            entry.event += 1
+            _log.error("device %r has failed: %s", entry.name, reason)
+            for export in entry.exports:
+                self.store.drop([m.Label(device=minor, load=0, role="listen", key=export.id)])
+                if export.unix:
+                    self._unlink(export.unix)
+            self.changed(entry)
+
+    def _unlink(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.error("%s cannot be removed: %s", path, error)
+
+    # hand-over
+
+    async def merge(self, groups: Sequence[Group]) -> Group:
+        """One group of several, whose locks are held: all go to the largest. Clients notice nothing."""
+        target = max(groups, key=lambda group: len(group.minors))
+        for group in groups:
+            if group is not target:
+                await self._move(group, target)
+        return target
+
+    async def _move(self, group: Group, target: Group) -> None:
+        states = await self._freeze(group)
+        try:
+            await self.hold(target, states)
+        except BaseException:
+            await group.call(m.Thaw())
+            raise
+        for minor in group.minors:
+            if entry := self.registry.get(minor):
+                entry.group = target
+                self.changed(entry)
+        target.minors |= group.minors
+        group.minors = set()
+        await self.end(group, flush=False)
+
+    async def _freeze(self, group: Group) -> list[m.DeviceState]:
+        result = await group.call(m.Freeze(timeout=FREEZE_SECONDS), wait=3 * FREEZE_SECONDS)
+        states = msgspec.convert(result["devices"], list[m.DeviceState])
+        order = [entry.minor for entry in self.registry.lower_first(group.minors)]
+        return sorted(states, key=lambda state: order.index(state.minor))
+
+    async def replace(self, group: Group) -> None:
+        """A new worker takes everything over from the group's; clients notice nothing. Raises what went
+        wrong; the old one goes on then.
+        """
+        new = self.new_group()
+        async with new.lock:
+            await self.start(new)
+            try:
+                states = await self._freeze(group)
+                try:
+                    await self.hold(new, states)
+                except BaseException:
+                    await group.call(m.Thaw())
+                    raise
+            except BaseException:
+                await self.end(new, flush=False)
+                raise
+            new.minors, group.minors = group.minors, set()
+            for minor in new.minors:
+                if entry := self.registry.get(minor):
+                    entry.group = new
+                    self.changed(entry)
+        await self.end(group, flush=False)
+
+    # coming back
+
+    async def adopt(self, identifier: str, connected: socket.socket, pid: int) -> tuple[Group, dict[str, Any]]:
+        """A worker that a former supervisor left: its group, and what it describes. Raises ResourceError."""
+        group = self.new_group(identifier)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            connected.close()
+            del self.groups[identifier]
+            raise ResourceError(f"worker {identifier} has ended: {error.strerror}", errno=error.errno) from error
+        await self._attach(group, pid, pidfd, connected)
+        described = await group.call(m.Describe())
+        return group, described
+
+    async def rest(self) -> None:
+        """Lets go of everything: workers serve on until another supervisor comes."""
+        self.resting = True
+        for group in self.groups.values():
+            if group.link:
+                await group.link.close()
+        await self._forker.close()
+
+    async def close(self) -> None:
+        """Ends the zygote; all groups have ended."""
+        self.resting = True
+        for group in list(self.groups.values()):
+            if group.restarting:
+                group.restarting.cancel()
+                await asyncio.gather(group.restarting, return_exceptions=True)
+        await self._forker.close()

@@ -1,0 +1,69 @@
+"""Where a load's descriptors come from: files, claims on them, and memory.
+
+A device of one's own process opens files itself (`OwnDescriptors`). A worker of a supervisor asks
+whoever ordered the load, is given what a former worker of the device had, and has all of it stored;
+targets and devices notice nothing of that. Called by the thread that loads; what may fail raises
+OSError as the system call would.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Descriptors(Protocol):
+    """One load's. Descriptors it returns belong to the caller; those it is told of stay the caller's."""
+
+    def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
+        """The file or block device at `path`, opened as `open_file` does. direct: O_DIRECT is on the
+        descriptor only where the file system can do it. Raises OSError, or ValueError for no path.
+        """
+
+    def claimed(self, path: str) -> int | None:
+        """The descriptor whose open file description has the device's claim on `path` already."""
+
+    def claim(self, path: str, fd: int) -> None:
+        """The claim on `path` stands, and `fd` holds it."""
+
+    def memory(self, make: Callable[[], int]) -> int:
+        """The memfd that a former process of the device had, with its bytes; else what `make` makes."""
+
+
+class OwnDescriptors:
+    """Opens with this process's rights and remembers nothing."""
+
+    def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
+        """As `open_file`."""
+        return open_file(path, writable=writable, direct=direct, exclusive=exclusive)
+
+    def claimed(self, path: str) -> int | None:
+        """None: there was no process before this one."""
+        return None
+
+    def claim(self, path: str, fd: int) -> None:
+        """Nobody needs to know."""
+        return
+
+    def memory(self, make: Callable[[], int]) -> int:
+        """A new one."""
+        return make()
+
+
+def open_file(path: str, *, writable: bool, direct: bool = False, exclusive: bool = False) -> int:
+    """A descriptor for blkloom's I/O. direct: O_DIRECT, or buffered where the file system refuses it
+    (EINVAL). exclusive: O_EXCL, a claim on a block device. Raises OSError, ValueError (a null byte).
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    if exclusive:
+        flags |= os.O_EXCL
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags)

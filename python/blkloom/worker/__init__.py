@@ -1,0 +1,1 @@
+"""Workers: processes that serve devices, and the zygote they are forked from."""

@@ -1,0 +1,251 @@
+"""A worker's devices by minor number, and what a supervisor may ask about them.
+
+`answer` is the one way in: a verb and its descriptors, a result as plain JSON or an exception out. On
+the event loop; what blocks runs on threads (`hosted.py`). News goes out through `tell`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from blkloom import _engine
+from blkloom.control.messages import (
+    Describe,
+    DeviceState,
+    Drop,
+    Freeze,
+    Happened,
+    Hold,
+    Keep,
+    Label,
+    Release,
+    Serve,
+    Thaw,
+    Unserve,
+    WorkerCall,
+    WorkerClear,
+    WorkerLoad,
+    WorkerMessage,
+    WorkerRename,
+    WorkerResume,
+    WorkerStats,
+    WorkerStatus,
+    WorkerSuspend,
+)
+from blkloom.device.device import Device
+from blkloom.errors import UsageError
+from blkloom.table.places import LinePlaces
+from blkloom.table.words import split_words
+from blkloom.target.registry import Targets
+from blkloom.worker import handover
+from blkloom.worker.hosted import HostedDevice
+from blkloom.worker.stock import Ask, Stock
+from blkloom.worker.threads import in_thread
+
+_log = logging.getLogger(__name__)
+
+_FORCED: Final = 1.0
+"""Seconds a device that is released by force has to end before it is left to end by itself."""
+
+Tell = Callable[[Keep | Drop | Happened, Sequence[int]], None]
+"""Says something to the supervisor, if there is one; descriptors stay the caller's."""
+
+
+class Host:
+    """Without devices at first. device_folder: where devices have their sockets."""
+
+    def __init__(self, targets: Targets, device_folder: str, tell: Tell) -> None:
+        self.engine = _engine.Engine()
+        self.devices: dict[int, HostedDevice] = {}
+        self.stock = Stock()
+        self.tell = tell
+        self._targets = targets
+        self._device_folder = device_folder
+        self._by_name: dict[str, Device] = {}
+        self._changed: set[int] = set()
+        self._held_back: list[DeviceState] = []
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def answer(self, call: WorkerCall, descriptors: list[int], ask: Ask) -> Any:
+        """Does what `call` asks; owns the descriptors. `Leave` is not for a host."""
+        match call:
+            case Hold():
+                return await self._hold(call, descriptors, ask)
+            case Serve():
+                listening = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
+                if listening is None:
+                    raise UsageError("an export needs a listening socket")
+                try:
+                    device = self._device(call.minor)
+                except UsageError:
+                    listening.close()
+                    raise
+                return device.serve(call.export, listening)
+            case WorkerLoad():
+                result, labels = await self._device(call.minor).load(call.loaded, call.source, ask)
+                self.keep(labels)
+                return result
+            case WorkerClear():
+                return await self._device(call.minor).clear()
+            case WorkerSuspend():
+                return await self._device(call.minor).suspend(flush=call.flush, timeout=call.timeout)
+            case WorkerResume():
+                return await self._device(call.minor).resume(flush=call.flush, timeout=call.timeout)
+            case Release():
+                return await self._release(call)
+            case WorkerRename():
+                return self._rename(call)
+            case WorkerStatus():
+                return await self._device(call.minor).status()
+            case WorkerMessage():
+                return await self._device(call.minor).message(call.sector, _message_words(call.text))
+            case WorkerStats():
+                return {str(minor): device.stats() for minor, device in self.devices.items()}
+            case Unserve():
+                return await self._device(call.minor).unserve(call.id)
+            case Describe():
+                return self._describe()
+            case Freeze():
+                return {"devices": await handover.freeze(self, call.timeout)}
+            case Thaw():
+                return await handover.thaw(self)
+        raise UsageError(f"a worker cannot do {type(call).__name__}")
+
+    def _device(self, minor: int) -> HostedDevice:
+        if minor not in self.devices:
+            known = ", ".join(map(str, sorted(self.devices))) or "none"
+            raise UsageError(f"this worker has no device {minor}", cure=f"it has: {known}")
+        return self.devices[minor]
+
+    # devices come
+
+    async def _hold(self, call: Hold, descriptors: list[int], ask: Ask) -> None:
+        if len(call.labels) != len(descriptors):
+            while descriptors:
+                os.close(descriptors.pop())
+            raise UsageError(f"{len(call.labels)} labels for {len(descriptors)} descriptors")
+        for label in call.labels:
+            self.stock.put(label, descriptors.pop(0))
+        known = {state.minor for state in self._held_back}
+        self._held_back += [state for state in call.devices if state.minor not in known]
+        if call.more:
+            return
+        states, self._held_back = self._held_back, []
+        added: list[HostedDevice] = []
+        opened: list[Label] = []
+        try:
+            for state in states:
+                added.append(self._add(state))
+                opened += await added[-1].restore_active(state, ask)
+            for state, device in zip(states, added, strict=True):
+                opened += await device.restore_inactive(state, ask)  # it may name devices that came later
+            for state, device in zip(states, added, strict=True):
+                handover.receive_exports(self.stock, device, state)
+            # From here on nothing fails: a client must not be served by two.
+            for state, device in zip(states, added, strict=True):
+                handover.receive_clients(self.stock, device, state)
+        except BaseException:
+            for device in reversed(added):
+                del self.devices[device.minor]
+                await device.abandon()
+            for state in states:
+                self.stock.discard(self.stock.labels(state.minor))
+            raise
+        self.keep(opened)
+
+    def _add(self, state: DeviceState) -> HostedDevice:
+        if state.minor in self.devices or state.name in self._by_name:
+            raise UsageError(f"this worker has a device {state.minor} or {state.name!r} already")
+        device = HostedDevice(
+            state,
+            engine=self.engine,
+            targets=self._targets,
+            stock=self.stock,
+            devices=self._by_name,
+            device_folder=self._device_folder,
+            on_change=self._on_change,
+            on_drop=lambda labels: self.tell(Drop(labels=labels), ()),
+        )
+        self.devices[state.minor] = device
+        return device
+
+    # devices change
+
+    def keep(self, labels: Sequence[Label]) -> None:
+        """Has the descriptors of these labels stored."""
+        handover.say_keep(self.tell, [(label, fd) for label in labels if (fd := self.stock.find(label)) is not None])
+
+    def _on_change(self, device: HostedDevice) -> None:
+        """News of a device, said once a turn of the event loop."""
+        if not self._changed:
+            asyncio.get_running_loop().call_soon(self._say_changes)
+        self._changed.add(device.minor)
+
+    def _say_changes(self) -> None:
+        changed, self._changed = self._changed, set()
+        for minor in sorted(changed):
+            if (device := self.devices.get(minor)) and not device.moving:
+                self.tell(Happened(minor=minor, connections=device.connections, event=device.event), ())
+
+    def _rename(self, call: WorkerRename) -> None:
+        device = self._device(call.minor)
+        if call.name != device.name and call.name in self._by_name:
+            raise UsageError(f"a device {call.name!r} exists")
+        former = device.name
+        device.rename(call.name, call.uuid)
+        if former != call.name:
+            for other in self.devices.values():
+                other.rename_below(former, call.name)
+
+    def _describe(self) -> dict[str, Any]:
+        handover.say_keep(self.tell, [*self.stock, *handover.listening(self.devices.values())])
+        return {
+            "devices": [device.state() for device in self.devices.values()],
+            "infos": [device.info() for device in self.devices.values()],
+        }
+
+    # devices go
+
+    async def _release(self, call: Release) -> None:
+        device = self._device(call.minor)
+        closing = asyncio.create_task(device.close(flush=not call.fail), name=f"close {device.name}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        closing.add_done_callback(lambda _done: self.devices.pop(call.minor, None))
+        if not call.fail:
+            return await asyncio.shield(closing)
+        closing.add_done_callback(lambda done: _say_error(f"device {device.name!r}, removed by force", done))
+        await asyncio.wait([closing], timeout=_FORCED)
+        return None
+
+    async def close(self) -> list[Exception]:
+        """Ends every device, those on top first, and the engine. What went wrong."""
+        errors: list[Exception] = []
+        while self.devices:
+            below = {below for device in self.devices.values() for below in device.device.all_below()}
+            minor = next((m for m, d in self.devices.items() if d.device not in below), next(iter(self.devices)))
+            device = self.devices.pop(minor)
+            try:
+                await device.close(flush=True)
+            except Exception as error:
+                _log.error("device %r: %s", device.name, error)
+                errors.append(error)
+        await in_thread("blkloom-close", self.engine.close)
+        return errors
+
+
+def _say_error(what: str, done: asyncio.Task[None]) -> None:
+    if not done.cancelled() and (error := done.exception()):
+        _log.error("%s: %s", what, error)
+
+
+def _message_words(text: str) -> list[str]:
+    words, behind = split_words(text, 0, len(text), LinePlaces(text, "message"))
+    if rest := text[behind:].strip():
+        raise UsageError(f"Invalid message: {rest!r} is no word", cure="escape # and blanks with a backslash")
+    return [word.text for word in words]

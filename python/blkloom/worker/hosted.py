@@ -1,0 +1,349 @@
+"""One device in a worker: the engine's device, what is loaded into it, its exports and its event number.
+
+Its verbs run one after another (the supervisor sees to that); what blocks runs on a thread. Labels of
+what a table had opened leave the stock as soon as the table is in neither slot.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from blkloom import _engine
+from blkloom.control.messages import ConnectionState, DeviceInfo, DeviceState, ExportState, Label, Loaded
+from blkloom.device.device import Device
+from blkloom.errors import UsageError
+from blkloom.table import Table, parse
+from blkloom.target.holding import HeldFiles
+from blkloom.target.leg import rename_legs
+from blkloom.target.registry import Targets
+from blkloom.units import Sectors, to_bytes
+from blkloom.worker.exports import ServedExport
+from blkloom.worker.stock import Ask, LoadDescriptors, Stock
+from blkloom.worker.threads import in_thread
+
+_log = logging.getLogger(__name__)
+
+
+class HostedDevice:
+    """Made empty; `restore` and `serve` bring it up.
+
+    devices: all of the worker's by name, this one among them while it lives. on_change: its clients or
+    its event number changed. on_drop: labels that are not needed any more.
+    """
+
+    def __init__(
+        self,
+        state: DeviceState,
+        *,
+        engine: _engine.Engine,
+        targets: Targets,
+        stock: Stock,
+        devices: MutableMapping[str, Device],
+        device_folder: str,
+        on_change: Callable[[HostedDevice], None],
+        on_drop: Callable[[list[Label]], None],
+    ) -> None:
+        self.name = state.name
+        self.minor = state.minor
+        self.uuid = state.uuid
+        self.event = state.event
+        self._engine = engine
+        self._targets = targets
+        self._stock = stock
+        self._devices = devices
+        self._device_folder = device_folder
+        self._on_change = on_change
+        self._on_drop = on_drop
+        self._held = HeldFiles()
+        self.device = Device(
+            engine=engine,
+            name=state.name,
+            read_only=state.read_only,
+            devices=devices,
+            device_folder=device_folder,
+            held=self._held,
+        )
+        self._read_only = state.read_only
+        self._active: Loaded | None = None
+        self._inactive: Loaded | None = None
+        self._awaited: Loaded | None = None
+        self._deps: dict[int, list[str]] = {}
+        self.exports: dict[str, ServedExport] = {}
+        self._frozen: list[tuple[ConnectionState, int]] | None = None
+        self._resumes_after = False
+        devices[state.name] = self.device
+
+    # what it is
+
+    @property
+    def connections(self) -> int:
+        """Clients in transmission."""
+        return sum(export.connections for export in self.exports.values())
+
+    def state(self) -> DeviceState:
+        """All that makes it; with its connections while it is frozen."""
+        frozen = self._frozen is not None
+        return DeviceState(
+            name=self.name,
+            minor=self.minor,
+            uuid=self.uuid,
+            read_only=self._read_only,
+            active=self._active,
+            inactive=self._inactive,
+            suspended=self.device.suspended and not (frozen and self._resumes_after),
+            event=self.event,
+            exports=[export.state for export in self.exports.values()],
+            connections=[state for state, _ in self._frozen or ()],
+        )
+
+    def info(self) -> DeviceInfo:
+        """What a worker knows of it; holders, restarts and the like are the supervisor's."""
+        loaded = self._active or self._inactive
+        return DeviceInfo(
+            name=self.name,
+            minor=self.minor,
+            uuid=self.uuid,
+            state="SUSPENDED" if self.device.suspended else "ACTIVE",
+            read_only=self.device.read_only,
+            live=self._active is not None,
+            inactive=self._inactive is not None,
+            open_count=self.connections,
+            connections=self.connections,
+            event=self.event,
+            size=self.device.size,
+            worker=os.getpid(),
+            exports=[export.state for export in self.exports.values()],
+            deps=self._deps.get(loaded.load, []) if loaded else [],
+            **_shape(self.device.table),
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the device and of each export."""
+        return {
+            "device": self.device.stats(),
+            "exports": {id: export.stats() for id, export in self.exports.items()},
+        }
+
+    # tables
+
+    async def restore_active(self, state: DeviceState, ask: Ask) -> list[Label]:
+        """The active table and whether it is suspended, as in `state`, from the stock. The labels of
+        what was not there and `ask` has opened.
+        """
+        labels: list[Label] = []
+        self._awaited = state.inactive
+        if state.active is not None:
+            _, labels = await self._load(state.active, f"table of {state.name}", ask, restored=True)
+            await in_thread(self._thread_name, self.device.activate)
+            self._swapped()
+            if not state.suspended:
+                await in_thread(self._thread_name, self.device.resume)
+        return labels
+
+    async def restore_inactive(self, state: DeviceState, ask: Ask) -> list[Label]:
+        """The inactive table, likewise."""
+        labels: list[Label] = []
+        if state.inactive is not None:
+            _, labels = await self._load(state.inactive, f"inactive table of {state.name}", ask, restored=True)
+        self._awaited = None
+        return labels
+
+    async def load(self, loaded: Loaded, source: str, ask: Ask) -> tuple[dict[str, Any], list[Label]]:
+        """Fills the inactive slot. What `WorkerLoad` answers, and the labels of what was opened."""
+        table, labels = await self._load(loaded, source, ask)
+        return {**_shape(table), "deps": self._deps[loaded.load], "size": to_bytes(table.length)}, labels
+
+    async def _load(
+        self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False
+    ) -> tuple[Table, list[Label]]:
+        descriptors = LoadDescriptors(self._stock, self.minor, loaded.load, ask, restored=restored)
+
+        def work() -> Table:
+            try:
+                table = parse(loaded.table, targets=self._targets, source=source)
+                composed = self.device.load(
+                    table,
+                    read_only=loaded.read_only or self._read_only,
+                    shared=loaded.shared,
+                    descriptors=descriptors,
+                )
+            except BaseException:
+                descriptors.fail()
+                raise
+            self._deps[loaded.load] = composed.opening.deps
+            return table
+
+        table = await in_thread(self._thread_name, work)
+        labels = descriptors.succeed()
+        self._inactive = loaded
+        self._forget_outlived()
+        return table, labels
+
+    async def clear(self) -> None:
+        """Empties the inactive slot."""
+        await in_thread(self._thread_name, self.device.clear)
+        self._inactive = None
+        self._forget_outlived()
+
+    async def suspend(self, *, flush: bool, timeout: float | None) -> None:
+        """As `Device.suspend`."""
+        await in_thread(self._thread_name, lambda: self.device.suspend(flush=flush, timeout=timeout))
+
+    async def resume(self, *, flush: bool, timeout: float | None) -> dict[str, Any]:
+        """As `Device.resume`. What `WorkerResume` answers."""
+        size = self.device.size if self._active else None
+        try:
+            await in_thread(self._thread_name, lambda: self.device.resume(flush=flush, timeout=timeout))
+        finally:
+            if self._inactive and self.device.inactive_table is None:
+                self._swapped()
+        if size is not None and size != self.device.size:
+            self._happened()  # no client can be told, but who waits for events can
+        return {**_shape(self.device.table), "size": self.device.size, "event": self.event}
+
+    async def status(self) -> list[tuple[int, int, str, str]]:
+        """(start, length, target, status) a segment; sectors."""
+        return [*await in_thread(self._thread_name, self.device.status)]
+
+    async def message(self, sector: int, words: list[str]) -> str | None:
+        """Has the target at `sector` answer."""
+        return await in_thread(self._thread_name, lambda: self.device.message(Sectors(sector), words))
+
+    def rename(self, name: str, uuid: str) -> None:
+        """Called `name` from now on, or given the uuid it lacked."""
+        if name != self.name:
+            del self._devices[self.name]
+            self.name = name
+            self._devices[name] = self.device
+            for export in self.exports.values():
+                export.rename(name)
+        self.uuid = uuid or self.uuid
+        if self._active:
+            self._happened()
+
+    def rename_below(self, old: str, new: str) -> None:
+        """A device that it may stand on is called `new` now."""
+        for loaded in (self._active, self._inactive):
+            if loaded:
+                table = parse(loaded.table, targets=self._targets)
+                loaded.table = rename_legs(table, old, new, device_folder=self._device_folder)
+
+    def _swapped(self) -> None:
+        self._active, self._inactive = self._inactive, None
+        self._forget_outlived()
+
+    def _forget_outlived(self) -> None:
+        loads = {0, *(loaded.load for loaded in (self._active, self._inactive, self._awaited) if loaded)}
+        self._deps = {load: deps for load, deps in self._deps.items() if load in loads}
+        labels = self._stock.outlived(self.minor, loads)
+        self._forget(labels)
+
+    def _forget(self, labels: list[Label]) -> None:
+        self._stock.discard(labels)
+        if labels:
+            self._on_drop(labels)
+
+    def _happened(self) -> None:
+        self.event += 1
+        self._on_change(self)
+
+    # exports
+
+    def serve(self, state: ExportState, listening: socket.socket, *, paused: bool = False) -> None:
+        """One more export, on `listening`. Raises UsageError, ListenError; the socket is closed then."""
+        if state.id in self.exports:
+            listening.close()
+            raise UsageError(f"device {self.name!r} has an export {state.id!r} already", cure="give it another id")
+        self.exports[state.id] = ServedExport(
+            state, self.device, self._engine, listening, lambda: self._on_change(self), paused=paused
+        )
+
+    async def unserve(self, id: str) -> None:
+        """Disconnects the clients of an export and ends it."""
+        if id not in self.exports:
+            known = ", ".join(map(repr, self.exports)) or "none"
+            raise UsageError(f"device {self.name!r} has no export {id!r}", cure=f"there are: {known}")
+        await self.exports.pop(id).end()
+        self._on_change(self)
+
+    # moving to another worker
+
+    @property
+    def moving(self) -> bool:
+        """It is frozen, or on the way there: what its clients do is not news."""
+        return self._frozen is not None
+
+    @property
+    def frozen(self) -> Sequence[tuple[ConnectionState, int]]:
+        """The clients let go by `freeze`, and their sockets."""
+        return self._frozen or ()
+
+    async def detach_clients(self, timeout: float | None) -> None:
+        """Lets every client go. Raises DrainError; `thaw` goes on in any case."""
+        self._frozen, self._resumes_after = [], False
+        for export in self.exports.values():
+            try:
+                clients = await export.pause(timeout)
+            except TimeoutError as error:
+                after = f" after {timeout:g} s" if timeout is not None else ""
+                raise self.device.stuck(f"device {self.name!r}: requests of clients had not ended{after}") from error
+            for state, descriptor in clients:
+                state.number = len(self._frozen)
+                self._frozen.append((state, descriptor))
+
+    async def stop_moving(self, timeout: float | None) -> None:
+        """Suspends it, if it is live, until `thaw`."""
+        if not self.device.suspended:
+            await self.suspend(flush=True, timeout=timeout)
+            self._resumes_after = True
+
+    async def thaw(self) -> None:
+        """As before `detach_clients`."""
+        if self._resumes_after:
+            await in_thread(self._thread_name, lambda: self.device.resume(swap=False))
+        clients, self._frozen, self._resumes_after = self._frozen or [], None, False
+        self.take_over(clients)
+        self._on_change(self)
+
+    def take_over(self, clients: Sequence[tuple[ConnectionState, int]]) -> None:
+        """Serves clients that were let go here or elsewhere, and accepts new ones."""
+        for id, export in self.exports.items():
+            export.go_on([client for client in clients if client[0].export == id])
+        for state, descriptor in clients:
+            if state.export not in self.exports:
+                _log.error("device %r: a client of its former export %r is cut", self.name, state.export)
+                os.close(descriptor)
+
+    # the end
+
+    async def close(self, *, flush: bool) -> None:
+        """Ends its exports, drains it, and flushes it if asked to; gives up its files and claims. Raises
+        OSError of the last flush or DrainError; it is closed even so.
+        """
+        while self.exports:
+            await self.exports.popitem()[1].end()
+        self._devices.pop(self.name, None)
+        try:
+            await in_thread(self._thread_name, lambda: self.device.close(flush=flush))
+        finally:
+            self._forget(self._stock.labels(self.minor))
+
+    async def abandon(self) -> None:
+        """Ends without touching what another process will go on with: claims stay claimed."""
+        self._held.claims_stay = True
+        self._on_drop = lambda _labels: None
+        await self.close(flush=False)
+
+    @property
+    def _thread_name(self) -> str:
+        return f"blkloom-verb {self.minor}"
+
+
+def _shape(table: Table | None) -> dict[str, Any]:
+    """How many segments a table has, and of which targets."""
+    segments = table.segments if table else ()
+    return {"targets": len(segments), "types": list(dict.fromkeys(segment.target.name for segment in segments))}

@@ -1,0 +1,146 @@
+"""The descriptors a worker would leave behind: by label, with one copy in the supervisor's store.
+
+`Stock` keeps them for as long as their table is loaded, so that a supervisor that comes back can be
+given them all. `LoadDescriptors` is one load's way to files, claims and memory: what a former worker
+had is found in the stock, the rest is asked for; it becomes part of the stock when the load succeeds.
+The stock belongs to the event loop's thread and the threads that load, of which there is one a device;
+each touches its own device's labels only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Literal, Protocol
+
+from blkloom.control.messages import Label
+from blkloom.errors import BackingError, ResourceError, ResourceError
+
+
+class Ask(Protocol):
+    """Has a file opened by whoever ordered the load."""
+
+    def __call__(self, path: str, *, writable: bool, direct: bool, exclusive: bool) -> int:
+        """The descriptor, the caller's to close. Raises OSError."""
+
+
+class Stock:
+    """Descriptors by label; owns them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Label, int] = {}
+
+    def put(self, label: Label, fd: int) -> None:
+        """Owns `fd` from now on; one that is there already makes way."""
+        former = self._kept.get(label)
+        self._kept[label] = fd
+        if former is not None:
+            os.close(former)
+
+    def find(self, label: Label) -> int | None:
+        """The descriptor; it stays the stock's."""
+        return self._kept.get(label)
+
+    def take(self, label: Label) -> int | None:
+        """The descriptor, from now on the caller's."""
+        return self._kept.pop(label, None)
+
+    def discard(self, labels: Iterable[Label]) -> None:
+        """Closes them."""
+        for label in labels:
+            if (fd := self.take(label)) is not None:
+                os.close(fd)
+
+    def labels(self, device: int) -> list[Label]:
+        """Those of a device (its minor number)."""
+        return [label for label in list(self._kept) if label.device == device]
+
+    def outlived(self, device: int, loads: Collection[int]) -> list[Label]:
+        """Labels of the device whose load is none of `loads`."""
+        return [label for label in self.labels(device) if label.load not in loads]
+
+    def __iter__(self) -> Iterator[tuple[Label, int]]:
+        return iter(list(self._kept.items()))
+
+
+class LoadDescriptors:
+    """Descriptors of one load. restored: a former worker had it loaded, so all should be there; what is
+    not can be asked for only if somebody waits for the device (else the answer is ESTALE).
+    """
+
+    def __init__(self, stock: Stock, device: int, load: int, ask: Ask, *, restored: bool = False) -> None:
+        self._stock = stock
+        self._device = device
+        self._load = load
+        self._ask = ask
+        self._restored = restored
+        self._new: dict[Label, int] = {}
+        self._memories = 0
+
+    def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
+        """As the protocol says. Raises BackingError when it is lost and nobody can be asked."""
+        label = self._label("file", f"{'w' if writable else 'r'}{'d' if direct else '-'}{path}")
+        if not exclusive and (fd := self._find(label)) is not None:
+            return os.dup(fd)
+        try:
+            fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not self._restored:
+                raise
+            what = "its descriptor was lost with the process that had it"
+            raise BackingError(what, path=path, errno=errno.ESTALE, cure="load the table again") from error
+        if not exclusive:
+            self._keep(label, fd)
+        return fd
+
+    def claimed(self, path: str) -> int | None:
+        """What holds the claim of a former worker."""
+        fd = self._find(self._label("claim", path))
+        return None if fd is None else os.dup(fd)
+
+    def claim(self, path: str, fd: int) -> None:
+        """Keeps the claim."""
+        label = self._label("claim", path)
+        if self._find(label) is None:
+            self._keep(label, fd)
+
+    def memory(self, make: Callable[[], int]) -> int:
+        """The next piece of the load's memory. Raises ResourceError where it should be there and is not:
+        zeros must not pass for what was written.
+        """
+        label = self._label("memory", str(self._memories))
+        self._memories += 1
+        if (fd := self._find(label)) is not None:
+            return os.dup(fd)
+        if self._restored:
+            raise ResourceError(
+                "what was in its memory is lost with the processes that had it",
+                cure="load the table again to begin with zeros",
+                errno=errno.ESTALE,
+            )
+        fd = make()
+        self._keep(label, fd)
+        return fd
+
+    def succeed(self) -> list[Label]:
+        """The load stands: what it got belongs to the stock. Its labels, to be stored elsewhere too."""
+        new, self._new = self._new, {}
+        for label, fd in new.items():
+            self._stock.put(label, fd)
+        return list(new)
+
+    def fail(self) -> None:
+        """The load does not stand."""
+        while self._new:
+            os.close(self._new.popitem()[1])
+
+    def _label(self, role: Literal["file", "claim", "memory"], key: str) -> Label:
+        return Label(device=self._device, load=self._load, role=role, key=key)
+
+    def _find(self, label: Label) -> int | None:
+        fd = self._new.get(label)
+        return self._stock.find(label) if fd is None else fd
+
+    def _keep(self, label: Label, fd: int) -> None:
+        self._new[label] = os.dup(fd)

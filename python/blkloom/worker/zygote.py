@@ -1,0 +1,185 @@
+"""The zygote: a process that has imported all a worker needs, and forks one in milliseconds.
+
+Run by the supervisor as `python -m blkloom.worker.zygote FD [LEVEL]`; FD is a Unix stream socket, LEVEL
+a level of logging. Lines of JSON go over it, as on every control socket: the supervisor sends `Fork`
+with the worker's end of its channel, the zygote answers `Forked` with a pidfd (taken before the process
+can be reaped) or `ForkRefused`, and says `Exited` when one has ended. At end of file the zygote ends;
+its workers go on. It has one thread, always: a fork copies no other, and a lock another held stays
+locked. SIGCHLD does nothing but wake it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import msgspec
+
+from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.target.registry import BUILTIN, Targets, all_targets
+from blkloom.worker.main import run
+from blkloom.worker.process import become_worker
+from blkloom.worker.rehearsal import rehearse
+
+_log = logging.getLogger(__name__)
+_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
+
+
+class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
+    pass
+
+
+class Fork(_Message, tag="fork"):
+    """To the zygote: a worker for `run_dir`, on the channel that rides along."""
+
+    worker: str
+    run_dir: str
+    fds: int = 1
+
+
+class Forked(_Message, tag="forked"):
+    """It lives. A pidfd rides along."""
+
+    worker: str
+    pid: int
+    fds: int = 1
+
+
+class ForkRefused(_Message, tag="refused"):
+    """No process can be had."""
+
+    worker: str
+    errno: int
+
+
+class Exited(_Message, tag="exited"):
+    """A worker has ended and been reaped. status: its exit code, or minus the signal that ended it."""
+
+    worker: str
+    pid: int
+    status: int
+
+
+ToZygote = Fork
+FromZygote = Forked | ForkRefused | Exited
+
+
+class Zygote:
+    """Serves one supervisor. targets: what tables of workers may name."""
+
+    def __init__(self, channel: Channel, targets: Targets) -> None:
+        self._channel = channel
+        self._targets = targets
+        self._workers: dict[int, str] = {}
+
+    def serve(self) -> Callable[[], int] | None:
+        """Forks until the supervisor has gone: None then; in a new worker, the rest of its life."""
+        waking, woken = socket.socketpair()
+        for end in (waking, woken):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        waiting = select.poll()
+        for descriptor in (woken.fileno(), self._channel.fileno()):
+            waiting.register(descriptor, select.POLLIN)
+        try:
+            while True:
+                ready = {descriptor for descriptor, _ in waiting.poll()}
+                if woken.fileno() in ready:
+                    woken.recv(4096)
+                    self._reap()
+                if self._channel.fileno() in ready and (life := self._take_requests()):
+                    return life
+        except ChannelClosed:
+            return None
+        finally:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            waking.close()
+            woken.close()
+
+    def _take_requests(self) -> Callable[[], int] | None:
+        while True:
+            try:
+                message, descriptors = self._channel.receive(timeout=0)
+            except TimeoutError:
+                return None
+            connection = socket.socket(fileno=descriptors[0])
+            if life := self._fork(message, connection):
+                return life
+            connection.close()
+
+    def _fork(self, asked: Fork, connection: socket.socket) -> Callable[[], int] | None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _log.error("worker %s: no process can be had: %s", asked.worker, error)
+            self._channel.send(ForkRefused(worker=asked.worker, errno=error.errno or 0))
+            return None
+        if pid == 0:
+            return partial(self._live, asked, connection)
+        self._workers[pid] = asked.worker
+        watched = os.pidfd_open(pid)
+        try:
+            self._channel.send(Forked(worker=asked.worker, pid=pid), [watched])
+        finally:
+            os.close(watched)
+        return None
+
+    def _live(self, asked: Fork, connection: socket.socket) -> int:
+        """In the new process."""
+        self._channel.close()
+        become_worker(asked.worker)
+        return run(connection, asked.worker, asked.run_dir, targets=self._targets)
+
+    def _reap(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if worker := self._workers.pop(pid, ""):
+                self._channel.send(Exited(worker=worker, pid=pid, status=code))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The zygote's life, and in the processes it forks, the worker's. Returns the exit status."""
+    level = arguments[2] if len(arguments) > 2 else "WARNING"
+    logging.basicConfig(level=level, format=_LOG_FORMAT, stream=sys.stderr)
+    channel = Channel(socket.socket(fileno=int(arguments[1])), ToZygote)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    targets = all_targets()
+    for name in BUILTIN:
+        targets.find(name)
+    rehearse(targets)
+    gc.collect()
+    gc.freeze()  # collections in workers leave these pages shared
+    life = Zygote(channel, targets).serve()
+    if life is None:
+        return 0
+    # From here on this is a worker. What it leaves behind belongs to nobody but the kernel: no
+    # exit handler of the zygote's may run.
+    status = 1
+    try:
+        status = life()
+    except BaseException:
+        _log.critical("the worker failed", exc_info=True)
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,331 @@
+"""Devices move from worker to worker under their clients: nothing lost, nobody disconnected."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from blkloom.control.messages import (
+    Describe,
+    DeviceState,
+    Freeze,
+    Hold,
+    Leave,
+    Loaded,
+    Release,
+    Thaw,
+    WorkerLoad,
+    WorkerResume,
+    WorkerSuspend,
+)
+from blkloom.errors import BusyError, DrainError, UsageError
+from blkloom.target.claim import Claim
+
+from .nbd_client import FLUSH, READ, WRITE, NbdClient, Style
+from .supervisor_by_hand import Store, Worker, Zygote, zygote
+
+SIZE = 1 << 20
+SECTORS = SIZE // 512
+BLOCK = 4096
+
+STUCK = """
+import threading
+from dataclasses import dataclass
+from blkloom.target.base import Target
+from blkloom._engine import Extent
+
+@dataclass(frozen=True)
+class Stuck(Target):
+    name = "stuck"
+
+    @classmethod
+    def parse(cls, arguments):
+        arguments.finish()
+        return cls()
+
+    def map(self, opening, start, length):
+        return [(0, length, Extent.fault())]
+
+    def read(self, offset, length):
+        threading.Event().wait()
+        return bytes(length)
+"""
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    store = Store()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def nursery(tmp_path: Path) -> Iterator[Zygote]:
+    with zygote(tmp_path / "run") as started:
+        yield started
+
+
+def move(nursery: Zygote, olds: Sequence[Worker], id: str) -> Worker:
+    """All devices of `olds` into one new worker."""
+    new = nursery.fork(id, olds[0].store)
+    devices = [
+        device for old in olds for device in msgspec.convert(old.call(Freeze(timeout=20))["devices"], list[DeviceState])
+    ]
+    new.hold(devices)
+    for old in olds:
+        old.store.drop([label for label in old.store.kept if label.role == "connection"])
+        old.call(Leave(flush=False))
+        old.wait()
+        assert nursery.status(old.id) == 0
+    return new
+
+
+class Verifier:
+    """Writes blocks of its part of the device and reads them back, many at a time, until told to stop."""
+
+    def __init__(self, path: Path, start: int, blocks: int, style: Style, seed: int) -> None:
+        self._client = NbdClient.unix(path, style=style)
+        self._start = start
+        self._random = random.Random(seed)
+        self._model = {number: bytes(BLOCK) for number in range(blocks)}
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self.rounds = 0
+        self.progress = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._round()
+                self.rounds += 1
+                self.progress.release()
+        except BaseException as error:
+            self._error = error
+            self.progress.release(1000)
+
+    def _round(self) -> None:
+        chosen = self._random.sample(sorted(self._model), 8)
+        sent: dict[int, bytes | None] = {}
+        for number in chosen:
+            if self._random.random() < 0.5:
+                data = self._random.randbytes(BLOCK)
+                self._model[number] = data
+                sent[self._client.send(WRITE, self._start + number * BLOCK, payload=data)] = None
+            else:
+                sent[self._client.send(READ, self._start + number * BLOCK, BLOCK)] = self._model[number]
+        while sent:
+            cookie, reply = self._client.receive()
+            expected = sent.pop(cookie)
+            assert reply.error == 0
+            assert expected is None or reply.data == expected
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error:
+            raise self._error
+        for number, data in self._model.items():
+            assert self._client.ask(READ, self._start + number * BLOCK, BLOCK).data == data
+        assert self._client.ask(FLUSH).error == 0
+        self._client.close()
+
+
+def test_clients_of_every_style_do_not_notice_that_worker_follows_worker(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(SIZE))
+    worker = nursery.fork("w0", store)
+    worker.create(1, "ram", f"0 {SECTORS} ram", load=1)
+    worker.create(2, "file", f"0 {SECTORS} loop {disk}", load=2)
+    paths = [tmp_path / "ram.sock", tmp_path / "file.sock"]
+    for minor, path in enumerate(paths, 1):
+        worker.serve(minor, path)
+    share = SIZE // 3
+    verifiers = [
+        Verifier(path, share // BLOCK * BLOCK * part, share // BLOCK, style, seed=part)
+        for path in paths
+        for part, style in enumerate(Style)
+    ]
+    try:
+        for number in range(1, 9):
+            for verifier in verifiers:
+                verifier.progress.acquire()
+            worker = move(nursery, [worker], f"w{number}")
+    finally:
+        for verifier in verifiers:
+            verifier.stop()
+    assert all(verifier.rounds for verifier in verifiers)
+    (first, second) = msgspec.convert(worker.call(Describe())["devices"], list[DeviceState])
+    assert (first.connections, second.connections) == ([], [])
+    worker.kill()
+
+
+def test_requests_that_wait_at_a_suspended_device_move_along_and_are_answered_there(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    worker = nursery.fork("w0", store)
+    worker.create(1, "ram", f"0 {SECTORS} ram", load=1)
+    worker.serve(1, tmp_path / "s")
+    client = NbdClient.unix(tmp_path / "s")
+    assert client.ask(READ, 0, 512).error == 0
+    worker.call(WorkerSuspend(minor=1))
+    data = os.urandom(256 << 10)
+    waiting = [client.send(WRITE, at * len(data), payload=data) for at in range(3)]
+    frozen = msgspec.convert(worker.call(Freeze())["devices"], list[DeviceState])
+    assert frozen[0].suspended
+    new = nursery.fork("w1", store)
+    new.hold(frozen)
+    worker.call(Leave(flush=False))
+    worker.wait()
+    new.call(WorkerResume(minor=1))
+    answered = [client.receive() for _ in waiting]
+    assert sorted(cookie for cookie, _ in answered) == waiting
+    assert not any(reply.error for _, reply in answered)
+    assert client.ask(READ, len(data), len(data)).data == data
+    client.close()
+    new.kill()
+
+
+def test_a_hand_over_that_fails_is_taken_back(nursery: Zygote, store: Store, tmp_path: Path) -> None:
+    worker = nursery.fork("w0", store)
+    worker.create(1, "ram", f"0 {SECTORS} ram", load=1)
+    worker.serve(1, tmp_path / "s")
+    worker.call(WorkerLoad(minor=1, loaded=Loaded(load=2, table="0 8 zero")))
+    client = NbdClient.unix(tmp_path / "s")
+    assert client.ask(WRITE, 0, payload=b"here").error == 0
+    before = worker.call(Describe())["devices"]
+    for _ in range(3):
+        (state,) = msgspec.convert(worker.call(Freeze())["devices"], list[DeviceState])
+        assert not state.suspended
+        assert len(state.connections) == 1
+        cookie = client.send(READ, 0, 4)
+        worker.call(Thaw())
+        answered, reply = client.receive()
+        assert (answered, reply.data) == (cookie, b"here")
+    assert worker.call(Describe())["devices"] == before
+    assert {label.role for label in store.kept} == {"memory", "listen"}
+    other = NbdClient.unix(tmp_path / "s")
+    assert other.ask(READ, 0, 4).data == b"here"
+    other.close()
+    client.close()
+    worker.kill()
+
+
+def test_two_workers_devices_are_merged_into_one_and_stacked_there(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    olds = []
+    clients = []
+    for minor, name in ((1, "lower"), (2, "upper")):
+        worker = nursery.fork(f"old{minor}", store)
+        worker.create(minor, name, "0 8 ram", load=minor)
+        worker.serve(minor, tmp_path / name)
+        clients.append(NbdClient.unix(tmp_path / name))
+        assert clients[-1].ask(WRITE, 0, payload=name.encode()).error == 0
+        olds.append(worker)
+    new = move(nursery, olds, "new")
+    new.call(WorkerLoad(minor=2, loaded=Loaded(load=9, table="0 8 linear blkloom:lower 0")))
+    new.call(WorkerResume(minor=2))
+    assert [client.ask(READ, 0, 5).data for client in clients] == [b"lower", b"lower"]
+    for client in clients:
+        client.close()
+    new.kill()
+
+
+def test_a_claim_moves_without_a_moment_in_which_another_could_have_it(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(SIZE))
+    fd = os.open(disk, os.O_RDWR)
+    worker = nursery.fork("w0", store)
+    worker.create(1, "d", f"0 {SECTORS} loop {disk}", load=1)
+    (state,) = msgspec.convert(worker.call(Freeze())["devices"], list[DeviceState])
+    with pytest.raises(BusyError):
+        Claim(fd, str(disk), writable=False)
+    new = nursery.fork("w1", store)
+    new.hold([state])
+    worker.call(Leave(flush=False))
+    worker.wait()
+    with pytest.raises(BusyError):
+        Claim(fd, str(disk), writable=False)
+    new.call(Release(minor=1))
+    Claim(fd, str(disk), writable=True).release()
+    os.close(fd)
+    new.kill()
+
+
+def test_a_new_worker_that_cannot_hold_a_device_leaves_the_old_one_its_clients_and_claims(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(SIZE))
+    worker = nursery.fork("w0", store)
+    worker.create(1, "d", f"0 {SECTORS} loop {disk}", load=1)
+    worker.serve(1, tmp_path / "s")
+    client = NbdClient.unix(tmp_path / "s")
+    assert client.ask(WRITE, 0, payload=b"mine").error == 0
+    (state,) = msgspec.convert(worker.call(Freeze())["devices"], list[DeviceState])
+    new = nursery.fork("w1", store)
+    broken = DeviceState(name="broken", minor=2, active=Loaded(load=5, table="0 8 linear blkloom:nothing 0"))
+    with pytest.raises(ValueError, match="no such blkloom device"):
+        new.hold([state, broken])
+    new.kill()
+    worker.call(Thaw())
+    assert client.ask(READ, 0, 4).data == b"mine"
+    fd = os.open(disk, os.O_RDWR)
+    with pytest.raises(BusyError):
+        Claim(fd, str(disk), writable=False)
+    os.close(fd)
+    client.close()
+    worker.kill()
+
+
+def freeze_until_it_fails(worker: Worker) -> None:
+    """A request that has not reached the engine yet moves with its bytes; sooner or later it has."""
+    while True:
+        worker.call(Freeze(timeout=0.2))
+        worker.call(Thaw())
+
+
+def test_a_target_that_does_not_answer_fails_the_hand_over_in_time_and_the_device_goes_on(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site"
+    (package / "stuck-1.dist-info").mkdir(parents=True)
+    (package / "stuck.py").write_text(STUCK)
+    (package / "stuck-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: stuck\nVersion: 1\n")
+    (package / "stuck-1.dist-info" / "entry_points.txt").write_text("[blkloom.targets]\nstuck = stuck:Stuck\n")
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    with zygote(tmp_path / "run") as nursery:
+        worker = nursery.fork("w0", store)
+        worker.create(1, "d", "0 8 ram", load=1)
+        worker.serve(1, tmp_path / "s1")
+        healthy = NbdClient.unix(tmp_path / "s1")
+        worker.create(2, "bad", "0 8 zero\n8 8 stuck\n", load=2)
+        worker.create(3, "worse", "0 8 stuck", load=3)
+        worker.serve(3, tmp_path / "s3")
+        waiting = NbdClient.unix(tmp_path / "s3")
+        waiting.send(READ, 0, 512)
+        waiting.socket.settimeout(60)
+        with pytest.raises(DrainError, match=r"'worse': requests of clients had not ended after 0\.2 s"):
+            freeze_until_it_fails(worker)
+        with pytest.raises(DrainError, match=r"'worse': requests in flight had not ended after 0\.2 s"):
+            worker.call(WorkerSuspend(minor=3, timeout=0.2))
+        assert healthy.ask(READ, 0, 512).data == bytes(512)
+        worker.call(Release(minor=3, fail=True))
+        assert healthy.ask(READ, 0, 512).data == bytes(512)
+        with pytest.raises(UsageError, match="already"):
+            worker.call(Hold(devices=[DeviceState(name="d", minor=1)]))
+        healthy.close()
+        waiting.close()
+        worker.kill()

@@ -1,0 +1,100 @@
+"""Processes are killed again and again under load: every flushed write is there, nobody else notices.
+
+The load reconnects. A worker's death takes its clients' connections with it; the supervisor's does not.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from .conftest import Life
+from .reconnecting import BLOCK, ReconnectingWriter
+
+KILLS = int(os.environ.get("BLKLOOM_KILLS", "100"))
+BLOCKS = 64
+pytestmark = pytest.mark.timeout(280)
+
+
+def make_devices(life: Life, folder: Path) -> list[ReconnectingWriter]:
+    """A device on files, one of memory, and one that nobody touches; two writers for each of the first."""
+    sectors = 2 * BLOCKS * BLOCK // 512
+    for name in ("a.img", "quiet.img"):
+        (folder / name).write_bytes(bytes(sectors * 512))
+    with life.client() as client:
+        client.create("file", table=f"0 {sectors} loop {folder}/a.img", uuid="u-file")
+        client.create("memory", table=f"0 {sectors} ram")
+        client.create("quiet", table=f"0 {sectors} linear {folder}/quiet.img 0")
+    return [
+        ReconnectingWriter(life.socket(name), first=half * BLOCKS, blocks=BLOCKS, seed=seed)
+        for seed, (name, half) in enumerate([("file", 0), ("file", 1), ("memory", 0), ("memory", 1)])
+    ]
+
+
+def test_a_worker_killed_a_hundred_times_loses_nothing_that_was_flushed(life: Life, tmp_path: Path) -> None:
+    writers = make_devices(life, tmp_path)
+    with life.client() as client:
+        before = {info.name: info for info in client.info()}
+        for writer in writers:
+            writer.start()
+        for turn in range(KILLS):
+            name, mine = (("file", writers[:2]), ("memory", writers[2:]))[turn % 2]
+            for writer in mine:
+                writer.wait_for_flushes(1)
+            (info,) = client.info(name)
+            os.kill(info.worker, signal.SIGKILL)
+        for writer in writers:
+            writer.wait_for_flushes(2)
+            writer.finish()
+        after = {info.name: info for info in client.info()}
+    assert after.keys() == before.keys()
+    assert after["quiet"].worker == before["quiet"].worker, "another device was touched"
+    for name in ("file", "memory"):
+        old, new = before[name], after[name]
+        assert (new.uuid, new.minor, new.state, new.exports) == (old.uuid, old.minor, "ACTIVE", old.exports)
+    assert sum(writer.reconnects for writer in writers) >= KILLS
+
+
+def test_a_supervisor_killed_a_hundred_times_is_not_noticed_by_clients(life: Life, tmp_path: Path) -> None:
+    writers = make_devices(life, tmp_path)
+    with life.client() as client:
+        before = client.info()
+    for writer in writers:
+        writer.start()
+    for _ in range(KILLS):
+        writers[0].wait_for_flushes(1)
+        life.kill()
+        life.start()
+        with life.client() as client:
+            assert [info.name for info in client.info()] == [info.name for info in before]
+    for writer in writers:
+        writer.wait_for_flushes(1)
+        writer.finish()
+        assert writer.reconnects == 0
+    with life.client() as client:
+        after = client.info()
+    assert [(i.name, i.uuid, i.minor, i.worker, i.state) for i in after] == [
+        (i.name, i.uuid, i.minor, i.worker, i.state) for i in before
+    ]
+
+
+def test_a_worker_that_dies_while_there_is_no_supervisor_is_started_by_the_next(life: Life, tmp_path: Path) -> None:
+    sectors = 2 * BLOCKS * BLOCK // 512
+    (tmp_path / "a.img").write_bytes(bytes(sectors * 512))
+    with life.client() as client:
+        worker = client.create("file", table=f"0 {sectors} loop {tmp_path}/a.img").worker
+    writer = ReconnectingWriter(life.socket("file"), first=0, blocks=BLOCKS, seed=1)
+    writer.start()
+    writer.wait_for_flushes(1)
+    life.kill()
+    os.kill(worker, signal.SIGKILL)
+    life.start()
+    writer.wait_for_flushes(2)
+    writer.finish()
+    with life.client() as client:
+        (info,) = client.info("file")
+        assert info.state == "ACTIVE"
+        assert info.worker != worker
