@@ -6,15 +6,19 @@ what the supervisor can.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from blkloom.dm.names import mangle
 from blkloom.errors import UsageError
+
+_LONGEST_SOCKET_PATH: Final = 107
+"""sun_path without the NUL."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,15 @@ class RunDir:
         return self.path / "devices"
 
     def device(self, name: str) -> Path:
-        """A device's automatic socket."""
-        return self.devices / mangle(name)
+        """A device's automatic socket. Where its path would be longer than a socket's may be, the name is
+        cut and a digest of it put behind a `~`, which no mangled name has.
+        """
+        path = self.devices / mangle(name)
+        over = len(os.fsencode(path)) - _LONGEST_SOCKET_PATH
+        if over <= 0:
+            return path
+        tail = f"~{hashlib.sha256(mangle(name).encode()).hexdigest()[:16]}"
+        return self.devices / (mangle(name)[: -over - len(tail)] + tail)
 
     def worker(self, identifier: str) -> Path:
         """A worker's own socket."""
