@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,14 +62,12 @@ class Life:
 
 def start_supervisor(run_dir: Path) -> subprocess.Popen[bytes]:
     """Started in the foreground; ready when it says so (sd_notify)."""
-    import socket
-
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         path = os.path.join(folder, "notify")
         notify.bind(path)
         notify.settimeout(STOP_TIMEOUT)
         environment = os.environ | {"NOTIFY_SOCKET": path, "BLKLOOM_TEST_RUN_DIR": str(run_dir)}
-        command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir)]
+        command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir), "--max-deaths=1000"]
         log = (run_dir.parent / "supervisor.log").open("ab")
         with log:
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log)

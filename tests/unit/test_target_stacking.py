@@ -153,6 +153,17 @@ def test_a_drain_that_hangs_names_the_file_of_whichever_device_below() -> None:
         assert not upper.suspended
 
 
+def test_files_at_rest_hold_nothing_up(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(4096))
+    held = HeldFiles()
+    with blkloom.Device(table(f"0 8 loop {path}"), held=held) as device:
+        device.pwrite(bytes(4096), 0)
+        device.flush()
+        assert len(held) == 1
+        assert held.in_flight() == {}
+
+
 def test_a_drain_that_waits_for_a_target_says_so_and_a_resume_that_cannot_drain_changes_nothing() -> None:
     with blkloom.Device(table("0 8 hangs\n", Hangs)) as device:
         device.load(table("0 8 zero"))

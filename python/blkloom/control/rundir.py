@@ -6,7 +6,6 @@ what the supervisor can.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Mapping
@@ -94,6 +93,8 @@ class RunDir:
         over = len(os.fsencode(path)) - _LONGEST_SOCKET_PATH
         if over <= 0:
             return path
+        import hashlib  # It brings OpenSSL; commands with short names do without.
+
         tail = f"~{hashlib.sha256(mangle(name).encode()).hexdigest()[:16]}"
         return self.devices / (mangle(name)[: -over - len(tail)] + tail)
 

@@ -181,9 +181,9 @@ class Device(_engine.Device):
                 raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
 
     def resume(self, *, flush: bool = True, timeout: float | None = None, swap: bool = True) -> None:
-        """Swaps the inactive table in, if there is one and unless `swap` is False, and goes live. A live device is suspended
-        for that (drained and flushed) as `dmsetup resume` does. If the swap fails the old table
-        stays active. Arguments and errors are those of `suspend`.
+        """Swaps the inactive table in, if there is one and unless `swap` is False, and goes live. A live
+        device is suspended for that (drained and flushed) as `dmsetup resume` does. If the swap fails
+        the old table stays active. Other arguments and errors are those of `suspend`.
         """
         with self._control:
             self._check_open()

@@ -23,7 +23,8 @@ from blkloom.supervisor.link import Link, Opener
 
 _log = logging.getLogger(__name__)
 
-LEAVE_SECONDS: Final = 30.0
+LEAVE_SECONDS: Final = 120.0
+"""For a worker to drain and flush all it has; each device has a bound of its own, which is shorter."""
 
 
 @dataclass

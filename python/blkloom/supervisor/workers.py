@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 DEATHS_WITHIN: Final = 60.0
 """Seconds in which so many deaths are too many."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 0.5
 FREEZE_SECONDS: Final = 30.0
 
 

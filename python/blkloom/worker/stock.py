@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
 from blkloom.control.messages import Label
-from blkloom.errors import BackingError, ResourceError, ResourceError
+from blkloom.errors import BackingError, ResourceError
 
 
 class Ask(Protocol):
