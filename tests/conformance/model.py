@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 SECTOR = 512
 
@@ -65,7 +66,8 @@ class Model:
         read_only: bool = False,
     ) -> None:
         self.read_only = read_only
-        self._files = {path: Backing(content) for path, content in files.items()}
+        # A block device discards whole blocks, and the edges of a range not at all.
+        self._files = {path: Backing(content, Path(path).is_block_device()) for path, content in files.items()}
         self._own = own or {}
         self._below = below or {}
         self.runs: list[Run] = []

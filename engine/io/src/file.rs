@@ -24,6 +24,10 @@ use crate::errno::{EAGAIN, EIO, EOPNOTSUPP};
 use crate::memory::Slice;
 use crate::range_lock::{RangeGuard, RangeLock};
 
+/// Logical blocks of block devices are no larger.
+const LARGEST_BLOCK: u64 = 4096;
+/// Times a range may be made dirty again by others while it is being cleaned.
+const MOST_BUSY: u32 = 8;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
@@ -399,7 +403,14 @@ impl File {
     /// Gives the range's blocks back. A hint: where holes cannot be punched it does nothing.
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let _alone = self.exclude(offset, len)?;
-        match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match self.allocate(mode, offset, len) {
+            Err(EOPNOTSUPP) if self.block_device => {
+                // Whole blocks only; a discard may leave the rest as it is.
+                let (first, last) = (offset.next_multiple_of(LARGEST_BLOCK), (offset + len) & !(LARGEST_BLOCK - 1));
+                let inner = if first < last { self.allocate(mode, first, last - first) } else { Ok(()) };
+                inner.or_else(|errno| if errno == EOPNOTSUPP { Ok(()) } else { Err(errno) })
+            }
             Err(EOPNOTSUPP) => Ok(()),
             other => other,
         }
@@ -461,10 +472,18 @@ impl File {
             // Writes may have to allocate from now on: see `new`.
             self.nowait_write.store(false, Ordering::Relaxed);
         }
+        let mut busy = 0;
         loop {
             match fallocate(&self.fd, mode, offset, len) {
                 Ok(()) => return Ok(()),
                 Err(Os::INTR) => {}
+                // Somebody (we, elsewhere) has the block device exclusively open, and the range has
+                // dirty pages: the kernel drops clean ones only.
+                Err(Os::BUSY) if self.block_device && busy < MOST_BUSY => {
+                    busy += 1;
+                    self.sync()?;
+                }
+                Err(Os::BUSY) if self.block_device => return Err(EOPNOTSUPP),
                 // A block device says EINVAL to a range that cuts a logical block.
                 Err(Os::INVAL) if self.block_device => return Err(EOPNOTSUPP),
                 Err(Os::NOSYS | Os::NODEV) => return Err(EOPNOTSUPP),
