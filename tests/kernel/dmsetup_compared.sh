@@ -185,9 +185,12 @@ t dm suspend --noflush --nolockfs one file
 t dm resume one file
 t dm -v suspend one
 t dm -v resume one
-t dm load one --table "0 4096 linear $A 0"
-t dm resume one
-t dm table one
+t dm create grown --table '0 8 zero'
+t dm load grown --table '0 16 zero'
+t dm resume grown
+t dm table grown
+t dm info -c -o name,events grown
+t dm remove grown
 t dm load one --notable
 t dm load
 t dm create twice --table '0 8 zero' --notable
@@ -239,10 +242,10 @@ t dm table mid
 t dm table high
 t dm info -c -o name,open,device_count,devs_used,names_using_dev,device_ref_count low mid high
 t dm remove low
-t dm ls --tree
+t dm ls --tree -o notrunc
 t dm ls --tree -o ascii,nodevice
-t dm ls --tree -o ascii,inverted
-t dm ls --tree -o compact,ascii
+t dm ls --tree -o ascii,inverted,notrunc
+t dm ls --tree -o compact,ascii,notrunc
 t dm ls --tree -o active,open,rw,uuid,nodevice,ascii
 t dm ls --tree -o nonsense
 see high

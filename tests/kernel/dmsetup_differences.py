@@ -48,6 +48,12 @@ DIFFERENCES = [
         "newer versions of dmsetup know `--headings`, Debian 12's does not",
     ),
     Difference(
+        "dm info -c -o name,events grown",
+        "0",
+        "1",
+        "a change of size is an event, for clients that must be told",
+    ),
+    Difference(
         "dm create other -j 0 -m 42 --table 0 8 zero",
         "`No such device or address`",
         "`Device or resource busy`",

@@ -56,7 +56,9 @@ device() { echo "blkloom:$1"; }
 contents() { nbdcopy "$(uri "$1")" - | sha256sum | cut -c -16; }
 write_to() { local n; for ((n = 0; n < ${3:-1}; n++)); do nbdcopy --flush "$2" "$(uri "$1")"; done; }
 hold() {
-    coproc HOLD { exec nbdsh -u "$(uri "$1")" -c 'import sys; print("held", flush=True); sys.stdin.read()'; }
+    local stay='import sys; print("held", flush=True); sys.stdin.read()'
+    # The system's Python has the module it needs.
+    coproc HOLD { exec env PATH=/usr/bin:/bin nbdsh -u "$(uri "$1")" -c "$stay"; }
     holder=$HOLD_PID
     read -r <&"${HOLD[0]}"
 }

@@ -291,6 +291,13 @@ def test_an_error_is_told_as_dmsetup_tells_it_and_then_in_full(
     ]
 
 
+@pytest.mark.parametrize("words", [["unexport", "a", "1"], ["stop"], ["upgrade"]])
+def test_an_error_dmsetup_has_no_words_for_is_told_in_ours(run: Run, words: list[str]) -> None:
+    run.client.raises = UsageError("it cannot be", cure="do this", errno=errno.EINVAL)
+    told = run(*words)
+    assert (told.status, told.out, told.err) == (1, "", "blkloom: it cannot be; do this\n")
+
+
 def test_a_bad_table_is_a_failed_reload_with_its_place(run: Run) -> None:
     run.client.raises = TableError(
         "unknown target", place=Place("--table", 1, 5), value="nonsense", cure="targets are: x"

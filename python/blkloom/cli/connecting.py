@@ -13,6 +13,6 @@ def connect(run_dir: str | None, *, start: bool = True) -> Client:
     return Client(run_dir, start=start)
 
 
-def device_directory(run_dir: str | None) -> str:
-    """Where the devices' sockets are."""
-    return str((RunDir.default(os.environ) if run_dir is None else RunDir.at(run_dir)).devices)
+def directory(run_dir: str | None) -> RunDir:
+    """The run directory that is meant."""
+    return RunDir.default(os.environ) if run_dir is None else RunDir.at(run_dir)

@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from blkloom.cli.completing import complete_devices
 from blkloom.cli.session import NAMING, Session
-from blkloom.dm.failing import NotACommandLine, WrongCount
+from blkloom.dm.failing import NotACommandLine, Told, WrongCount
 from blkloom.dm.names import Mangling
 from blkloom.dm.options import LETTERS, LONG, read_words
+from blkloom.errors import BlkloomError
 
 _SHARED: Final = frozenset({"uuid", "major", "minor", "manglename", "verbose", "select"})
 """Options that every verb has, and that `Session` reads."""
@@ -70,6 +71,15 @@ class DmCommand(click.Command):
             raise NotACommandLine(error.format_message()) from error
         _numbers(ctx)
         return rest
+
+    @override
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (BlkloomError, OSError) as error:
+            raise Told(error) from error
 
 
 def verb(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
-from blkloom.cli.connecting import device_directory
+from blkloom.cli.connecting import directory
 from blkloom.cli.session import Session
 from blkloom.control.messages import DeviceInfo
 from blkloom.dm.failing import VerbFailed
-from blkloom.dm.names import mangle
 
 
 def execute(command: str, session: Session, info: DeviceInfo) -> None:
@@ -22,6 +20,6 @@ def execute(command: str, session: Session, info: DeviceInfo) -> None:
         raise VerbFailed("--exec needs a command.")
     sys.stdout.flush()
     try:
-        subprocess.run([*words, os.path.join(device_directory(session.run_dir), mangle(info.name))], check=False)
+        subprocess.run([*words, directory(session.run_dir).device(info.name)], check=False)
     except OSError as error:
         raise VerbFailed(f"{words[0]}: {error.strerror}") from error

@@ -41,27 +41,26 @@ def export(
     """
     named = session.named(operands[0] if operands else None)
     if listed:
-        for state in session.info(named, "export").exports:
+        for state in session.info(named).exports:
             click.echo(f"{state.id}\t{uri(state)}")
         return
     if socket is not None and listen is not None:
         raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
     host, port = listen or ("", 0)
-    with session.ioctl(named, "export"):
-        state = session.client.export(
-            named.wire,
-            name=export_name or "",
-            unix=os.path.abspath(socket) if socket else "",
-            host=host or ("localhost" if listen else ""),
-            port=port,
-            read_only=readonly,
-        )
+    state = session.client.export(
+        named.wire,
+        name=export_name or "",
+        unix=os.path.abspath(socket) if socket else "",
+        host=host or ("localhost" if listen else ""),
+        port=port,
+        read_only=readonly,
+    )
     click.echo(uri(state))
 
 
 @verb("DEVICE", "EXPORT", least=1, most=2)
 def unexport(session: Session, operands: tuple[str, ...]) -> None:
-    """Close a way in: EXPORT is its number in export --list, or the path of its socket.
+    """Close a way in: EXPORT is what export --list calls it, or the path of its socket.
 
     Its clients are disconnected; those of other ways stay.
     """
@@ -69,8 +68,7 @@ def unexport(session: Session, operands: tuple[str, ...]) -> None:
         raise VerbFailed("No export specified.", what="blkloom export DEVICE --list shows them")
     named = session.named(operands[0] if len(operands) == 2 else None)
     which = operands[-1]
-    with session.ioctl(named, "unexport"):
-        session.client.unexport(named.wire, os.path.abspath(which) if "/" in which else which)
+    session.client.unexport(named.wire, os.path.abspath(which) if "/" in which else which)
 
 
 def uri(state: ExportState) -> str:

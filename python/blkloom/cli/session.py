@@ -114,10 +114,10 @@ class Session:
 
     def from_path(self, path: str) -> str:
         """The name of the device whose socket, or whose node of dmsetup's, a path is. Raises VerbFailed."""
-        from blkloom.cli.connecting import device_directory
+        from blkloom.cli.connecting import directory
 
         folder, _, last = path.rpartition("/")
-        here = device_directory(self.run_dir)
+        here = directory(self.run_dir).devices
         if folder in ("/dev/mapper", "mapper") or os.path.realpath(folder or "/") == os.path.realpath(here):
             return unmangle(last)
         raise VerbFailed(f"Device {path} not found", what=f"sockets of devices are in {here}")

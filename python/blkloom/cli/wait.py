@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
-from blkloom.dm.failing import VerbFailed
+from blkloom.dm.failing import IoctlFailed, VerbFailed
 
 
 @verb("DEVICE", "[EVENT_NUMBER]", most=2)
@@ -23,6 +25,11 @@ def wait(session: Session, operands: tuple[str, ...]) -> None:
     words = operands if session.elsewhere else operands[1:]
     event = int(words[-1]) if words and words[-1].isascii() and words[-1].isdigit() else 0
     if session.info(named, "waitevent").event == event:
-        with session.ioctl(named, "waitevent"):
-            session.client.wait(named.wire, event)
+        try:
+            with session.ioctl(named, "waitevent"):
+                session.client.wait(named.wire, event)
+        except IoctlFailed as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # That it was removed is what happened.
     session.tell(named)

@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from blkloom.control.messages import LONGEST_LINE, MOST_DESCRIPTORS
+from blkloom.errors import UsageError
 
 _PIECE: Final = 256 << 10
 _ROOM: Final = socket.CMSG_SPACE(253 * struct.calcsize("i"))
@@ -47,12 +48,19 @@ def decoder_of(expected: Any) -> msgspec.json.Decoder[Any]:
 
 
 def _line(message: Any, descriptors: Sequence[int]) -> bytes:
-    """The message as a line. Its `fds` is set to how many descriptors go along."""
+    """The message as a line. Its `fds` is set to how many descriptors go along. Raises UsageError for
+    text that is not UTF-8.
+    """
     if descriptors or hasattr(message, "fds"):
         message.fds = len(descriptors)
     if len(descriptors) > MOST_DESCRIPTORS:
         raise ValueError(f"{len(descriptors)} descriptors in a message, {MOST_DESCRIPTORS} are the most")
-    return _ENCODER.encode(message) + b"\n"
+    try:
+        return _ENCODER.encode(message) + b"\n"
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{error.object!r} cannot be said: it is not UTF-8", cure="use names and paths that are"
+        ) from error
 
 
 def _with_descriptors(descriptors: Sequence[int]) -> list[tuple[int, int, bytes]]:
@@ -143,7 +151,7 @@ class Channel:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (found := self._arrivals.next()) is None:
-            if deadline is not None:
+            if deadline is not None and self._socket.fileno() >= 0:
                 left = max(0.0, deadline - time.monotonic())
                 waiting = select.poll()  # select(2) knows no descriptors above 1023
                 waiting.register(self._socket, select.POLLIN)

@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -43,7 +44,8 @@ class Client:
         self._numbers = itertools.count(1)
         self._channel = Channel(connect(self.run_dir, start=start), m.ToClient)
         try:
-            self._channel.send(m.Hello(pid=os.getpid()))
+            with suppress(ChannelClosed):  # one that refuses us may have hung up, but says why
+                self._channel.send(m.Hello(pid=os.getpid()))
             hello, _ = self._channel.receive(timeout)
             if isinstance(hello, m.Failure):
                 raise to_exception(hello)
@@ -199,8 +201,10 @@ class Client:
                     self._open(message)
                 case m.Reply(id=answered) if answered == number:
                     return message.result
-                case m.Failure(id=answered) if answered == number:
+                case m.Failure(id=answered) if answered in (number, 0):
                     raise to_exception(message)
+                case m.Reply(id=answered) | m.Failure(id=answered) if answered < number:
+                    continue  # of a call that was given up
                 case _:
                     raise ChannelClosed(f"the supervisor answers what was not asked: {message!r:.200}")
 

@@ -10,17 +10,22 @@ from typing import Final
 
 from blkloom import errors
 from blkloom.control.messages import Failure
+from blkloom.dm import names
 from blkloom.errors import BackingError, BlkloomError, DrainError, Place, TableError
 
 _CLASSES: Final[dict[str, type[BlkloomError]]] = {
-    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, BlkloomError)
+    name: kind
+    for module in (errors, names)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and issubclass(kind, BlkloomError)
 }
 
 
 def to_failure(request: int, error: BaseException) -> Failure:
     """What a client is told of `error`."""
     if isinstance(error, BlkloomError):
-        failure = Failure(id=request, type=type(error).__name__, what=error.what, cure=error.cure, errno=error.errno)
+        known = next(kind.__name__ for kind in type(error).__mro__ if _CLASSES.get(kind.__name__) is kind)
+        failure = Failure(id=request, type=known, what=error.what, cure=error.cure, errno=error.errno)
         if isinstance(error, TableError):
             failure.source, failure.line, failure.column = error.place.source, error.place.line, error.place.column
             failure.value = error.value

@@ -417,11 +417,12 @@ class WorkerSuspend(_Call, tag="suspend"):
 
 
 class WorkerResume(_Call, tag="resume"):
-    """→ {"targets": n, "types": [...], "size": n, "event": n}."""
+    """→ {"targets": n, "types": [...], "size": n, "event": n}. swap: False: the inactive table stays."""
 
     minor: int
     flush: bool = True
     timeout: float | None = None
+    swap: bool = True
 
 
 class Release(_Call, tag="release"):

@@ -52,6 +52,15 @@ class WrongCount(VerbFailed):
         super().__init__("Incorrect number of arguments.", usage)
 
 
+class Told(VerbFailed):
+    """An error that dmsetup has no words for."""
+
+    last: ClassVar[str] = ""
+
+    def __init__(self, error: BlkloomError | OSError) -> None:
+        super().__init__(what=str(error))
+
+
 class IoctlFailed(VerbFailed):
     """What an ioctl of dmsetup would have said. task: dmsetup's word for it; name, uuid, numbers: as the
     device was named.

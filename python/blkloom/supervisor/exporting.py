@@ -12,7 +12,7 @@ from typing import Final
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
 from blkloom.errors import UsageError
-from blkloom.export.nbd.listening import listen_tcp, listen_unix
+from blkloom.export.nbd.listening import check_path, listen_tcp, listen_unix
 from blkloom.supervisor.registry import Entry
 from blkloom.supervisor.store import Store
 
@@ -82,7 +82,8 @@ def stop_listening(store: Store, entry: Entry, export: m.ExportState) -> None:
 
 
 def move(store: Store, entry: Entry, export: m.ExportState, path: str) -> None:
-    """The socket's file to another name: whoever is connected stays. Raises OSError."""
+    """The socket's file to another name: whoever is connected stays. Raises ListenError, OSError."""
+    check_path(path)
     if store.find(label(entry, export)) is not None:
         os.rename(export.unix, path)
     export.unix = path

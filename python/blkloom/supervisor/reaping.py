@@ -26,8 +26,9 @@ def _found(run_dir: RunDir, registry: Registry, groups: Collection[str]) -> Iter
     for path in sorted(run_dir.workers.iterdir()):
         if path.stem not in groups and not _answers(path):
             yield "worker's socket", path
+    states = {run_dir.state(entry.minor) for entry in registry}
     for path in sorted(run_dir.states.iterdir()):
-        if not path.stem.isdigit() or path.suffix != ".json" or registry.get(int(path.stem)) is None:
+        if path not in states:
             yield "state file", path
 
 

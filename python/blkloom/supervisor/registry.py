@@ -7,9 +7,10 @@ numbers are unique, nothing stands on itself, and who stands on a device keeps i
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from blkloom.control.messages import DeviceInfo, DeviceState, ExportState, Loaded
 from blkloom.dm.names import check_new_name, check_uuid
@@ -17,6 +18,10 @@ from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError
 
 if TYPE_CHECKING:
     from blkloom.supervisor.group import Group
+
+MOST_MINORS: Final = 1 << 20
+"""Numbers there are for devices, as in the kernel (MINORBITS)."""
+_MINOR: Final = re.compile(r"minor:[0-9]{1,9}")
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Entry:
     below_inactive: frozenset[int] = frozenset()
     memory_active: int = 0
     memory_inactive: int = 0
+    memory_loading: int = 0
+    """Of a table on its way into the inactive slot."""
     failed: str = ""
     restarts: int = 0
     deferred: bool = False
@@ -103,7 +110,7 @@ class Registry:
         entry = self._names.get(device)
         if entry is None and device.startswith("uuid:"):
             entry = self._uuids.get(device.removeprefix("uuid:"))
-        if entry is None and device.startswith("minor:") and device.removeprefix("minor:").isdigit():
+        if entry is None and _MINOR.fullmatch(device):
             entry = self._entries.get(int(device.removeprefix("minor:")))
         if entry is None:
             raise NoSuchDevice(f"Device {device} not found", cure="`blkloom ls` lists those there are")
@@ -128,6 +135,10 @@ class Registry:
             raise DeviceExists(f"device {self._uuids[uuid].name!r} has the uuid {uuid!r}", cure="uuids are unique")
         if minor is not None and minor in self._entries:
             raise DeviceExists(f"device {self._entries[minor].name!r} has minor number {minor}", cure="leave it out")
+        if minor is not None and not 0 <= minor < MOST_MINORS:
+            raise UsageError(
+                f"{minor} is no minor number", cure=f"take one from 0 to {MOST_MINORS - 1}, or leave it out"
+            )
         if len(self._entries) >= self._limit:
             raise ResourceError(
                 f"there are {len(self._entries)} devices, the most this supervisor takes",
@@ -207,16 +218,8 @@ class Registry:
 
     def above(self, entry: Entry) -> list[Entry]:
         """All that stand on it, directly or not; every one before those below it."""
-        found: dict[int, Entry] = {}
-
-        def visit(lower: Entry) -> None:
-            for holder in self.holders(lower):
-                if holder.minor not in found:
-                    visit(holder)
-                    found[holder.minor] = holder
-
-        visit(entry)
-        return list(found.values())
+        *above, _ = _each_after([entry.minor], lambda minor: self._users.get(minor, ()))
+        return [self._entries[minor] for minor in above]
 
     def check_stack(self, entry: Entry, below: frozenset[int]) -> None:
         """Raises TableError if `entry` would come to stand on itself."""
@@ -234,19 +237,8 @@ class Registry:
 
     def lower_first(self, minors: set[int]) -> list[Entry]:
         """Those devices, each after what it stands on."""
-        ordered: dict[int, Entry] = {}
-
-        def visit(minor: int) -> None:
-            entry = self._entries[minor]
-            for lower in sorted(entry.below & minors):
-                if lower not in ordered:
-                    visit(lower)
-            ordered[minor] = entry
-
-        for minor in sorted(minors):
-            if minor not in ordered:
-                visit(minor)
-        return list(ordered.values())
+        ordered = _each_after(minors, lambda minor: self._entries[minor].below & minors)
+        return [self._entries[minor] for minor in ordered]
 
     # what may be done
 
@@ -267,7 +259,9 @@ class Registry:
 
     def memory(self) -> int:
         """Bytes of all RAM devices, loaded or not."""
-        return sum(entry.memory_active + entry.memory_inactive for entry in self._entries.values())
+        return sum(
+            entry.memory_active + entry.memory_inactive + entry.memory_loading for entry in self._entries.values()
+        )
 
     def info(self, entry: Entry) -> DeviceInfo:
         """What is told of it."""
@@ -296,5 +290,18 @@ class Registry:
         )
 
 
-Notice = Callable[[Entry], None]
-"""Told that an entry changed."""
+def _each_after(first: Iterable[int], before: Callable[[int], Iterable[int]]) -> list[int]:
+    """`first` and all that comes `before` them, each once and after what comes before it. Not recursive:
+    a stack may be higher than Python's.
+    """
+    done: dict[int, None] = {}
+    entered = set[int]()
+    pending = sorted(first, reverse=True)
+    while pending:
+        minor = pending[-1]
+        if minor in entered:
+            done.setdefault(pending.pop())
+        else:
+            entered.add(minor)
+            pending += sorted((other for other in before(minor) if other not in entered), reverse=True)
+    return list(done)

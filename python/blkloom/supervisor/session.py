@@ -7,6 +7,7 @@ On the event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any, Final
 from blkloom.control import messages as m
 from blkloom.control.channel import AsyncChannel, BadMessage, ChannelClosed
 from blkloom.control.failures import to_failure
+from blkloom.errors import UsageError
 from blkloom.supervisor.verbs import Caller
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class Session:
         """greet: False for a client that was greeted by a former program."""
         self._channel = channel
         self._hello = hello if greet else None
+        self._version = hello.version
         self._answer = answer
         self._numbers = count(1)
         self._asked: dict[int, asyncio.Future[int]] = {}
@@ -52,6 +55,9 @@ class Session:
                 self._take(message, fds)
         except BadMessage as error:
             _log.warning("a client was dropped: %s", error)
+            with contextlib.suppress(ChannelClosed):
+                what = f"the supervisor (version {self._version}) did not understand a request: {error}"
+                await self._channel.send(to_failure(0, UsageError(what, cure="run: blkloom upgrade")))
         except ChannelClosed:
             pass
         finally:
@@ -87,11 +93,18 @@ class Session:
             except Exception as error:
                 if not isinstance(error, OSError | ValueError):
                     _log.exception("%s failed", type(request.call).__name__)
-                await self._channel.send(to_failure(request.id, error))
+                await self._say(to_failure(request.id, error))
             else:
-                await self.reply(request.id, result)
+                await self._say(m.Reply(id=request.id, result=result))
         except ChannelClosed:
             return  # nobody to tell
+
+    async def _say(self, answer: m.Reply | m.Failure) -> None:
+        """The client waits: one that cannot be said is answered with why."""
+        try:
+            await self._channel.send(answer)
+        except UsageError as error:
+            await self._channel.send(to_failure(answer.id, error))
 
     async def _open(self, request: int, wish: m.OpenFile) -> int:
         number = next(self._numbers)
@@ -107,7 +120,9 @@ class Session:
         )
         try:
             await self._channel.send(asked)
-            async with asyncio.timeout(_OPEN_SECONDS):
-                return await answered
+            await asyncio.wait([answered], timeout=_OPEN_SECONDS)
+            if not answered.done():
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), wish.path)
+            return answered.result()
         finally:
             del self._asked[number]

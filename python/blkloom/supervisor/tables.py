@@ -42,7 +42,7 @@ class Tables:
         """Raises TableError: what does not parse, devices that are not there, cycles. ResourceError."""
         found = self.look(text, source)
         self._registry.check_stack(entry, found.below)
-        taken = self._registry.memory() - entry.memory_inactive
+        taken = self._registry.memory() - entry.memory_inactive - entry.memory_loading
         if found.memory and taken + found.memory > self._memory:
             raise ResourceError(
                 f"{format_size(found.memory)} of memory for {entry.name!r} are too much: RAM devices have "

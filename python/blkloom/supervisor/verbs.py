@@ -83,6 +83,7 @@ class Verbs:
             self._registry.remove(entry)
             del self._workers.groups[group.id]
             raise
+        entry.memory_loading = found.memory if found else 0
         async with self._workers.locked(entry, *(self._lowers(found) if found else ())):
             try:
                 await self._make(entry, call, found, caller)
@@ -129,23 +130,27 @@ class Verbs:
         async with self._workers.locked(entry, *self._lowers(found)):
             self._check_there(entry, call.device)
             found = self._tables.read(entry, call.table, call.source)  # with nothing able to change any more
+            entry.memory_loading = found.memory
             loaded = m.Loaded(
                 load=self._registry.new_load(),
                 table=call.table,
                 read_only=call.read_only or entry.read_only,
                 shared=call.shared,
             )
-            await self._bring_together(entry, found)
-            await self._load(entry, loaded, call.source, found, caller)
+            try:
+                await self._bring_together(entry, found)
+                await self._load(entry, loaded, call.source, found, caller)
+            finally:
+                entry.memory_loading = 0
             self._save(entry)
 
     async def _load(self, entry: Entry, loaded: m.Loaded, source: str, found: Read, caller: Caller) -> None:
         call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
         result = await entry.group.call(call, opener=caller.opener)
         entry.inactive = loaded
-        entry.memory_inactive = found.memory
+        entry.memory_inactive, entry.memory_loading = found.memory, 0
         entry.inactive_deps = list(result.get("deps", []))
-        self._registry.set_below(entry, inactive=found.below)
+        self._stand(entry, inactive=found.below)
         if entry.active is None:
             entry.deps = entry.inactive_deps
 
@@ -153,9 +158,10 @@ class Verbs:
         """Empties the inactive slot."""
         entry = self._live(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             await entry.group.call(m.WorkerClear(minor=entry.minor))
             entry.inactive, entry.memory_inactive = None, 0
-            self._registry.set_below(entry, inactive=frozenset())
+            self._stand(entry, inactive=frozenset())
             self._save(entry)
 
     # suspend and resume
@@ -165,6 +171,7 @@ class Verbs:
         entry = self._live(call.device)
         wait = SUSPEND_SECONDS if call.timeout is None else call.timeout
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             taken: list[Entry] = []
             try:
                 for upper in [*self._registry.above(entry), entry]:
@@ -178,9 +185,10 @@ class Verbs:
             except BaseException:
                 for upper in reversed(taken):
                     upper.suspended_for = None
-                    await upper.group.call(m.WorkerResume(minor=upper.minor))
+                    await upper.group.call(m.WorkerResume(minor=upper.minor, swap=False))
                 raise
             entry.suspended, entry.suspended_for = True, None
+            self._save(entry)
             for changed in taken:
                 self._save(changed)
                 self._news.changed(changed)
@@ -189,6 +197,7 @@ class Verbs:
         """Swaps the inactive table in and goes live; then those above that were suspended for it."""
         entry = self._registry.find(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             if entry.failed:
                 await self._revive(entry, caller)
                 return
@@ -206,9 +215,10 @@ class Verbs:
         if entry.active is None and entry.inactive is None:
             entry.suspended = False  # as the kernel does; it stays without a table
             return
-        result = await entry.group.call(m.WorkerResume(minor=entry.minor, flush=flush, timeout=wait), wait=wait)
-        if entry.inactive is not None:
-            self._registry.set_below(entry, active=entry.below_inactive, inactive=frozenset())
+        call = m.WorkerResume(minor=entry.minor, flush=flush, timeout=wait, swap=swap)
+        result = await entry.group.call(call, wait=wait)
+        if swap and entry.inactive is not None:
+            self._stand(entry, active=entry.below_inactive, inactive=frozenset())
             entry.active, entry.inactive = entry.inactive, None
             entry.memory_active, entry.memory_inactive = entry.memory_inactive, 0
             entry.deps = entry.inactive_deps
@@ -227,7 +237,7 @@ class Verbs:
             for export in other.exports:
                 if self._store.find(exporting.label(other, export)) is None:
                     await exporting.listen(self._store, other, export)
-        await self._workers.restart(group, "asked to try again", opener=caller.opener)
+        await self._workers.restart(group, "asked to try again", opener=caller.opener, died=False)
         for other in entries:
             self._save(other)
         if entry.failed:
@@ -239,6 +249,7 @@ class Verbs:
         """Ends the device, if nobody uses it."""
         entry = self._registry.find(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             if call.force and not entry.failed and entry.active is not None:
                 await self._fail_all_io(entry)
             try:
@@ -278,7 +289,7 @@ class Verbs:
         try:
             await entry.group.call(m.WorkerLoad(minor=entry.minor, loaded=loaded))
             entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
-            self._registry.set_below(entry, inactive=frozenset())
+            self._stand(entry, inactive=frozenset())
             await self._resume_one(entry, flush=False, timeout=None)
         except (OSError, ValueError) as error:
             _log.error("device %r could not be given an error table: %s", entry.name, error)
@@ -345,6 +356,8 @@ class Verbs:
         for entry in reversed(self._registry.lower_first({entry.minor for entry in self._registry})):
             try:
                 await self.remove(m.Remove(device=f"minor:{entry.minor}", force=call.force, deferred=call.deferred))
+            except NoSuchDevice:
+                continue  # a deferred removal was due
             except (OSError, ValueError) as error:
                 left.append((entry.name, str(error)))
         return left
@@ -368,27 +381,36 @@ class Verbs:
         if bool(call.name) == bool(call.uuid):
             raise UsageError("rename takes either a name or a uuid")
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             if call.uuid:
                 self._registry.set_uuid(entry, call.uuid)
                 await entry.group.call(m.WorkerRename(minor=entry.minor, name=entry.name, uuid=call.uuid))
                 self._save(entry)
                 return
             former = entry.name
-            self._registry.rename(entry, call.name)
+            self._set_name(entry, call.name)
             try:
                 await entry.group.call(m.WorkerRename(minor=entry.minor, name=call.name))
             except BaseException:
-                self._registry.rename(entry, former)
+                self._set_name(entry, former)
                 raise
-            for export in entry.exports:
-                if export.name == former:
-                    export.name = call.name
-                if export.automatic:
-                    exporting.move(self._store, entry, export, str(self._run_dir.device(call.name)))
             self._save(entry)
             for holder in self._registry.holders(entry):
                 self._rename_below(holder, former, call.name)
                 self._save(holder)
+
+    def _set_name(self, entry: Entry, name: str) -> None:
+        """Also of its automatic export; others keep the name their clients know."""
+        former = entry.name
+        self._registry.rename(entry, name)
+        try:
+            for export in entry.exports:
+                if export.automatic:
+                    exporting.move(self._store, entry, export, str(self._run_dir.device(name)))
+                    export.name = name
+        except BaseException:
+            self._registry.rename(entry, former)
+            raise
 
     def _rename_below(self, holder: Entry, former: str, name: str) -> None:
         folder = str(self._run_dir.devices)
@@ -423,6 +445,7 @@ class Verbs:
         """To the target at a sector."""
         entry = self._live(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             return await entry.group.call(m.WorkerMessage(minor=entry.minor, sector=call.sector, text=call.text))
 
     async def wait(self, call: m.Wait) -> int:
@@ -457,6 +480,7 @@ class Verbs:
         """One more."""
         entry = self._live(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             export = exporting.wanted(self._run_dir, entry, call)
             descriptor = await exporting.listen(self._store, entry, export)
             try:
@@ -472,6 +496,7 @@ class Verbs:
         """Its clients are disconnected."""
         entry = self._live(call.device)
         async with self._workers.locked(entry):
+            self._check_there(entry, call.device)
             found = [export for export in entry.exports if call.id in (export.id, export.unix)]
             if not found:
                 known = ", ".join(f"{export.id} ({export.unix or export.host})" for export in entry.exports) or "none"
@@ -496,6 +521,16 @@ class Verbs:
     def _check_there(self, entry: Entry, device: str) -> None:
         if self._registry.get(entry.minor) is not entry:
             raise NoSuchDevice(f"Device {device} not found: it was removed meanwhile")
+
+    def _stand(
+        self, entry: Entry, *, active: frozenset[int] | None = None, inactive: frozenset[int] | None = None
+    ) -> None:
+        """As `Registry.set_below`; those it stands on no more may be due for removal."""
+        before = entry.below
+        self._registry.set_below(entry, active=active, inactive=inactive)
+        for minor in before - entry.below:
+            if lower := self._registry.get(minor):
+                self.look_at(lower)
 
     def save_all(self) -> None:
         """Writes every state file."""

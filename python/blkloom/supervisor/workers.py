@@ -164,15 +164,18 @@ class Workers:
             return f"its worker was killed by {signal.Signals(-status).name}"
         return f"its worker ended with status {status}"
 
-    async def restart(self, group: Group, reason: str, *, opener: Opener | None = None) -> None:
-        """A new worker with the group's devices; after too many deaths they are failed instead."""
+    async def restart(self, group: Group, reason: str, *, opener: Opener | None = None, died: bool = True) -> None:
+        """A new worker with the group's devices; after too many deaths they are failed instead. died:
+        False where none has ended just now.
+        """
         loop = asyncio.get_running_loop()
         while True:
             if group.link:
                 await group.link.close()
                 group.link = None
             now = loop.time()
-            group.deaths.append(now)
+            if died:
+                group.deaths.append(now)
             while group.deaths and group.deaths[0] < now - DEATHS_WITHIN:
                 group.deaths.popleft()
             if len(group.deaths) > self._deaths:

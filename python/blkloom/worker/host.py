@@ -95,7 +95,7 @@ class Host:
             case WorkerSuspend():
                 return await self._device(call.minor).suspend(flush=call.flush, timeout=call.timeout)
             case WorkerResume():
-                return await self._device(call.minor).resume(flush=call.flush, timeout=call.timeout)
+                return await self._device(call.minor).resume(flush=call.flush, timeout=call.timeout, swap=call.swap)
             case Release():
                 return await self._release(call)
             case WorkerRename():

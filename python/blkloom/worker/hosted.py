@@ -193,11 +193,11 @@ class HostedDevice:
         """As `Device.suspend`."""
         await in_thread(self._thread_name, lambda: self.device.suspend(flush=flush, timeout=timeout))
 
-    async def resume(self, *, flush: bool, timeout: float | None) -> dict[str, Any]:
+    async def resume(self, *, flush: bool, timeout: float | None, swap: bool) -> dict[str, Any]:
         """As `Device.resume`. What `WorkerResume` answers."""
         size = self.device.size if self._active else None
         try:
-            await in_thread(self._thread_name, lambda: self.device.resume(flush=flush, timeout=timeout))
+            await in_thread(self._thread_name, lambda: self.device.resume(flush=flush, timeout=timeout, swap=swap))
         finally:
             if self._inactive and self.device.inactive_table is None:
                 self._swapped()

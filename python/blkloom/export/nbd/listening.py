@@ -60,12 +60,7 @@ class Listener:
 def listen_unix(path: str | os.PathLike[str]) -> Listener:
     """Listen on a Unix socket at `path`, made absolute, for this user only (mode 0600)."""
     absolute = os.path.abspath(os.fspath(path))
-    if len(os.fsencode(absolute)) > _PATH_LIMIT:
-        raise ListenError(
-            f"{absolute}: too long for a Unix socket",
-            cure=f"use a path of at most {_PATH_LIMIT} bytes",
-            errno=errno.ENAMETOOLONG,
-        )
+    check_path(absolute)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         os.fchmod(listening.fileno(), 0o600)
@@ -87,6 +82,16 @@ def listen_unix(path: str | os.PathLike[str]) -> Listener:
             cure="choose a socket path in a directory this user may write to",
             errno=error.errno,
         ) from error
+
+
+def check_path(path: str) -> None:
+    """Raises ListenError where `path` is too long for a Unix socket (unix(7))."""
+    if len(os.fsencode(path)) > _PATH_LIMIT:
+        raise ListenError(
+            f"{path}: too long for a Unix socket",
+            cure=f"use a path of at most {_PATH_LIMIT} bytes",
+            errno=errno.ENAMETOOLONG,
+        )
 
 
 async def listen_tcp(host: str, port: int) -> list[Listener]:

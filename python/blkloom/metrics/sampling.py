@@ -1,0 +1,66 @@
+"""What all devices had done at one instant.
+
+A `Sample` is made from what the supervisor's client tells (`Client.info`, `stats`, `version`), which
+are separate answers: a device may have come or gone between them. One without counters (FAILED, or its
+worker is just being replaced) has `stats` None. Immutable, pure; any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from blkloom.control.messages import DeviceInfo
+from blkloom.stats import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSample:
+    """One device: what it is, its counters, and those of its exports by id."""
+
+    info: DeviceInfo
+    stats: Stats | None = None
+    exports: Mapping[str, Stats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """All devices by minor number. seconds: when, on a clock that only goes forward."""
+
+    seconds: float
+    devices: Mapping[int, DeviceSample] = field(default_factory=dict)
+    run_dir: str = ""
+    version: str = ""
+    """The supervisor's."""
+    workers: int = 0
+
+    @classmethod
+    def of(
+        cls, infos: Iterable[DeviceInfo], stats: Mapping[str, Any], version: Mapping[str, Any], seconds: float
+    ) -> Self:
+        """From `Client.info()`, `Client.stats()` and `Client.version()`. Raises KeyError or TypeError if
+        they are something else.
+        """
+        return cls(
+            seconds,
+            {info.minor: _device(info, stats.get(info.name)) for info in infos},
+            run_dir=version["run_dir"],
+            version=version["version"],
+            workers=version["workers"],
+        )
+
+    @property
+    def failed(self) -> int:
+        """How many devices are FAILED."""
+        return sum(device.info.state == "FAILED" for device in self.devices.values())
+
+
+def _device(info: DeviceInfo, counters: Mapping[str, Any] | None) -> DeviceSample:
+    if counters is None:
+        return DeviceSample(info)
+    return DeviceSample(
+        info,
+        Stats.from_engine(counters["device"]),
+        {id: Stats.from_engine(export) for id, export in counters["exports"].items()},
+    )

@@ -1,0 +1,92 @@
+"""The run directory is its owner's alone, and where one looks for it does not move."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blkloom.control import rundir
+from blkloom.control.rundir import RunDir
+from blkloom.dm.names import unmangle
+from blkloom.errors import UsageError
+
+
+@pytest.fixture
+def user(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`user(uid)`: who this process is taken for."""
+    return lambda uid: monkeypatch.setattr(rundir.os, "geteuid", lambda: uid)
+
+
+def test_a_users_is_in_his_runtime_directory(user: Callable[[int], None]) -> None:
+    user(1000)
+    assert RunDir.default({"XDG_RUNTIME_DIR": "/run/user/1000"}).path == Path("/run/user/1000/blkloom")
+
+
+@pytest.mark.parametrize("environment", [{}, {"XDG_RUNTIME_DIR": ""}])
+def test_without_a_runtime_directory_it_is_the_systems(
+    user: Callable[[int], None], environment: dict[str, str]
+) -> None:
+    user(1000)
+    assert RunDir.default(environment).path == Path("/run/blkloom")
+
+
+def test_roots_is_the_systems_whatever_the_environment_says(user: Callable[[int], None]) -> None:
+    user(0)
+    assert RunDir.default({"XDG_RUNTIME_DIR": "/run/user/1000"}).path == Path("/run/blkloom")
+
+
+def test_a_relative_path_stays_where_it_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = RunDir.at("here")
+    monkeypatch.chdir("/")
+    assert found.path == tmp_path / "here"
+
+
+def test_it_is_made_with_its_parents_for_the_owner_alone(tmp_path: Path) -> None:
+    made = RunDir.at(tmp_path / "a" / "b")
+    before = os.umask(0)
+    try:
+        made.make()
+        made.make()
+    finally:
+        os.umask(before)
+    for path in (made.path, made.devices, made.states, made.workers):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_one_that_is_open_to_others_is_refused_with_the_cure(tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    with pytest.raises(UsageError, match=f"{tmp_path} is open to others; chmod 700 {tmp_path}"):
+        RunDir.at(tmp_path).make()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_elses_is_refused(tmp_path: Path, user: Callable[[int], None]) -> None:
+    tmp_path.chmod(0o700)
+    user(os.getuid() + 1)
+    with pytest.raises(UsageError, match=rf"belongs to user {os.getuid()}, not to you; choose another with --run-dir"):
+        RunDir.at(tmp_path).make()
+
+
+def test_where_a_file_is_there_can_be_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        RunDir.at(tmp_path / "file").make()
+
+
+@pytest.mark.parametrize("name", ["disk", "my disk", "a:b", "ü", "\\x20"])
+def test_a_device_has_a_socket_in_the_folder_whose_name_says_whose_it_is(name: str) -> None:
+    path = RunDir.at("/r").device(name)
+    assert path.parent == Path("/r/dev")
+    assert unmangle(path.name) == name
+
+
+def test_everything_has_a_place_of_its_own() -> None:
+    places = RunDir.at("/r")
+    found = [places.control, places.lock, places.start_lock, places.log, places.device("x")]
+    found += [places.worker("0"), places.worker("1"), places.state(0), places.state(1)]
+    assert len(set(found)) == len(found)
