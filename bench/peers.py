@@ -36,14 +36,15 @@ def _need(program: str, package: str) -> str:
     return "" if shutil.which(program) else f"{program} is not installed (Debian: apt install {package})"
 
 
-def _nbd(socket: Path) -> list[str]:
-    return ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={quote(str(socket))}"]
+def _nbd(socket: Path, export: str = "") -> list[str]:
+    return ["--ioengine=nbd", f"--uri=nbd+unix:///{quote(export)}?socket={quote(str(socket))}"]
 
 
 @dataclass(frozen=True)
 class Blkloom:
     """`blkloom serve` as it comes. segments: lines of the table over the backing file. idle:
-    connections that stay idle meanwhile. direct: direct I/O on the file on the disk.
+    connections that stay idle meanwhile. direct: direct I/O on the file on the disk. stacked: so many
+    linear devices on top of each other and of the first.
     """
 
     command: str
@@ -53,6 +54,7 @@ class Blkloom:
     direct: bool = False
     segments: int = 1
     idle: int = 0
+    stacked: int = 0
 
     def missing(self) -> str:
         if shutil.which(self.command):
@@ -64,6 +66,10 @@ class Blkloom:
         socket = ground.scratch / "blkloom.sock"
         connections = str(max(1024, self.idle + job.connections + _SLACK))
         command = [self.command, "serve", "--table", "-", "--socket", str(socket), "--max-connections", connections]
+        below = [self._table(ground), *(f"0 {ground.size // 512} linear blkloom:d{n} 0" for n in range(self.stacked))]
+        if self.stacked:
+            command[2:4] = [word for n, table in enumerate(below) for word in ("--device", f"d{n}={table}")]
+        export = f"d{self.stacked}" if self.stacked else ""
         with ExitStack() as stack:
             log = ground.scratch / "blkloom.log"
             server = stack.enter_context(announcing(command, ready="nbd", log=log, text=self._table(ground)))
@@ -77,7 +83,7 @@ class Blkloom:
                     "idle_connections": float(self.idle),
                     "threads": float(server.status("Threads")),
                 }
-            session = FioSession(ground, job, _nbd(socket), who="server", server=server, extra=extra)
+            session = FioSession(ground, job, _nbd(socket, export), who="server", server=server, extra=extra)
             if self.target == "ram":
                 session.fill()
             yield session

@@ -25,6 +25,7 @@ _LIMIT: Final = Goal(_LOOP, _NULL.family)
 """How near the row comes to what this client and this machine can do; no goal can be beyond it."""
 _SEGMENTS: Final = 10_000
 _IDLE: Final = 1_000
+_CHAIN: Final = 10
 _KIB: Final = 1024
 
 
@@ -160,6 +161,7 @@ def _scale(blkloom: str) -> list[Workload]:
     many, one = f"blkloom loop, {_SEGMENTS:,} segments", "blkloom loop, 1 segment"
     idle, busy = f"blkloom loop, {_IDLE:,} idle connections", "blkloom loop, no idle connections"
     job = Job("randread", 4 * _KIB, depth=16)
+    chain, alone = f"blkloom loop, under a chain of {_CHAIN}", "blkloom loop, not stacked"
     return [
         Workload(
             "segments-map",
@@ -175,6 +177,13 @@ def _scale(blkloom: str) -> list[Workload]:
             job,
             (Blkloom(blkloom, many, segments=_SEGMENTS), Blkloom(blkloom, one)),
             (Goal(many, one, 0.9),),
+        ),
+        Workload(
+            "chain-randread",
+            "4K randread, 1 connection, qd 16",
+            job,
+            (Blkloom(blkloom, chain, stacked=_CHAIN), Blkloom(blkloom, alone)),
+            (Goal(chain, alone, 0.9),),
         ),
         Workload(
             "idle-randread",
