@@ -10,7 +10,7 @@ Pure; any thread.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Final, Self
@@ -193,6 +193,21 @@ def format_nanoseconds(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
+
+
+def without_tails(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the engine returns, as it travels between processes: histograms without the zeros at their
+    ends, of which thousands of devices would have megabytes.
+    """
+    return {
+        name: value if isinstance(value, int) else {**value, "latency": _without_tail(value["latency"])}
+        for name, value in counters.items()
+    }
+
+
+def _without_tail(counts: Sequence[int]) -> Sequence[int]:
+    last = next((index for index in range(len(counts) - 1, -1, -1) if counts[index]), -1)
+    return counts[: last + 1]
 
 
 def _operation_dict(operation: OperationStats) -> dict[str, Any]:

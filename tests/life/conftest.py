@@ -7,18 +7,24 @@ that does not stop cleanly, or leaves a process behind, fails its test.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conformance.nbd_client import READ, NbdClient
 
 from blkloom.control.client import Client
+from blkloom.control.messages import DeviceInfo
 
 STOP_TIMEOUT = 60.0
 
@@ -43,9 +49,14 @@ class Life:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(STOP_TIMEOUT)
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """A supervisor in this run directory, accepting when this returns."""
-        self.process = start_supervisor(self.run_dir)
+        self.process = start_supervisor(self.run_dir, *options)
+
+    def stop(self) -> None:
+        """The supervisor ends cleanly."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(STOP_TIMEOUT) == 0, (self.run_dir.parent / "supervisor.log").read_text()
 
     def processes(self) -> set[int]:
         """Everything that runs in this run directory: its path is in their command lines or sockets."""
@@ -60,14 +71,14 @@ class Life:
         return found
 
 
-def start_supervisor(run_dir: Path) -> subprocess.Popen[bytes]:
+def start_supervisor(run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
     """Started in the foreground; ready when it says so (sd_notify)."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         path = os.path.join(folder, "notify")
         notify.bind(path)
         notify.settimeout(STOP_TIMEOUT)
         environment = os.environ | {"NOTIFY_SOCKET": path, "BLKLOOM_TEST_RUN_DIR": str(run_dir)}
-        command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir), "--max-deaths=1000"]
+        command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir), "--max-deaths=1000", *options]
         log = (run_dir.parent / "supervisor.log").open("ab")
         with log:
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log)
@@ -76,8 +87,8 @@ def start_supervisor(run_dir: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.fixture
-def life() -> Iterator[Life]:
+@contextmanager
+def a_life() -> Iterator[Life]:
     """A supervisor with nothing in it yet. Afterwards: stopped cleanly, nothing left."""
     with tempfile.TemporaryDirectory(prefix="blk") as folder:
         run_dir = Path(folder) / "run"
@@ -86,10 +97,105 @@ def life() -> Iterator[Life]:
         try:
             yield life
             if life.process.poll() is None:
-                life.process.send_signal(signal.SIGTERM)
-                assert life.process.wait(STOP_TIMEOUT) == 0, (run_dir.parent / "supervisor.log").read_text()
+                life.stop()
             left = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if not path.is_dir()}
             assert left <= {"lock", "start.lock", "supervisor.log"}, f"left behind: {sorted(left)}"
         finally:
             for pid in life.processes():
                 os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def life() -> Iterator[Life]:
+    """One of the test's own."""
+    with a_life() as life:
+        yield life
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[Life]:
+    """One for all tests of a module that make it their `life`."""
+    with a_life() as life:
+        yield life
+
+
+@pytest.fixture
+def shared(lasting: Life) -> Iterator[Life]:
+    """The module's, without devices; afterwards without devices again."""
+    yield lasting
+    with lasting.client() as client:
+        names = [info.name for info in client.info()]
+        for name in reversed(names):
+            client.remove(name, deferred=True)  # the clients are leaving
+        while client.info():
+            pass
+        assert list((lasting.run_dir / "dev").iterdir()) == []
+
+
+@pytest.fixture
+def client(life: Life) -> Iterator[Client]:
+    """A connection to the supervisor."""
+    with life.client() as client:
+        yield client
+
+
+@pytest.fixture
+def connect(life: Life) -> Iterator[Callable[[str], NbdClient]]:
+    """`connect(device)`: an NBD client of its automatic socket, closed after the test."""
+    with ExitStack() as stack:
+
+        def connected(device: str) -> NbdClient:
+            client = NbdClient.unix(life.socket(device))
+            stack.callback(client.close)
+            return client
+
+        yield connected
+
+
+@pytest.fixture
+def beside(life: Life) -> Iterator[Callable[..., Future[Any]]]:
+    """`beside(verb, ...)`: calls the client's method on a connection and a thread of its own."""
+    with ThreadPoolExecutor(8) as pool:
+
+        def call(verb: str, *arguments: Any, **kinds: Any) -> Future[Any]:
+            def work() -> Any:
+                with life.client() as client:
+                    return getattr(client, verb)(*arguments, **kinds)
+
+            return pool.submit(work)
+
+        yield call
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """8 KiB of the letter f."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"f" * 8192)
+    return path
+
+
+def info(client: Client, device: str) -> DeviceInfo:
+    """The device's."""
+    (found,) = client.info(device)
+    return found
+
+
+def until(client: Client, device: str, true: Callable[[DeviceInfo], bool]) -> DeviceInfo:
+    """The device's info, as soon as that is true of it."""
+    while not true(found := info(client, device)):
+        pass
+    return found
+
+
+def read(client: NbdClient, offset: int = 0, length: int = 512) -> bytes:
+    """What is there; no error."""
+    reply = client.ask(READ, offset, length)
+    assert reply.error == 0
+    return reply.data
+
+
+def is_answered(client: NbdClient) -> bool:
+    """Whether an answer comes within a moment."""
+    readable, _, _ = select.select([client.socket], [], [], 0.05)
+    return bool(readable)

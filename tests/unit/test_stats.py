@@ -15,6 +15,7 @@ from blkloom.stats import (
     bucket_bounds,
     bucket_of,
     format_nanoseconds,
+    without_tails,
 )
 
 NANOSECONDS = st.integers(0, 2**64 - 1)
@@ -97,6 +98,23 @@ def test_the_engine_s_dict_becomes_typed() -> None:
     assert stats["read"].latency.percentile(50) == bucket_bounds(bucket_of(1000))[1]
     assert (stats.faults, stats.in_flight) == (3, 4)
     assert stats["flush"] == OperationStats()
+
+
+@given(st.lists(NANOSECONDS))
+def test_histograms_travel_without_the_zeros_at_their_ends_and_mean_the_same(values: list[int]) -> None:
+    counts = list(histogram(values).counts)
+    counters = {
+        "read": {"count": len(values), "bytes": 0, "errors": 0, "latency": counts},
+        "faults": 1,
+        "in_flight": 2,
+    }
+    travelling = without_tails(counters)
+    latency = travelling["read"]["latency"]
+    assert len(latency) == (bucket_of(max(values)) + 1 if values else 0)
+    arrived, whole = Stats.from_engine(travelling), Stats.from_engine(counters)
+    assert arrived["read"].latency - whole["read"].latency == whole["read"].latency - whole["read"].latency
+    assert arrived["read"].latency.total == whole["read"].latency.total
+    assert (arrived.faults, arrived.in_flight) == (1, 2)
 
 
 def test_two_snapshots_subtract_to_what_happened_between_them() -> None:

@@ -214,10 +214,9 @@ def _titles(columns: Sequence[_Column], name_width: int, view: View, shape: Shap
 
 
 def _centred(title: str, width: int, shape: Shape) -> str:
-    if not title:
-        return " " * width
-    rule = "-" if shape.ascii_only else "─"
-    return title[:width] if len(title) + 2 > width else f" {title} ".center(width, rule)
+    if not title or len(title) + 6 > width:  # no room for a rule on either side
+        return title[:width].center(width)
+    return f" {title} ".center(width, "-" if shape.ascii_only else "─")
 
 
 def _row(row: Row, columns: Sequence[_Column], name_width: int, scene: Scene, shape: Shape) -> Text:

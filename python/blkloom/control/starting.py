@@ -53,31 +53,25 @@ def _try(run_dir: RunDir) -> socket.socket | None:
 def _start(run_dir: RunDir) -> None:
     """Returns once it accepts clients. Raises NoSupervisor."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
+    command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir.path), "--ready-fd", str(writing)]
     with open(reading, "rb") as ready:
         try:
             with open(run_dir.log, "ab") as log:
-                process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "blkloom.supervisor",
-                        "--run-dir",
-                        str(run_dir.path),
-                        "--ready-fd",
-                        str(writing),
-                    ],
+                # By way of a shell that ends at once: the supervisor shall be nobody's child here.
+                subprocess.run(
+                    ["/bin/sh", "-c", '"$@" &', "sh", *command],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     pass_fds=[writing],
                     start_new_session=True,
                     cwd="/",
+                    check=True,
                 )
         finally:
             os.close(writing)
         seen, _, _ = select.select([ready], [], [], _READY_SECONDS)
         if seen and ready.read(1):
             return
-    status = process.poll()
-    ended = f"it ended with status {status}" if status is not None else f"it is not ready after {_READY_SECONDS:g} s"
+    ended = "it ended" if seen else f"it is not ready after {_READY_SECONDS:g} s"
     raise NoSupervisor(f"a supervisor of {run_dir.path} cannot be started: {ended}", cure=f"see {run_dir.log}")

@@ -26,7 +26,7 @@ from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.states import Written
 from blkloom.supervisor.store import Store
 from blkloom.supervisor.tables import Tables
-from blkloom.supervisor.verbs import save
+from blkloom.supervisor.states import save
 from blkloom.supervisor.workers import Workers
 from blkloom.target.descriptors import open_file
 

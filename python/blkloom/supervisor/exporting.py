@@ -85,5 +85,6 @@ def move(store: Store, entry: Entry, export: m.ExportState, path: str) -> None:
     """The socket's file to another name: whoever is connected stays. Raises ListenError, OSError."""
     check_path(path)
     if store.find(label(entry, export)) is not None:
-        os.rename(export.unix, path)
+        with contextlib.suppress(FileNotFoundError):  # somebody removed it: as before, nobody finds it
+            os.rename(export.unix, path)
     export.unix = path

@@ -6,8 +6,10 @@ A zygote that dies is replaced at the next fork; workers are not its own to take
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from blkloom.worker.zygote import Exited, Fork, Forked, ForkRefused, FromZygote
 
 _log = logging.getLogger(__name__)
 _FORK_SECONDS: Final = 60.0
+_END_SECONDS: Final = 10.0
 
 
 class Forker:
@@ -106,6 +109,9 @@ class Forker:
                 forked.set_exception(
                     ResourceError(what, cure="see limits of processes and memory", errno=message.errno)
                 )
+            case Forked() if fds:  # too late: nobody would ever speak to it
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fds[0], signal.SIGKILL)
             case Exited():
                 self._exited(message.worker, message.pid, message.status)
         for fd in fds:
@@ -117,4 +123,10 @@ class Forker:
             return
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
-        await self._process.wait()
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            _log.error("the process that forks workers does not end, and is killed")
+            self._process.kill()
+            await self._process.wait()

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 LEAVE_SECONDS: Final = 120.0
 """For a worker to drain and flush all it has; each device has a bound of its own, which is shorter."""
+KILL_SECONDS: Final = 10.0
+"""For a killed process to end; one that waits for storage in the kernel does not."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Group:
     status: int | None = None
     """How, if the zygote said so."""
     restarting: asyncio.Task[None] | None = None
+    arriving: set[int] = field(default_factory=set)
+    """Devices that another group hands over to it: what its worker says of them counts already."""
 
     async def call(self, call: m.WorkerCall, *fds: int, opener: Opener | None = None, wait: float | None = None) -> Any:
         """As `Link.call`. Raises WorkerGone when there is no worker."""
@@ -62,10 +66,10 @@ class Group:
         def ended() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            if self.pidfd == descriptor:
+            if self.pidfd == descriptor:  # not one that was given up
                 self.pidfd, self.pid = -1, 0
-            self.ended.set()
-            died(self)
+                self.ended.set()
+                died(self)
 
         loop.add_reader(descriptor, ended)
 
@@ -75,12 +79,22 @@ class Group:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    async def wait_for_end(self) -> bool:
+        """After `kill`: whether the process has ended within KILL_SECONDS."""
+        try:
+            async with asyncio.timeout(KILL_SECONDS):
+                await self.ended.wait()
+        except TimeoutError:
+            _log.error("worker %s, process %d, was killed and does not end: its storage holds it", self.id, self.pid)
+            return False
+        return True
+
     async def leave(self, *, flush: bool) -> None:
         """Has the worker end, by force if it does not, and waits for that."""
         self.leaving = True
         if self.link:
             try:
-                await self.link.call(m.Leave(flush=flush))
+                await self.link.call(m.Leave(flush=flush), wait=LEAVE_SECONDS if flush else None)
             except (OSError, ValueError) as error:
                 if not isinstance(error, WorkerGone):
                     _log.error("worker %s does not leave: %s", self.id, error)
@@ -91,7 +105,7 @@ class Group:
             except TimeoutError:
                 _log.error("worker %s does not end, and is killed", self.id)
                 self.kill()
-                await self.ended.wait()
+                await self.wait_for_end()
         if self.link:
             await self.link.close()
             self.link = None

@@ -76,8 +76,8 @@ class Link:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[number] = (answer, opener)
         try:
-            await self._channel.send(m.WorkerRequest(id=number, call=call), fds)
             async with asyncio.timeout((wait or 0) + ANSWER_SECONDS):
+                await self._channel.send(m.WorkerRequest(id=number, call=call), fds)
                 return await answer
         except TimeoutError as error:
             if answer.done():  # the worker's own
@@ -104,6 +104,8 @@ class Link:
         except ConnectionError as error:
             if not isinstance(error, ChannelClosed):
                 _log.error("worker %s: %s", self.name, error)
+        except Exception:
+            _log.exception("worker %s: what it said could not be acted on", self.name)
         finally:
             self._ended = True
             await self._channel.close()
@@ -144,8 +146,9 @@ class Link:
                 if opener is None:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
                 fd = await opener(asked)
-            except OSError as error:
-                await self._channel.send(m.OpenRefused(id=asked.id, errno=error.errno or errno.EIO))
+            except (OSError, ValueError) as error:
+                number = error.errno if isinstance(error, OSError) else errno.EINVAL
+                await self._channel.send(m.OpenRefused(id=asked.id, errno=number or errno.EIO))
                 return
             try:
                 await self._channel.send(m.Opened(id=asked.id), [fd])

@@ -63,6 +63,11 @@ class Entry:
         """What either of its tables stands on."""
         return self.below_active | self.below_inactive
 
+    @property
+    def loads(self) -> frozenset[int]:
+        """Numbers of the loads in its slots."""
+        return frozenset(loaded.load for loaded in (self.active, self.inactive) if loaded is not None)
+
     def state(self) -> DeviceState:
         """What a worker is given to bring it up."""
         return DeviceState(
@@ -189,6 +194,11 @@ class Registry:
             raise DeviceExists(f"device {self._uuids[uuid].name!r} has the uuid {uuid!r}", cure="uuids are unique")
         entry.uuid = uuid
         self._uuids[uuid] = entry
+
+    def unset_uuid(self, entry: Entry) -> None:
+        """`set_uuid` undone."""
+        del self._uuids[entry.uuid]
+        entry.uuid = ""
 
     # who stands on whom
 

@@ -40,6 +40,8 @@ class Session:
         self._numbers = count(1)
         self._asked: dict[int, asyncio.Future[int]] = {}
         self._requests: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Task[None]] = set()
+        """Requests that nobody needs once the client has gone."""
 
     def fileno(self) -> int:
         """The connection's descriptor."""
@@ -62,6 +64,8 @@ class Session:
             pass
         finally:
             await self._channel.close()
+            for wait in self._waits:
+                wait.cancel()
             for asked in self._asked.values():
                 if not asked.done():
                     asked.set_exception(OSError(errno.ECONNRESET, "the client that ordered it has gone"))
@@ -76,6 +80,9 @@ class Session:
                 task = asyncio.create_task(self._serve(message), name=f"{type(message.call).__name__}")
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
+                if isinstance(message.call, m.Wait):
+                    self._waits.add(task)
+                    task.add_done_callback(self._waits.discard)
             case m.Opened() if fds and (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_result(fds.pop(0))
             case m.OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():

@@ -16,6 +16,7 @@ import msgspec
 
 from blkloom.control.messages import DeviceState
 from blkloom.control.rundir import RunDir
+from blkloom.supervisor.registry import Entry
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,25 @@ def write(run_dir: RunDir, written: Written) -> None:
     aside = path.with_suffix(".new")
     aside.write_bytes(msgspec.json.encode(written))
     os.replace(aside, path)
+
+
+def save(run_dir: RunDir, entry: Entry) -> None:
+    """Writes the state file, once the device is made. A full run directory is logged: the device works."""
+    if entry.making:
+        return
+    written = Written(
+        state=msgspec.structs.replace(entry.state(), suspended=entry.suspended),
+        group=entry.group.id,
+        memory=bool(entry.memory_active or entry.memory_inactive),
+        failed=entry.failed,
+        restarts=entry.restarts,
+        deferred=entry.deferred,
+        suspended_for=entry.suspended_for,
+    )
+    try:
+        write(run_dir, written)
+    except OSError as error:
+        _log.error("%s cannot be written: %s", run_dir.state(entry.minor), error)
 
 
 def remove(run_dir: RunDir, minor: int) -> None:

@@ -45,6 +45,10 @@ class Store:
             if label.role == "connection" or (label.role == "memory" and label.load == 0)
         ]
 
+    def keep_only(self, device: int, loads: Collection[int]) -> None:
+        """Closes what belongs to other loads; load 0, the device itself, stays."""
+        self.drop([label for label in self._kept.get(device, {}) if label.load and label.load not in loads])
+
     def forget(self, device: int) -> None:
         """All of a device that has gone."""
         self.drop(list(self._kept.get(device, {})))

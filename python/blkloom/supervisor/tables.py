@@ -51,8 +51,10 @@ class Tables:
             )
         return found
 
-    def look(self, text: str, source: str) -> Read:
-        """As `read`, without the checks that are the registry's."""
+    def look(self, text: str, source: str, *, loaded: bool = False) -> Read:
+        """As `read`, without the checks that are the registry's. loaded: it was loaded once, and may
+        stand on what has failed since.
+        """
         table = parse(text, targets=self._targets, source=source)
         below = set()
         memory = 0
@@ -68,7 +70,7 @@ class Tables:
                         value=leg.path,
                         cure="`blkloom ls` lists those there are",
                     )
-                if lower.failed:
+                if lower.failed and not loaded:
                     raise UsageError(f"device {name!r} has failed: {lower.failed}", cure=f"blkloom resume {name}")
                 below.add(lower.minor)
             if segment.target.name == _MEMORY:

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,9 +26,10 @@ from blkloom.errors import (
     ResourceError,
     UsageError,
     WorkerGone,
+    WorkerStuck,
 )
 from blkloom.supervisor import exporting, states
-from blkloom.supervisor.group import Group
+from blkloom.supervisor.group import LEAVE_SECONDS, Group
 from blkloom.supervisor.link import Opener
 from blkloom.supervisor.news import News
 from blkloom.supervisor.registry import Entry, Registry
@@ -40,6 +42,9 @@ _log = logging.getLogger(__name__)
 
 SUSPEND_SECONDS: Final = 30.0
 """For requests in flight to end, unless the caller says otherwise."""
+LOAD_SECONDS: Final = 120.0
+"""For all files of a table to open: a slow one may take seconds."""
+_STOP_AT_ONCE: Final = 64
 RETRY_SECONDS: Final = 5.0
 """How long `remove --retry` waits for users to leave. dmsetup: 25 tries, 200 ms apart."""
 
@@ -84,8 +89,12 @@ class Verbs:
             del self._workers.groups[group.id]
             raise
         entry.memory_loading = found.memory if found else 0
-        async with self._workers.locked(entry, *(self._lowers(found) if found else ())):
+        lowers = self._lowers(found) if found else []
+        async with self._workers.locked(entry, *lowers):
+            self._check_there(entry, call.name)
             try:
+                for lower in lowers:
+                    self._check_there(lower, lower.name)
                 await self._make(entry, call, found, caller)
             except BaseException:
                 await asyncio.shield(self._drop(entry, fail=True))
@@ -127,9 +136,15 @@ class Verbs:
         """Fills the inactive slot."""
         entry = self._live(call.device)
         found = self._tables.read(entry, call.table, call.source)
-        async with self._workers.locked(entry, *self._lowers(found)):
-            self._check_there(entry, call.device)
-            found = self._tables.read(entry, call.table, call.source)  # with nothing able to change any more
+        async with AsyncExitStack() as stack:
+            while True:
+                held = {entry.group.id, *(lower.group.id for lower in self._lowers(found))}
+                await stack.enter_async_context(self._workers.locked(entry, *self._lowers(found)))
+                self._check_there(entry, call.device)
+                found = self._tables.read(entry, call.table, call.source)  # with nothing able to change any more
+                if {entry.group.id, *(lower.group.id for lower in self._lowers(found))} <= held:
+                    break
+                await stack.aclose()
             entry.memory_loading = found.memory
             loaded = m.Loaded(
                 load=self._registry.new_load(),
@@ -146,11 +161,12 @@ class Verbs:
 
     async def _load(self, entry: Entry, loaded: m.Loaded, source: str, found: Read, caller: Caller) -> None:
         call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
-        result = await entry.group.call(call, opener=caller.opener)
+        result = await entry.group.call(call, opener=caller.opener, wait=LOAD_SECONDS)
         entry.inactive = loaded
         entry.memory_inactive, entry.memory_loading = found.memory, 0
         entry.inactive_deps = list(result.get("deps", []))
         self._stand(entry, inactive=found.below)
+        self._store.keep_only(entry.minor, entry.loads)
         if entry.active is None:
             entry.deps = entry.inactive_deps
 
@@ -162,6 +178,7 @@ class Verbs:
             await entry.group.call(m.WorkerClear(minor=entry.minor))
             entry.inactive, entry.memory_inactive = None, 0
             self._stand(entry, inactive=frozenset())
+            self._store.keep_only(entry.minor, entry.loads)
             self._save(entry)
 
     # suspend and resume
@@ -221,6 +238,7 @@ class Verbs:
             self._stand(entry, active=entry.below_inactive, inactive=frozenset())
             entry.active, entry.inactive = entry.inactive, None
             entry.memory_active, entry.memory_inactive = entry.memory_inactive, 0
+            self._store.keep_only(entry.minor, entry.loads)
             entry.deps = entry.inactive_deps
         if swap:
             entry.suspended = False
@@ -233,10 +251,14 @@ class Verbs:
         group = entry.group
         group.deaths.clear()
         entries = self._registry.lower_first(group.minors)
-        for other in entries:
-            for export in other.exports:
-                if self._store.find(exporting.label(other, export)) is None:
-                    await exporting.listen(self._store, other, export)
+        try:
+            for other in entries:
+                for export in other.exports:
+                    if self._store.find(exporting.label(other, export)) is None:
+                        await exporting.listen(self._store, other, export)
+        except OSError as error:  # those that listen already must not keep clients waiting
+            self._workers.fail(group, str(error))
+            raise
         await self._workers.restart(group, "asked to try again", opener=caller.opener, died=False)
         for other in entries:
             self._save(other)
@@ -291,6 +313,7 @@ class Verbs:
             entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
             self._stand(entry, inactive=frozenset())
             await self._resume_one(entry, flush=False, timeout=None)
+            self._save(entry)
         except (OSError, ValueError) as error:
             _log.error("device %r could not be given an error table: %s", entry.name, error)
             if (
@@ -304,22 +327,25 @@ class Verbs:
             raise
 
     async def _drop(self, entry: Entry, *, fail: bool) -> None:
-        """The device ends; the caller holds its group's lock."""
+        """The device ends; the caller holds its group's lock. Raises what its last flush raises; it has
+        ended even so.
+        """
         group = entry.group
+        unwritten: BaseException | None = None
         try:
             if group.link is not None and not entry.failed:
-                await group.call(m.Release(minor=entry.minor, fail=fail))
+                await group.call(m.Release(minor=entry.minor, fail=fail), wait=None if fail else LEAVE_SECONDS)
         except WorkerGone:
             pass
-        except BaseException:
-            if not fail and self._registry.get(entry.minor) is entry and not entry.making:
-                # The last flush failed; the device is closed even so.
+        except BaseException as error:
+            if not fail:
                 _log.error("device %r was removed, but not all of it was written", entry.name)
-                self._forget(entry, group)
-                raise
+                unwritten = error
         self._forget(entry, group)
         if not group.minors:
-            await self._workers.end(group)
+            await self._workers.end(group, flush=not fail and unwritten is None)
+        if unwritten is not None:
+            raise unwritten
 
     def _forget(self, entry: Entry, group: Group) -> None:
         for export in entry.exports:
@@ -364,15 +390,24 @@ class Verbs:
 
     async def stop(self) -> list[str]:
         """All devices end, whoever uses them; flushed. What went wrong."""
-        self._stopping = True
-        errors = []
+        self._stopping = self._workers.ending = True
+        errors: list[str] = []
+        stacks: dict[str, list[Entry]] = {}
         for entry in reversed(self._registry.lower_first({entry.minor for entry in self._registry})):
-            try:
-                async with self._workers.locked(entry):
-                    if self._registry.get(entry.minor) is entry:
-                        await self._drop(entry, fail=False)
-            except (OSError, ValueError) as error:
-                errors.append(f"device {entry.name!r}: {error}")
+            stacks.setdefault(entry.group.id, []).append(entry)
+        at_once = asyncio.Semaphore(_STOP_AT_ONCE)
+
+        async def end(stack: list[Entry]) -> None:
+            async with at_once:
+                for entry in stack:
+                    try:
+                        async with self._workers.locked(entry):
+                            if self._registry.get(entry.minor) is entry:
+                                await self._drop(entry, fail=False)
+                    except (OSError, ValueError) as error:
+                        errors.append(f"device {entry.name!r}: {error}")
+
+        await asyncio.gather(*map(end, stacks.values()))
         return errors
 
     async def rename(self, call: m.Rename) -> None:
@@ -384,7 +419,11 @@ class Verbs:
             self._check_there(entry, call.device)
             if call.uuid:
                 self._registry.set_uuid(entry, call.uuid)
-                await entry.group.call(m.WorkerRename(minor=entry.minor, name=entry.name, uuid=call.uuid))
+                try:
+                    await entry.group.call(m.WorkerRename(minor=entry.minor, name=entry.name, uuid=call.uuid))
+                except BaseException:
+                    self._registry.unset_uuid(entry)
+                    raise
                 self._save(entry)
                 return
             former = entry.name
@@ -439,7 +478,14 @@ class Verbs:
         if entry.failed:
             size = max(1, entry.size // 512)
             return [[0, size, "failed", entry.failed]]
-        return await entry.group.call(m.WorkerStatus(minor=entry.minor)) if entry.active else []
+        while entry.active:
+            group = entry.group
+            try:
+                return await group.call(m.WorkerStatus(minor=entry.minor))
+            except WorkerGone:
+                if entry.group is group:  # and not handed over meanwhile
+                    raise
+        return []
 
     async def message(self, call: m.SendMessage) -> Any:
         """To the target at a sector."""
@@ -466,7 +512,7 @@ class Verbs:
         async def ask(group: Group) -> dict[str, Any]:
             try:
                 return dict(await group.call(m.WorkerStats()))
-            except WorkerGone:
+            except (WorkerGone, WorkerStuck):
                 return {}
 
         found: dict[str, Any] = {}
@@ -538,21 +584,4 @@ class Verbs:
             self._save(entry)
 
     def _save(self, entry: Entry) -> None:
-        save(self._run_dir, entry)
-
-
-def save(run_dir: RunDir, entry: Entry) -> None:
-    """Writes the state file. A full run directory is logged: the device works."""
-    written = states.Written(
-        state=msgspec.structs.replace(entry.state(), suspended=entry.suspended),
-        group=entry.group.id,
-        memory=bool(entry.memory_active or entry.memory_inactive),
-        failed=entry.failed,
-        restarts=entry.restarts,
-        deferred=entry.deferred,
-        suspended_for=entry.suspended_for,
-    )
-    try:
-        states.write(run_dir, written)
-    except OSError as error:
-        _log.error("%s cannot be written: %s", run_dir.state(entry.minor), error)
+        states.save(self._run_dir, entry)

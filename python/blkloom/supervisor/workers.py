@@ -21,7 +21,8 @@ import msgspec
 from blkloom.control import messages as m
 from blkloom.control.channel import AsyncChannel
 from blkloom.control.rundir import RunDir
-from blkloom.errors import ResourceError
+from blkloom.errors import ResourceError, WorkerGone, WorkerStuck
+from blkloom.supervisor import states
 from blkloom.supervisor.forking import Forker
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.link import Link, Opener
@@ -34,6 +35,8 @@ DEATHS_WITHIN: Final = 60.0
 """Seconds in which so many deaths are too many."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 0.5
 FREEZE_SECONDS: Final = 30.0
+DESCRIBE_SECONDS: Final = 10.0
+"""For a worker to answer a supervisor that came back, which starts no sooner."""
 
 
 class _Ears:
@@ -47,13 +50,15 @@ class _Ears:
         self._workers.store.take(labels, fds)
 
     def drop(self, labels: Sequence[m.Label]) -> None:
-        """Out of the store."""
-        self._workers.store.drop(labels)
+        """Out of the store, unless a worker that takes this one's place would need them: this one may
+        die before it answers the call that made it drop them.
+        """
+        self._workers.store.drop([label for label in labels if not self._workers.needed(label)])
 
     def happened(self, news: m.Happened) -> None:
         """To the entry."""
         entry = self._workers.registry.get(news.minor)
-        if entry is not None and entry.group is self._group:
+        if entry is not None and (entry.group is self._group or entry.minor in self._group.arriving):
             entry.connections = news.connections
             entry.event = max(entry.event, news.event)
             self._workers.changed(entry)
@@ -80,6 +85,8 @@ class Workers:
         self.groups: dict[str, Group] = {}
         self.resting = False
         """The supervisor ends and its workers stay."""
+        self.ending = False
+        """Everything is on its way out: no worker that dies is replaced."""
         self.hello = m.Hello(pid=os.getpid())
         self._run_dir = run_dir
         self._deaths = deaths
@@ -107,10 +114,14 @@ class Workers:
     async def hold(self, group: Group, states: Sequence[m.DeviceState], *, opener: Opener | None = None) -> None:
         """Gives the worker these devices with all that is stored of them. Raises what it raises."""
         labels, fds = self.store.of([state.minor for state in states])
-        for at in range(0, max(1, len(labels)), m.MOST_DESCRIPTORS):
-            end = at + m.MOST_DESCRIPTORS
-            call = m.Hold(devices=list(states), labels=labels[at:end], more=end < len(labels))
-            await group.call(call, *fds[at:end], opener=opener)
+        group.arriving = {state.minor for state in states}
+        try:
+            for at in range(0, max(1, len(labels)), m.MOST_DESCRIPTORS):
+                end = at + m.MOST_DESCRIPTORS
+                call = m.Hold(devices=list(states), labels=labels[at:end], more=end < len(labels))
+                await group.call(call, *fds[at:end], opener=opener)
+        finally:
+            group.arriving = set()
         for state in states:
             self.store.drop(self.store.passing(state.minor))
 
@@ -132,6 +143,21 @@ class Workers:
                     yield
                     return
 
+    @asynccontextmanager
+    async def all_locked(self) -> AsyncIterator[None]:
+        """Holds the locks of all groups that have devices."""
+        while True:
+            entries = list(self.registry)
+            async with self.locked(*entries):
+                if {entry.group.id for entry in self.registry} <= {entry.group.id for entry in entries}:
+                    yield
+                    return
+
+    def needed(self, label: m.Label) -> bool:
+        """Whether the registry has the load that the descriptor belongs to in one of the device's slots."""
+        entry = self.registry.get(label.device)
+        return entry is not None and label.load in entry.loads
+
     # death
 
     def _exited(self, worker: str, pid: int, status: int) -> None:
@@ -148,7 +174,7 @@ class Workers:
 
     async def _replace(self, group: Group) -> None:
         async with group.lock:
-            if group.leaving or group.pid or group.id not in self.groups:
+            if group.leaving or group.pid or self.ending or group.id not in self.groups:
                 return
             try:
                 await self.restart(group, self._reason(group))
@@ -170,9 +196,13 @@ class Workers:
         """
         loop = asyncio.get_running_loop()
         while True:
+            if group.pidfd >= 0:  # it lives and does not answer
+                await group.leave(flush=False)
             if group.link:
                 await group.link.close()
                 group.link = None
+            for minor in group.minors:  # clients of a hand-over that did not come about
+                self.store.drop(self.store.passing(minor))
             now = loop.time()
             if died:
                 group.deaths.append(now)
@@ -184,7 +214,7 @@ class Workers:
             if len(group.deaths) > 1:
                 await asyncio.sleep(min(_FIRST_PAUSE * 2 ** min(len(group.deaths) - 2, 16), _LONGEST_PAUSE))
             entries = self.registry.lower_first(group.minors)
-            if not entries:
+            if not entries or self.ending:
                 return
             for entry in entries:
                 entry.event += 1
@@ -194,7 +224,7 @@ class Workers:
                 await self.hold(group, [entry.state() for entry in entries], opener=opener)
             except (OSError, ValueError) as error:
                 reason = f"its worker could not take it up again: {error}"
-                died = not group.pid or group.ended.is_set()
+                died = isinstance(error, WorkerGone) or not group.pid
                 await group.leave(flush=False)
                 if died:
                     continue
@@ -203,6 +233,7 @@ class Workers:
             _log.warning("%s: %s; started again", ", ".join(entry.name for entry in entries), reason)
             for entry in entries:
                 entry.failed = ""
+                states.save(self._run_dir, entry)
                 self.changed(entry)
             return
 
@@ -222,6 +253,7 @@ class Workers:
                 self.store.drop([m.Label(device=minor, load=0, role="listen", key=export.id)])
                 if export.unix:
                     self._unlink(export.unix)
+            states.save(self._run_dir, entry)
             self.changed(entry)
 
     def _unlink(self, path: str) -> None:
@@ -243,25 +275,37 @@ class Workers:
         return target
 
     async def _move(self, group: Group, target: Group) -> None:
-        states = await self._freeze(group)
+        frozen = await self._freeze(group)
         try:
-            await self.hold(target, states)
-        except BaseException:
+            await self.hold(target, frozen)
+        except BaseException as error:
+            if isinstance(error, WorkerStuck):  # it may take them up yet, and nobody may be served by two
+                target.kill()
+                await target.wait_for_end()
             await group.call(m.Thaw())
             raise
-        for minor in group.minors:
-            if entry := self.registry.get(minor):
-                entry.group = target
-                self.changed(entry)
-        target.minors |= group.minors
-        group.minors = set()
+        self._belong(group, target)
         await self.end(group, flush=False)
 
+    def _belong(self, former: Group, group: Group) -> None:
+        """What `former` had is the group's from now on."""
+        minors, former.minors = former.minors, set()
+        group.minors |= minors
+        for minor in minors:
+            if entry := self.registry.get(minor):
+                entry.group = group
+                states.save(self._run_dir, entry)
+                self.changed(entry)
+
     async def _freeze(self, group: Group) -> list[m.DeviceState]:
-        result = await group.call(m.Freeze(timeout=FREEZE_SECONDS), wait=3 * FREEZE_SECONDS)
-        states = msgspec.convert(result["devices"], list[m.DeviceState])
-        order = [entry.minor for entry in self.registry.lower_first(group.minors)]
-        return sorted(states, key=lambda state: order.index(state.minor))
+        try:
+            result = await group.call(m.Freeze(timeout=FREEZE_SECONDS), wait=3 * FREEZE_SECONDS)
+        except WorkerStuck:
+            group.kill()  # it may freeze yet, and nobody would thaw it
+            raise
+        frozen = msgspec.convert(result["devices"], list[m.DeviceState])
+        order = {entry.minor: at for at, entry in enumerate(self.registry.lower_first(group.minors))}
+        return sorted(frozen, key=lambda state: order[state.minor])
 
     async def replace(self, group: Group) -> None:
         """A new worker takes everything over from the group's; clients notice nothing. Raises what went
@@ -271,20 +315,19 @@ class Workers:
         async with new.lock:
             await self.start(new)
             try:
-                states = await self._freeze(group)
+                frozen = await self._freeze(group)
                 try:
-                    await self.hold(new, states)
-                except BaseException:
+                    await self.hold(new, frozen)
+                except BaseException as error:
+                    if isinstance(error, WorkerStuck):  # as in `_move`
+                        new.kill()
+                        await new.wait_for_end()
                     await group.call(m.Thaw())
                     raise
             except BaseException:
                 await self.end(new, flush=False)
                 raise
-            new.minors, group.minors = group.minors, set()
-            for minor in new.minors:
-                if entry := self.registry.get(minor):
-                    entry.group = new
-                    self.changed(entry)
+            self._belong(group, new)
         await self.end(group, flush=False)
 
     # coming back
@@ -299,8 +342,13 @@ class Workers:
             del self.groups[identifier]
             raise ResourceError(f"worker {identifier} has ended: {error.strerror}", errno=error.errno) from error
         await self._attach(group, pid, pidfd, connected)
-        described = await group.call(m.Describe())
-        return group, described
+        async with asyncio.timeout(DESCRIBE_SECONDS):
+            return group, dict(await group.call(m.Describe()))
+
+    def look_after(self, group: Group) -> None:
+        """Of a group that was given its devices just now: its worker may have ended before."""
+        if not group.pid and group.minors:
+            self._died(group)
 
     async def rest(self) -> None:
         """Lets go of everything: workers serve on until another supervisor comes."""
@@ -311,10 +359,11 @@ class Workers:
         await self._forker.close()
 
     async def close(self) -> None:
-        """Ends the zygote; all groups have ended."""
+        """Ends the zygote, and workers that are left: all devices have gone."""
         self.resting = True
         for group in list(self.groups.values()):
             if group.restarting:
                 group.restarting.cancel()
                 await asyncio.gather(group.restarting, return_exceptions=True)
+            await self.end(group)
         await self._forker.close()

@@ -10,11 +10,12 @@ import base64
 import os
 import socket
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final
 
 from blkloom import _engine
 from blkloom.control.messages import ConnectionState, ExportState
-from blkloom.dm.names import mangle
+from blkloom.control.rundir import RunDir
 from blkloom.export.nbd.server import NbdServer
 from blkloom.export.nbd.session import Agreed, Moving, NbdExport
 
@@ -72,12 +73,12 @@ class ServedExport:
         """The device is called `name` now; so is the export that all devices have, and its socket."""
         if not self._state.automatic:
             return
-        folder = os.path.dirname(self._state.unix)
+        run_dir = RunDir(Path(self._state.unix).parents[1])
         former = self._export.name
         self._state = ExportState(
             id=self._state.id,
             name=name,
-            unix=os.path.join(folder, mangle(name)),
+            unix=str(run_dir.device(name)),
             read_only=self._state.read_only,
             automatic=True,
         )

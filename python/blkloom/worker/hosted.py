@@ -16,6 +16,7 @@ from blkloom import _engine
 from blkloom.control.messages import ConnectionState, DeviceInfo, DeviceState, ExportState, Label, Loaded
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
+from blkloom.stats import without_tails
 from blkloom.table import Table, parse
 from blkloom.target.holding import HeldFiles
 from blkloom.target.leg import rename_legs
@@ -124,8 +125,8 @@ class HostedDevice:
     def stats(self) -> dict[str, Any]:
         """Counters of the device and of each export."""
         return {
-            "device": self.device.stats(),
-            "exports": {id: export.stats() for id, export in self.exports.items()},
+            "device": without_tails(self.device.stats()),
+            "exports": {id: without_tails(export.stats()) for id, export in self.exports.items()},
         }
 
     # tables

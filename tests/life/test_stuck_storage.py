@@ -1,0 +1,72 @@
+"""A backing file that does not answer makes errors that name it; no command hangs, nobody else waits.
+
+The file is a FUSE file system's (nbdfuse) on a server that delays reads for longer than anybody waits.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conformance.nbd_client import READ, NbdClient, Style
+
+from blkloom.errors import DrainError
+
+from .conftest import Life
+
+SECTORS = 2048
+
+
+@pytest.fixture
+def stuck(program: Callable[[str, str], str], tmp_path: Path) -> Iterator[Path]:
+    """A file whose reads take ten minutes."""
+    nbdkit, nbdfuse = program("nbdkit", "nbdkit"), program("nbdfuse", "libnbd-bin")
+    fusermount = program("fusermount3", "fuse3")
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("/dev/fuse is missing")
+    mountpoint, pid = tmp_path / "mnt", tmp_path / "pid"
+    mountpoint.mkdir()
+    with ExitStack() as stack:
+        server = subprocess.Popen(
+            [nbdkit, "-f", "-U", str(tmp_path / "slow"), "--filter=delay", "memory", "1M", "rdelay=600"]
+        )
+        stack.callback(server.wait, 60)
+        stack.callback(server.kill)
+        fuse = subprocess.Popen([nbdfuse, "-P", str(pid), str(mountpoint / "disk"), "--unix", str(tmp_path / "slow")])
+        stack.callback(fuse.wait, 60)
+        stack.callback(subprocess.run, [fusermount, "-uz", str(mountpoint)], check=False)
+        stack.callback(server.kill)
+        turn = threading.Event()
+        while not (pid.exists() and (mountpoint / "disk").exists()):  # both start when they like
+            assert server.poll() is None
+            assert fuse.poll() is None
+            turn.wait(0.02)
+        yield mountpoint / "disk"
+
+
+def test_a_suspend_names_the_file_that_does_not_answer(life: Life, stuck: Path) -> None:
+    with life.client() as client, ExitStack() as stack:
+        client.create("slow", table=f"0 {SECTORS} loop {stuck}")
+        client.create("other", table=f"0 {SECTORS} zero")
+        connected = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connected.connect(str(life.socket("slow")))
+        reader = NbdClient(connected, "", Style.STRUCTURED)
+        stack.callback(reader.close)
+        reader.send(READ, 0, 4096)
+        with life.client() as watching:
+            while watching.stats("slow")["slow"]["device"]["in_flight"] == 0:
+                pass
+        with pytest.raises(DrainError, match=str(stuck)):
+            client.suspend("slow", timeout=0.5)
+        (info,) = client.info("slow")
+        assert info.state == "ACTIVE", "a suspend that failed leaves the device live"
+        client.suspend("other")
+        client.resume("other")
+        client.remove("other")
+        os.kill(info.worker, 9)  # what a stuck file holds goes with its process
