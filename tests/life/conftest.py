@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.nbd_client import READ, NbdClient
 
 from blkloom.control.client import Client
 from blkloom.control.messages import DeviceInfo
+from conformance.nbd_client import READ, NbdClient
 
 STOP_TIMEOUT = 60.0
 
@@ -88,12 +88,12 @@ def start_supervisor(run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def a_life() -> Iterator[Life]:
+def a_life(*options: str) -> Iterator[Life]:
     """A supervisor with nothing in it yet. Afterwards: stopped cleanly, nothing left."""
     with tempfile.TemporaryDirectory(prefix="blk") as folder:
         run_dir = Path(folder) / "run"
         run_dir.mkdir(mode=0o700)
-        life = Life(run_dir, start_supervisor(run_dir))
+        life = Life(run_dir, start_supervisor(run_dir, *options))
         try:
             yield life
             if life.process.poll() is None:

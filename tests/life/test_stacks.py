@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-# devices on devices
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from blkloom.errors import DeviceBusy, TableError
+from conformance.nbd_client import READ, NbdClient
+
+from .conftest import Life, info, is_answered, read, until
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("stack")]
+
+
+@pytest.fixture
+def life(shared: Life) -> Life:
+    """The module's."""
+    return shared
 
 
 @pytest.fixture
@@ -13,7 +32,6 @@ def stack(client: Client, file: Path) -> None:
     client.create("top", table=f"0 16 linear {client.run_dir.device('middle')} 0")
 
 
-@pytest.mark.usefixtures("stack")
 def test_devices_that_stand_on_each_other_share_a_worker_and_know_it(
     client: Client, connect: Callable[[str], NbdClient]
 ) -> None:
@@ -25,7 +43,6 @@ def test_devices_that_stand_on_each_other_share_a_worker_and_know_it(
     assert read(connect("top")) == b"f" * 512
 
 
-@pytest.mark.usefixtures("stack")
 def test_suspending_a_lower_device_suspends_those_above_and_resuming_it_wakes_them(
     client: Client, connect: Callable[[str], NbdClient]
 ) -> None:
@@ -39,7 +56,6 @@ def test_suspending_a_lower_device_suspends_those_above_and_resuming_it_wakes_th
     assert nbd.receive()[1].data == b"f" * 512
 
 
-@pytest.mark.usefixtures("stack")
 def test_one_that_was_suspended_by_itself_stays_so(client: Client) -> None:
     client.suspend("top")
     client.suspend("bottom")
@@ -47,7 +63,6 @@ def test_one_that_was_suspended_by_itself_stays_so(client: Client) -> None:
     assert [found.state for found in client.info()] == ["ACTIVE", "ACTIVE", "SUSPENDED"]
 
 
-@pytest.mark.usefixtures("stack")
 def test_a_table_waiting_above_is_not_swapped_in_when_a_lower_device_is_resumed(client: Client) -> None:
     client.load("top", "0 16 zero")
     client.suspend("bottom")
@@ -56,7 +71,6 @@ def test_a_table_waiting_above_is_not_swapped_in_when_a_lower_device_is_resumed(
     assert info(client, "top").types == ["linear"]
 
 
-@pytest.mark.usefixtures("stack")
 @pytest.mark.parametrize("lower", ["blkloom:top", "blkloom:middle", "blkloom:bottom"])
 def test_nothing_comes_to_stand_on_itself(client: Client, lower: str) -> None:
     with pytest.raises(TableError, match="device 'bottom' would stand on itself"):
@@ -64,7 +78,6 @@ def test_nothing_comes_to_stand_on_itself(client: Client, lower: str) -> None:
     assert not info(client, "bottom").inactive
 
 
-@pytest.mark.usefixtures("stack")
 def test_a_device_others_stand_on_is_not_removed(client: Client) -> None:
     for force in (False, True):
         with pytest.raises(DeviceBusy, match="Device middle is in use: device 'top' stands on it"):
@@ -72,13 +85,11 @@ def test_a_device_others_stand_on_is_not_removed(client: Client) -> None:
     assert len(client.info()) == 3
 
 
-@pytest.mark.usefixtures("stack")
 def test_all_are_removed_from_the_top(client: Client) -> None:
     assert client.remove_all() == []
     assert client.info() == []
 
 
-@pytest.mark.usefixtures("stack")
 def test_deferred_removals_go_down_the_stack(client: Client) -> None:
     client.remove("bottom", deferred=True)
     client.remove("middle", deferred=True)
@@ -88,7 +99,6 @@ def test_deferred_removals_go_down_the_stack(client: Client) -> None:
         pass
 
 
-@pytest.mark.usefixtures("stack")
 def test_a_deferred_removal_is_due_when_the_table_above_is_another(client: Client) -> None:
     client.remove("middle", deferred=True)
     client.load("top", "0 16 zero")
@@ -98,7 +108,6 @@ def test_a_deferred_removal_is_due_when_the_table_above_is_another(client: Clien
     assert info(client, "bottom").holders == []
 
 
-@pytest.mark.usefixtures("stack")
 def test_a_renamed_device_keeps_those_that_stand_on_it(
     life: Life, client: Client, connect: Callable[[str], NbdClient]
 ) -> None:
@@ -112,5 +121,3 @@ def test_a_renamed_device_keeps_those_that_stand_on_it(
     os.kill(info(client, "top").worker, signal.SIGKILL)
     until(client, "top", lambda found: found.restarts == 1 and found.worker > 0)
     assert read(connect("top")) == b"f" * 512
-
-

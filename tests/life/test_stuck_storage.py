@@ -6,17 +6,18 @@ The file is a FUSE file system's (nbdfuse) on a server that delays reads for lon
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conformance.nbd_client import READ, NbdClient, Style
 
 from blkloom.errors import DrainError
+from conformance.nbd_client import READ, NbdClient, Style
 
 from .conftest import Life
 
@@ -30,23 +31,19 @@ def stuck(program: Callable[[str, str], str], tmp_path: Path) -> Iterator[Path]:
     fusermount = program("fusermount3", "fuse3")
     if not os.path.exists("/dev/fuse"):
         pytest.skip("/dev/fuse is missing")
-    mountpoint, pid = tmp_path / "mnt", tmp_path / "pid"
+    mountpoint, mounted = tmp_path / "mnt", tmp_path / "mounted"
     mountpoint.mkdir()
+    os.mkfifo(mounted)  # nbdfuse writes its process id there once it is mounted
+    slow = [nbdkit, "--filter=delay", "memory", "1M", "rdelay=600"]
+    command = [nbdfuse, "-P", str(mounted), str(mountpoint / "disk"), "--socket-activation", *slow]
     with ExitStack() as stack:
-        server = subprocess.Popen(
-            [nbdkit, "-f", "-U", str(tmp_path / "slow"), "--filter=delay", "memory", "1M", "rdelay=600"]
-        )
-        stack.callback(server.wait, 60)
-        stack.callback(server.kill)
-        fuse = subprocess.Popen([nbdfuse, "-P", str(pid), str(mountpoint / "disk"), "--unix", str(tmp_path / "slow")])
+        fifo = os.open(mounted, os.O_RDONLY | os.O_NONBLOCK)
+        stack.callback(os.close, fifo)
+        fuse = subprocess.Popen(command, start_new_session=True)
         stack.callback(fuse.wait, 60)
-        stack.callback(subprocess.run, [fusermount, "-uz", str(mountpoint)], check=False)
-        stack.callback(server.kill)
-        turn = threading.Event()
-        while not (pid.exists() and (mountpoint / "disk").exists()):  # both start when they like
-            assert server.poll() is None
-            assert fuse.poll() is None
-            turn.wait(0.02)
+        stack.callback(os.killpg, fuse.pid, signal.SIGKILL)
+        assert select.select([fifo], [], [], 60)[0], "nbdfuse did not come up"
+        stack.callback(subprocess.run, [fusermount, "-uz", str(mountpoint)], check=True)
         yield mountpoint / "disk"
 
 
@@ -69,4 +66,6 @@ def test_a_suspend_names_the_file_that_does_not_answer(life: Life, stuck: Path) 
         client.suspend("other")
         client.resume("other")
         client.remove("other")
-        os.kill(info.worker, 9)  # what a stuck file holds goes with its process
+        reader.close()
+        client.remove("slow", force=True)
+        assert client.info() == []

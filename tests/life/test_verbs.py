@@ -7,35 +7,28 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.nbd_client import FLUSH, READ, READ_ONLY, WRITE, NbdClient
 
-from blkloom.control import messages as m
 from blkloom.control.client import Client
 from blkloom.errors import (
     BackingError,
     BusyError,
     DeviceBusy,
     DeviceExists,
-    DeviceFailed,
-    ListenError,
     NoSuchDevice,
-    ResourceError,
     TableError,
     UnknownTarget,
     UsageError,
 )
+from conformance.nbd_client import FLUSH, READ, READ_ONLY, WRITE, NbdClient
 
-from .conftest import Life
+from .conftest import Life, info, is_answered, read, until
 
 DATA = bytes(range(256)) * 2
 pytestmark = pytest.mark.timeout(120)
@@ -467,5 +460,3 @@ def test_waiting_ends_when_the_worker_dies(client: Client, beside: Callable[...,
     waiting = beside("wait", "disk", made.event)
     os.kill(made.worker, signal.SIGKILL)
     assert waiting.result(60) > made.event
-
-

@@ -37,11 +37,6 @@ impl Ring {
         Ok(Ring { ring, in_flight: Slab::new(), unsubmitted: 0, limit })
     }
 
-    /// Whether this process may have an io_uring at all.
-    pub fn probe() -> std::io::Result<()> {
-        IoUring::new(2).map(drop)
-    }
-
     /// Readable when completions have arrived.
     pub fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring's descriptor is open as long as the ring is, which the borrow outlives not.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import socket
+import struct
 import threading
 from contextlib import suppress
 from types import TracebackType
@@ -25,6 +27,7 @@ from blkloom.control.starting import connect
 from blkloom.errors import ResourceError
 from blkloom.target.descriptors import open_file
 
+_CREDENTIALS: Final = struct.Struct("iII")
 OPEN_SECONDS: Final = 10.0
 """How long a file may take to open before its table is refused."""
 
@@ -42,7 +45,11 @@ class Client:
         self.run_dir = RunDir.default(os.environ) if run_dir is None else RunDir.at(run_dir)
         self._timeout = timeout
         self._numbers = itertools.count(1)
-        self._channel = Channel(connect(self.run_dir, start=start), m.ToClient)
+        connected = connect(self.run_dir, start=start)
+        _, self._peer, _ = _CREDENTIALS.unpack(
+            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        self._channel = Channel(connected, m.ToClient)
         try:
             with suppress(ChannelClosed):  # one that refuses us may have hung up, but says why
                 self._channel.send(m.Hello(pid=os.getpid()))
@@ -184,6 +191,9 @@ class Client:
     def stop(self) -> None:
         """Every device drained, flushed and removed; the supervisor ends."""
         self.call(m.Stop())
+        with suppress(ChannelClosed):  # which is when the process ends, and another may be started
+            while True:
+                self._channel.receive()
 
     # The conversation
 
@@ -209,8 +219,11 @@ class Client:
                     raise ChannelClosed(f"the supervisor answers what was not asked: {message!r:.200}")
 
     def _open(self, asked: m.OpenFile) -> None:
+        if self._peer not in (0, os.geteuid()):  # nobody else's supervisor opens files with our rights
+            self._channel.send(m.OpenRefused(id=asked.id, errno=errno.EPERM))
+            return
         try:
-            descriptor = _open_within(asked, OPEN_SECONDS)
+            descriptor = open_within(asked, OPEN_SECONDS)
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else errno.EINVAL
             self._channel.send(m.OpenRefused(id=asked.id, errno=number or errno.EIO))
@@ -233,7 +246,7 @@ class Client:
         self.close()
 
 
-def _open_within(asked: m.OpenFile, seconds: float) -> int:
+def open_within(asked: m.OpenFile, seconds: float) -> int:
     """Opens on a thread of its own, because some file systems never answer. Raises OSError (ETIMEDOUT)."""
     outcome: list[int | BaseException] = []
     decided = threading.Lock()

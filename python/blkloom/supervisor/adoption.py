@@ -12,23 +12,23 @@ import logging
 import os
 import socket
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from blkloom.control import messages as m
+from blkloom.control.client import OPEN_SECONDS, open_within
 from blkloom.control.rundir import RunDir
-from blkloom.errors import BlkloomError
+from blkloom.errors import BlkloomError, WorkerGone
 from blkloom.supervisor import exporting, states
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.registry import Entry, Registry
-from blkloom.supervisor.states import Written
+from blkloom.supervisor.states import Written, save
 from blkloom.supervisor.store import Store
 from blkloom.supervisor.tables import Tables
-from blkloom.supervisor.states import save
 from blkloom.supervisor.workers import Workers
-from blkloom.target.descriptors import open_file
 
 _log = logging.getLogger(__name__)
 _CREDENTIALS: Final = struct.Struct("iII")
@@ -36,13 +36,26 @@ _CREDENTIALS: Final = struct.Struct("iII")
 
 async def open_here(wish: m.OpenFile) -> int:
     """With the supervisor's own rights, where nobody else is left to ask. Raises OSError."""
+    if not os.path.isabs(wish.path):
+        raise FileNotFoundError(2, "relative to a directory nobody knows any more", wish.path)
+    return await asyncio.to_thread(open_within, wish, OPEN_SECONDS)
 
-    def attempt() -> int:
-        if not os.path.isabs(wish.path):
-            raise FileNotFoundError(2, "relative to a directory nobody knows any more", wish.path)
-        return open_file(wish.path, writable=wish.writable, direct=wish.direct, exclusive=wish.exclusive)
 
-    return await asyncio.to_thread(attempt)
+@dataclass(frozen=True)
+class _Found:
+    """What a worker says it has."""
+
+    group: Group
+    states: list[m.DeviceState]
+    infos: dict[int, m.DeviceInfo]
+
+    @property
+    def frozen(self) -> bool:
+        """It was handing its devices over: another worker may have them."""
+        return any(
+            state.connections or (self.infos[state.minor].state == "SUSPENDED" and not state.suspended)
+            for state in self.states
+        )
 
 
 class Adoption:
@@ -59,42 +72,84 @@ class Adoption:
     async def run(self) -> None:
         """Everything that can be found is in the registry when this returns."""
         sockets = sorted(self._run_dir.workers.glob("*.sock"))
-        await asyncio.gather(*(self._adopt(path) for path in sockets))
+        reached = [found for found in await asyncio.gather(*map(self._reach, sockets)) if found is not None]
+        taken: set[int] = set()
+        for found in sorted(reached, key=lambda found: found.frozen):
+            minors = set(found.infos)
+            if not minors or minors & taken:  # a hand-over had come to its end, but for its last word
+                await self._workers.end(found.group, flush=False)
+                continue
+            taken |= minors
+            await self._adopt(found)
         await self._restart_the_rest()
         for entry in self._registry:
             self._understand(entry)
         for entry in self._registry:
             save(self._run_dir, entry)
+            self._workers.changed(entry)  # a deferred removal may have become due
 
-    async def _adopt(self, path: Path) -> None:
+    async def _adopt(self, found: _Found) -> None:
+        group = found.group
+        unfinished = []
+        for state in found.states:
+            if state.minor not in self._written and state.active is None:
+                unfinished.append(state)  # its `create` was never answered, and nobody has used it
+                continue
+            entry, info = self._enter(state, group), found.infos[state.minor]
+            entry.connections, entry.size, entry.targets = info.connections, info.size, info.targets
+            entry.types, entry.deps = info.types, info.deps
+        try:
+            for state in unfinished:
+                await group.call(m.Release(minor=state.minor, fail=True))
+            await group.call(m.Thaw())  # it may have been on its way elsewhere
+        except (OSError, ValueError) as error:
+            _log.error("worker %s: %s", group.id, error)
+        for state in unfinished:
+            self._store.forget(state.minor)
+            for export in state.exports:
+                if export.unix:
+                    Path(export.unix).unlink(missing_ok=True)
+        if not group.minors:
+            await self._workers.end(group)
+        self._workers.look_after(group)
+
+    async def _reach(self, path: Path) -> _Found | None:
         connected = socket.socket(socket.AF_UNIX)
         try:
             connected.connect(str(path))
         except OSError:
             connected.close()
             path.unlink(missing_ok=True)
-            return
+            return None
         pid, uid, _ = _CREDENTIALS.unpack(
             connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
         if uid not in (0, os.geteuid()):
             _log.error("%s belongs to user %d and is left alone", path, uid)
             connected.close()
-            return
+            return None
         try:
             group, described = await self._workers.adopt(path.stem, connected, pid)
+            found = msgspec.convert(described["devices"], list[m.DeviceState])
+            infos = {info.minor: info for info in msgspec.convert(described["infos"], list[m.DeviceInfo])}
         except (OSError, ValueError) as error:
             _log.error("worker %s cannot be adopted: %s", path.stem, error)
-            return
-        found = msgspec.convert(described["devices"], list[m.DeviceState])
-        infos = {info.minor: info for info in msgspec.convert(described["infos"], list[m.DeviceInfo])}
-        for state in found:
-            entry = self._enter(state, group)
-            info = infos[state.minor]
-            entry.connections, entry.size, entry.targets = info.connections, info.size, info.targets
-            entry.types, entry.deps = info.types, info.deps
-        if not found:
-            await self._workers.end(group)
+            if (silent := self._workers.groups.get(path.stem)) is None:
+                return None
+            if isinstance(error, WorkerGone) or not self._keep_silent(silent, pid):
+                silent.kill()
+                await self._workers.end(silent, flush=False)
+            return None
+        return _Found(group, found, infos)
+
+    def _keep_silent(self, group: Group, pid: int) -> bool:
+        """A worker that does not answer: its devices fail, and whoever resumes or removes them ends it.
+        False if it has none.
+        """
+        for written in [written for written in self._written.values() if written.group == group.id]:
+            self._enter(written.state, group)
+        self._workers.fail(group, f"its worker, process {pid}, does not answer")
+        return bool(group.minors)
 
     def _enter(self, state: m.DeviceState, group: Group) -> Entry:
         written = self._written.pop(state.minor, None)
@@ -140,15 +195,25 @@ class Adoption:
         for entry in entries:
             self._understand(entry)
         async with group.lock:
-            if lost := [written.state.name for written in members if written.memory and not written.failed]:
+            lost = [written.state.name for written in members if written.memory and not self._has_memory(written)]
+            if failed := next((entry.failed for entry in entries if entry.failed), ""):
+                self._workers.fail(group, failed)
+            elif lost:
                 self._workers.fail(group, f"the memory of {', '.join(lost)} went with worker and supervisor")
-            elif not any(entry.failed for entry in entries):
+            else:
                 await self._revive(group, entries)
+
+    def _has_memory(self, written: Written) -> bool:
+        """Whether the program before an upgrade left it."""
+        labels, _ = self._store.of([written.state.minor])
+        return any(label.role == "memory" and label.load for label in labels)
 
     async def _revive(self, group: Group, entries: list[Entry]) -> None:
         try:
             for entry in entries:
                 for export in entry.exports:
+                    if self._store.find(exporting.label(entry, export)) is not None:
+                        continue
                     await exporting.listen(self._store, entry, export)
             await self._workers.restart(group, "it ended while there was no supervisor", opener=open_here)
         except (BlkloomError, OSError) as error:
@@ -158,11 +223,11 @@ class Adoption:
         """What its tables stand on, and how much memory they take."""
         try:
             if entry.active is not None:
-                found = self._tables.look(entry.active.table, "table")
+                found = self._tables.look(entry.active.table, "table", loaded=True)
                 entry.memory_active = found.memory
                 self._registry.set_below(entry, active=found.below)
             if entry.inactive is not None:
-                found = self._tables.look(entry.inactive.table, "inactive table")
+                found = self._tables.look(entry.inactive.table, "inactive table", loaded=True)
                 entry.memory_inactive = found.memory
                 self._registry.set_below(entry, inactive=found.below)
         except (OSError, ValueError) as error:

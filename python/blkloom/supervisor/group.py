@@ -46,6 +46,9 @@ class Group:
     """The worker process has ended."""
     status: int | None = None
     """How, if the zygote said so."""
+    status_told: asyncio.Event = field(default_factory=asyncio.Event)
+    forked: bool = False
+    """The zygote there is forked its worker, and will say how it ended."""
     restarting: asyncio.Task[None] | None = None
     arriving: set[int] = field(default_factory=set)
     """Devices that another group hands over to it: what its worker says of them counts already."""
@@ -60,6 +63,7 @@ class Group:
         """Has `died` called when the process ends. pidfd_open(2)."""
         self.ended.clear()
         self.status = None
+        self.status_told.clear()
         loop = asyncio.get_running_loop()
         descriptor = self.pidfd
 

@@ -9,6 +9,7 @@ replaces the program in place (execve(2), same process) and then every worker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -46,6 +47,7 @@ from blkloom.units import Bytes, format_size, parse_size
 
 _log = logging.getLogger(__name__)
 _CREDENTIALS: Final = struct.Struct("iII")
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
@@ -68,6 +70,10 @@ class Inherited:
     control: int
     client: int
     request: int
+    stored: int
+    """A memfd with the labels and numbers of the store's descriptors."""
+    ours: int
+    """Whether the control socket's file is the supervisor's to remove."""
 
 
 class Supervisor:
@@ -90,16 +96,24 @@ class Supervisor:
         self._verbs = Verbs(run_dir, self._registry, self._store, self._workers, tables, self._news)
         self._sessions: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None]
+        self._ended: asyncio.Future[list[str]]
+        self._upgrading = False
+        self._ours = True
         self._lock = -1
         self._control: socket.socket
 
-    async def live(self, lock: int, control: socket.socket, inherited: Inherited | None, ready: Ready) -> int:
+    async def live(
+        self, lock: int, control: socket.socket, ours: bool, inherited: Inherited | None, ready: Ready
+    ) -> int:
         """Until it is told to end. Returns the exit status."""
         loop = asyncio.get_running_loop()
-        self._ending = loop.create_future()
-        self._lock, self._control = lock, control
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._ending, self._ended = loop.create_future(), loop.create_future()
+        self._lock, self._control, self._ours = lock, control, ours
+        for number in _ENDING:
             loop.add_signal_handler(number, self._end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # the program before this one may have got some
+        if inherited is not None:
+            self._store.read(inherited.stored)
         await Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables).run()
         accepting = asyncio.create_task(self._accept(control), name="accept")
         if inherited is not None:
@@ -110,6 +124,7 @@ class Supervisor:
         errors = await self._verbs.stop()
         for error in errors:
             _log.error("%s", error)
+        self._ended.set_result(errors)
         accepting.cancel()
         current = [task for task in self._sessions if not task.done()]
         await self._workers.close()
@@ -158,6 +173,8 @@ class Supervisor:
 
     async def _answer(self, call: m.ClientCall, caller: Caller, session: Session, request: int) -> Any:
         verbs = self._verbs
+        if self._upgrading:
+            raise ResourceError("the supervisor is being replaced", cure="try again", errno=errno.EAGAIN)
         match call:
             case m.Create():
                 return await verbs.create(call, caller)
@@ -198,8 +215,7 @@ class Supervisor:
             case m.Upgrade():
                 return await self._upgrade(session, request)
             case m.Stop():
-                self._end()
-                return None
+                return await self._stop(session)
 
     def _version(self) -> dict[str, Any]:
         return {
@@ -216,18 +232,40 @@ class Supervisor:
             },
         }
 
+    async def _stop(self, session: Session) -> None:
+        """Answers when all is done. The client's connection ends with the process, not before."""
+        self._end()
+        with contextlib.suppress(OSError):  # it has left already
+            os.dup(session.fileno())
+        if errors := await asyncio.shield(self._ended):
+            what = f"not everything was written: {'; '.join(errors)}"
+            raise ResourceError(what, cure="see the supervisor's log", errno=errno.EIO)
+
     # upgrade
 
     async def _upgrade(self, session: Session, request: int) -> None:
         """Does not return: the program is replaced, and its successor answers."""
-        async with self._workers.locked(*self._registry):
+        async with self._workers.all_locked():
+            if self._ending.done():
+                raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
+            client = os.dup(session.fileno())  # it may leave while the workers are let go
+            self._upgrading = True
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             await self._workers.rest()
-            kept = [self._lock, self._control.fileno(), session.fileno()]
-            for descriptor in kept:
+            kept = [self._lock, self._control.fileno(), client]
+            stored = self._store.write()
+            for descriptor in [*kept, stored]:
                 os.set_inheritable(descriptor, True)
-            arguments = [*self._again, "--inherited", ",".join(map(str, [*kept, request]))]
+            numbers = [*kept, request, stored, int(self._ours)]
+            arguments = [*self._again, "--inherited", ",".join(map(str, numbers))]
             _log.warning("upgrading from version %s", self._hello.version)
-            os.execv(sys.executable, arguments)
+            if self._ending.done():  # for the next program: signals stay pending
+                os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                os.execv(sys.executable, arguments)
+            except OSError as error:
+                _log.critical("%s cannot be executed: %s; workers serve on", sys.executable, error)
+                os._exit(ResourceError.exit_code)
 
     async def _finish_upgrade(self, inherited: Inherited) -> None:
         channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient)
@@ -270,7 +308,8 @@ class Ready:
         """Clients are answered from now on."""
         self._notifier.ready(status)
         if self._descriptor is not None:
-            os.write(self._descriptor, b"1")
+            with contextlib.suppress(BrokenPipeError):  # it has not waited
+                os.write(self._descriptor, b"1")
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -336,11 +375,13 @@ def run(run_dir: RunDir, limits: Limits, *, ready_fd: int | None, inherited: Inh
     else:
         lock, control = inherited.lock, socket.socket(fileno=inherited.control)
         control.setblocking(False)
-        for descriptor in (inherited.lock, inherited.control, inherited.client):
+        ours = bool(inherited.ours)
+        for descriptor in (inherited.lock, inherited.control, inherited.client, inherited.stored):
             os.set_inheritable(descriptor, False)
     notifier = ServiceNotifier(os.environ)
     try:
-        return asyncio.run(Supervisor(run_dir, limits, again).live(lock, control, inherited, Ready(notifier, ready_fd)))
+        ready = Ready(notifier, ready_fd)
+        return asyncio.run(Supervisor(run_dir, limits, again).live(lock, control, ours, inherited, ready))
     finally:
         if ours:
             run_dir.control.unlink(missing_ok=True)

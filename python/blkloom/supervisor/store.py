@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Sequence
 
+import msgspec
+
 from blkloom.control.messages import Label
 
 
@@ -61,6 +63,27 @@ class Store:
             self.put(label, fds.pop(0))
         while fds:
             os.close(fds.pop())
+
+    def write(self) -> int:
+        """For a program that is executed in place of this one: a memfd that `read` understands. The
+        descriptors are inherited from now on.
+        """
+        pairs = [pair for kept in self._kept.values() for pair in kept.items()]
+        for _, fd in pairs:
+            os.set_inheritable(fd, True)
+        memory = os.memfd_create("blkloom-store", os.MFD_CLOEXEC)
+        with open(memory, "wb", closefd=False) as file:
+            file.write(msgspec.json.encode(pairs))
+        return memory
+
+    def read(self, memory: int) -> None:
+        """Takes what `write` left; closes the memfd."""
+        with open(memory, "rb") as file:
+            file.seek(0)
+            pairs = msgspec.json.decode(file.read(), type=list[tuple[Label, int]])
+        for label, fd in pairs:
+            os.set_inheritable(fd, False)
+            self.put(label, fd)
 
     def __len__(self) -> int:
         return sum(map(len, self._kept.values()))

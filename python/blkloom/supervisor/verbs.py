@@ -14,8 +14,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
-
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
 from blkloom.errors import (
@@ -45,6 +43,8 @@ SUSPEND_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 120.0
 """For all files of a table to open: a slow one may take seconds."""
 _STOP_AT_ONCE: Final = 64
+FORCE_SECONDS: Final = 5.0
+"""For requests in flight to end before `remove --force` ends the worker that has them."""
 RETRY_SECONDS: Final = 5.0
 """How long `remove --retry` waits for users to leave. dmsetup: 25 tries, 200 ms apart."""
 
@@ -312,19 +312,16 @@ class Verbs:
             await entry.group.call(m.WorkerLoad(minor=entry.minor, loaded=loaded))
             entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
             self._stand(entry, inactive=frozenset())
-            await self._resume_one(entry, flush=False, timeout=None)
+            await self._resume_one(entry, flush=False, timeout=FORCE_SECONDS)
             self._save(entry)
         except (OSError, ValueError) as error:
             _log.error("device %r could not be given an error table: %s", entry.name, error)
-            if (
-                isinstance(error, BlkloomError)
-                and not self._registry.open_count(entry)
-                and len(entry.group.minors) == 1
-            ):
-                entry.group.leaving = True
-                entry.group.kill()  # what holds it may hold it for ever
-                return
-            raise
+            if not isinstance(error, BlkloomError) or len(entry.group.minors) > 1:
+                raise
+            # What holds it may hold it for ever; its clients go with the process.
+            entry.group.leaving = True
+            entry.group.kill()
+            entry.connections = 0
 
     async def _drop(self, entry: Entry, *, fail: bool) -> None:
         """The device ends; the caller holds its group's lock. Raises what its last flush raises; it has

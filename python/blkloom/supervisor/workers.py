@@ -13,7 +13,7 @@ import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final
 
 import msgspec
@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 DEATHS_WITHIN: Final = 60.0
 """Seconds in which so many deaths are too many."""
+_STATUS_SECONDS: Final = 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 0.5
 FREEZE_SECONDS: Final = 30.0
 DESCRIBE_SECONDS: Final = 10.0
@@ -103,6 +104,7 @@ class Workers:
     async def start(self, group: Group) -> None:
         """Forks its worker. Raises ResourceError."""
         pid, pidfd, connected = await self._forker.fork(group.id)
+        group.forked = True
         await self._attach(group, pid, pidfd, connected)
 
     async def _attach(self, group: Group, pid: int, pidfd: int, connected: socket.socket) -> None:
@@ -130,6 +132,7 @@ class Workers:
         group.leaving = True
         self.groups.pop(group.id, None)
         await group.leave(flush=flush)
+        self._unlink(str(self._run_dir.worker(group.id)))  # a worker that was killed left it
 
     @asynccontextmanager
     async def locked(self, *entries: Entry) -> AsyncIterator[None]:
@@ -163,6 +166,7 @@ class Workers:
     def _exited(self, worker: str, pid: int, status: int) -> None:
         if (group := self.groups.get(worker)) is not None and group.pid in (pid, 0):
             group.status = status
+            group.status_told.set()
 
     def _died(self, group: Group) -> None:
         for minor in group.minors:
@@ -177,12 +181,16 @@ class Workers:
             if group.leaving or group.pid or self.ending or group.id not in self.groups:
                 return
             try:
-                await self.restart(group, self._reason(group))
+                await self.restart(group, await self._reason(group))
             except Exception as error:
                 _log.exception("worker %s", group.id)
                 self.fail(group, f"worker cannot be replaced: {error}")
 
-    def _reason(self, group: Group) -> str:
+    async def _reason(self, group: Group) -> str:
+        if group.forked:  # the zygote's word comes just behind the end, unless it has ended too
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_SECONDS):
+                    await group.status_told.wait()
         status = group.status
         if status is None:
             return "its worker ended"
@@ -223,7 +231,10 @@ class Workers:
                 await self.start(group)
                 await self.hold(group, [entry.state() for entry in entries], opener=opener)
             except (OSError, ValueError) as error:
-                reason = f"its worker could not take it up again: {error}"
+                again = (
+                    "died while it came up" if isinstance(error, WorkerGone) else f"could not take it up again: {error}"
+                )
+                reason = f"its worker {again}"
                 died = isinstance(error, WorkerGone) or not group.pid
                 await group.leave(flush=False)
                 if died:

@@ -8,4 +8,13 @@ from blkloom.table.parse import parse
 from blkloom.table.printing import format_table
 from blkloom.table.segments import Segment, Table
 
-__all__ = ["ConciseDevice", "Segment", "Table", "format_concise", "format_table", "parse", "parse_concise", "split_concise"]
+__all__ = [
+    "ConciseDevice",
+    "Segment",
+    "Table",
+    "format_concise",
+    "format_table",
+    "parse",
+    "parse_concise",
+    "split_concise",
+]

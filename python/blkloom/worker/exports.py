@@ -7,7 +7,6 @@ wait in its backlog, and its file is the supervisor's to remove. On the event lo
 from __future__ import annotations
 
 import base64
-import os
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,0 +1,139 @@
+"""More ways in to a device: Unix sockets and TCP, read-only or not, and taken away again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from blkloom.control.messages import ExportState
+from blkloom.errors import ListenError, UsageError
+from conformance.nbd_client import READ, READ_ONLY, WRITE, NbdClient, Style
+
+from .conftest import Life, info, read, until
+
+DATA = bytes(range(256)) * 2
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("disk")]
+
+
+@pytest.fixture
+def life(shared: Life) -> Life:
+    """The module's."""
+    return shared
+
+
+@pytest.fixture
+def disk(client: Client, file: Path) -> None:
+    """A device of that name on the file."""
+    client.create("disk", table=f"0 16 linear {file} 0")
+
+
+def over_tcp(export: ExportState, name: str = "") -> NbdClient:
+    connected = socket.create_connection((export.host, export.port), 60)
+    return NbdClient(connected, name, Style.EXTENDED)
+
+
+def test_a_device_is_exported_over_tcp_read_only(client: Client, file: Path) -> None:
+    export = client.export("disk", host="127.0.0.1", name="public", read_only=True)
+    assert export in info(client, "disk").exports
+    with closing(over_tcp(export, "public")) as nbd:
+        assert nbd.flags & READ_ONLY
+        assert read(nbd) == b"f" * 512
+        assert nbd.ask(WRITE, 0, payload=DATA).error == errno.EPERM
+    assert file.read_bytes() == b"f" * 8192
+    client.unexport("disk", export.id)
+    with pytest.raises(ConnectionRefusedError):
+        over_tcp(export)
+    assert len(info(client, "disk").exports) == 1
+
+
+def test_taking_an_export_away_disconnects_its_clients_and_no_others(life: Life, client: Client) -> None:
+    export = client.export("disk", host="127.0.0.1")
+    with closing(over_tcp(export)) as gone, closing(NbdClient.unix(life.socket("disk"))) as staying:
+        client.unexport("disk", export.id)
+        with pytest.raises(ConnectionError):
+            gone.ask(READ, 0, 512)
+        assert read(staying) == b"f" * 512
+
+
+def test_a_socket_of_ones_own_is_for_its_owner_alone_and_goes_by_its_path(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "own.sock"
+    export = client.export("disk", unix=str(path))
+    assert (export.unix, path.stat().st_mode & 0o777) == (str(path), 0o600)
+    with closing(NbdClient.unix(path, "disk")) as nbd:
+        assert nbd.ask(WRITE, 0, payload=DATA).error == 0
+    client.unexport("disk", str(path))
+    assert not path.exists()
+
+
+def test_the_automatic_socket_is_taken_away_and_had_again(life: Life, client: Client) -> None:
+    client.unexport("disk", "auto")
+    assert not life.socket("disk").exists()
+    assert info(client, "disk").exports == []
+    client.export("disk", read_only=True)
+    with closing(NbdClient.unix(life.socket("disk"))) as nbd:
+        assert nbd.flags & READ_ONLY
+    with pytest.raises(UsageError, match=f"device 'disk' is exported at {life.socket('disk')} already"):
+        client.export("disk")
+
+
+def test_exports_outlive_the_worker_and_keep_their_addresses(client: Client, tmp_path: Path) -> None:
+    over = client.export("disk", host="127.0.0.1", name="public")
+    client.export("disk", unix=str(tmp_path / "own.sock"))
+    before = info(client, "disk")
+    os.kill(before.worker, signal.SIGKILL)
+    after = until(client, "disk", lambda found: found.worker not in (0, before.worker))
+    assert after.exports == before.exports
+    for nbd in (over_tcp(over, "public"), NbdClient.unix(tmp_path / "own.sock")):
+        assert read(nbd) == b"f" * 512
+        nbd.close()
+
+
+def test_an_export_keeps_the_name_its_clients_know_when_the_device_is_renamed(client: Client) -> None:
+    export = client.export("disk", host="127.0.0.1")
+    client.rename("disk", name="renamed")
+    assert export in info(client, "renamed").exports
+    with closing(over_tcp(export, "disk")) as nbd:
+        assert read(nbd) == b"f" * 512
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"unix": "relative.sock"}, "relative.sock: the path of a socket must be absolute"),
+        ({"unix": "/a", "host": "localhost"}, "on a Unix socket or on TCP, not on both"),
+    ],
+)
+def test_an_export_that_is_none_is_refused(client: Client, call: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        client.export("disk", **call)
+    assert len(info(client, "disk").exports) == 1
+
+
+def test_where_another_listens_no_export_is_made_and_nothing_of_his_removed(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "taken.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ListenError, match="another server listens there"):
+            client.export("disk", unix=str(path))
+        assert path.is_socket()
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ListenError) as caught:
+        client.export("disk", host="127.0.0.1", port=other.getsockname()[1])
+    assert caught.value.errno == errno.EADDRINUSE
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(ListenError, match="exists and is not a socket"):
+        client.export("disk", unix=str(tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == b"precious"
+    assert len(info(client, "disk").exports) == 1
+
+
+def test_an_export_that_is_not_there_cannot_be_taken_away_and_those_there_are_named(client: Client) -> None:
+    with pytest.raises(UsageError, match=r"device 'disk' has no export 'e9'; it has: auto \(.*disk\)"):
+        client.unexport("disk", "e9")
