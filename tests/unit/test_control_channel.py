@@ -175,7 +175,7 @@ def test_an_end_within_a_message_is_an_end(pair: Pair) -> None:
 
 
 def test_no_answer_in_time_is_an_error_and_leaves_the_channel_whole(ends: tuple[Channel, Channel]) -> None:
-    with pytest.raises(TimeoutError, match="0.01 s"):
+    with pytest.raises(TimeoutError, match=r"0\.01 s"):
         ends[1].receive(0.01)
     ends[0].send(m.Drop(labels=[]))
     assert ends[1].receive(10) == (m.Drop(labels=[]), [])
