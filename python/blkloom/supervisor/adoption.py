@@ -32,6 +32,8 @@ from blkloom.supervisor.workers import Workers
 
 _log = logging.getLogger(__name__)
 _CREDENTIALS: Final = struct.Struct("iII")
+_REACHED_AT_ONCE: Final = 64
+"""Workers that describe themselves: of thousands at once all would be late."""
 
 
 async def open_here(wish: m.OpenFile) -> int:
@@ -71,8 +73,14 @@ class Adoption:
 
     async def run(self) -> None:
         """Everything that can be found is in the registry when this returns."""
+        at_once = asyncio.Semaphore(_REACHED_AT_ONCE)
+
+        async def reach(path: Path) -> _Found | None:
+            async with at_once:
+                return await self._reach(path)
+
         sockets = sorted(self._run_dir.workers.glob("*.sock"))
-        reached = [found for found in await asyncio.gather(*map(self._reach, sockets)) if found is not None]
+        reached = [found for found in await asyncio.gather(*map(reach, sockets)) if found is not None]
         taken: set[int] = set()
         for found in sorted(reached, key=lambda found: found.frozen):
             minors = set(found.infos)
@@ -133,12 +141,15 @@ class Adoption:
             found = msgspec.convert(described["devices"], list[m.DeviceState])
             infos = {info.minor: info for info in msgspec.convert(described["infos"], list[m.DeviceInfo])}
         except (OSError, ValueError) as error:
-            _log.error("worker %s cannot be adopted: %s", path.stem, error)
+            _log.error("worker %s cannot be adopted: %s", path.stem, error or "it does not answer")
             if (silent := self._workers.groups.get(path.stem)) is None:
                 return None
             if isinstance(error, WorkerGone) or not self._keep_silent(silent, pid):
                 silent.kill()
                 await self._workers.end(silent, flush=False)
+            elif silent.link:
+                await silent.link.close()
+                silent.link = None
             return None
         return _Found(group, found, infos)
 
@@ -195,7 +206,12 @@ class Adoption:
         for entry in entries:
             self._understand(entry)
         async with group.lock:
-            lost = [written.state.name for written in members if written.memory and not self._has_memory(written)]
+            for entry in entries:
+                if entry.memory_inactive and not self._has_memory(entry, entry.inactive):
+                    _log.warning("device %r: its inactive table is cleared, its memory is lost", entry.name)
+                    entry.inactive, entry.memory_inactive = None, 0
+                    self._registry.set_below(entry, inactive=frozenset())
+            lost = [e.name for e in entries if e.memory_active and not self._has_memory(e, e.active)]
             if failed := next((entry.failed for entry in entries if entry.failed), ""):
                 self._workers.fail(group, failed)
             elif lost:
@@ -203,10 +219,10 @@ class Adoption:
             else:
                 await self._revive(group, entries)
 
-    def _has_memory(self, written: Written) -> bool:
-        """Whether the program before an upgrade left it."""
-        labels, _ = self._store.of([written.state.minor])
-        return any(label.role == "memory" and label.load for label in labels)
+    def _has_memory(self, entry: Entry, loaded: m.Loaded | None) -> bool:
+        """Whether the program before an upgrade left that of a table."""
+        labels, _ = self._store.of([entry.minor])
+        return loaded is not None and any(label.role == "memory" and label.load == loaded.load for label in labels)
 
     async def _revive(self, group: Group, entries: list[Entry]) -> None:
         try:

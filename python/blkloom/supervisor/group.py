@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from blkloom.control import messages as m
-from blkloom.errors import WorkerGone
+from blkloom.errors import WorkerGone, WorkerStuck
 from blkloom.supervisor.link import Link, Opener
 
 _log = logging.getLogger(__name__)
@@ -102,6 +102,10 @@ class Group:
             except (OSError, ValueError) as error:
                 if not isinstance(error, WorkerGone):
                     _log.error("worker %s does not leave: %s", self.id, error)
+                if isinstance(error, WorkerStuck):
+                    self.kill()
+        else:
+            self.kill()  # nobody speaks to it any more, so it cannot be asked
         if self.pidfd >= 0:
             try:
                 async with asyncio.timeout(LEAVE_SECONDS):

@@ -444,6 +444,9 @@ def main(arguments: Sequence[str]) -> int:
     except BlkloomError as error:
         print(f"blkloom: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"blkloom: {error}", file=sys.stderr)
+        return ResourceError.exit_code
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

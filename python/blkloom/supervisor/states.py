@@ -26,8 +26,6 @@ class Written(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     state: DeviceState
     group: str
-    memory: bool = False
-    """Its bytes are in memory: without a worker and without a store they are gone."""
     failed: str = ""
     restarts: int = 0
     deferred: bool = False
@@ -49,7 +47,6 @@ def save(run_dir: RunDir, entry: Entry) -> None:
     written = Written(
         state=msgspec.structs.replace(entry.state(), suspended=entry.suspended),
         group=entry.group.id,
-        memory=bool(entry.memory_active or entry.memory_inactive),
         failed=entry.failed,
         restarts=entry.restarts,
         deferred=entry.deferred,

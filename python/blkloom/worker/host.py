@@ -70,12 +70,16 @@ class Host:
         self._changed: set[int] = set()
         self._held_back: list[DeviceState] = []
         self._closing: set[asyncio.Task[None]] = set()
+        # A supervisor that comes back asks while what its predecessor began here may still go on.
+        self._holding = asyncio.Lock()
+        self._freezing = asyncio.Lock()
 
     async def answer(self, call: WorkerCall, descriptors: list[int], ask: Ask) -> Any:
         """Does what `call` asks; owns the descriptors. `Leave` is not for a host."""
         match call:
             case Hold():
-                return await self._hold(call, descriptors, ask)
+                async with self._holding:
+                    return await self._hold(call, descriptors, ask)
             case Serve():
                 listening = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
                 if listening is None:
@@ -109,11 +113,14 @@ class Host:
             case Unserve():
                 return await self._device(call.minor).unserve(call.id)
             case Describe():
-                return self._describe()
+                async with self._holding:  # devices that are coming may be given up again
+                    return self._describe()
             case Freeze():
-                return {"devices": await handover.freeze(self, call.timeout)}
+                async with self._freezing:
+                    return {"devices": await handover.freeze(self, call.timeout)}
             case Thaw():
-                return await handover.thaw(self)
+                async with self._freezing:
+                    return await handover.thaw(self)
         raise UsageError(f"a worker cannot do {type(call).__name__}")
 
     def _device(self, minor: int) -> HostedDevice:

@@ -126,6 +126,8 @@ class Worker:
             _log.error("a supervisor's channel failed", exc_info=error)
         if self._supervisor is conversation:
             self._supervisor = None
+            if not self._host.devices:
+                self._leave(False)  # nobody can want it for anything
 
     def _tell(self, message: Keep | Drop | Happened, fds: Sequence[int]) -> None:
         if self._supervisor:  # one that comes later asks for everything
