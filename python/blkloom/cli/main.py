@@ -60,7 +60,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         _any_bytes(stream)
     try:
-        blkloom(standalone_mode=False)
+        blkloom(prog_name="blkloom", standalone_mode=False)
     except VerbFailed as error:
         _end(error.text(), 1)
     except BlkloomError as error:
