@@ -10,7 +10,8 @@ import asyncio
 import errno
 import logging
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -91,10 +92,10 @@ class Verbs:
         entry.memory_loading = found.memory if found else 0
         lowers = self._lowers(found) if found else []
         async with self._workers.locked(entry, *lowers):
-            self._check_there(entry, call.name)
+            self._check_there(entry)
             try:
                 for lower in lowers:
-                    self._check_there(lower, lower.name)
+                    self._check_there(lower)
                 await self._make(entry, call, found, caller)
             except BaseException:
                 await asyncio.shield(self._drop(entry, fail=True))
@@ -139,8 +140,7 @@ class Verbs:
         async with AsyncExitStack() as stack:
             while True:
                 held = {entry.group.id, *(lower.group.id for lower in self._lowers(found))}
-                await stack.enter_async_context(self._workers.locked(entry, *self._lowers(found)))
-                self._check_there(entry, call.device)
+                await stack.enter_async_context(self._held(entry, *self._lowers(found)))
                 found = self._tables.read(entry, call.table, call.source)  # with nothing able to change any more
                 if {entry.group.id, *(lower.group.id for lower in self._lowers(found))} <= held:
                     break
@@ -173,8 +173,7 @@ class Verbs:
     async def clear(self, call: m.Clear) -> None:
         """Empties the inactive slot."""
         entry = self._live(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             await entry.group.call(m.WorkerClear(minor=entry.minor))
             entry.inactive, entry.memory_inactive = None, 0
             self._stand(entry, inactive=frozenset())
@@ -187,8 +186,7 @@ class Verbs:
         """The upper ones first, then the device."""
         entry = self._live(call.device)
         wait = SUSPEND_SECONDS if call.timeout is None else call.timeout
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             taken: list[Entry] = []
             try:
                 for upper in [*self._registry.above(entry), entry]:
@@ -213,8 +211,7 @@ class Verbs:
     async def resume(self, call: m.Resume, caller: Caller) -> None:
         """Swaps the inactive table in and goes live; then those above that were suspended for it."""
         entry = self._registry.find(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             if entry.failed:
                 await self._revive(entry, caller)
                 return
@@ -270,8 +267,7 @@ class Verbs:
     async def remove(self, call: m.Remove) -> None:
         """Ends the device, if nobody uses it."""
         entry = self._registry.find(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             if call.force and not entry.failed and entry.active is not None:
                 await self._fail_all_io(entry)
             try:
@@ -412,8 +408,7 @@ class Verbs:
         entry = self._live(call.device)
         if bool(call.name) == bool(call.uuid):
             raise UsageError("rename takes either a name or a uuid")
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             if call.uuid:
                 self._registry.set_uuid(entry, call.uuid)
                 try:
@@ -487,8 +482,7 @@ class Verbs:
     async def message(self, call: m.SendMessage) -> Any:
         """To the target at a sector."""
         entry = self._live(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             return await entry.group.call(m.WorkerMessage(minor=entry.minor, sector=call.sector, text=call.text))
 
     async def wait(self, call: m.Wait) -> int:
@@ -522,8 +516,7 @@ class Verbs:
     async def add_export(self, call: m.AddExport) -> m.ExportState:
         """One more."""
         entry = self._live(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             export = exporting.wanted(self._run_dir, entry, call)
             descriptor = await exporting.listen(self._store, entry, export)
             try:
@@ -538,8 +531,7 @@ class Verbs:
     async def remove_export(self, call: m.RemoveExport) -> None:
         """Its clients are disconnected."""
         entry = self._live(call.device)
-        async with self._workers.locked(entry):
-            self._check_there(entry, call.device)
+        async with self._held(entry):
             found = [export for export in entry.exports if call.id in (export.id, export.unix)]
             if not found:
                 known = ", ".join(f"{export.id} ({export.unix or export.host})" for export in entry.exports) or "none"
@@ -561,9 +553,17 @@ class Verbs:
             )
         return entry
 
-    def _check_there(self, entry: Entry, device: str) -> None:
+    @asynccontextmanager
+    async def _held(self, *entries: Entry) -> AsyncIterator[None]:
+        """The locks of their groups. Raises NoSuchDevice if one has gone while it was waited for."""
+        async with self._workers.locked(*entries):
+            for entry in entries:
+                self._check_there(entry)
+            yield
+
+    def _check_there(self, entry: Entry) -> None:
         if self._registry.get(entry.minor) is not entry:
-            raise NoSuchDevice(f"Device {device} not found: it was removed meanwhile")
+            raise NoSuchDevice(f"Device {entry.name} not found: it was removed meanwhile")
 
     def _stand(
         self, entry: Entry, *, active: frozenset[int] | None = None, inactive: frozenset[int] | None = None
