@@ -62,6 +62,8 @@ class File:
     def memory_alignment(self) -> int: ...
     @property
     def label(self) -> str: ...
+    def fileno(self) -> int:
+        """The File's own descriptor; it stays the File's."""
     @property
     def in_flight(self) -> int:
         """Operations that storage has not answered: handed to io_uring or a thread, or keeping a caller

@@ -1,6 +1,6 @@
 //! What maps are made of: File, Region, Extent, ClusterTable, Map.
 
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use blkloom_core::{Kinds, Mapping};
@@ -76,6 +76,10 @@ impl File {
     #[getter]
     fn memory_alignment(&self) -> u64 {
         self.0.memory_alignment()
+    }
+
+    fn fileno(&self) -> RawFd {
+        self.0.fd().as_raw_fd()
     }
 
     #[getter]

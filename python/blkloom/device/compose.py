@@ -11,14 +11,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blkloom._engine import Extent, Map
 from blkloom.errors import BackingError, BlkloomError, TableError
 from blkloom.table import Segment, Table
-from blkloom.target.base import Target
+from blkloom.target.base import Mapped, Target
+from blkloom.target.limits import BlockLimits
 from blkloom.target.opening import Opening
-from blkloom.units import Bytes, to_bytes
+from blkloom.units import Bytes, to_bytes, to_sectors
 
 _log = logging.getLogger(__name__)
 
@@ -33,24 +34,58 @@ class Owner:
     read_only: bool
 
 
-@dataclass(frozen=True, eq=False)
+Run = tuple[int, int, int, Extent]
+"""(start, length, owner, extent), as the engine's Map takes it: bytes of the device."""
+
+
 class LoadedTable:
     """A table, its map, its targets by owner number (in order), and what was opened for it."""
 
-    table: Table
-    map: Map
-    owners: dict[int, Owner]
-    opening: Opening
+    def __init__(self, table: Table, owners: dict[int, Owner], runs: dict[int, list[Run]], opening: Opening) -> None:
+        self.table = table
+        self.owners = owners
+        self.opening = opening
+        self._runs = runs
+        self.map = self._whole(runs)
 
     @property
     def read_only(self) -> bool:
         """Writes fail with EROFS."""
         return self.opening.read_only
 
+    @property
+    def limits(self) -> BlockLimits:
+        """What satisfies every target, and every device below."""
+        below = (device.limits for device in self.opening.below)
+        return BlockLimits.of_all([*below, *(owner.target.limits() for owner in self.owners.values())])
+
+    def remap(self, number: int, mapped: Mapped) -> None:
+        """What the owner `number` maps from now on; `table` gets the length of that where it is the only one.
+        Raises TableError; then nothing has changed.
+        """
+        owner, segment = self.owners[number], self._segment(number)
+        length = Bytes(sum(length for _, length, _ in mapped))
+        if length != owner.length and len(self.owners) == 1:
+            owner = replace(owner, length=length)
+            segment = replace(segment, length=to_sectors(length))
+        runs = self._runs | {number: _checked(mapped, owner, number, segment)}
+        self.map = self._whole(runs)
+        self._runs = runs
+        if owner is not self.owners[number]:
+            self.owners[number] = owner
+            self.table = Table((segment,))
+
     def close(self) -> None:
         """Closes the targets, then what was opened. A target that fails to is logged."""
         _close_targets(self.owners)
         self.opening.close()
+
+    def _segment(self, number: int) -> Segment:
+        return self.table.segments[list(self.owners).index(number)]
+
+    def _whole(self, runs: dict[int, list[Run]]) -> Map:
+        flushing = [number for number, owner in self.owners.items() if owner.target.flushes]
+        return Map([run for own in runs.values() for run in own], flush_owners=flushing)
 
 
 def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTable:
@@ -58,43 +93,47 @@ def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTab
     TableError, BackingError, or whatever a target of a user's raises, as TableError.
     """
     owners: dict[int, Owner] = {}
-    runs: list[tuple[int, int, int, Extent]] = []
+    runs: dict[int, list[Run]] = {}
     try:
         for segment in table.segments:
             number = next(numbers)
             start, length = to_bytes(segment.start), to_bytes(segment.length)
             owner = Owner(copy.copy(segment.target), start, length, opening.read_only)
             owners[number] = owner
-            opening.place = segment.place
-            runs.extend((start, length, number, extent) for start, length, extent in _runs(owner, opening, segment))
-        flushing = [number for number, owner in owners.items() if owner.target.flushes]
-        return LoadedTable(table, Map(runs, flush_owners=flushing), owners, opening)
+            opening.place, opening.owner = segment.place, number
+            runs[number] = _checked(_map(owner, opening, segment), owner, number, segment)
+        return LoadedTable(table, owners, runs, opening)
     except BaseException:
         _close_targets(owners)
         opening.close()
         raise
 
 
-def _runs(owner: Owner, opening: Opening, segment: Segment) -> Iterator[tuple[int, int, Extent]]:
-    """What the target maps, checked, with starts counted from the device's."""
-    name = owner.target.name
+def _map(owner: Owner, opening: Opening, segment: Segment) -> Mapped:
+    """What the target maps."""
     try:
-        mapped = owner.target.map(opening, owner.start, owner.length)
+        return owner.target.map(opening, owner.start, owner.length)
     except BackingError as error:
         error.add_note(f"in the segment at {segment.place}")
         raise
     except BlkloomError:
         raise
     except Exception as error:
-        raise TableError(f"target {name} failed to map: {error!r}", place=segment.place) from error
-    at = 0
+        raise TableError(f"target {owner.target.name} failed to map: {error!r}", place=segment.place) from error
+
+
+def _checked(mapped: Mapped, owner: Owner, number: int, segment: Segment) -> list[Run]:
+    """What the target mapped, with starts counted from the device's."""
+    name, at = owner.target.name, 0
+    runs: list[Run] = []
     for start, length, extent in mapped:
         if start != at or length <= 0:
             raise TableError(f"target {name} maps {length} bytes at {start}, expected at {at}", place=segment.place)
-        yield owner.start + start, length, extent
+        runs.append((owner.start + start, length, number, extent))
         at += length
     if at != owner.length:
         raise TableError(f"target {name} maps {at} of the segment's {owner.length} bytes", place=segment.place)
+    return runs
 
 
 def _close_targets(owners: dict[int, Owner]) -> None:

@@ -13,7 +13,7 @@ import errno
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
@@ -26,8 +26,10 @@ from blkloom.device.mapper import Mapper
 from blkloom.device.raw_io import RawDevice
 from blkloom.errors import DrainError, UsageError
 from blkloom.table import Table
+from blkloom.target.base import Mapped
 from blkloom.target.descriptors import Descriptors
 from blkloom.target.holding import HeldFiles
+from blkloom.target.limits import BlockLimits
 from blkloom.target.opening import Opening
 from blkloom.units import Sectors
 
@@ -73,6 +75,7 @@ class Device(_engine.Device):
         devices: Mapping[str, Device] | None = None,
         device_folder: str = "",
         held: HeldFiles | None = None,
+        on_event: Callable[[str], None] = lambda _what: None,
     ) -> None:
         """Loads `table` and goes live; without one the device starts suspended and empty.
 
@@ -81,7 +84,8 @@ class Device(_engine.Device):
         read_only: open every file for reading only. direct_io: open files with O_DIRECT unless the
         table says otherwise. shared: claim no files; others may change them at the same time.
         devices: the devices that `blkloom:NAME` in tables may name. device_folder: paths in it name
-        them too. held: where its files are kept, None for a place of its own.
+        them too. held: where its files are kept, None for a place of its own. on_event: told, on
+        whatever thread, what a target has its users know.
         Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
         """
         self.read_only = read_only
@@ -94,6 +98,7 @@ class Device(_engine.Device):
         self._control = threading.RLock()
         self._closed = False
         self._held = held if held is not None else HeldFiles()
+        self._on_event = on_event
         self._owner_numbers = itertools.count()
         self._active: LoadedTable | None = None
         self._inactive: LoadedTable | None = None
@@ -122,6 +127,12 @@ class Device(_engine.Device):
         """The table the next `resume` swaps in."""
         loaded = self._inactive
         return loaded.table if loaded else None
+
+    @property
+    def limits(self) -> BlockLimits:
+        """In what sizes it should be read and written, by its active table."""
+        loaded = self._active
+        return loaded.limits if loaded else BlockLimits()
 
     @property
     def closed(self) -> bool:
@@ -174,16 +185,43 @@ class Device(_engine.Device):
         """
         with self._control:
             self._check_open()
-            try:
-                super().suspend(flush=flush, timeout=timeout)
-            except TimeoutError as error:
-                after = f" after {timeout:g} s" if timeout is not None else ""
-                raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
+            was_live = not self.suspended
+            self._drain(flush=flush, timeout=timeout)
+            if was_live:
+                self._postsuspend()
+
+    def _drain(self, *, flush: bool, timeout: float | None) -> None:
+        try:
+            super().suspend(flush=flush, timeout=timeout)
+        except TimeoutError as error:
+            after = f" after {timeout:g} s" if timeout is not None else ""
+            raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
+
+    def _postsuspend(self) -> None:
+        """Tells the targets. Live again if one raises."""
+        try:
+            for owner in self._active.owners.values() if self._active else ():
+                self._mapper.ask(owner.target.postsuspend)
+        except BaseException:
+            self._go_live()
+            raise
+
+    def _go_live(self) -> None:
+        """Tells the targets, and lets requests in. Raises what they raise; it stays suspended then."""
+        loaded = self._active
+        if loaded and self.suspended:
+            for number, owner in list(loaded.owners.items()):
+                mapped = self._mapper.ask(owner.target.preresume)
+                if mapped is not None:
+                    loaded.remap(number, mapped)
+                    super().swap(loaded.map)
+        super().resume()
 
     def resume(self, *, flush: bool = True, timeout: float | None = None, swap: bool = True) -> None:
         """Swaps the inactive table in, if there is one and unless `swap` is False, and goes live. A live
         device is suspended for that (drained and flushed) as `dmsetup resume` does. If the swap fails
-        the old table stays active. Other arguments and errors are those of `suspend`.
+        the old table stays active; if a target refuses, the device stays suspended. Other arguments and
+        errors are those of `suspend`.
         """
         with self._control:
             self._check_open()
@@ -191,7 +229,7 @@ class Device(_engine.Device):
                 self.activate(flush=flush, timeout=timeout)
             if self._active is None:
                 raise UsageError("a device without a table cannot be resumed", cure="load a table first")
-            super().resume()
+            self._go_live()
 
     def activate(self, *, flush: bool = True, timeout: float | None = None) -> None:
         """Swaps the inactive table in, if there is one. The device is suspended after that."""
@@ -264,12 +302,41 @@ class Device(_engine.Device):
             super().swap(new.map)
         except BaseException:
             if was_live:
-                super().resume()
+                self._go_live()
             raise
         old, self._active, self._inactive = self._active, new, None
         self.read_only = new.read_only
         if old:
             self._mapper.retire(old)
+
+    def remap(
+        self, owner: int, mapped: Mapped, *, drained: Callable[[], None] = lambda: None, timeout: float | None = None
+    ) -> bool:
+        """As `LiveSegment.remap`, for the target with the number `owner`."""
+        if self._mapper.is_current_thread():
+            raise UsageError("a fault handler cannot drain its own device")
+        with self._control:
+            tables = [loaded for loaded in (self._active, self._inactive) if loaded and owner in loaded.owners]
+            if self._closed or not tables:
+                return False
+            active = tables[0] is self._active
+            live = active and not self.suspended
+            if live:
+                self._drain(flush=False, timeout=timeout)
+            try:
+                drained()
+                tables[0].remap(owner, mapped)
+                if active:
+                    super().swap(tables[0].map)
+            finally:
+                if live:
+                    super().resume()
+            return True
+
+    def tell(self, what: str) -> None:
+        """An event of the device: to the log, and to whoever made it."""
+        _log.warning("device %r: %s", self.name, what)
+        self._on_event(what)
 
     def swap(self, map: _engine.Map) -> None:
         """Refused: the map of a device made from tables changes with its table."""
@@ -291,6 +358,8 @@ class Device(_engine.Device):
             try:
                 if not self.suspended:
                     super().suspend(flush=flush, timeout=self._fault_timeout)
+                    for owner in self._active.owners.values() if self._active and flush else ():
+                        self._mapper.ask(owner.target.postsuspend)
             except TimeoutError as error:
                 what = f"device {self.name!r} closed with requests not ended after {self._fault_timeout:g} s"
                 raise self.stuck(what) from error

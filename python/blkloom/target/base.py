@@ -8,9 +8,9 @@ Obligations.
 - Of the target: it is a value (`parse(format(x)) == x`; a dataclass gives that for nothing).
   State of a loaded target is made in `map`, not before: a table may be loaded more than once, and
   each load gets a copy of its own.
-- Of blkloom: `map`, the handlers, `status`, `message` and `close` never run at the same time, so a
-  target needs no locks. Handlers run on the device's mapper thread. Offsets are bytes from the start of the
-  *segment*; a fault never reaches past it.
+- Of blkloom: what a target defines never runs twice at the same time (`map` aside, before which nothing
+  of it runs), so it needs no locks. Handlers run on the device's mapper thread. Offsets are bytes from
+  the start of the *segment*; a fault never reaches past it.
 - A handler answers by returning (the request is done), by returning `RETRY` (the map has changed,
   look again), or by raising: `FaultError` and any other `OSError` give the request their errno,
   everything else is EIO and a traceback in the log. The rest of the device goes on working.
@@ -22,9 +22,10 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeAlias
 
 from blkloom.errors import FaultError, UsageError
+from blkloom.target.limits import BlockLimits
 from blkloom.units import Bytes
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from blkloom.table.arguments import Arguments
     from blkloom.target.leg import Leg
     from blkloom.target.opening import Opening
+
+
+Mapped: TypeAlias = "list[tuple[Bytes, Bytes, Extent]]"
+"""Runs: (start, length, extent), without gaps from 0 on."""
 
 
 class Retry(Enum):
@@ -79,7 +84,7 @@ class Target(ABC):
         return []
 
     @abstractmethod
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
+    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
         """Where the bytes are: (start, length, extent) runs that cover `length` bytes from 0 on,
         without gaps; starts count from the segment's.
 
@@ -87,6 +92,23 @@ class Target(ABC):
         start: where in the device the segment begins. Raises TableError (`opening.refuse`) or
         BackingError; then the table is not loaded and nothing changes.
         """
+
+    def limits(self) -> BlockLimits:
+        """The sizes in which it wants to be read and written; asked while loaded."""
+        return BlockLimits()
+
+    def postsuspend(self) -> None:
+        """The device has been drained and flushed, and stays suspended: write back what is kept in memory, and
+        let others at the files if that is what suspending is for. An OSError puts the device back to work.
+        """
+        return
+
+    def preresume(self) -> Mapped | None:
+        """The device is about to go live, for the first time too. Raising refuses: it stays suspended. None: what
+        `map` said holds; otherwise what holds from now on. The only target of a table may return another
+        length in total: table and device follow it.
+        """
+        return None
 
     def legs(self) -> Sequence[Leg]:
         """What it stands on, as far as its arguments say: devices in it must be loaded before it."""

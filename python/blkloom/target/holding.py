@@ -60,7 +60,9 @@ class HeldFiles:
             held = self._held.get(identity)
             if held is None:
                 held = _Held(None if shared else Claim(fd, path, writable=writable, descriptors=descriptors))
-            elif writable and held.claim:
+            elif held.claim is None:
+                held.claim = None if shared else Claim(fd, path, writable=writable, descriptors=descriptors)
+            elif writable and not shared:
                 held.claim.extend(descriptors)
             try:
                 file = held.files.get((writable, direct)) or File(fd, writable=writable, direct=direct, label=path)

@@ -19,6 +19,7 @@ from blkloom._engine import File, Region
 from blkloom.errors import Place, ResourceError, TableError
 from blkloom.target.descriptors import Descriptors, OwnDescriptors
 from blkloom.target.holding import HeldFiles, Identity
+from blkloom.target.live_segment import LiveSegment
 from blkloom.units import Bytes, format_size
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Opening:
 
     read_only: nothing may be opened for writing; extents that writes could change must not be
     given out. direct_io: what `file` does unless told. place: where the segment being mapped
-    stands, for errors. device_folder: paths in it name devices (`device_name`). deps: what was
+    stands, for errors; owner: its number. device_folder: paths in it name devices (`device_name`). deps: what was
     asked for so far: paths, and devices as `blkloom:NAME`, each once. below: those devices.
     above: the device the table is for; none that stands on it is given out.
     """
@@ -58,6 +59,7 @@ class Opening:
         self.read_only = read_only
         self.direct_io = direct_io
         self.place: Place | None = None
+        self.owner = -1
         self.device_folder = device_folder
         self.deps: list[str] = []
         self.below: list[Device] = []
@@ -67,21 +69,22 @@ class Opening:
         self._descriptors: Descriptors = descriptors or OwnDescriptors()
         self._held = held
         self._used: list[Identity] = []
-        self._files: dict[tuple[str, bool, bool], File] = {}
+        self._files: dict[tuple[str, bool, bool, bool], File] = {}
 
-    def file(self, path: str, *, read_only: bool = False, direct_io: bool | None = None) -> File:
+    def file(self, path: str, *, read_only: bool = False, direct_io: bool | None = None, claimed: bool = True) -> File:
         """The regular file or block device at `path`; the same File for the same question.
 
         It is writable unless `read_only` here or of the whole opening. direct_io: None for the
         opening's; where the file system refuses, the File is buffered and a warning says why.
-        It is claimed against other devices and processes unless the opening is shared. Raises
-        BackingError, BusyError.
+        It is claimed against other devices and processes unless the opening is shared, or `claimed` is
+        False. Raises BackingError, BusyError.
         """
-        key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io)
+        shared = self._shared or not claimed
+        key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io, shared)
         if key not in self._files:
-            _, writable, direct = key
+            _, writable, direct, _ = key
             identity, file = self._held.take(
-                path, writable=writable, direct=direct, shared=self._shared, descriptors=self._descriptors
+                path, writable=writable, direct=direct, shared=shared, descriptors=self._descriptors
             )
             self._used.append(identity)
             self._files[key] = file
@@ -127,6 +130,10 @@ class Opening:
             self.below.append(device)
             self.deps.append(STACKED + name)
         return device
+
+    def segment(self) -> LiveSegment:
+        """The segment being mapped, as it will be once loaded."""
+        return LiveSegment(self._above, self.owner)
 
     def refuse(self, what: str, *, value: str = "", cure: str = "") -> TableError:
         """An error about the segment being mapped, to raise."""

@@ -6,6 +6,7 @@ what a table had opened leave the stock as soon as the table is in neither slot.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -60,6 +61,7 @@ class HostedDevice:
         self._on_change = on_change
         self._on_drop = on_drop
         self._held = HeldFiles()
+        self._loop = asyncio.get_running_loop()
         self.device = Device(
             engine=engine,
             name=state.name,
@@ -67,6 +69,7 @@ class HostedDevice:
             devices=devices,
             device_folder=device_folder,
             held=self._held,
+            on_event=self._on_event,
         )
         self._read_only = state.read_only
         self._active: Loaded | None = None
@@ -247,6 +250,9 @@ class HostedDevice:
         self._stock.discard(labels)
         if labels:
             self._on_drop(labels)
+
+    def _on_event(self, _what: str) -> None:
+        self._loop.call_soon_threadsafe(self._happened)
 
     def _happened(self) -> None:
         self.event += 1

@@ -1,0 +1,41 @@
+"""A segment as it is loaded: how a target changes what it mapped without a fault having asked for it.
+
+A target gets it in `map` and keeps it. Any thread but the mapper's may use it; after the table has gone
+it does nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blkloom.device.device import Device
+    from blkloom.target.base import Mapped
+
+
+class LiveSegment:
+    """Of `device` (None: of no device, for who only looks), whose faults name it `owner`."""
+
+    def __init__(self, device: Device | None, owner: int) -> None:
+        self._device = device
+        self._owner = owner
+
+    def remap(
+        self, mapped: Mapped, *, drained: Callable[[], None] = lambda: None, timeout: float | None = None
+    ) -> bool:
+        """Puts `mapped` in place of what the target mapped: new requests wait, those in flight end, `drained` is
+        called, and the device goes on. Returns False if the table has gone. Raises DrainError after
+        `timeout` seconds, and what `drained` raises; then nothing has changed. Nothing is flushed.
+        """
+        return self._device is not None and self._device.remap(self._owner, mapped, drained=drained, timeout=timeout)
+
+    def event(self, what: str) -> None:
+        """Something happened that its users should know: `wait` wakes them, and the log says what."""
+        if self._device is not None:
+            self._device.tell(what)
+
+    def synchronize(self) -> None:
+        """Waits until no request is in flight that looked the map up before. The mapper's thread may call it."""
+        if self._device is not None:
+            self._device.synchronize()
