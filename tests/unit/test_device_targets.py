@@ -335,3 +335,25 @@ def test_ten_thousand_segments_share_one_open_file(tmp_path: Path) -> None:
         assert device.size == 10_000 * SECTOR
         assert sectors(device) == [i % 256 for i in reversed(range(10_000))]
         assert len(os.listdir("/proc/self/fd")) < before + 20
+
+
+def test_files_lent_while_suspended_can_be_had_by_others_and_are_claimed_again(tmp_path: Path) -> None:
+    path = str(file(tmp_path / "f"))
+    held = HeldFiles()
+    opening = Opening(held)
+    opening.file(path)
+    opening.file(path, direct_io=True)
+    with pytest.raises(BusyError):
+        blkloom.open(path)
+    opening.lend()
+    with blkloom.open(path), pytest.raises(BusyError):
+        opening.claim_again()
+    with blkloom.open(path):
+        pass  # a refused claim leaves nothing behind
+    opening.claim_again()
+    opening.claim_again()
+    with pytest.raises(BusyError):
+        blkloom.open(path)
+    opening.close()
+    with blkloom.open(path):
+        pass

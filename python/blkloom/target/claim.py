@@ -88,6 +88,11 @@ class Claim:
             os.close(fd)
 
     @property
+    def writable(self) -> bool:
+        """Others may not even read."""
+        return self._writable
+
+    @property
     def descriptor(self) -> int:
         """Holds the claim; -1 where nothing needs to."""
         return self._fd

@@ -39,6 +39,7 @@ _CURES: Final = {
 class _Held:
     claim: Claim | None
     users: int = 0
+    lent: tuple[str, bool] | None = None
     files: dict[tuple[bool, bool], File] = field(default_factory=dict)
 
 
@@ -89,6 +90,23 @@ class HeldFiles:
             del self._held[identity]
             held.files.clear()
             self._end(held)
+
+    def lend(self, identity: Identity) -> None:
+        """Lets others have the file until `claim_again`; it stays open."""
+        held = self._held[identity]
+        if held.claim:
+            held.lent = (held.claim.path, held.claim.writable)
+            held.claim.release()
+            held.claim = None
+
+    def claim_again(self, identity: Identity, descriptors: Descriptors) -> None:
+        """After `lend`. Raises BusyError for as long as somebody else has it."""
+        held = self._held[identity]
+        if held.lent and held.claim is None:
+            path, writable = held.lent
+            file = next(iter(held.files.values()))
+            held.claim = Claim(file.fileno(), path, writable=writable, descriptors=descriptors)
+        held.lent = None
 
     def _end(self, held: _Held) -> None:
         if held.claim and self.claims_stay:

@@ -131,6 +131,20 @@ class Opening:
             self.deps.append(STACKED + name)
         return device
 
+    def lend(self) -> None:
+        """Gives up the claims on its files until `claim_again`, so that other programs may work on them."""
+        for identity in self._used:
+            self._held.lend(identity)
+
+    def claim_again(self) -> None:
+        """After `lend`. Raises BusyError when another program still has one of the files; none is claimed then."""
+        try:
+            for identity in self._used:
+                self._held.claim_again(identity, self._descriptors)
+        except BaseException:
+            self.lend()
+            raise
+
     def segment(self) -> LiveSegment:
         """The segment being mapped, as it will be once loaded."""
         return LiveSegment(self._above, self.owner)
