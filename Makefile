@@ -46,7 +46,7 @@ $(VENV)/.built: $(VENV)/.build-tools $(SOURCES)
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --release --quiet
 	@touch $@
 
-# The groups of pyproject.toml: build (the back end's), test, bench, lint.
+# The groups of pyproject.toml: build (the back end's), test, lint.
 $(VENV)/.%-tools: $(VENV)/.created pyproject.toml
 	@$(VENV)/bin/python scripts/requirements.py $* | $(VENV)/bin/pip install -r /dev/stdin
 	@touch $@
@@ -64,7 +64,7 @@ test: setup test-tools ## the engine's tests, then the others
 	$(VENV)/bin/python -m pytest
 
 # mypy reads what the code imports.
-lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools $(VENV)/.bench-tools ## formatting, lints and types in both languages
+lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict
@@ -74,7 +74,7 @@ lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools $(VENV)/.bench-tools ## form
 	cargo fmt --manifest-path engine/Cargo.toml --all --check
 	$(CARGO) clippy --manifest-path engine/Cargo.toml --workspace --all-targets -- -D warnings
 
-bench: setup $(VENV)/.bench-tools ## against peers on this machine; needs fio and the peers
+bench: setup ## against peers on this machine; needs fio and the peers
 	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
 	$(CARGO) build --release --quiet --manifest-path engine/Cargo.toml --package blkloom-core --example null_server
 	$(VENV)/bin/python bench/run.py

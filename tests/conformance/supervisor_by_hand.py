@@ -18,8 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.control.channel import Channel
 from blkloom.control.failures import to_exception
+from blkloom.control.framing import ChannelClosed
 from blkloom.control.messages import (
     MOST_DESCRIPTORS,
     DeviceState,

@@ -255,7 +255,9 @@ def test_a_worker_without_supervisor_serves_on_and_tells_the_next_everything(
     back = Worker("w1", connected, fresh)
     described = back.call(Describe())
     assert msgspec.convert(described["devices"], list[DeviceState]) == [
-        DeviceState(name="d", minor=1, active=Loaded(load=1, table=f"0 {SECTORS} loop {disk}"), exports=[export])
+        DeviceState(
+            name="d", minor=1, active=Loaded(load=1, table=f"0 {SECTORS} loop {disk}"), exports=[export], opened=True
+        )
     ]
     (info,) = msgspec.convert(described["infos"], list[DeviceInfo])
     assert (info.connections, info.worker, info.deps, info.size) == (1, worker.pid, [str(disk)], SIZE)

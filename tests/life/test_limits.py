@@ -19,8 +19,9 @@ import pytest
 
 from blkloom.control import client as clients
 from blkloom.control import messages as m
-from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.control.channel import Channel
 from blkloom.control.client import Client
+from blkloom.control.framing import ChannelClosed
 from blkloom.errors import BackingError, DeviceFailed, ResourceError, UsageError
 from conformance.nbd_client import WRITE, NbdClient
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from blkloom.control import messages as m
-from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.control.channel import Channel
+from blkloom.control.framing import ChannelClosed
 
 from .conftest import Life
 

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blkloom.control import channel as channels
-from blkloom.control.channel import AsyncChannel, BadMessage, Channel, ChannelClosed
+from blkloom.control import framing
+from blkloom.control.async_channel import AsyncChannel
+from blkloom.control.channel import Channel
+from blkloom.control.framing import BadMessage, ChannelClosed
 from blkloom.control.messages import MOST_DESCRIPTORS, FromWorker, Keep, Label, Reply
 from blkloom.errors import UsageError
 
@@ -211,7 +213,7 @@ def test_garbage_is_a_bad_message_and_its_descriptors_are_closed(
 def test_a_line_that_does_not_end_is_given_up(
     pair: tuple[socket.socket, socket.socket], receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(framing, "LONGEST_LINE", 1000)
     send(pair[1], b"x" * 1001, b"a", b"b")
     with pytest.raises(BadMessage, match="longer than 1000 bytes"):
         receive(pair[0], 1)

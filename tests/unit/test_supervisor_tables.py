@@ -9,7 +9,7 @@ import pytest
 from blkloom.errors import ResourceError, TableError, UnknownTarget, UsageError
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.registry import Entry, Registry
-from blkloom.supervisor.tables import Tables
+from blkloom.supervisor.tables import Tables, error_table
 from blkloom.target.registry import Targets, all_targets
 
 FOLDER = Path("/run/blkloom/dev")
@@ -133,7 +133,7 @@ def test_a_table_is_shown_as_it_was_meant(tables: Tables) -> None:
 
 @pytest.mark.parametrize(("size", "sectors"), [(0, 1), (512, 1), (4096, 8)])
 def test_the_table_that_fails_all_io_is_as_long_as_the_device(tables: Tables, size: int, sectors: int) -> None:
-    (segment,) = tables.parsed(tables.error_table(size)).segments
+    (segment,) = tables.parsed(error_table(size)).segments
     assert (segment.target.name, segment.start, segment.length) == ("error", 0, sectors)
 
 

@@ -9,9 +9,8 @@ import click
 from blkloom.cli.addresses import host_port
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
-from blkloom.control.messages import ExportState
 from blkloom.dm.failing import VerbFailed
-from blkloom.export.nbd.uri import tcp_uri, unix_uri
+from blkloom.metrics.addresses import uri_of
 
 
 @verb("DEVICE", least=0, most=1)
@@ -42,7 +41,7 @@ def export(
     named = session.named(operands[0] if operands else None)
     if listed:
         for state in session.info(named).exports:
-            click.echo(f"{state.id}\t{uri(state)}")
+            click.echo(f"{state.id}\t{uri_of(state)}")
         return
     if socket is not None and listen is not None:
         raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
@@ -55,7 +54,7 @@ def export(
         port=port,
         read_only=readonly,
     )
-    click.echo(uri(state))
+    click.echo(uri_of(state))
 
 
 @verb("DEVICE", "EXPORT", least=1, most=2)
@@ -69,8 +68,3 @@ def unexport(session: Session, operands: tuple[str, ...]) -> None:
     named = session.named(operands[0] if len(operands) == 2 else None)
     which = operands[-1]
     session.client.unexport(named.wire, os.path.abspath(which) if "/" in which else which)
-
-
-def uri(state: ExportState) -> str:
-    """What an NBD client is given."""
-    return unix_uri(state.unix, state.name) if state.unix else tcp_uri(state.host, state.port, state.name)

@@ -7,11 +7,10 @@ Errors come up as they were raised there: classes of `blkloom.errors`, OSError, 
 
 from __future__ import annotations
 
+import base64
 import errno
 import itertools
 import os
-import socket
-import struct
 import threading
 from contextlib import suppress
 from types import TracebackType
@@ -20,14 +19,15 @@ from typing import Any, Final, Self
 import msgspec
 
 from blkloom.control import messages as m
-from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.control.channel import Channel
 from blkloom.control.failures import to_exception
+from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
 from blkloom.errors import ResourceError
+from blkloom.peer import peer_of
 from blkloom.target.descriptors import open_file
 
-_CREDENTIALS: Final = struct.Struct("iII")
 OPEN_SECONDS: Final = 10.0
 """How long a file may take to open before its table is refused."""
 
@@ -46,9 +46,7 @@ class Client:
         self._timeout = timeout
         self._numbers = itertools.count(1)
         connected = connect(self.run_dir, start=start)
-        _, self._peer, _ = _CREDENTIALS.unpack(
-            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
+        self._peer = peer_of(connected)
         self._channel = Channel(connected, m.ToClient)
         try:
             with suppress(ChannelClosed):  # one that refuses us may have hung up, but says why
@@ -68,7 +66,6 @@ class Client:
                 cure="run: blkloom upgrade, with the version that started it; or restart it",
                 errno=errno.EPROTO,
             )
-        self.version_of_supervisor = hello.version
 
     # What there is
 
@@ -109,8 +106,10 @@ class Client:
         read_only: bool = False,
         shared: bool = False,
         suspended: bool = False,
+        autoclear: bool = False,
+        loop: m.LoopNotes | None = None,
     ) -> m.DeviceInfo:
-        """Created, loaded and live; without a table created only."""
+        """Created, loaded and live; without a table created only. autoclear: removed when its last user leaves."""
         call = m.Create(
             name=name,
             uuid=uuid,
@@ -120,6 +119,8 @@ class Client:
             read_only=read_only,
             shared=shared,
             suspended=suspended,
+            autoclear=autoclear,
+            loop=loop,
         )
         return msgspec.convert(self.call(call), m.DeviceInfo)
 
@@ -149,6 +150,10 @@ class Client:
         """(name, why) of those that could not be removed."""
         return msgspec.convert(self.call(m.RemoveAll(force=force, deferred=deferred)), list[tuple[str, str]])
 
+    def retain(self, device: str) -> None:
+        """The device stays when its last user leaves: no autoclear, no deferred removal."""
+        self.call(m.Retain(device=device))
+
     def rename(self, device: str, *, name: str = "", uuid: str = "") -> None:
         """A new name, or a uuid for one that has none."""
         self.call(m.Rename(device=device, name=name, uuid=uuid))
@@ -156,6 +161,10 @@ class Client:
     def message(self, device: str, sector: int, text: str) -> str | None:
         """Sends `text` to the target at `sector`; its answer."""
         return msgspec.convert(self.call(m.SendMessage(device=device, sector=sector, text=text)), str | None)
+
+    def read(self, device: str, offset: int, length: int) -> bytes:
+        """What a client would read there, without being one: `messages.MOST_READ` bytes at most."""
+        return base64.b64decode(self.call(m.ReadDevice(device=device, offset=offset, length=length)))
 
     # Ways in
 
@@ -219,7 +228,7 @@ class Client:
                     raise ChannelClosed(f"the supervisor answers what was not asked: {message!r:.200}")
 
     def _open(self, asked: m.OpenFile) -> None:
-        if self._peer not in (0, os.geteuid()):  # nobody else's supervisor opens files with our rights
+        if not self._peer.may_command:  # nobody else's supervisor opens files with our rights
             self._channel.send(m.OpenRefused(id=asked.id, errno=errno.EPERM))
             return
         try:

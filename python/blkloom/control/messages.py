@@ -25,6 +25,8 @@ PROTOCOL: Final = 1
 LONGEST_LINE: Final = 64 << 20
 MOST_DESCRIPTORS: Final = 250
 """One line carries at most this many (SCM_MAX_FD is 253); more go in several `Keep`s or `Hold`s."""
+MOST_READ: Final = 1 << 20
+"""Bytes that one `ReadDevice` may ask for."""
 
 
 class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
@@ -155,6 +157,19 @@ class ConnectionState(_Value):
     initial: str = ""
 
 
+class LoopNotes(_Value):
+    """What `blkloom loop` was told of a device it made, and no table says. partition: its number, if it is
+    a partition of the device it stands on.
+    """
+
+    sizelimit: int = 0
+    """Bytes; 0: up to the end of the file."""
+    partscan: bool = False
+    partition: int = 0
+    shared: bool = False
+    """Its file is not locked."""
+
+
 class DeviceState(_Value):
     """All that makes a device, but for its descriptors."""
 
@@ -169,6 +184,11 @@ class DeviceState(_Value):
     exports: list[ExportState] = []
     connections: list[ConnectionState] = []
     """Only while it is handed over."""
+    autoclear: bool = False
+    """It ends when its last user leaves, if there was one."""
+    opened: bool = False
+    """It has had a user."""
+    loop: LoopNotes | None = None
 
 
 class DeviceInfo(_Value):
@@ -202,6 +222,8 @@ class DeviceInfo(_Value):
     """What it stands on: `blkloom:NAME` and paths."""
     holders: list[str] = []
     """Devices that stand on it."""
+    autoclear: bool = False
+    loop: LoopNotes | None = None
 
 
 # What a client asks of the supervisor. `device`: a name, `uuid:UUID` or `minor:N`.
@@ -219,6 +241,9 @@ class Create(_Call, tag="create"):
     read_only: bool = False
     shared: bool = False
     suspended: bool = False
+    autoclear: bool = False
+    """Removed when its last client leaves, or the last device that stands on it; once it had one."""
+    loop: LoopNotes | None = None
 
 
 class Load(_Call, tag="load"):
@@ -269,6 +294,12 @@ class RemoveAll(_Call, tag="remove_all"):
     deferred: bool = False
 
 
+class Retain(_Call, tag="retain"):
+    """The device stays when its last user leaves, whatever was asked before (autoclear, deferred). → None."""
+
+    device: str
+
+
 class Rename(_Call, tag="rename"):
     """One of both."""
 
@@ -302,6 +333,16 @@ class SendMessage(_Call, tag="message"):
     device: str
     sector: int
     text: str
+
+
+class ReadDevice(_Call, tag="read"):
+    """→ base64 of `length` bytes from `offset` on, as a client would read them. At most MOST_READ; it is
+    for looking at what is on a device (partition tables) without being a client of it.
+    """
+
+    device: str
+    offset: int
+    length: int
 
 
 class Wait(_Call, tag="wait"):
@@ -361,11 +402,13 @@ ClientCall = (
     | Resume
     | Remove
     | RemoveAll
+    | Retain
     | Rename
     | GetTable
     | GetStatus
     | GetInfo
     | SendMessage
+    | ReadDevice
     | Wait
     | GetStats
     | AddExport
@@ -417,7 +460,9 @@ class WorkerSuspend(_Call, tag="suspend"):
 
 
 class WorkerResume(_Call, tag="resume"):
-    """→ {"targets": n, "types": [...], "size": n, "event": n}. swap: False: the inactive table stays."""
+    """→ {"targets": n, "types": [...], "size": n, "event": n}, and "table": its text, where a target found its
+    size changed. Files are asked for with `OpenFile`. swap: False: the inactive table stays.
+    """
 
     minor: int
     flush: bool = True
@@ -452,6 +497,14 @@ class WorkerMessage(_Call, tag="message"):
     minor: int
     sector: int
     text: str
+
+
+class WorkerRead(_Call, tag="read"):
+    """→ base64 of the bytes."""
+
+    minor: int
+    offset: int
+    length: int
 
 
 class WorkerStats(_Call, tag="stats"):
@@ -509,6 +562,7 @@ WorkerCall = (
     | WorkerRename
     | WorkerStatus
     | WorkerMessage
+    | WorkerRead
     | WorkerStats
     | Serve
     | Unserve
@@ -551,11 +605,12 @@ class Drop(_Message, tag="drop"):
 
 
 class Happened(_Message, tag="happened"):
-    """The device's clients or event number changed."""
+    """The device's clients or event number changed. opened: there was a client since the device began."""
 
     minor: int
     connections: int
     event: int
+    opened: bool = False
 
 
 FromClient = ClientRequest | Opened | OpenRefused | Hello

@@ -21,9 +21,6 @@ from blkloom.metrics.addresses import uri_of
 from blkloom.metrics.sampling import Sample
 from blkloom.stats import Histogram, Stats, bucket_bounds, bucket_of
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""For who serves the text over HTTP."""
-
 LIMITS: Final = tuple(range(bucket_of(1 << 10) - 1, bucket_of(1 << 36), 8))
 """Indices of the engine's buckets that end a histogram's: 1 us, 2 us, 4 us ... 69 s."""
 

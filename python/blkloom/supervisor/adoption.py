@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from blkloom.control import messages as m
 from blkloom.control.client import OPEN_SECONDS, open_within
 from blkloom.control.rundir import RunDir
 from blkloom.errors import BlkloomError, WorkerGone
+from blkloom.peer import peer_of
 from blkloom.supervisor import exporting, states
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.registry import Entry, Registry
@@ -31,7 +31,6 @@ from blkloom.supervisor.tables import Tables
 from blkloom.supervisor.workers import Workers
 
 _log = logging.getLogger(__name__)
-_CREDENTIALS: Final = struct.Struct("iII")
 _REACHED_AT_ONCE: Final = 64
 """Workers that describe themselves: of thousands at once all would be late."""
 
@@ -129,22 +128,20 @@ class Adoption:
             connected.close()
             path.unlink(missing_ok=True)
             return None
-        pid, uid, _ = _CREDENTIALS.unpack(
-            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        if uid not in (0, os.geteuid()):
-            _log.error("%s belongs to user %d and is left alone", path, uid)
+        peer = peer_of(connected)
+        if not peer.may_command:
+            _log.error("%s belongs to user %d and is left alone", path, peer.uid)
             connected.close()
             return None
         try:
-            group, described = await self._workers.adopt(path.stem, connected, pid)
+            group, described = await self._workers.adopt(path.stem, connected, peer.pid)
             found = msgspec.convert(described["devices"], list[m.DeviceState])
             infos = {info.minor: info for info in msgspec.convert(described["infos"], list[m.DeviceInfo])}
         except (OSError, ValueError) as error:
             _log.error("worker %s cannot be adopted: %s", path.stem, error or "it does not answer")
             if (silent := self._workers.groups.get(path.stem)) is None:
                 return None
-            if isinstance(error, WorkerGone) or not self._keep_silent(silent, pid):
+            if isinstance(error, WorkerGone) or not self._keep_silent(silent, peer.pid):
                 silent.kill()
                 await self._workers.end(silent, flush=False)
             elif silent.link:
@@ -175,9 +172,13 @@ class Adoption:
             suspended=state.suspended and state.active is not None,
             event=state.event,
             exports=state.exports,
+            autoclear=state.autoclear,
+            opened=state.opened,
+            loop=state.loop,
         )
         if written is not None and written.state.name == state.name:
             entry.restarts, entry.deferred = written.restarts, written.deferred
+            entry.autoclear, entry.loop = written.state.autoclear, written.state.loop
             if written.suspended_for is not None and state.suspended:
                 entry.suspended, entry.suspended_for = False, written.suspended_for
         for loaded in (state.active, state.inactive):
@@ -199,6 +200,7 @@ class Adoption:
         entries = []
         for written in members:
             entry = self._enter(written.state, group)
+            entry.opened = False  # no client it had has left of its own accord
             entry.failed = written.failed
             entry.restarts, entry.deferred = written.restarts, written.deferred
             entry.suspended, entry.suspended_for = written.state.suspended, written.suspended_for

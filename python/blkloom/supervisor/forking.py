@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from blkloom.control.channel import AsyncChannel, ChannelClosed
+from blkloom.control.async_channel import AsyncChannel
+from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
 from blkloom.errors import ResourceError
 from blkloom.worker.zygote import Exited, Fork, Forked, ForkRefused, FromZygote

@@ -15,8 +15,9 @@ from itertools import count
 from typing import Any, Final, Protocol
 
 from blkloom.control import messages as m
-from blkloom.control.channel import AsyncChannel, ChannelClosed
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_exception
+from blkloom.control.framing import ChannelClosed
 from blkloom.errors import WorkerGone, WorkerStuck
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from typing import Any, Final
 import click
 
 from blkloom.control import messages as m
-from blkloom.control.channel import AsyncChannel
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
 from blkloom.control.rundir import RunDir
 from blkloom.errors import BlkloomError, ResourceError, UsageError
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
+from blkloom.peer import peer_of
 from blkloom.supervisor.adoption import Adoption
 from blkloom.supervisor.news import News
 from blkloom.supervisor.reaping import reap
@@ -46,7 +46,6 @@ from blkloom.target.registry import all_targets
 from blkloom.units import Bytes, format_size, parse_size
 
 _log = logging.getLogger(__name__)
-_CREDENTIALS: Final = struct.Struct("iII")
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -157,13 +156,11 @@ class Supervisor:
             task.add_done_callback(self._sessions.discard)
 
     async def _welcome(self, connected: socket.socket) -> None:
-        pid, uid, _ = _CREDENTIALS.unpack(
-            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
+        peer = peer_of(connected)
         channel = AsyncChannel(connected, m.FromClient)
-        if uid not in (0, os.geteuid()):
-            _log.warning("process %d of user %d was refused", pid, uid)
-            what = f"this supervisor is of user {os.geteuid()}, you are user {uid}"
+        if not peer.may_command:
+            _log.warning("process %d of user %d was refused", peer.pid, peer.uid)
+            what = f"this supervisor is of user {os.geteuid()}, you are user {peer.uid}"
             try:
                 await channel.send(to_failure(0, UsageError(what, cure="start your own with --run-dir")))
             finally:
@@ -190,6 +187,8 @@ class Supervisor:
                 return await verbs.remove(call)
             case m.RemoveAll():
                 return await verbs.remove_all(call)
+            case m.Retain():
+                return await verbs.retain(call)
             case m.Rename():
                 return await verbs.rename(call)
             case m.GetTable():
@@ -200,6 +199,8 @@ class Supervisor:
                 return verbs.info(call)
             case m.SendMessage():
                 return await verbs.message(call)
+            case m.ReadDevice():
+                return await verbs.read(call)
             case m.Wait():
                 return await verbs.wait(call)
             case m.GetStats():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from blkloom.control.messages import DeviceInfo, DeviceState, ExportState, Loaded
+from blkloom.control.messages import DeviceInfo, DeviceState, ExportState, Loaded, LoopNotes
 from blkloom.dm.names import check_new_name, check_uuid
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
 
@@ -57,11 +57,20 @@ class Entry:
     restarts: int = 0
     deferred: bool = False
     making: bool = False
+    autoclear: bool = False
+    opened: bool = False
+    """It has had a client, or a device on it that is not its partition."""
+    loop: LoopNotes | None = None
 
     @property
     def below(self) -> frozenset[int]:
         """What either of its tables stands on."""
         return self.below_active | self.below_inactive
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether it is a partition of the one device it stands on."""
+        return self.loop is not None and self.loop.partition > 0
 
     @property
     def loads(self) -> frozenset[int]:
@@ -80,6 +89,9 @@ class Entry:
             suspended=self.suspended or self.suspended_for is not None,
             event=self.event,
             exports=list(self.exports),
+            autoclear=self.autoclear,
+            opened=self.opened,
+            loop=self.loop,
         )
 
 
@@ -221,10 +233,31 @@ class Registry:
                 del self._users[minor]
         for minor in after - before:
             self._users.setdefault(minor, set()).add(entry.minor)
+            if (lower := self._entries.get(minor)) and not entry.is_partition:
+                lower.opened = True
 
     def holders(self, entry: Entry) -> list[Entry]:
         """Devices that stand on it directly, by minor number."""
         return [self._entries[minor] for minor in sorted(self._users.get(entry.minor, ()))]
+
+    def whole(self, entry: Entry) -> Entry:
+        """The device that `entry` is a partition of; else itself."""
+        lowers = [lower for minor in entry.below if (lower := self._entries.get(minor))]
+        return lowers[0] if entry.is_partition and len(lowers) == 1 else entry
+
+    def family(self, whole: Entry) -> list[Entry]:
+        """A device and its partitions, these first."""
+        return [*(holder for holder in self.holders(whole) if holder.is_partition), whole]
+
+    def family_count(self, whole: Entry) -> int:
+        """Clients of a device and of its partitions, and devices that stand on them."""
+        family = self.family(whole)
+        return sum(map(self.open_count, family)) - (len(family) - 1)
+
+    def lost_clients(self, entry: Entry) -> None:
+        """They did not leave: its worker ended under them."""
+        entry.connections = 0
+        entry.opened = any(not holder.is_partition for holder in self.holders(entry))
 
     def above(self, entry: Entry) -> list[Entry]:
         """All that stand on it, directly or not; every one before those below it."""
@@ -297,6 +330,8 @@ class Registry:
             exports=entry.exports,
             deps=entry.deps,
             holders=[holder.name for holder in self.holders(entry)],
+            autoclear=entry.autoclear,
+            loop=entry.loop,
         )
 
 

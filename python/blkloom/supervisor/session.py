@@ -16,8 +16,9 @@ from itertools import count
 from typing import Any, Final
 
 from blkloom.control import messages as m
-from blkloom.control.channel import AsyncChannel, BadMessage, ChannelClosed
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
+from blkloom.control.framing import BadMessage, ChannelClosed
 from blkloom.errors import UsageError
 from blkloom.supervisor.verbs import Caller
 

@@ -85,6 +85,7 @@ class Tables:
         """As `dmsetup table` shows it."""
         return format_table(self.parsed(text))
 
-    def error_table(self, size: int) -> str:
-        """A table of that many bytes that fails all I/O."""
-        return f"0 {max(1, size // 512)} error"
+
+def error_table(size: int) -> str:
+    """A table of that many bytes that fails all I/O."""
+    return f"0 {max(1, size // 512)} error"

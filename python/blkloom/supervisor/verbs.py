@@ -15,6 +15,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
 from blkloom.errors import (
@@ -28,12 +30,13 @@ from blkloom.errors import (
     WorkerStuck,
 )
 from blkloom.supervisor import exporting, states
+from blkloom.supervisor.clearing import Clearing
 from blkloom.supervisor.group import LEAVE_SECONDS, Group
 from blkloom.supervisor.link import Opener
 from blkloom.supervisor.news import News
 from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.store import Store
-from blkloom.supervisor.tables import Read, Tables
+from blkloom.supervisor.tables import Read, Tables, error_table
 from blkloom.supervisor.workers import Workers
 from blkloom.target.leg import rename_legs
 
@@ -44,6 +47,8 @@ SUSPEND_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 120.0
 """For all files of a table to open: a slow one may take seconds."""
 _STOP_AT_ONCE: Final = 64
+READ_SECONDS: Final = 30.0
+"""For storage to answer a read of ours."""
 FORCE_SECONDS: Final = 5.0
 """For requests in flight to end before `remove --force` ends the worker that has them."""
 RETRY_SECONDS: Final = 5.0
@@ -69,7 +74,7 @@ class Verbs:
         self._workers = workers
         self._tables = tables
         self._news = news
-        self._deferred: set[asyncio.Task[None]] = set()
+        self._clearing = Clearing(registry, workers, self._drop)
         self._stopping = False
 
     # making
@@ -80,7 +85,16 @@ class Verbs:
             raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
         minor = self._registry.check_new(call.name, call.uuid, call.minor)
         group = self._workers.new_group()
-        entry = Entry(call.name, minor, group, uuid=call.uuid, read_only=call.read_only, making=True)
+        entry = Entry(
+            call.name,
+            minor,
+            group,
+            uuid=call.uuid,
+            read_only=call.read_only,
+            making=True,
+            autoclear=call.autoclear,
+            loop=call.loop,
+        )
         group.minors.add(minor)
         self._registry.add(entry)
         try:
@@ -119,7 +133,7 @@ class Verbs:
             if call.suspended:
                 entry.suspended = True
             else:
-                await self._resume_one(entry, flush=True, timeout=None)
+                await self._resume_one(entry, flush=True, timeout=None, opener=caller.opener)
 
     async def _bring_together(self, entry: Entry, found: Read) -> None:
         """One group of the device and what the table stands on; the caller holds the locks of all."""
@@ -215,33 +229,63 @@ class Verbs:
             if entry.failed:
                 await self._revive(entry, caller)
                 return
-            await self._resume_one(entry, flush=call.flush, timeout=call.timeout)
+            await self._resume_one(entry, flush=call.flush, timeout=call.timeout, opener=caller.opener)
             entry.suspended_for = None
             self._save(entry)
             for upper in reversed(self._registry.above(entry)):
                 if upper.suspended_for == entry.minor:
-                    await self._resume_one(upper, flush=call.flush, timeout=call.timeout, swap=False)
+                    await self._resume_one(
+                        upper, flush=call.flush, timeout=call.timeout, swap=False, opener=caller.opener
+                    )
                     upper.suspended_for = None
                     self._save(upper)
 
-    async def _resume_one(self, entry: Entry, *, flush: bool, timeout: float | None, swap: bool = True) -> None:
+    async def _resume_one(
+        self,
+        entry: Entry,
+        *,
+        flush: bool,
+        timeout: float | None,
+        swap: bool = True,
+        opener: Opener | None = None,
+    ) -> None:
         wait = SUSPEND_SECONDS if timeout is None else timeout
         if entry.active is None and entry.inactive is None:
             entry.suspended = False  # as the kernel does; it stays without a table
             return
         call = m.WorkerResume(minor=entry.minor, flush=flush, timeout=wait, swap=swap)
-        result = await entry.group.call(call, wait=wait)
+        try:
+            result = await entry.group.call(call, opener=opener, wait=wait)
+        except (OSError, ValueError):
+            if swap and entry.inactive is not None and not entry.group.leaving:
+                await self._see_how_far(entry)
+            raise
         if swap and entry.inactive is not None:
-            self._stand(entry, active=entry.below_inactive, inactive=frozenset())
-            entry.active, entry.inactive = entry.inactive, None
-            entry.memory_active, entry.memory_inactive = entry.memory_inactive, 0
-            self._store.keep_only(entry.minor, entry.loads)
-            entry.deps = entry.inactive_deps
+            self._swapped(entry)
         if swap:
             entry.suspended = False
+        if entry.active is not None:
+            entry.active.table = result.get("table", entry.active.table)
         entry.targets, entry.types, entry.size = result["targets"], result["types"], result["size"]
         entry.event = max(entry.event, result["event"])
         self._news.changed(entry)
+
+    async def _see_how_far(self, entry: Entry) -> None:
+        """After a resume that failed: a target may have refused when its table was in place already."""
+        for state in msgspec.convert((await entry.group.call(m.Describe()))["devices"], list[m.DeviceState]):
+            if state.minor == entry.minor:
+                if state.active and entry.inactive and state.active.load == entry.inactive.load:
+                    self._swapped(entry)
+                entry.suspended = state.suspended
+                self._save(entry)
+                self._news.changed(entry)
+
+    def _swapped(self, entry: Entry) -> None:
+        self._stand(entry, active=entry.below_inactive, inactive=frozenset())
+        entry.active, entry.inactive = entry.inactive, None
+        entry.memory_active, entry.memory_inactive = entry.memory_inactive, 0
+        self._store.keep_only(entry.minor, entry.loads)
+        entry.deps = entry.inactive_deps
 
     async def _revive(self, entry: Entry, caller: Caller) -> None:
         """A FAILED device, and those of its group, once more."""
@@ -303,7 +347,7 @@ class Verbs:
             await asyncio.wait([news], timeout=max(0.0, deadline - time.monotonic()))
 
     async def _fail_all_io(self, entry: Entry) -> None:
-        loaded = m.Loaded(load=self._registry.new_load(), table=self._tables.error_table(entry.size))
+        loaded = m.Loaded(load=self._registry.new_load(), table=error_table(entry.size))
         try:
             await entry.group.call(m.WorkerLoad(minor=entry.minor, loaded=loaded))
             entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
@@ -353,21 +397,17 @@ class Verbs:
                 self.look_at(found)
 
     def look_at(self, entry: Entry) -> None:
-        """Something changed: a deferred removal may be due."""
+        """Something changed: a removal may be due."""
         self._news.changed(entry)
-        if entry.deferred and not self._registry.open_count(entry) and not self._stopping:
-            task = asyncio.create_task(self._remove_deferred(entry), name=f"deferred {entry.name}")
-            self._deferred.add(task)
-            task.add_done_callback(self._deferred.discard)
+        if not self._stopping:
+            self._clearing.look_at(entry)
 
-    async def _remove_deferred(self, entry: Entry) -> None:
-        async with self._workers.locked(entry):
-            if self._registry.get(entry.minor) is not entry or self._registry.open_count(entry):
-                return
-            try:
-                await self._drop(entry, fail=False)
-            except (OSError, ValueError) as error:
-                _log.error("deferred removal of device %r: %s", entry.name, error)
+    async def retain(self, call: m.Retain) -> None:
+        """No removal that nobody asks for any more."""
+        entry = self._registry.find(call.device)
+        async with self._held(entry):
+            entry.autoclear = entry.deferred = False
+            self._save(entry)
 
     async def remove_all(self, call: m.RemoveAll) -> list[tuple[str, str]]:
         """Those on top first. What could not be removed, and why."""
@@ -484,6 +524,25 @@ class Verbs:
         entry = self._live(call.device)
         async with self._held(entry):
             return await entry.group.call(m.WorkerMessage(minor=entry.minor, sector=call.sector, text=call.text))
+
+    async def read(self, call: m.ReadDevice) -> Any:
+        """A piece of its contents."""
+        entry = self._live(call.device)
+        async with self._held(entry):
+            stopped = entry.suspended or entry.suspended_for is not None
+            if entry.active is None or stopped:
+                raise UsageError(
+                    f"device {entry.name!r} {'is suspended' if stopped else 'has no table'}: it cannot be read",
+                    cure=f"blkloom resume {entry.name}",
+                )
+            if not 0 <= call.offset <= call.offset + call.length <= entry.size or not 0 < call.length <= m.MOST_READ:
+                raise UsageError(
+                    f"{call.length} bytes from {call.offset} on cannot be read from device {entry.name!r}",
+                    cure=f"at most {m.MOST_READ} at once, of the {entry.size} there are",
+                )
+            return await entry.group.call(
+                m.WorkerRead(minor=entry.minor, offset=call.offset, length=call.length), wait=READ_SECONDS
+            )
 
     async def wait(self, call: m.Wait) -> int:
         """The event number, once it is above `call.event`."""

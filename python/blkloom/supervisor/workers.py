@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from blkloom.control import messages as m
-from blkloom.control.channel import AsyncChannel
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.rundir import RunDir
 from blkloom.errors import ResourceError, WorkerGone, WorkerStuck
 from blkloom.supervisor import states
@@ -61,6 +61,7 @@ class _Ears:
         entry = self._workers.registry.get(news.minor)
         if entry is not None and (entry.group is self._group or entry.minor in self._group.arriving):
             entry.connections = news.connections
+            entry.opened |= news.opened
             entry.event = max(entry.event, news.event)
             self._workers.changed(entry)
 
@@ -171,7 +172,7 @@ class Workers:
     def _died(self, group: Group) -> None:
         for minor in group.minors:
             if entry := self.registry.get(minor):
-                entry.connections = 0
+                self.registry.lost_clients(entry)
                 self.changed(entry)
         if not group.leaving and not self.resting and group.id in self.groups:
             group.restarting = asyncio.create_task(self._replace(group), name=f"restart {group.id}")
@@ -257,7 +258,7 @@ class Workers:
             if entry is None:
                 continue
             entry.failed = reason
-            entry.connections = 0
+            self.registry.lost_clients(entry)
             entry.event += 1
             _log.error("device %r has failed: %s", entry.name, reason)
             for export in entry.exports:

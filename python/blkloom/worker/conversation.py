@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Final
 
-from blkloom.control.channel import AsyncChannel, ChannelClosed
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
+from blkloom.control.framing import ChannelClosed
 from blkloom.control.messages import (
     PROTOCOL,
     Drop,

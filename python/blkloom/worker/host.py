@@ -7,6 +7,7 @@ the event loop; what blocks runs on threads (`hosted.py`). News goes out through
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import os
 import socket
@@ -31,6 +32,7 @@ from blkloom.control.messages import (
     WorkerClear,
     WorkerLoad,
     WorkerMessage,
+    WorkerRead,
     WorkerRename,
     WorkerResume,
     WorkerStats,
@@ -99,7 +101,10 @@ class Host:
             case WorkerSuspend():
                 return await self._device(call.minor).suspend(flush=call.flush, timeout=call.timeout)
             case WorkerResume():
-                return await self._device(call.minor).resume(flush=call.flush, timeout=call.timeout, swap=call.swap)
+                device = self._device(call.minor)
+                result, labels = await device.resume(ask, flush=call.flush, timeout=call.timeout, swap=call.swap)
+                self.keep(labels)
+                return result
             case Release():
                 return await self._release(call)
             case WorkerRename():
@@ -108,6 +113,9 @@ class Host:
                 return await self._device(call.minor).status()
             case WorkerMessage():
                 return await self._device(call.minor).message(call.sector, _message_words(call.text))
+            case WorkerRead():
+                data = await self._device(call.minor).read(call.offset, call.length)
+                return base64.b64encode(data).decode("ascii")
             case WorkerStats():
                 return {str(minor): device.stats() for minor, device in self.devices.items()}
             case Unserve():
@@ -197,7 +205,8 @@ class Host:
         changed, self._changed = self._changed, set()
         for minor in sorted(changed):
             if (device := self.devices.get(minor)) and not device.moving:
-                self.tell(Happened(minor=minor, connections=device.connections, event=device.event), ())
+                news = Happened(minor=minor, connections=device.connections, event=device.event, opened=device.opened)
+                self.tell(news, ())
 
     def _rename(self, call: WorkerRename) -> None:
         device = self._device(call.minor)

@@ -18,7 +18,7 @@ from blkloom.control.messages import ConnectionState, DeviceInfo, DeviceState, E
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
 from blkloom.stats import without_tails
-from blkloom.table import Table, parse
+from blkloom.table import Table, format_table, parse
 from blkloom.target.holding import HeldFiles
 from blkloom.target.leg import rename_legs
 from blkloom.target.registry import Targets
@@ -61,7 +61,7 @@ class HostedDevice:
         self._on_change = on_change
         self._on_drop = on_drop
         self._held = HeldFiles()
-        self._loop = asyncio.get_running_loop()
+        self._event_loop = asyncio.get_running_loop()
         self.device = Device(
             engine=engine,
             name=state.name,
@@ -76,6 +76,9 @@ class HostedDevice:
         self._inactive: Loaded | None = None
         self._awaited: Loaded | None = None
         self._deps: dict[int, list[str]] = {}
+        self._descriptors: dict[int, LoadDescriptors] = {}
+        self._autoclear, self._loop_notes = state.autoclear, state.loop
+        self.opened = state.opened
         self.exports: dict[str, ServedExport] = {}
         self._frozen: list[tuple[ConnectionState, int]] | None = None
         self._resumes_after = False
@@ -102,6 +105,9 @@ class HostedDevice:
             event=self.event,
             exports=[export.state for export in self.exports.values()],
             connections=[state for state, _ in self._frozen or ()],
+            autoclear=self._autoclear,
+            opened=self.opened,
+            loop=self._loop_notes,
         )
 
     def info(self) -> DeviceInfo:
@@ -145,7 +151,7 @@ class HostedDevice:
             await in_thread(self._thread_name, self.device.activate)
             self._swapped()
             if not state.suspended:
-                await in_thread(self._thread_name, self.device.resume)
+                labels += await self._go_live(state.active.load, ask)
         return labels
 
     async def restore_inactive(self, state: DeviceState, ask: Ask) -> list[Label]:
@@ -179,6 +185,7 @@ class HostedDevice:
                 descriptors.fail()
                 raise
             self._deps[loaded.load] = composed.opening.deps
+            self._descriptors[loaded.load] = descriptors
             return table
 
         table = await in_thread(self._thread_name, work)
@@ -197,17 +204,40 @@ class HostedDevice:
         """As `Device.suspend`."""
         await in_thread(self._thread_name, lambda: self.device.suspend(flush=flush, timeout=timeout))
 
-    async def resume(self, *, flush: bool, timeout: float | None, swap: bool) -> dict[str, Any]:
-        """As `Device.resume`. What `WorkerResume` answers."""
+    async def resume(
+        self, ask: Ask, *, flush: bool, timeout: float | None, swap: bool
+    ) -> tuple[dict[str, Any], list[Label]]:
+        """As `Device.resume`. What `WorkerResume` answers, and the labels of what was opened for it."""
         size = self.device.size if self._active else None
-        try:
-            await in_thread(self._thread_name, lambda: self.device.resume(flush=flush, timeout=timeout, swap=swap))
-        finally:
-            if self._inactive and self.device.inactive_table is None:
+        labels: list[Label] = []
+        changed: dict[str, str] = {}
+        if swap:
+            await in_thread(self._thread_name, lambda: self.device.activate(flush=flush, timeout=timeout))
+            if self._inactive:
                 self._swapped()
+        if self._active:
+            text = self._active.table
+            labels = await self._go_live(self._active.load, ask)
+            changed = {"table": self._active.table} if self._active.table != text else {}
+        else:
+            self.device.resume(swap=False)  # refuses
         if size is not None and size != self.device.size:
             self._happened()  # no client can be told, but who waits for events can
-        return {**_shape(self.device.table), "size": self.device.size, "event": self.event}
+        return {**_shape(self.device.table), "size": self.device.size, "event": self.event, **changed}, labels
+
+    async def _go_live(self, load: int, ask: Ask) -> list[Label]:
+        """Resumes what is active; targets may open files for that. The labels of those."""
+        before = self.device.table
+        descriptors = self._descriptors[load]
+        descriptors.go_on(ask)
+        try:
+            await in_thread(self._thread_name, lambda: self.device.resume(swap=False))
+        finally:
+            labels = descriptors.succeed()
+        after = self.device.table
+        if after is not None and after != before and self._active:
+            self._active.table = format_table(after)
+        return labels
 
     async def status(self) -> list[tuple[int, int, str, str]]:
         """(start, length, target, status) a segment; sectors."""
@@ -216,6 +246,10 @@ class HostedDevice:
     async def message(self, sector: int, words: list[str]) -> str | None:
         """Has the target at `sector` answer."""
         return await in_thread(self._thread_name, lambda: self.device.message(Sectors(sector), words))
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """What a client would read. Waits while the device is suspended."""
+        return await in_thread(self._thread_name, lambda: self.device.pread(length, offset))
 
     def rename(self, name: str, uuid: str) -> None:
         """Called `name` from now on, or given the uuid it lacked."""
@@ -243,6 +277,7 @@ class HostedDevice:
     def _forget_outlived(self) -> None:
         loads = {0, *(loaded.load for loaded in (self._active, self._inactive, self._awaited) if loaded)}
         self._deps = {load: deps for load, deps in self._deps.items() if load in loads}
+        self._descriptors = {load: kept for load, kept in self._descriptors.items() if load in loads}
         labels = self._stock.outlived(self.minor, loads)
         self._forget(labels)
 
@@ -252,7 +287,7 @@ class HostedDevice:
             self._on_drop(labels)
 
     def _on_event(self, _what: str) -> None:
-        self._loop.call_soon_threadsafe(self._happened)
+        self._event_loop.call_soon_threadsafe(self._happened)
 
     def _happened(self) -> None:
         self.event += 1
@@ -266,8 +301,12 @@ class HostedDevice:
             listening.close()
             raise UsageError(f"device {self.name!r} has an export {state.id!r} already", cure="give it another id")
         self.exports[state.id] = ServedExport(
-            state, self.device, self._engine, listening, lambda: self._on_change(self), paused=paused
+            state, self.device, self._engine, listening, self._clients_changed, paused=paused
         )
+
+    def _clients_changed(self) -> None:
+        self.opened |= self.connections > 0
+        self._on_change(self)
 
     async def unserve(self, id: str) -> None:
         """Disconnects the clients of an export and ends it."""
@@ -311,7 +350,7 @@ class HostedDevice:
     async def thaw(self) -> None:
         """As before `detach_clients`."""
         if self._resumes_after:
-            await in_thread(self._thread_name, lambda: self.device.resume(swap=False))
+            await in_thread(self._thread_name, lambda: self.device.resume(swap=False))  # files are all there
         clients, self._frozen, self._resumes_after = self._frozen or [], None, False
         self.take_over(clients)
         self._on_change(self)

@@ -15,11 +15,10 @@ import logging
 import os
 import signal
 import socket
-import struct
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-from blkloom.control.channel import AsyncChannel
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.messages import (
     Drop,
     Happened,
@@ -30,14 +29,13 @@ from blkloom.control.messages import (
     WorkerRequest,
 )
 from blkloom.export.nbd.listening import listen_unix
+from blkloom.peer import peer_of
 from blkloom.target.registry import Targets, all_targets
 from blkloom.worker.conversation import Conversation
 from blkloom.worker.host import Host
 from blkloom.worker.stock import Ask
 
 _log = logging.getLogger(__name__)
-
-_CREDENTIALS: Final = struct.Struct("iII")
 
 
 def run(channel_socket: socket.socket, worker_id: str, run_dir: str, *, targets: Targets | None = None) -> int:
@@ -96,11 +94,9 @@ class Worker:
             if not isinstance(error, BlockingIOError):
                 _log.error("a supervisor could not be accepted: %s", error)
             return
-        pid, uid, _ = _CREDENTIALS.unpack(
-            connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        if uid not in (0, os.geteuid()):
-            _log.warning("process %d of user %d is no supervisor of this worker", pid, uid)
+        peer = peer_of(connected)
+        if not peer.may_command:
+            _log.warning("process %d of user %d is no supervisor of this worker", peer.pid, peer.uid)
             connected.close()
             return
         self._converse(connected)

@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 
-from blkloom.control.channel import AsyncChannel
+from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_exception
 from blkloom.control.messages import (
     DeviceState,

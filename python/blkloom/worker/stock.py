@@ -73,7 +73,7 @@ class LoadDescriptors:
         self._stock = stock
         self._device = device
         self._load = load
-        self._ask = ask
+        self._ask: Ask | None = ask
         self._restored = restored
         self._new: dict[Label, int] = {}
         self._memories = 0
@@ -84,6 +84,8 @@ class LoadDescriptors:
         if not exclusive and (fd := self._find(label)) is not None:
             return os.dup(fd)
         try:
+            if self._ask is None:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
             fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive)
         except OSError as error:
             if error.errno != errno.ESTALE or not self._restored:
@@ -123,8 +125,15 @@ class LoadDescriptors:
         self._keep(label, fd)
         return fd
 
+    def go_on(self, ask: Ask) -> None:
+        """Loaded before, and needed again: who can be asked now, until `succeed`."""
+        self._ask = ask
+
     def succeed(self) -> list[Label]:
-        """The load stands: what it got belongs to the stock. Its labels, to be stored elsewhere too."""
+        """The load stands: what it got belongs to the stock, and nobody can be asked any more. Its labels,
+        to be stored elsewhere too.
+        """
+        self._ask = None
         new, self._new = self._new, {}
         for label, fd in new.items():
             self._stock.put(label, fd)

@@ -24,7 +24,8 @@ from typing import Final
 
 import msgspec
 
-from blkloom.control.channel import Channel, ChannelClosed
+from blkloom.control.channel import Channel
+from blkloom.control.framing import ChannelClosed
 from blkloom.target.registry import BUILTIN, Targets, all_targets
 from blkloom.worker.main import run
 from blkloom.worker.process import become_worker

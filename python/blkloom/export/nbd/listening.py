@@ -18,6 +18,7 @@ from typing import Final
 
 from blkloom.errors import ListenError
 from blkloom.export.nbd.uri import tcp_uri, unix_uri
+from blkloom.peer import peer_of
 
 BACKLOG: Final = 1024
 """Connections the kernel holds until they are accepted (it caps this at net.core.somaxconn)."""
@@ -130,9 +131,8 @@ def adopt(listening: socket.socket) -> Listener:
 def peer_name(connected: socket.socket) -> str:
     """Who is at the other end, for logs: `192.0.2.1:40000`, or `unix pid 12 uid 1000`."""
     if connected.family == socket.AF_UNIX:
-        credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, uid = (int.from_bytes(credentials[at : at + 4], "little", signed=True) for at in (0, 4))
-        return f"unix pid {pid} uid {uid}"
+        peer = peer_of(connected)
+        return f"unix pid {peer.pid} uid {peer.uid}"
     host, port = connected.getpeername()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -1,0 +1,103 @@
+"""Messages and descriptors over a connected Unix stream socket, for asyncio; it belongs to its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from blkloom.control.framing import Arrivals, ChannelClosed, ancillary_of, encode
+
+
+class AsyncChannel:
+    """expected: the type of messages that come (a Struct or a union of tagged ones). One task receives; any
+    may send.
+    """
+
+    def __init__(self, connected: socket.socket, expected: Any) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self._arrivals = Arrivals(expected)
+        self._sending = asyncio.Lock()
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._closed = False
+
+    def fileno(self) -> int:
+        """The socket's."""
+        return self._socket.fileno()
+
+    async def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        """Sends; the descriptors stay the caller's, who keeps them open until this returns. Raises
+        ChannelClosed. A send that is cancelled half-way ends the channel.
+        """
+        line = memoryview(encode(message, fds))
+        ancillary = ancillary_of(fds)
+        async with self._sending:
+            whole = False
+            sent = 0
+            try:
+                while sent < len(line):
+                    self._check_open()
+                    try:
+                        sent += self._socket.sendmsg([line[sent:]], ancillary, socket.MSG_NOSIGNAL)
+                        ancillary = []
+                    except BlockingIOError:
+                        await self._ready(writing=True)
+                    except OSError as error:
+                        raise ChannelClosed(error.errno, f"the connection broke: {error.strerror}") from error
+                whole = True
+            finally:
+                if not whole and sent:
+                    self._close()
+
+    async def receive(self) -> tuple[Any, list[int]]:
+        """The next message and its descriptors. Raises ChannelClosed, BadMessage."""
+        while True:
+            self._check_open()
+            if (found := self._arrivals.next()) is not None:
+                return found
+            try:
+                self._arrivals.receive(self._socket)
+            except BlockingIOError:
+                await self._ready(writing=False)
+
+    async def _ready(self, *, writing: bool) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+        descriptor = self._socket.fileno()
+        add(descriptor, _wake, ready)
+        self._waiting.add(ready)
+        try:
+            await ready
+        finally:
+            self._waiting.discard(ready)
+            if not self._closed:  # closing has removed it, and the number may be somebody else's by now
+                remove(descriptor)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed("the connection has been closed")
+
+    async def close(self) -> None:
+        """Ends the connection; whoever waits on it gets ChannelClosed. Does no harm twice."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if (descriptor := self._socket.fileno()) >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(descriptor)
+            loop.remove_writer(descriptor)
+        self._arrivals.close()
+        self._socket.close()
+        for ready in self._waiting:
+            _wake(ready)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -1,0 +1,117 @@
+"""Messages and descriptors as they cross a Unix stream socket, without waiting for any.
+
+A message is a line of JSON. Its descriptors ride with the line's first bytes (SCM_RIGHTS), and its
+`fds` says how many there are, so a receiver that gets several lines at once, or one in pieces, gives
+each its own. What is received belongs to the receiver; whatever goes wrong, no descriptor is leaked.
+Source: unix(7), cmsg(3).
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from blkloom.control.messages import LONGEST_LINE, MOST_DESCRIPTORS
+from blkloom.errors import UsageError
+
+_PIECE: Final = 256 << 10
+_ROOM: Final = socket.CMSG_SPACE(253 * struct.calcsize("i"))
+"""For as many descriptors as the kernel passes at once (SCM_MAX_FD)."""
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+class ChannelClosed(ConnectionError):
+    """The other side has gone."""
+
+
+class BadMessage(ConnectionError):
+    """The other side does not speak this protocol; the channel is of no use any more."""
+
+
+@functools.cache
+def decoder_of(expected: Any) -> msgspec.json.Decoder[Any]:
+    """The decoder for messages of that type: made once, because making it costs a worker a megabyte."""
+    return msgspec.json.Decoder(expected)
+
+
+def encode(message: Any, descriptors: Sequence[int]) -> bytes:
+    """The message as a line. Its `fds` is set to how many descriptors go along. Raises UsageError for
+    text that is not UTF-8.
+    """
+    if descriptors or hasattr(message, "fds"):
+        message.fds = len(descriptors)
+    if len(descriptors) > MOST_DESCRIPTORS:
+        raise ValueError(f"{len(descriptors)} descriptors in a message, {MOST_DESCRIPTORS} are the most")
+    try:
+        return _ENCODER.encode(message) + b"\n"
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{error.object!r} cannot be said: it is not UTF-8", cure="use names and paths that are"
+        ) from error
+
+
+def ancillary_of(descriptors: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    """What sendmsg takes to send them along."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())] if descriptors else []
+
+
+class Arrivals:
+    """What has been received and not been asked for."""
+
+    def __init__(self, expected: Any) -> None:
+        self._decoder = decoder_of(expected)
+        self._pieces = bytearray()
+        self._seen = 0
+        self._descriptors: deque[int] = deque()
+
+    def receive(self, connected: socket.socket, flags: int = 0) -> None:
+        """Takes what has come. Raises ChannelClosed at the end, BlockingIOError where nothing has come."""
+        try:
+            data, ancillary, message_flags, _ = connected.recvmsg(_PIECE, _ROOM, flags | socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ChannelClosed(error.errno, f"the connection broke: {error.strerror}") from error
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+                self._descriptors.extend(numbers)
+        if message_flags & socket.MSG_CTRUNC:
+            raise BadMessage("descriptors were lost on the way; raise the limit of open files (ulimit -n)")
+        if not data:
+            raise ChannelClosed("the other side has closed the connection")
+        self._pieces += data
+        if len(self._pieces) > LONGEST_LINE:
+            raise BadMessage(f"a message is longer than {LONGEST_LINE} bytes")
+
+    def next(self) -> tuple[Any, list[int]] | None:
+        """The next whole message. Raises BadMessage."""
+        end = self._pieces.find(b"\n", self._seen)
+        if end < 0:
+            self._seen = len(self._pieces)
+            return None
+        line = bytes(self._pieces[:end])
+        del self._pieces[: end + 1]
+        self._seen = 0
+        try:
+            message = self._decoder.decode(line)
+        except msgspec.MsgspecError as error:
+            raise BadMessage(f"not understood: {error}: {line[:200]!r}") from error
+        count = getattr(message, "fds", 0)
+        if not 0 <= count <= len(self._descriptors):
+            raise BadMessage(f"a message promises {count} descriptors, {len(self._descriptors)} have come")
+        return message, [self._descriptors.popleft() for _ in range(count)]
+
+    def close(self) -> None:
+        """Closes the descriptors nobody has asked for."""
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
