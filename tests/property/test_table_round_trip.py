@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import pytest
@@ -80,8 +80,13 @@ loops = st.builds(
     Loop,
     path=file_names,
     offset=st.integers(0, 1 << 40).map(lambda sectors: Bytes(sectors * SECTOR)),
-    direct_io=st.booleans(),
-    read_only=st.booleans(),
+    way=st.sampled_from(("", "direct_io", "direct_io=require", "block_map", "block_map=try")),
+    reading=st.sampled_from(("", "read_only", "read_only=auto")),
+    block_size=st.sampled_from(("", "block_size=512", "block_size=4096")),
+).flatmap(
+    lambda loop: st.sampled_from(("", "immutable=off") if loop.way.startswith("block_map") else ("",)).map(
+        lambda immutable: replace(loop, immutable=immutable)
+    )
 )
 targets = st.one_of(
     loops,

@@ -18,12 +18,13 @@ from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors
 PATHS = st.text(min_size=1)
 SECTORS = st.integers(0, (DEVICE_LIMIT - 1) // SECTOR).map(Sectors)
 LEGS = st.builds(Leg, PATHS, SECTORS)
+WAYS = st.sampled_from(("", "direct_io", "direct_io=require", "block_map", "block_map=try"))
 TARGETS = st.one_of(
     st.sampled_from([cls() for cls in (*map(builtin_targets().find, ("zero", "error", "ram")),)]),
     st.builds(Linear, LEGS),
     st.builds(Striped, st.integers(1, 2**32 - 1).map(Sectors), st.lists(LEGS, min_size=1, max_size=5).map(tuple)),
     st.builds(Ram, st.booleans(), st.booleans()),
-    st.builds(Loop, PATHS, SECTORS.map(lambda n: Bytes(n * SECTOR)), st.booleans(), st.booleans()),
+    st.builds(Loop, PATHS, SECTORS.map(lambda n: Bytes(n * SECTOR)), WAYS, st.sampled_from(("", "read_only"))),
 )
 
 
@@ -57,8 +58,12 @@ def test_a_target_parses_back_from_what_it_prints(target: Target) -> None:
         ("ram 2 preallocate huge_pages", Ram(huge_pages=True, preallocate=True)),
         ("loop /tmp/f", Loop("/tmp/f")),
         ("loop /tmp/f 1024", Loop("/tmp/f", Bytes(1024))),
-        ("loop /tmp/f 0 1 read_only", Loop("/tmp/f", read_only=True)),
-        ("loop /tmp/f 512 2 read_only direct_io", Loop("/tmp/f", Bytes(512), direct_io=True, read_only=True)),
+        ("loop /tmp/f 0 1 read_only", Loop("/tmp/f", reading="read_only")),
+        (
+            "loop /tmp/f 4096 4 immutable=off block_map=try block_size=4096 read_only=auto",
+            Loop("/tmp/f", Bytes(4096), "block_map=try", "read_only=auto", "block_size=4096", "immutable=off"),
+        ),
+        ("loop /tmp/f 512 2 read_only direct_io", Loop("/tmp/f", Bytes(512), way="direct_io", reading="read_only")),
     ],
 )
 def test_arguments_mean(text: str, target: Target) -> None:

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from typing import Protocol
 
 
 class Descriptors(Protocol):
-    """One load's. Descriptors it returns belong to the caller; those it is told of stay the caller's."""
+    """One load's. Descriptors it returns belong to the caller; those it is told of stay the caller's. here: paths
+    are this process's own; otherwise relative ones begin elsewhere. restored: a former process of the device had
+    the table loaded, so what it used must not be refused if there is another way.
+    """
+
+    here: bool
+    restored: bool
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """The file or block device at `path`, opened as `open_file` does. direct: O_DIRECT is on the
@@ -34,6 +41,9 @@ class Descriptors(Protocol):
 
 class OwnDescriptors:
     """Opens with this process's rights and remembers nothing."""
+
+    here = True
+    restored = False
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """As `open_file`."""
@@ -63,7 +73,14 @@ def open_file(path: str, *, writable: bool, direct: bool = False, exclusive: boo
     if direct:
         try:
             return os.open(path, flags | os.O_DIRECT)
+        except BlockingIOError:
+            flags |= os.O_DIRECT
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-    return os.open(path, flags)
+    try:
+        return os.open(path, flags)
+    except BlockingIOError:  # a lease on the file is being broken: worth waiting for
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, flags & ~os.O_NONBLOCK)

@@ -18,6 +18,7 @@ from typing import Final
 
 from blkloom._engine import File
 from blkloom.errors import BackingError
+from blkloom.filemap.lease import Leases
 from blkloom.target.claim import Claim
 from blkloom.target.descriptors import Descriptors
 
@@ -46,16 +47,18 @@ class _Held:
 class HeldFiles:
     """Open files by identity, counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, leases: Leases | None = None) -> None:
+        self.leases = leases or Leases()
+        """By which block maps hold some of them; opening a file ends its lease first."""
         self._held: dict[Identity, _Held] = {}
-        self.claims_stay = False
-        """Claims are left standing when their last user goes: another process of the device has them."""
+        self._claims_stay = False
 
     def take(
         self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors
     ) -> tuple[Identity, File]:
         """The file at `path`, one use of it counted. shared: without a claim. Raises BackingError."""
-        fd, direct = _open(descriptors, path, writable=writable, direct=direct)
+        self.leases.make_way(path, certain=descriptors.here or os.path.isabs(path))
+        fd, direct = self._open(descriptors, path, writable=writable, direct=direct)
         try:
             identity = _identity(fd, path)
             held = self._held.get(identity)
@@ -91,6 +94,33 @@ class HeldFiles:
             held.files.clear()
             self._end(held)
 
+    def _open(self, descriptors: Descriptors, path: str, *, writable: bool, direct: bool) -> tuple[int, bool]:
+        """A descriptor, and whether it is direct: where the file system refuses that, it is buffered."""
+        try:
+            try:
+                fd = descriptors.open(path, writable=writable, direct=direct)
+            except OSError as error:
+                if error.errno != errno.EPERM or not writable or not self.leases.release_abandoned(path):
+                    raise
+                _log.warning("%s: was left immutable by a process that has gone, and is not any more", path)
+                fd = descriptors.open(path, writable=writable, direct=direct)
+        except BackingError:
+            raise
+        except OSError as error:
+            raise _refused(path, error, writable=writable) from error
+        except ValueError as error:  # a null byte
+            raise BackingError(
+                "could not open backing file: not a path", path=repr(path), errno=errno.EINVAL
+            ) from error
+        is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        if direct and not is_direct:
+            _log.warning("%s: its file system does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O", path)
+        return fd, is_direct
+
+    def let_stay(self) -> None:
+        """Claims and leases are left standing when their last user goes: another process of the device has them."""
+        self._claims_stay = self.leases.stay = True
+
     def lend(self, identity: Identity) -> None:
         """Lets others have the file until `claim_again`; it stays open."""
         held = self._held[identity]
@@ -109,7 +139,7 @@ class HeldFiles:
         held.lent = None
 
     def _end(self, held: _Held) -> None:
-        if held.claim and self.claims_stay:
+        if held.claim and self._claims_stay:
             held.claim.abandon()
         elif held.claim:
             held.claim.release()
@@ -125,22 +155,6 @@ class HeldFiles:
 
     def __len__(self) -> int:
         return len(self._held)
-
-
-def _open(descriptors: Descriptors, path: str, *, writable: bool, direct: bool) -> tuple[int, bool]:
-    """A descriptor, and whether it is direct: where the file system refuses that, it is buffered."""
-    try:
-        fd = descriptors.open(path, writable=writable, direct=direct)
-    except BackingError:
-        raise
-    except OSError as error:
-        raise _refused(path, error, writable=writable) from error
-    except ValueError as error:  # a null byte
-        raise BackingError("could not open backing file: not a path", path=repr(path), errno=errno.EINVAL) from error
-    is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-    if direct and not is_direct:
-        _log.warning("%s: its file system does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O", path)
-    return fd, is_direct
 
 
 def _identity(fd: int, path: str) -> Identity:

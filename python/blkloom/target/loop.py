@@ -1,39 +1,72 @@
 """`loop`: a file or block device, or a piece of one; several segments may use several files.
 
 The table may cover less than the file, never more. Holes read as zeros; discards punch holes;
-flushes sync the file. Offsets are bytes, multiples of 512. Source: dm-loop (Reeves 2006,
-Mauelshagen 2018, Patocka 2025) and losetup(8); the error texts are theirs. Like them it warns
-of what it cannot use of the file: the end that makes no whole sector.
+flushes sync the file. Offsets are bytes, multiples of 512. There are three ways to the bytes:
+
+- `file`: through the file system and its page cache; the way all others fall back to.
+- `direct_io`: through the file system, past its cache. Where that is impossible it falls back with a
+  warning, or with `direct_io=require` is refused.
+- `block_map`: past the file system too: the file's blocks are looked up once and their device is read
+  and written directly, as dm-loop does (`blkloom.filemap`). A file that is no ground for that is refused,
+  or with `block_map=try` falls back. When anybody else asks for the file, the device drains, goes on in
+  `file` mode, and says so; suspend and resume map it anew.
+
+Source: dm-loop (Reeves 2006, Mauelshagen 2018, Patocka 2025) and losetup(8); the error texts are
+theirs. Like them it warns of what it cannot use of the file: the end that makes no whole sector.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from dataclasses import dataclass
-from typing import ClassVar, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from typing_extensions import override
 
 from blkloom._engine import Extent, File
+from blkloom.errors import BackingError
+from blkloom.filemap.unsound import Unsound
 from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
+from blkloom.target.base import Mapped, Target
+from blkloom.target.limits import BlockLimits
 from blkloom.target.opening import Opening
-from blkloom.target.options import parse_options
 from blkloom.units import SECTOR, Bytes, to_bytes, to_sectors
 
+if TYPE_CHECKING:
+    from blkloom.filemap.block_map import BlockMap
+    from blkloom.target.live_segment import LiveSegment
+
+_log = logging.getLogger(__name__)
 _START: Final = Bytes(0)
+
+_WAYS: Final = ("direct_io", "direct_io=require", "block_map", "block_map=try")
+_READING: Final = ("read_only", "read_only=auto")
+_BLOCK_SIZES: Final = tuple(f"block_size={size}" for size in (512, 1024, 2048, 4096))
+_MUTABLE: Final = "immutable=off"
+_OPTIONS: Final = (_WAYS, _READING, _BLOCK_SIZES, (_MUTABLE,))
+"""Of each group at most one; printed in this order."""
+
+_NOT_WRITABLE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY}
 
 
 @dataclass(frozen=True)
 class Loop(Target):
-    """The segment is `path` from byte `offset` on."""
+    """The segment is `path` from byte `offset` on. way, reading, block_size, immutable: options as written, or ""."""
 
     path: str
     offset: Bytes = _START
-    direct_io: bool = False
-    read_only: bool = False
+    way: str = ""
+    reading: str = ""
+    block_size: str = ""
+    immutable: str = ""
 
     name: ClassVar[str] = "loop"
-    syntax: ClassVar[str] = "<path> [<offset> [<#opts> [direct_io] [read_only]]]"
+    syntax: ClassVar[str] = (
+        "<path> [<offset> [<#opts> [direct_io[=require] | block_map[=try]] [read_only[=auto]]"
+        " [block_size=<bytes>] [immutable=off]]]"
+    )
     summary: ClassVar[str] = "a file or block device (offset in bytes)"
 
     @classmethod
@@ -48,25 +81,48 @@ class Loop(Target):
                 value=str(offset),
                 cure=f"write {down} or {down + SECTOR}",
             )
-        return cls(path, Bytes(offset), **parse_options(arguments, ("direct_io", "read_only")))
+        way, reading, block_size, immutable = _parse_options(arguments)
+        if immutable and not way.startswith("block_map"):
+            raise arguments.error("option goes with block_map only", value=immutable, cure="leave it out")
+        return cls(path, Bytes(offset), way, reading, block_size, immutable)
 
     @override
     def format(self) -> list[str]:
-        options = [name for name in ("direct_io", "read_only") if getattr(self, name)]
+        options = [word for word in (self.way, self.reading, self.block_size, self.immutable) if word]
         words = [str(self.offset)] if self.offset or options else []
         return [self.path, *words, *([str(len(options)), *options] if options else [])]
 
     @override
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-        direct = self.direct_io or opening.direct_io
-        file = opening.file(self.path, read_only=self.read_only, direct_io=direct)
-        self._check(opening, Bytes(file.size), length)
-        if file.direct and (reason := self._unfit(file, length)):
-            opening.warn(f"{self.path}: {reason}; using buffered I/O")
-            file = opening.file(self.path, read_only=self.read_only, direct_io=False)
-        return [(Bytes(0), length, Extent.data(file, self.offset, read_only=not file.writable))]
+    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
+        loaded = _Loaded(self, opening, length)
+        object.__setattr__(self, "loaded", loaded)  # this copy's own, and no part of its value
+        return loaded.map(opening)
 
-    def _check(self, opening: Opening, size: Bytes, length: Bytes) -> None:
+    @override
+    def limits(self) -> BlockLimits:
+        return self._loaded.limits
+
+    @override
+    def status(self) -> str:
+        return self._loaded.status()
+
+    @override
+    def preresume(self) -> Mapped | None:
+        return self._loaded.preresume()
+
+    @override
+    def close(self) -> None:
+        if "loaded" in self.__dict__:
+            self._loaded.close()
+            del self.__dict__["loaded"]  # with the files in it, and at once: the two know each other
+
+    @property
+    def _loaded(self) -> _Loaded:
+        found: _Loaded = self.__dict__["loaded"]
+        return found
+
+    def check_size(self, opening: Opening, size: Bytes, length: Bytes) -> None:
+        """Whether a file of `size` bytes holds the segment. Raises TableError."""
         if size < SECTOR:
             raise opening.refuse(
                 "backing file cannot be less than one block in size" if size else "backing file is empty",
@@ -86,12 +142,187 @@ class Loop(Target):
             )
         if length == room and (left := (size - self.offset) % SECTOR):
             opening.warn(f"{self.path}: not using {left} bytes in incomplete block at EOF")
+        block = self.logical
+        for what, value in (("offset", self.offset), ("length", length)):
+            if value % block:
+                raise opening.refuse(
+                    f"Unaligned {what}: must be a multiple of the block size of {block} bytes",
+                    value=str(value),
+                    cure=f"write {value // block * block} bytes, or leave block_size out",
+                )
 
-    def _unfit(self, file: File, length: Bytes) -> str:
-        """Why direct I/O would do more harm than good here; "" where it fits."""
+    @property
+    def logical(self) -> int:
+        """The block size asked for, or a sector."""
+        return int(self.block_size.partition("=")[2] or SECTOR)
+
+    def unfit(self, file: File, length: Bytes) -> str:
+        """Why direct I/O would do more harm than good on a direct `file`; "" where it fits."""
         block = file.offset_alignment
         if self.offset % block:
             return f"offset {self.offset} is not a multiple of the {block} bytes direct I/O needs"
         if file.size % block and self.offset + length > file.size // block * block:
             return f"the file ends inside a block of the {block} bytes direct I/O needs"
         return ""
+
+
+class _Loaded:
+    """A segment's file, and the way it is reached now."""
+
+    def __init__(self, target: Loop, opening: Opening, length: Bytes) -> None:
+        self._target = target
+        self._length = length
+        self._live: LiveSegment = opening.segment()
+        self._leases = opening.leases
+        self._mode = "file"
+        self._blocks: BlockMap | None = None
+        self._disk: File | None = None
+        self._file: File
+
+    @property
+    def limits(self) -> BlockLimits:
+        """Blocks of the size asked for, or as direct I/O needs them."""
+        needed = self._blocks.disk if self._blocks else self._file
+        logical = max(self._target.logical, needed.offset_alignment if self._mode != "file" else SECTOR)
+        return BlockLimits(logical, max(4096, logical))
+
+    def status(self) -> str:
+        """The mode, extents, requests in flight, and the path."""
+        blocks = self._blocks
+        queue = self._file.in_flight + (blocks.disk.in_flight if blocks else 0)
+        return f"{self._mode} {len(blocks) if blocks else 1} {queue} {self._target.path}"
+
+    def map(self, opening: Opening) -> Mapped:
+        """By the way asked for, or what there is instead."""
+        target = self._target
+        way, _, how = target.way.partition("=")
+        direct = way == "direct_io" or (opening.direct_io and way != "block_map")
+        self._file = self._open(opening, direct=direct)
+        target.check_size(opening, Bytes(self._file.size), self._length)
+        if direct:
+            self._mode = "direct_io"
+            reason = target.unfit(self._file, self._length) if self._file.direct else "its file system has no O_DIRECT"
+            if reason and how == "require":
+                raise self._refused(f"direct I/O is not possible: {reason}", "leave =require out")
+            if reason:
+                if self._file.direct:
+                    opening.warn(f"{target.path}: {reason}; using buffered I/O")
+                    self._file = self._open(opening, direct=False)
+                self._mode = "file"
+        if way == "block_map":
+            return self._map_blocks(opening, optional=how == "try")
+        return self._through_the_file_system()
+
+    def _open(self, opening: Opening, *, direct: bool) -> File:
+        target = self._target
+        try:
+            return opening.file(target.path, read_only=target.reading == "read_only", direct_io=direct)
+        except BackingError as error:
+            if target.reading != "read_only=auto" or error.errno not in _NOT_WRITABLE:
+                raise
+            opening.warn(f"{target.path}: cannot be written to ({os.strerror(error.errno)}); it is read-only")
+            return opening.file(target.path, read_only=True, direct_io=direct)
+
+    def _through_the_file_system(self) -> Mapped:
+        file = self._file
+        return [(Bytes(0), self._length, Extent.data(file, self._target.offset, read_only=not file.writable))]
+
+    def _refused(self, what: str, cure: str) -> BackingError:
+        return BackingError(what, path=self._target.path, errno=errno.EINVAL, cure=cure)
+
+    # block maps
+
+    def _map_blocks(self, opening: Opening, *, optional: bool) -> Mapped:
+        from blkloom.filemap.ground import ground_of
+
+        try:
+            ground = ground_of(self._file.fileno())
+            self._disk = opening.file(ground.node, read_only=not self._file.writable, direct_io=True, claimed=False)
+            if os.fstat(self._disk.fileno()).st_rdev != ground.number or not self._disk.direct:
+                raise Unsound(f"{ground.node} is not the device of its file system, or has no O_DIRECT")
+            return self._enter_blocks()
+        except (Unsound, BackingError) as error:
+            reason, cure = (error.reason, error.cure) if isinstance(error, Unsound) else (str(error), "")
+            if opening.restored:
+                self._live.event(f"block map of {self._target.path} was lost: {reason}; going on in file mode")
+                return self._through_the_file_system()
+            if not optional:
+                cure = "; ".join(filter(None, (cure, "or write block_map=try to fall back to file I/O")))
+                raise self._refused(f"block map is not possible: {reason}", cure) from error
+            opening.warn(f"{self._target.path}: {reason}; using file I/O instead of a block map")
+            return self._through_the_file_system()
+
+    def _enter_blocks(self) -> Mapped:
+        """Raises Unsound."""
+        from blkloom.filemap.block_map import BlockMap
+
+        assert self._disk is not None
+        self._blocks = BlockMap.make(
+            self._file,
+            self._disk,
+            self._target.offset,
+            self._length,
+            self._leases,
+            self._given_up,
+            keep_writers_out=self._file.writable and not self._target.immutable,
+        )
+        self._mode = "block_map"
+        return self._blocks.mapped()
+
+    def _given_up(self, why: str) -> None:
+        """Somebody else is about to get the file."""
+        was_mapped: list[bool] = []
+        self._live.remap(self._through_the_file_system(), drained=lambda: was_mapped.append(self._leave_blocks()))
+        if any(was_mapped):
+            self._live.event(f"block map of {self._target.path} given up: {why}; going on in file mode")
+
+    def _leave_blocks(self) -> bool:
+        """Nothing is in flight; what the disk has cached and the file system knows nothing of becomes durable.
+        Whether there was a map.
+        """
+        blocks, self._blocks, self._mode = self._blocks, None, "file"
+        if blocks is not None:
+            blocks.settle()
+        return blocks is not None
+
+    def preresume(self) -> Mapped | None:
+        """Looks whether the map still holds, or can be had again. None: nothing has changed."""
+        if self._disk is None:
+            return None
+        try:
+            if self._blocks is None:
+                return self._enter_blocks()
+            return self._blocks.mapped() if self._blocks.check() else None
+        except (Unsound, OSError) as error:
+            was_mapped = self._blocks is not None
+            why = f"block map of {self._target.path} cannot be had: {error}; going on in file mode"
+            self.close()
+            if was_mapped:
+                self._live.event(why)
+            else:
+                _log.warning("%s", why)
+            return self._through_the_file_system()
+
+    def close(self) -> None:
+        """Lets go of the file's blocks."""
+        blocks, self._blocks, self._mode = self._blocks, None, "file"
+        if blocks is not None:
+            blocks.close()
+
+
+def _parse_options(arguments: Arguments) -> list[str]:
+    """One word a group of `_OPTIONS`, or ""."""
+    chosen = [""] * len(_OPTIONS)
+    for option in arguments.options():
+        found = [at for at, group in enumerate(_OPTIONS) if option in group]
+        if not found:
+            known = ", ".join(word for group in _OPTIONS for word in group)
+            raise arguments.error("unknown option", value=option, cure=f"options are: {known}")
+        if chosen[found[0]] == option:
+            raise arguments.error("option given twice", value=option, cure="give it once")
+        if chosen[found[0]]:
+            raise arguments.error(
+                "options exclude each other", value=f"{chosen[found[0]]} and {option}", cure="give one of them"
+            )
+        chosen[found[0]] = option
+    return chosen

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from blkloom._engine import File, Region
 from blkloom.errors import Place, ResourceError, TableError
+from blkloom.filemap.lease import Leases
 from blkloom.target.descriptors import Descriptors, OwnDescriptors
 from blkloom.target.holding import HeldFiles, Identity
 from blkloom.target.live_segment import LiveSegment
@@ -130,6 +131,16 @@ class Opening:
             self.below.append(device)
             self.deps.append(STACKED + name)
         return device
+
+    @property
+    def restored(self) -> bool:
+        """A former process of the device had this table loaded: where there is another way, do not refuse."""
+        return self._descriptors.restored
+
+    @property
+    def leases(self) -> Leases:
+        """By which files of the device are kept from everybody else."""
+        return self._held.leases
 
     def lend(self) -> None:
         """Gives up the claims on its files until `claim_again`, so that other programs may work on them."""

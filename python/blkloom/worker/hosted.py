@@ -380,7 +380,7 @@ class HostedDevice:
 
     async def abandon(self) -> None:
         """Ends without touching what another process will go on with: claims stay claimed."""
-        self._held.claims_stay = True
+        self._held.let_stay()
         self._on_drop = lambda _labels: None
         await self.close(flush=False)
 

@@ -65,16 +65,19 @@ class Stock:
 
 
 class LoadDescriptors:
-    """Descriptors of one load. restored: a former worker had it loaded, so all should be there; what is
-    not can be asked for only if somebody waits for the device (else the answer is ESTALE).
+    """Descriptors of one load, as the protocol has it: whoever is asked has paths of his own. restored: a former
+    worker had it loaded, so all should be there; what is not can be asked for only if somebody waits for
+    the device (else the answer is ESTALE).
     """
+
+    here = False
 
     def __init__(self, stock: Stock, device: int, load: int, ask: Ask, *, restored: bool = False) -> None:
         self._stock = stock
         self._device = device
         self._load = load
         self._ask: Ask | None = ask
-        self._restored = restored
+        self.restored = restored
         self._new: dict[Label, int] = {}
         self._memories = 0
 
@@ -88,7 +91,7 @@ class LoadDescriptors:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
             fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive)
         except OSError as error:
-            if error.errno != errno.ESTALE or not self._restored:
+            if error.errno != errno.ESTALE or not self.restored:
                 raise
             what = "its descriptor was lost with the process that had it"
             raise BackingError(what, path=path, errno=errno.ESTALE, cure="load the table again") from error
@@ -115,7 +118,7 @@ class LoadDescriptors:
         self._memories += 1
         if (fd := self._find(label)) is not None:
             return os.dup(fd)
-        if self._restored:
+        if self.restored:
             raise ResourceError(
                 "what was in its memory is lost with the processes that had it",
                 cure="load the table again to begin with zeros",

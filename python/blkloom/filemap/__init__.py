@@ -1,0 +1,5 @@
+"""Where a file's bytes are on its block device, and how that stays true while somebody relies on it.
+
+`fiemap` reads the map, `ground` says whether it may be relied on, `lease` hears of everybody who asks for
+the file, `immutable` keeps writers away even before that, `block_map` puts them together.
+"""

@@ -1,0 +1,124 @@
+"""A file's blocks as extents of its block device: dm-loop, held still.
+
+`BlockMap` is made from two Files of one opening: the file, and the device its file system is on. The map is
+read twice and compared; it is true until the lease is given up, when `given_up` is called and must have
+stopped all I/O before it returns. Page cache of the file is dropped before and after, so whoever reads the
+file later sees what was written below it. One thread at a time, but for `given_up`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Self
+
+from blkloom._engine import Extent, File
+from blkloom.filemap import fiemap, ground
+from blkloom.filemap.lease import GivenUp, Leases
+from blkloom.filemap.unsound import Unsound
+from blkloom.target.base import Mapped
+from blkloom.units import Bytes
+
+
+class BlockMap:
+    """The bytes from `offset` to `offset + length` of `file`, on `disk`."""
+
+    def __init__(
+        self, file: File, disk: File, offset: Bytes, length: Bytes, leave: Callable[[], None], leases: Leases
+    ) -> None:
+        self.disk = disk
+        self._file = file
+        self._offset = offset
+        self._length = length
+        self._leave = leave
+        self._leases = leases
+        self._extents = self._read()
+
+    @classmethod
+    def make(
+        cls,
+        file: File,
+        disk: File,
+        offset: Bytes,
+        length: Bytes,
+        leases: Leases,
+        given_up: GivenUp,
+        *,
+        keep_writers_out: bool,
+    ) -> Self:
+        """Raises Unsound, OSError."""
+        leave = leases.take(file.fileno(), file.label, given_up, keep_writers_out=keep_writers_out)
+        try:
+            drop_cache(file)
+            return cls(file, disk, offset, length, leave, leases)
+        except BaseException:
+            leave()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._extents)
+
+    def mapped(self) -> Mapped:
+        """The extents, for the engine; holes are zeros."""
+        read_only = not self.disk.writable
+        runs: Mapped = []
+        at = self._offset
+        extents = self._extents
+        for logical, physical, length in zip(
+            extents.logical.tolist(), extents.physical.tolist(), extents.length.tolist(), strict=True
+        ):
+            if logical > at:
+                runs.append((Bytes(at - self._offset), Bytes(logical - at), Extent.zero()))
+            extent = Extent.data(self.disk, physical, read_only=read_only)
+            runs.append((Bytes(logical - self._offset), Bytes(length), extent))
+            at = Bytes(logical + length)
+        if (end := self._offset + self._length) > at:
+            runs.append((Bytes(at - self._offset), Bytes(end - at), Extent.zero()))
+        return runs
+
+    def check(self) -> bool:
+        """Reads the map again: whether it is another one now. Raises Unsound when it cannot be relied on any more."""
+        if not self._leases.renew(self._file.fileno()):
+            raise Unsound("somebody else asks for the file")
+        now = self._read()
+        changed = not now.same_as(self._extents)
+        self._extents = now
+        return changed
+
+    def settle(self) -> None:
+        """The map has been given up, and nothing is in flight: makes what was written durable, and the file's cache
+        empty. Raises OSError.
+        """
+        os.fdatasync(self.disk.fileno())
+        drop_cache(self._file)
+
+    def close(self) -> None:
+        """Lets go of the file; nothing may be in flight."""
+        drop_cache(self._file)
+        self._leave()
+        if self._file.writable:
+            with contextlib.suppress(OSError):  # its time is a courtesy to backups
+                os.utime(self._file.fileno())
+
+    def _read(self) -> fiemap.Extents:
+        found = self._once()
+        if not found.same_as(self._once()):
+            raise Unsound("The file changed while mapping it")
+        return found
+
+    def _once(self) -> fiemap.Extents:
+        start, end = int(self._offset), int(self._offset + self._length)
+        try:
+            found = fiemap.extents_of(self._file.fileno()).within(start, end)
+        except OSError as error:
+            raise Unsound(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
+        ground.check_extents(found, start, end, holes=not self._file.writable)
+        ground.check_alignment(found, start, end, self.disk.offset_alignment)
+        return found.merged()
+
+
+def drop_cache(file: File) -> None:
+    """Has the file's pages written and forgotten. Raises OSError."""
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

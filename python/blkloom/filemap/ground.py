@@ -1,0 +1,153 @@
+"""Whether a file's blocks stay where they are for as long as nobody else gets at the file.
+
+The objection to dm-loop (files are sparse, shared, defragmented, truncated) is answered in two halves: what
+the file is now is checked here, what others could make of it is kept off by its lease. Every refusal says why.
+Source: FIEMAP_EXTENT_* (fiemap.rst), FS_*_FL and FS_XFLAG_* (include/uapi/linux/fs.h), proc_pid_mountinfo(5).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from blkloom.filemap import fiemap
+from blkloom.filemap.unsound import Unsound
+
+_GETFLAGS: Final = 0x80086601
+_GETXATTR: Final = 0x801C581F
+_XFLAG_REALTIME: Final = 0x1
+_TRUSTED: Final = ("ext2", "ext3", "ext4", "xfs")
+
+_ATTRIBUTES: Final = {
+    0x00000004: "it is compressed",
+    0x00000800: "it is encrypted",
+    0x00004000: "its data goes through the journal (chattr +j)",
+    0x00100000: "fs-verity protects it",
+    0x02000000: "it is accessed directly in memory (DAX)",
+    0x10000000: "its data may lie in its inode",
+}
+"""FS_COMPR_FL, FS_ENCRYPT_FL, FS_JOURNAL_DATA_FL, FS_VERITY_FL, FS_DAX_FL, FS_INLINE_DATA_FL."""
+
+_EXTENTS: Final = (
+    (fiemap.DELALLOC, "has no place on the disk yet (delayed allocation)"),
+    (fiemap.UNKNOWN, "is in no known place"),
+    (fiemap.ENCRYPTED, "is encrypted"),
+    (fiemap.ENCODED, "is compressed or encrypted"),
+    (fiemap.INLINE, "lies among the file system's metadata"),
+    (fiemap.TAIL, "shares a block with other files"),
+    (fiemap.NOT_ALIGNED, "does not begin and end with a block"),
+    (fiemap.UNWRITTEN, "is allocated but not written"),
+    (fiemap.SHARED, "is shared with another file (reflink)"),
+)
+_CURES: Final = {
+    fiemap.UNWRITTEN: "write it once: dd if=/dev/zero of=FILE bs=1M conv=notrunc count=...",
+    fiemap.SHARED: "copy it: cp --reflink=never",
+}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Where a file lives. node: the block device's path; number: its st_rdev."""
+
+    node: str
+    number: int
+    file_system: str
+
+
+def ground_of(fd: int) -> Ground:
+    """The file system and block device under an open file. Raises Unsound, OSError."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise Unsound("The file is not a regular file", "use the device without block_map")
+    file_system, options = _mounted(status.st_dev)
+    if file_system not in _TRUSTED:
+        raise Unsound(f"{file_system} moves blocks of files as it likes", f"put it on {', '.join(_TRUSTED)}")
+    node = _node(status.st_dev)
+    if "data=journal" in options or "data=journal" in _ext4_options(node):
+        raise Unsound("its file system is mounted with data=journal", "mount it with data=ordered")
+    for flag, why in _ATTRIBUTES.items():
+        if _attributes(fd) & flag:
+            raise Unsound(why)
+    if file_system == "xfs" and _xflags(fd) & _XFLAG_REALTIME:
+        raise Unsound("it lies on the realtime device of its file system")
+    return Ground(node, status.st_dev, file_system)
+
+
+def check_extents(extents: fiemap.Extents, start: int, end: int, *, holes: bool) -> None:
+    """Whether the file's bytes from `start` to `end` may be mapped. holes: they are no harm. Raises Unsound
+    with the first byte that may not.
+    """
+    for flag, why in _EXTENTS:
+        if (bad := np.flatnonzero(extents.flags & np.uint32(flag))).size:
+            at = int(extents.logical[bad[0]])
+            raise Unsound(f"its extent at byte {at} {why}", _CURES.get(flag, ""))
+    if holes:
+        return
+    ends = extents.logical + extents.length
+    expected = np.concatenate((np.array([start], np.uint64), ends))
+    begins = np.concatenate((extents.logical, np.array([end], np.uint64)))
+    if (gaps := np.flatnonzero(begins != expected)).size:
+        at = int(expected[gaps[0]])
+        raise Unsound(f"File is sparse: there is a hole at byte {at}", "fill it, or make the device read-only")
+
+
+def check_alignment(extents: fiemap.Extents, start: int, end: int, block: int) -> None:
+    """Whether direct I/O can reach all of it. block: the block device's logical block, bytes. Raises Unsound."""
+    for what, value in (("offset", start), ("end", end)):
+        if value % block:
+            raise Unsound(
+                f"Unaligned {what} {value}: its block device has blocks of {block} bytes", f"a multiple of {block}"
+            )
+    if np.any((extents.physical % np.uint64(block)) | (extents.logical % np.uint64(block))):
+        raise Unsound(f"its extents do not begin with a block of {block} bytes")
+
+
+def _mounted(number: int) -> tuple[str, frozenset[str]]:
+    """Type and options of the file system on a device, from mountinfo."""
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields, _, tail = line.partition(" - ")
+            if fields.split()[2] == wanted:
+                kind, _, options = tail.split()[:3]
+                return kind, frozenset(options.split(","))
+    raise Unsound("its file system is on no block device that is mounted here")
+
+
+def _ext4_options(node: str) -> frozenset[str]:
+    """All of them: mountinfo leaves those out that are the superblock's defaults."""
+    try:
+        with open(f"/proc/fs/ext4/{os.path.basename(node)}/options", encoding="ascii") as lines:
+            return frozenset(line.strip() for line in lines)
+    except OSError:
+        return frozenset()  # another file system's, or not ours to read
+
+
+def _node(number: int) -> str:
+    try:
+        with open(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/uevent", encoding="ascii") as lines:
+            found = re.search(r"^DEVNAME=(.+)$", lines.read(), re.MULTILINE)
+    except FileNotFoundError:
+        found = None
+    if found is None:
+        raise Unsound("its file system has no block device")
+    return f"/dev/{found[1]}"
+
+
+def _attributes(fd: int) -> int:
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, _GETFLAGS, buffer)
+    return int.from_bytes(buffer[:4], "little")
+
+
+def _xflags(fd: int) -> int:
+    buffer = bytearray(28)
+    fcntl.ioctl(fd, _GETXATTR, buffer)
+    return int(struct.unpack_from("=I", buffer)[0])
