@@ -1,6 +1,7 @@
-"""The ground the contenders run on: backing files on tmpfs and on the disk, and a scratch folder.
+"""The ground the contenders run on: backing files on tmpfs and on the disk, a disk of the run's own, and a
+scratch folder.
 
-Files are made when first asked for, filled with random bytes (no holes, nothing to compress) and
+They are made when first asked for, filled with random bytes (no holes, nothing to compress) and
 removed at the end, whatever happened. One thread.
 """
 
@@ -9,9 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from own_disk import OwnDisk, own_disk
 
 _PIECE: Final = 16 << 20
 
@@ -27,6 +31,8 @@ class Ground:
         self.size = size
         self._tmpfs, self._disk = tmpfs, disk
         self._files: dict[str, Path] = {}
+        self._own_disk: OwnDisk | None = None
+        self._undo = ExitStack()
         self.scratch = Path(tempfile.mkdtemp(prefix="blkloom-bench-"))
 
     def __enter__(self) -> Self:
@@ -35,9 +41,10 @@ class Ground:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for path in self._files.values():
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.scratch)
+        with self._undo:
+            for path in self._files.values():
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.scratch)
 
     def tmpfs_file(self) -> Path:
         """`size` bytes on tmpfs. Raises GroundError."""
@@ -47,15 +54,27 @@ class Ground:
 
     def disk_file(self) -> Path:
         """`size` bytes on the machine's disk, written through. Raises GroundError."""
+        self._check_disk()
+        return self._file("disk", self._disk)
+
+    def own_disk(self) -> OwnDisk:
+        """A disk of the run's own, on the machine's. Raises GroundError, OSError."""
+        if self._own_disk is None:
+            self._check_disk()
+            _check_space(self._disk, 3 * self.size)
+            with ExitStack() as undo:
+                folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=self._disk)))
+                self._own_disk = undo.enter_context(own_disk(folder, size=self.size))
+                self._undo = undo.pop_all()
+        return self._own_disk
+
+    def _check_disk(self) -> None:
         if _file_system(self._disk) in ("tmpfs", "ramfs"):
             raise GroundError(f"{self._disk} is in memory; name a folder on a disk with --disk-dir")
-        return self._file("disk", self._disk)
 
     def _file(self, kind: str, folder: Path) -> Path:
         if kind not in self._files:
-            free = shutil.disk_usage(folder).free
-            if free < self.size * 1.1:
-                raise GroundError(f"{folder} has {free >> 20} MiB free, {self.size >> 20} MiB are needed")
+            _check_space(folder, self.size)
             handle, name = tempfile.mkstemp(prefix="blkloom-bench-", suffix=".img", dir=folder)
             self._files[kind] = Path(name)
             with os.fdopen(handle, "wb", buffering=0) as file:
@@ -64,6 +83,12 @@ class Ground:
                     file.write(piece[: self.size - position])
                 os.fsync(file.fileno())
         return self._files[kind]
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.1:
+        raise GroundError(f"{folder} has {free >> 20} MiB free, {size >> 20} MiB are needed")
 
 
 def _file_system(folder: Path) -> str:

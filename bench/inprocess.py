@@ -3,17 +3,19 @@
 Run as a program it brings one side up, prints `ready`, then reads a number of seconds a line and
 answers each with a line of JSON: operations, seconds. Requests and buffers are made beforehand, so
 that a loop's iteration is one call and nothing else. Every offset is read once and checked before
-the first answer. `map` answers with how long a table of so many segments took to parse and open.
+the first answer (of a disk the first few: it is slow). `map` answers with how long a table of so many
+segments took to parse and open.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -26,21 +28,28 @@ from tables import table_text
 
 BLOCK: Final = 4096
 _OFFSETS: Final = 1 << 16
+_CHECKED: Final = 256
 _CALLS: Final = 1024  # calls between two looks at the clock
 
 
-def main(side: str, subject: str, size: str, number: str) -> None:
+def main(side: str, subject: str, size: str, number: str, pattern: str = "randread") -> None:
     """side: `preadv` (subject: a file), `ram` (a device of size bytes), `map` (subject: a file to cut
-    into `number` segments). number otherwise: requests a call.
+    into `number` segments), `table` (subject: the table of a device), `calls` (subject: a block
+    device). number otherwise: requests a call. pattern: `randread`, or for the last two `randwrite`.
     """
     ways = {"preadv": _preadv, "ram": _ram, "map": _map}
-    with ways[side](subject, int(size), int(number)) as answer:
+    directed = {"table": _table, "calls": _calls}
+    if side in directed:
+        ready = directed[side](subject, int(size), int(number), writes=pattern == "randwrite")
+    else:
+        ready = ways[side](subject, int(size), int(number))
+    with ready as answer:
         print("ready", flush=True)
         for line in sys.stdin:
             print(json.dumps(answer(float(line))), flush=True)
 
 
-_Request = tuple[Literal["r", "w"], bytearray, int]
+_Request = tuple[Literal["r", "w"], bytearray | memoryview, int]
 Answer = Callable[[float], dict[str, float]]
 
 
@@ -74,34 +83,83 @@ def _ram(_: str, size: int, batch: int) -> Iterator[Answer]:
         piece = os.urandom(1 << 20)
         for position in range(0, size, len(piece)):
             device.pwrite(piece[: size - position], position)
-        offsets = _offsets(size)
-        if batch == 1:
-            buffer, pread_into = bytearray(BLOCK), device.pread_into
-            if any(pread_into(buffer, offset) != BLOCK for offset in offsets):
-                raise OSError("ram: short read")
+        yield _answer(device, [bytearray(BLOCK) for _ in range(batch)], _offsets(size), checked=_OFFSETS)
 
-            def turn(first: int) -> int:
-                for offset in offsets[first : first + _CALLS]:
-                    pread_into(buffer, offset)
-                return _CALLS
 
-            yield lambda seconds: _spin(turn, len(offsets), seconds)
-        else:
-            buffers, submit = [bytearray(BLOCK) for _ in range(batch)], device.batch
-            batches: list[list[_Request]] = [
-                [("r", buffers[i], offset) for i, offset in enumerate(offsets[first : first + batch])]
-                for first in range(0, len(offsets), batch)
-            ]
-            if any(moved != BLOCK for requests in batches for moved in submit(requests)):
-                raise OSError("ram: short read")
-            each = _CALLS // batch
+@contextmanager
+def _table(text: str, size: int, batch: int, *, writes: bool) -> Iterator[Answer]:
+    """The same with any table, reading or writing, from and to memory that direct I/O takes as it is."""
+    with blkloom.open(text) as device, _aligned(batch) as buffers:
+        yield _answer(device, buffers, _offsets(size), checked=_CHECKED, writes=writes)
 
-            def turn_batches(first: int) -> int:
-                for requests in batches[first : first + each]:
-                    submit(requests)
-                return each * batch
 
-            yield lambda seconds: _spin(turn_batches, len(batches), seconds, each)
+@contextmanager
+def _calls(path: str, size: int, depth: int, *, writes: bool) -> Iterator[Answer]:
+    """One os.preadv or os.pwritev a request on a block device, past the page cache."""
+    if depth != 1:
+        raise ValueError(f"a system call is one request, not {depth}")
+    fd = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC)
+    with _aligned(1) as buffers:
+        move, offsets = os.pwritev if writes else os.preadv, _offsets(size)
+        if any(move(fd, buffers, offset) != BLOCK for offset in offsets[:_CHECKED]):
+            raise OSError(f"{path}: short transfer")
+
+        def turn(first: int) -> int:
+            for offset in offsets[first : first + _CALLS]:
+                move(fd, buffers, offset)
+            return _CALLS
+
+        yield lambda seconds: _spin(turn, len(offsets), seconds)
+    os.close(fd)
+
+
+@contextmanager
+def _aligned(count: int) -> Iterator[list[memoryview]]:
+    """Blocks of memory, each at the start of a page and filled with random bytes."""
+    with mmap.mmap(-1, count * BLOCK) as memory, memoryview(memory) as whole:
+        whole[:] = os.urandom(len(whole))
+        pieces = [whole[at : at + BLOCK] for at in range(0, len(whole), BLOCK)]
+        yield pieces
+        for piece in pieces:
+            piece.release()
+
+
+def _answer(
+    device: blkloom.Device,
+    buffers: Sequence[bytearray | memoryview],
+    offsets: list[int],
+    *,
+    checked: int,
+    writes: bool = False,
+) -> Answer:
+    """One request a call, or as many as there are buffers. checked: so many requests are tried first."""
+    if len(buffers) == 1:
+        buffer, move = buffers[0], device.pwrite if writes else device.pread_into
+        if any(move(buffer, offset) != BLOCK for offset in offsets[:checked]):
+            raise OSError("short transfer")
+
+        def turn(first: int) -> int:
+            for offset in offsets[first : first + _CALLS]:
+                move(buffer, offset)
+            return _CALLS
+
+        return lambda seconds: _spin(turn, len(offsets), seconds)
+    batch, submit = len(buffers), device.batch
+    way: Literal["r", "w"] = "w" if writes else "r"
+    batches: list[list[_Request]] = [
+        [(way, buffers[i], offset) for i, offset in enumerate(offsets[first : first + batch])]
+        for first in range(0, len(offsets), batch)
+    ]
+    if any(moved != BLOCK for requests in batches[: checked // batch] for moved in submit(requests)):
+        raise OSError("short transfer")
+    each = _CALLS // batch
+
+    def turn_batches(first: int) -> int:
+        for requests in batches[first : first + each]:
+            submit(requests)
+        return each * batch
+
+    return lambda seconds: _spin(turn_batches, len(batches), seconds, each)
 
 
 @contextmanager

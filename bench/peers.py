@@ -9,7 +9,6 @@ nbdkit(1), nbdkit-file-plugin(1), nbdkit-memory-plugin(1), losetup(8), fio(1).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,9 +16,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 from urllib.parse import quote
 
+import kernel_loop
 from ground import Ground
 from idle import idle_connections
 from jobs import Job, JobError, Outcome
@@ -32,12 +32,14 @@ _NULL_SERVER: Final = Path(__file__).parents[1] / "engine/target/release/example
 _SLACK = 4  # connections beyond the job's, for those that have not quite ended
 
 
-def _need(program: str, package: str) -> str:
+def need(program: str, package: str) -> str:
+    """What to say if the program is not here."""
     return "" if shutil.which(program) else f"{program} is not installed (Debian: apt install {package})"
 
 
-def _nbd(socket: Path, export: str = "") -> list[str]:
-    return ["--ioengine=nbd", f"--uri=nbd+unix:///{quote(export)}?socket={quote(str(socket))}"]
+def socket_of(path: Path, export: str = "") -> list[str]:
+    """Words that send fio to an NBD server that listens there."""
+    return ["--ioengine=nbd", f"--uri=nbd+unix:///{quote(export)}?socket={quote(str(path))}"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Blkloom:
                     "idle_connections": float(self.idle),
                     "threads": float(server.status("Threads")),
                 }
-            session = FioSession(ground, job, _nbd(socket, export), who="server", server=server, extra=extra)
+            session = FioSession(ground, job, socket_of(socket, export), who="server", server=server, extra=extra)
             if self.target == "ram":
                 session.fill()
             yield session
@@ -108,7 +110,7 @@ class QemuNbd:
         return f"--aio={self.aio} --cache=writeback"
 
     def missing(self) -> str:
-        return _need("qemu-nbd", "qemu-utils")
+        return need("qemu-nbd", "qemu-utils")
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
@@ -117,7 +119,7 @@ class QemuNbd:
         command += ["-e", str(job.connections + _SLACK), f"--aio={self.aio}", "--cache=writeback"]
         command += [str(ground.tmpfs_file())]
         with activated(command, path=socket, log=ground.scratch / "qemu-nbd.log") as server:
-            yield FioSession(ground, job, _nbd(socket), who="server", server=server)
+            yield FioSession(ground, job, socket_of(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Nbdkit:
         return f"-t {self.threads}" + (f" allocator={self.allocator}" if self.plugin == "memory" else "")
 
     def missing(self) -> str:
-        if lack := _need("nbdkit", "nbdkit"):
+        if lack := need("nbdkit", "nbdkit"):
             return lack
         known = subprocess.run(["nbdkit", "--dump-plugin", self.plugin], capture_output=True)
         return "" if known.returncode == 0 else f"nbdkit has no plugin {self.plugin}"
@@ -151,7 +153,7 @@ class Nbdkit:
         else:
             command += [str(ground.size), f"allocator={self.allocator}"]
         with activated(command, path=socket, log=ground.scratch / "nbdkit.log") as server:
-            session = FioSession(ground, job, _nbd(socket), who="server", server=server)
+            session = FioSession(ground, job, socket_of(socket), who="server", server=server)
             if self.plugin == "memory":
                 session.fill()
             yield session
@@ -175,7 +177,7 @@ class NullServer:
         command = [str(_NULL_SERVER), str(ground.size)]
         log = ground.scratch / "null.log"
         with activated(command, path=socket, log=log, status=-signal.SIGTERM) as server:
-            yield FioSession(ground, job, _nbd(socket), who="server", server=server)
+            yield FioSession(ground, job, socket_of(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)
@@ -190,27 +192,13 @@ class KernelLoop:
         return f"--direct-io={'on' if self.direct else 'off'}"
 
     def missing(self) -> str:
-        if lack := _need("losetup", "mount"):
-            return lack
-        if os.geteuid() != 0:
-            return "setting up a loop device takes root"
-        return "" if Path("/dev/loop-control").exists() else "this kernel has no /dev/loop-control"
+        return kernel_loop.lack()
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
-        command = ["losetup", "--find", "--show", self.setting, str(ground.tmpfs_file())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"losetup: {done.stderr.strip()}")
-        device = done.stdout.strip()
-        try:
-            used = Path(f"/sys/block/{Path(device).name}/loop/dio").read_text().strip()
-            if used != str(int(self.direct)):
-                raise OSError(f"{device}: asked for {self.setting}, the kernel says dio={used}")
+        with kernel_loop.attached(ground.tmpfs_file(), direct=self.direct) as device:
             where = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
             yield FioSession(ground, job, where, who="kernel")
-        finally:
-            subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @dataclass(frozen=True)
@@ -246,30 +234,35 @@ class InProcess:
         return "" if shutil.which(self.python) else f"{self.python} does not exist; `make setup` makes it"
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[_ProgramSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
         subject = "-" if self.side == "ram" else str(ground.tmpfs_file())
         program = [self.python, str(Path(__file__).with_name("inprocess.py"))]
         command = [*program, self.side, subject, str(ground.size), str(self.number)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        with process:
-            session = _ProgramSession(process, seconds_wanted=self.side == "map")
-            session.wait()
+        with ProgramSession.started(command, seconds_wanted=self.side == "map") as session:
             yield session
 
 
-class _ProgramSession:
-    """Asks the program a line at a time. seconds_wanted: the figure is the time, not the rate."""
+class ProgramSession:
+    """A program of `inprocess.py`, asked a line at a time. seconds_wanted: the figure is the time, not the
+    rate.
+    """
 
     def __init__(self, process: subprocess.Popen[str], *, seconds_wanted: bool) -> None:
         self._process, self._seconds_wanted = process, seconds_wanted
         self._server = Server(process.pid)
 
-    def wait(self) -> None:
-        """Until it is ready. Raises JobError with its last words."""
-        if self._read() != "ready":
-            raise JobError("the in-process program does not say it is ready")
+    @classmethod
+    @contextmanager
+    def started(cls, command: list[str], *, seconds_wanted: bool = False) -> Iterator[Self]:
+        """Ready, and ended afterwards. Raises JobError with its last words."""
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            session = cls(process, seconds_wanted=seconds_wanted)
+            if session._read() != "ready":
+                raise JobError("the in-process program does not say it is ready")
+            yield session
 
     def measure(self, seconds: float) -> Sample:
         assert self._process.stdin

@@ -105,6 +105,8 @@ def _remarks(workload: WorkloadResult, contest: Contest) -> list[str]:
         )
     if (parsing := contest.extra("parse_seconds")) is not None:
         found.append(f"{contest.family}: {contest.figure * 1e3:.2f} ms, of them {parsing * 1e3:.2f} ms parsing.")
+    if (memory := contest.extra("memory")) is not None:
+        found.append(f"{workload.name}, {_name(contest)}: the server has {memory / (1 << 20):.0f} MiB of memory.")
     if contest.samples and contest.client_busy >= _SATURATED:
         found.append(f"{workload.name}, {_name(contest)}: the client is the limit ({contest.client_busy:.0%} busy).")
     if contest.errors:
@@ -139,7 +141,13 @@ def _method(run: Run) -> str:
     return (
         "`make bench` does it again on another machine: `bench/run.py`, then `bench/run.py --report`. The backing is "
         "one 1 GiB file on tmpfs, filled with random bytes, the same file for everybody; for the direct I/O row it is "
-        "a file on the disk, for memory devices as much memory, written once. The client is `fio --ioengine=nbd "
+        "a file on the disk, for memory devices as much memory, written once. The rows of *a file on a disk* have a "
+        "disk of their own, a loop device with direct I/O over an allocated and written file of the machine's disk: "
+        "the same file on ext4 there for blkloom's modes and for the kernel's loop driver, and as many bare blocks "
+        "beside it; `file` and the buffered loop device begin with the file in the page cache, the others with "
+        "nothing of it. There every contender is served by `blkloom serve` (a block device with direct I/O) but those "
+        "of *no NBD*, which fio's io_uring engine drives with direct I/O, and those of *calls*, which a program "
+        "drives with one preadv or pwritev after the other. The client is `fio --ioengine=nbd "
         "--thread` over a Unix socket, with the same job for all; `/dev/loop` and the file itself are driven by fio's "
         "libaio and io_uring engines. Contenders take turns round by round, one at a time, started anew each time and "
         f"warmed up before they are measured for {run.seconds:g} s. blkloom runs with its defaults. Client and "

@@ -10,9 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from disk_peers import BareBlocks, BlockDevice, Called, Driven, FileMode, LoopDevice, Opened, Place, Served
 from jobs import Job, Pattern
-from measuring import Workload
+from measuring import Contender, Workload
 from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer, QemuNbd
+from qcow2_rows import qcow2_workloads
 from results import Goal
 
 _LOOP: Final = "blkloom loop"
@@ -27,6 +29,7 @@ _SEGMENTS: Final = 10_000
 _IDLE: Final = 1_000
 _CHAIN: Final = 10
 _KIB: Final = 1024
+_READ_AND_WRITE: Final[tuple[Pattern, ...]] = ("randread", "randwrite")
 
 
 def workloads(blkloom: str) -> list[Workload]:
@@ -37,8 +40,11 @@ def workloads(blkloom: str) -> list[Workload]:
         *_ram(blkloom),
         *_many_jobs(blkloom),
         *_direct(blkloom),
+        *_on_a_disk(blkloom),
+        *_on_a_disk_in_process(blkloom),
         *_in_process(blkloom),
         *_scale(blkloom),
+        *qcow2_workloads(blkloom),
     ]
 
 
@@ -128,6 +134,89 @@ def _direct(blkloom: str) -> list[Workload]:
             (Goal(family, "fio io_uring on the file", 0.9),),
         )
     ]
+
+
+_FILE: Final = "blkloom file"
+_DIRECT: Final = "blkloom direct_io"
+_BLOCK_MAP: Final = "blkloom block_map"
+_BUFFERED_LOOP: Final = "/dev/loop buffered"
+_DIRECT_LOOP: Final = "/dev/loop direct"
+_BARE: Final = "bare blocks"
+_MODES: Final[dict[str, Place]] = {
+    _FILE: FileMode("file"),
+    _DIRECT: FileMode("direct_io"),
+    _BLOCK_MAP: FileMode("block_map"),
+}
+_DEVICES: Final[dict[str, BlockDevice]] = {
+    _BUFFERED_LOOP: LoopDevice(direct=False),
+    _DIRECT_LOOP: LoopDevice(direct=True),
+    _BARE: BareBlocks(),
+}
+_PLACES: Final[dict[str, Place]] = {**_MODES, **_DEVICES}
+
+
+def _on_a_disk(blkloom: str) -> list[Workload]:
+    """The test of the dm-loop mail (Patocka 2025), on one disk: a file three ways, the loop driver over
+    the same file, and bare blocks. All of them through the same NBD client and server, which is what
+    the goals are about: only what is behind the server differs. Beside them, the block devices as
+    fio drives them without NBD between: whoever is deeper, or moves more at once, is near that too.
+    """
+    driven = {f"{family}, no NBD": place for family, place in _DEVICES.items()}
+    contenders: tuple[Contender, ...] = (
+        *(Served(blkloom, family, place) for family, place in _PLACES.items()),
+        *(Driven(family, place) for family, place in driven.items()),
+    )
+    found = []
+    for name, block in (("4K", 4 * _KIB), ("64K", 64 * _KIB)):
+        for depth in (1, 16):
+            ahead = 1.0 if (name, depth) == ("4K", 16) else None
+            # Here the disk is the limit, and not the time of client and server.
+            near = 0.95 if (name, depth) == ("64K", 16) else None
+            goals = (
+                Goal(_FILE, _BUFFERED_LOOP, ahead),
+                Goal(_DIRECT, _DIRECT_LOOP, ahead),
+                Goal(_BLOCK_MAP, _BARE, 0.95),
+                Goal(_BLOCK_MAP, f"{_BARE}, no NBD", near),
+            )
+            for pattern in _READ_AND_WRITE:
+                title = f"{name} {pattern}, qd {depth}, a file on a disk"
+                job = Job(pattern, block, depth=depth)
+                found.append(Workload(f"disk-{pattern}-{name.lower()}-q{depth}", title, job, contenders, goals))
+    return found
+
+
+def _on_a_disk_in_process(blkloom: str) -> list[Workload]:
+    """The same without any socket: sync, where the disk alone is the limit, against system calls; and in
+    batches, where every place has the same client again.
+    """
+    python = _python(blkloom)
+    opened = tuple(Opened(python, family, place) for family, place in _PLACES.items())
+    modes = tuple(contender for contender in opened if contender.family in _MODES)
+    called = tuple(Called(python, f"{family}, calls", place) for family, place in _DEVICES.items())
+    found = []
+    for pattern in _READ_AND_WRITE:
+        sync = (
+            Goal(_FILE, f"{_BUFFERED_LOOP}, calls"),
+            Goal(_DIRECT, f"{_DIRECT_LOOP}, calls"),
+            Goal(_BLOCK_MAP, f"{_BARE}, calls", 0.95),
+        )
+        deep = (
+            Goal(_FILE, _BUFFERED_LOOP, 1.0),
+            Goal(_DIRECT, _DIRECT_LOOP, 1.0),
+            Goal(_BLOCK_MAP, _BARE, 0.95),
+        )
+        name, title = f"disk-in-process-{pattern}", f"in process, 4K {pattern}"
+        found += [
+            Workload(f"{name}-1", f"{title}, a file on a disk", Job(pattern, 4 * _KIB), (*modes, *called), sync),
+            Workload(
+                f"{name}-16",
+                f"{title} in batches of 16, a file on a disk",
+                Job(pattern, 4 * _KIB, depth=16),
+                opened,
+                deep,
+            ),
+        ]
+    return found
 
 
 def _in_process(blkloom: str) -> list[Workload]:

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use blkloom_io::{File, Region, errno::ESHUTDOWN};
-use blkloom_map::{Extent, Handles};
+use blkloom_map::{Extent, Handles, Hint, Piece};
 
 use crate::epoch::{Epochs, Pin};
 use crate::fault::{Fault, FaultQueue};
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
 use crate::stacking::{self, Users};
-use crate::stats::{Shard, Stats};
+use crate::stats::{SHARDS, Shard, Stats};
 use crate::turn::Turn;
 
 /// What the engine's maps name.
@@ -27,9 +27,15 @@ impl Handles for Kinds {
 
 pub type Map = blkloom_map::Map<Kinds>;
 
+/// Maps of more segments than this keep in mind, a shard, where it looked last: then the next lookup of a
+/// sequence takes 4 ns, however many segments there are; with fewer, bisection is about as quick.
+const WORTH_A_HINT: usize = 64;
+
 /// A map and what a flush must know of it.
 pub struct Mapping {
     pub map: Map,
+    /// One a shard, or none.
+    hints: Box<[Hint]>,
     /// Every file a write may have reached, once.
     pub(crate) files: Box<[Arc<File>]>,
     pub(crate) lower: Box<[Arc<Device>]>,
@@ -54,7 +60,17 @@ impl Mapping {
                 _ => {}
             }
         }
-        Mapping { map, files: files.into(), lower: lower.into() }
+        let hints = if map.segments().len() > WORTH_A_HINT { SHARDS } else { 0 };
+        let hints = std::iter::repeat_with(Hint::default).take(hints).collect();
+        Mapping { map, hints, files: files.into(), lower: lower.into() }
+    }
+
+    /// `Map::lookup`, for requests of one shard.
+    pub(crate) fn lookup(&self, shard: Shard, offset: u64, len: u64) -> Option<Piece<'_, Kinds>> {
+        match self.hints.get(shard.0) {
+            Some(hint) => self.map.lookup_near(hint, offset, len),
+            None => self.map.lookup(offset, len),
+        }
     }
 
     /// Whether `device` stands directly below this map.

@@ -63,7 +63,7 @@ fn visit_entered(
     };
     let mut done = 0;
     while done < len {
-        let Some(piece) = mapping.map.lookup(offset + done, len - done) else {
+        let Some(piece) = mapping.lookup(shard, offset + done, len - done) else {
             return Now::Failed(EIO);
         };
         let outcome = match piece.place {

@@ -10,5 +10,5 @@ mod segments;
 mod table;
 
 pub use extent::{Extent, Handles, Place};
-pub use segments::{Map, MapError, Piece, Segment};
+pub use segments::{Hint, Map, MapError, Piece, Segment};
 pub use table::{ClusterTable, Entry, TableError};

@@ -1,4 +1,6 @@
-//! The map itself: contiguous segments from 0, found by bisection.
+//! The map itself: contiguous segments from 0, found by bisection, or where the last lookup left off.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::extent::{Extent, Handles, Place};
 
@@ -17,6 +19,12 @@ pub struct Piece<'a, H: Handles> {
     pub len: u64,
     pub place: Place<'a, H>,
 }
+
+/// Where its user's last lookup ended: the next one mostly goes on there. Only a guess, so that it may be
+/// shared, raced over, or come from another map; the answer is the same.
+#[derive(Default, Debug)]
+#[repr(align(128))]
+pub struct Hint(AtomicUsize);
 
 pub struct Map<H: Handles> {
     /// `segments[i].start`, alone, so that bisection touches few cache lines.
@@ -108,12 +116,36 @@ impl<H: Handles> Map<H> {
 
     /// What is at `offset`, for `len` (> 0) bytes at most. None past the end.
     pub fn lookup(&self, offset: u64, len: u64) -> Option<Piece<'_, H>> {
+        (offset < self.size && len > 0).then(|| self.piece(self.bisect(offset), offset, len))
+    }
+
+    /// The same, tried first in the segment of the user's last lookup and in the one behind it.
+    pub fn lookup_near(&self, hint: &Hint, offset: u64, len: u64) -> Option<Piece<'_, H>> {
         if offset >= self.size || len == 0 {
             return None;
         }
-        let index = if self.starts.len() == 1 { 0 } else { self.starts.partition_point(|&start| start <= offset) - 1 };
+        let last = hint.0.load(Ordering::Relaxed);
+        // Whether `offset` is between the two, in one comparison: at random, two would be mispredicted.
+        let within = |start: u64, end: u64| offset.wrapping_sub(start) < end.wrapping_sub(start);
+        let index = match self.segments.get(last) {
+            Some(segment) if within(segment.start, segment.end) => last,
+            Some(segment) if within(segment.end, self.starts.get(last + 2).copied().unwrap_or(self.size)) => last + 1,
+            _ => self.bisect(offset),
+        };
+        if index != last {
+            hint.0.store(index, Ordering::Relaxed);
+        }
+        Some(self.piece(index, offset, len))
+    }
+
+    /// The segment `offset` is in, which is not past the end.
+    fn bisect(&self, offset: u64) -> usize {
+        if self.starts.len() == 1 { 0 } else { self.starts.partition_point(|&start| start <= offset) - 1 }
+    }
+
+    fn piece(&self, index: usize, offset: u64, len: u64) -> Piece<'_, H> {
         let segment = &self.segments[index];
         let (place, len) = segment.extent.at(offset - segment.start, len.min(segment.end - offset));
-        Some(Piece { owner: segment.owner, len, place })
+        Piece { owner: segment.owner, len, place }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use blkloom_map::{ClusterTable, Entry, Extent, Handles, Map, MapError, Place, Segment};
+use blkloom_map::{ClusterTable, Entry, Extent, Handles, Hint, Map, MapError, Place, Segment};
 use proptest::prelude::*;
 
 #[derive(Debug)]
@@ -100,6 +100,44 @@ proptest! {
                     }
                 }
             }
+        }
+    }
+
+    /// One hint for three maps, as after a swap of tables; starts near each other and far apart, so that the
+    /// hinted segment, the one behind it and neither are met.
+    #[test]
+    fn a_hint_never_changes_an_answer_whichever_map_it_comes_from(
+        maps in prop::collection::vec(prop::collection::vec(1u64..30, 1..40), 3),
+        queries in prop::collection::vec((0usize..3, any::<bool>(), 0u64..700, 1u64..80), 1..80),
+    ) {
+        let maps: Vec<(Map<Numbers>, Vec<u32>)> = maps.into_iter().map(|lengths| {
+            let (mut segments, mut owners, mut start) = (Vec::new(), Vec::new(), 0);
+            for (owner, len) in (0..).zip(lengths) {
+                // Of the place the model knows the segment and how far it is from its start.
+                let extent = Extent::Data { file: owner, offset: 0, writable: true };
+                segments.push(Segment { start, end: start + len, owner, extent });
+                owners.extend(std::iter::repeat_n(owner, len as usize));
+                start += len;
+            }
+            (Map::new(segments, vec![]).unwrap(), owners)
+        }).collect();
+        let (hint, mut end) = (Hint::default(), 0);
+        for (which, goes_on, offset, len) in queries {
+            let (map, owners) = &maps[which];
+            let offset = if goes_on { end } else { offset };
+            let piece = map.lookup_near(&hint, offset, len);
+            let Some(&owner) = owners.get(offset as usize) else {
+                prop_assert!(piece.is_none());
+                continue;
+            };
+            let piece = piece.unwrap();
+            end = offset + piece.len;
+            let start = owners.iter().position(|&other| other == owner).unwrap() as u64;
+            let reach = owners[offset as usize..].iter().take_while(|&&other| other == owner).count() as u64;
+            prop_assert_eq!((piece.owner, piece.len), (owner, len.min(reach)));
+            prop_assert_eq!(at(&piece.place, 0), At::Data(owner, offset - start, true));
+            let bisected = map.lookup(offset, len).unwrap();
+            prop_assert_eq!((bisected.owner, bisected.len, at(&bisected.place, 0)), (piece.owner, piece.len, at(&piece.place, 0)));
         }
     }
 

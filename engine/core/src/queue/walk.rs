@@ -77,7 +77,7 @@ impl Queue {
                 self.rest_later(walk, root + done, len - done);
                 return len;
             }
-            let Some(mut piece) = mapping.map.lookup(at + done, len - done) else {
+            let Some(mut piece) = mapping.lookup(self.shard, at + done, len - done) else {
                 self.fail(walk.active, EIO);
                 return len;
             };
