@@ -19,7 +19,7 @@ SOURCES := pyproject.toml $(shell find engine -path engine/target -prune -o \
 KERNEL := .cache/kernel
 DEMO_PACKAGES := libnbd-bin
 TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio file fuse3 mount dmsetup \
-	e2fsprogs xfsprogs btrfs-progs zsh fish
+	e2fsprogs xfsprogs btrfs-progs fdisk gdisk parted zsh fish
 KERNEL_PACKAGES := qemu-system-x86 kmod
 
 CARGO := cargo --config term.quiet=true

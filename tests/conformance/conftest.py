@@ -1,4 +1,4 @@
-"""An engine in each of its ways of doing I/O, and a server of NBD on it."""
+"""An engine in each of its ways of doing I/O, a server of NBD on it, and file systems to stand on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from blkloom import _engine
 
+from .file_systems import FileSystems, Program
 from .ways_in import NbdHost
 
 
@@ -24,3 +25,11 @@ def host(engine: _engine.Engine, tmp_path: Path) -> Iterator[NbdHost]:
     host = NbdHost(engine, tmp_path / "nbd.sock")
     yield host
     host.close()
+
+
+@pytest.fixture(scope="session")
+def file_systems(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystems]:
+    """Of the kernel's; unmounted and checked when all tests are over."""
+    made = FileSystems(program, tmp_path_factory.mktemp("file-systems"))
+    yield made
+    made.close()

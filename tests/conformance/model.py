@@ -83,6 +83,8 @@ class Model:
             backing = self._files[arguments[0]]
             offset = int(arguments[1]) if len(arguments) > 1 else 0
             writable = not self.read_only and "read_only" not in arguments
+            # The device below the file system hears of discards then, and may keep what is there.
+            backing.keeps_discarded |= any(word.startswith("block_map") for word in arguments)
             self.runs.append(Run(first, last, "data", writable, backing, offset))
         elif name == "linear":
             self.runs += self._leg(arguments[0], int(arguments[1]) * SECTOR, first, last)

@@ -2,39 +2,23 @@
 
 `{mem}` and `{disk}` are directories on a memory file system and on the disk's; every file a table
 names there exists and is FILE bytes long. `{blk}` holds links `a` and `b` to block devices of that
-size. The model reads the same text.
+size; `{ext4}` and its like are directories of `file_systems`. The model reads the same text.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from blkloom import Target
 from blkloom.examples.pattern import Pattern
 
+from .backing_files import FILE
 from .growing import Growing
+from .loops_under_test import LOOPS
+from .under_test import UnderTest
 
-FILE = 1 << 20
-"""Bytes of every file."""
 PATTERN = np.arange(0, FILE, 8, dtype=">u8").tobytes()
-
-
-@dataclass(frozen=True)
-class UnderTest:
-    """A table and what it needs. below: tables of the devices it stands on, by name. own: what the
-    targets that are neither built in nor made of files hold at first, by their names.
-    """
-
-    table: str
-    read_only: bool = False
-    direct_io: bool = False
-    below: Mapping[str, str] = field(default_factory=dict)
-    targets: tuple[type[Target], ...] = ()
-    own: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def _many(segments: int) -> str:
@@ -115,4 +99,5 @@ TARGETS: dict[str, UnderTest] = {
         own={"pattern": PATTERN, "growing": b""},
     ),
     "sixty segments": UnderTest(_many(60)),
+    **LOOPS,
 }

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +27,11 @@ from hypothesis import strategies as st
 import blkloom
 from blkloom import _engine
 
+from .backing_files import FILE, first_contents, write_in_extents, write_sparse
+from .file_systems import NAMES, FileSystems
 from .model import SECTOR, Model
-from .targets_under_test import FILE, TARGETS, UnderTest
+from .targets_under_test import TARGETS
+from .under_test import UnderTest
 from .ways_in import WAYS_IN, NbdHost, WayIn
 
 pytestmark = pytest.mark.timeout(900 if "BLKLOOM_FUZZ_CASES" in os.environ else 120)
@@ -38,7 +40,8 @@ Io = Literal["auto", "threads"]
 MOST = 1 << 63
 """Offsets reach this far."""
 # A fuzzing run's cases are shared among the combinations of target, way in and io.
-CASES = max(5, int(os.environ.get("BLKLOOM_FUZZ_CASES", 0)) // 100)
+FUZZING = int(os.environ.get("BLKLOOM_FUZZ_CASES", 0)) // 100
+CASES = 5
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,26 @@ class Ground:
     engine: _engine.Engine
     host: NbdHost
     directories: Mapping[str, Path]
+    file_systems: FileSystems
+
+    def filled(self, text: str) -> str:
+        """A table with the directories it needs in it. Skips what cannot be had here."""
+        needed = {name: self.file_systems.place(name) for name in NAMES if f"{{{name}}}" in text}
+        if "{blk}" in text and "blk" not in self.directories:
+            pytest.skip("block devices are missing (losetup takes root and /dev/loop-control)")
+        return text.format_map({**self.directories, **needed})
 
 
 @pytest.fixture(scope="module", params=["auto", "threads"])
-def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+def ground(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, file_systems: FileSystems
+) -> Iterator[Ground]:
     engine = _engine.Engine(io=request.param, loops=2)
     disk = tmp_path_factory.mktemp("disk")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as memory:
         host = NbdHost(engine, disk / "nbd.sock")
         with block_devices(tmp_path_factory.mktemp("blk")) as blocks:
-            yield Ground(engine, host, {"mem": Path(memory), "disk": disk} | blocks)
+            yield Ground(engine, host, {"mem": Path(memory), "disk": disk} | blocks, file_systems)
         host.close()
     engine.close()
 
@@ -79,25 +92,15 @@ def block_devices(folder: Path) -> Iterator[dict[str, Path]]:
         yield {"blk": folder}
 
 
-def first_contents(name: str) -> bytearray:
-    """A file's contents: data, and the holes between them as zeros."""
-    chance, content = random.Random(name), bytearray(FILE)
-    for _ in range(6):
-        at, length = chance.randrange(FILE), chance.choice([100, 4096, 70_000, 150_000])
-        length = min(length, FILE - at)
-        content[at : at + length] = chance.randbytes(length)
-    return content
-
-
 @contextmanager
 def made(case: UnderTest, ground: Ground) -> Iterator[tuple[blkloom.Device, Model, dict[str, bytearray]]]:
     """The device of a case, its model, and the contents the model expects of each file."""
-    fill = {name: str(path) for name, path in ground.directories.items()}
-    tables = {name: text.format_map(fill) for name, text in {**case.below, "": case.table}.items()}
+    tables = {name: ground.filled(text) for name, text in {**case.below, "": case.table}.items()}
     contents: dict[str, bytearray] = {}
     for path in sorted(set(re.findall(r"\S*/\S+", " ".join(tables.values())))):
         contents[path] = first_contents(path[-1])
-        write_sparse(path, contents[path])
+        write = write_in_extents if case.allocated and path[-1] not in case.sparse else write_sparse
+        write(path, contents[path])
     devices: dict[str, blkloom.Device] = {}
     models: dict[str, Model] = {}
     with ExitStack() as stack:
@@ -115,21 +118,6 @@ def made(case: UnderTest, ground: Ground) -> Iterator[tuple[blkloom.Device, Mode
             )
             models[name] = Model(table, contents, own=case.own, below=models, read_only=case.read_only)
         yield devices[""], models[""], contents
-
-
-def write_sparse(path: str, content: bytearray) -> None:
-    """As it is written here, ranges of zeros are holes."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        if stat.S_ISBLK(os.fstat(fd).st_mode):
-            os.pwrite(fd, content, 0)
-            return
-        os.truncate(fd, len(content))
-        for at in range(0, len(content), 4096):
-            if any(block := content[at : at + 4096]):
-                os.pwrite(fd, block, at)
-    finally:
-        os.close(fd)
 
 
 # Requests
@@ -173,13 +161,14 @@ def pieces(offset: int, length: int, cuts: list[int]) -> list[tuple[int, int]]:
 
 
 class Session:
-    """One device, by one way in, beside its model."""
+    """One device, by one way in, beside its model. files: what it is made of."""
 
-    def __init__(self, device: blkloom.Device, way: WayIn, model: Model, data: st.DataObject) -> None:
+    def __init__(self, device: blkloom.Device, way: WayIn, model: Model, data: st.DataObject, files: list[str]) -> None:
         self.device = device
         self.way = way
         self.model = model
         self.data = data
+        self.files = files
 
     def draw(self, strategy: st.SearchStrategy[Any], label: str) -> Any:
         return self.data.draw(strategy, label)
@@ -256,6 +245,11 @@ class Session:
             self.device.load(self.device.table)
             self.device.resume()
 
+    def somebody_looks(self) -> None:
+        """Another opens the files, and so may end a block map."""
+        for path in self.files:
+            os.close(os.open(path, os.O_RDONLY))
+
     def cache(self) -> None:
         self.way.cache(*self.draw(ranges(self.model), "cache"))
 
@@ -327,32 +321,38 @@ def refuse() -> None:
 
 STEPS = (
     *("read", "write", "write") * 2,
-    *("write_zeroes", "discard", "flush", "cache", "extents", "past_the_end", "suspend", "reload"),
+    *("write_zeroes", "discard", "flush", "cache", "extents", "past_the_end", "suspend", "reload", "somebody_looks"),
 )
 KEEPING = frozenset({"ram", "pattern", "growing"})
 """Targets whose bytes go with their table."""
 
 
+def cases_of(case: UnderTest) -> int:
+    return max(case.examples or CASES, FUZZING)
+
+
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("case", TARGETS)
 def test_requests_do_what_the_model_says(case: str, way: str, ground: Ground) -> None:
-    if "{blk}" in TARGETS[case].table and "blk" not in ground.directories:
-        pytest.skip("block devices are missing (losetup takes root and /dev/loop-control)")
+    ground.filled(TARGETS[case].table)  # skips before Hypothesis begins
 
     @hypothesis.settings(
-        max_examples=CASES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None
+        max_examples=cases_of(TARGETS[case]),
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        database=None,
     )
     @hypothesis.given(st.data())
     def run(data: st.DataObject) -> None:
         with made(TARGETS[case], ground) as (device, model, contents):
             assert device.size == model.size
             with WAYS_IN[way](device, ground.host) as way_in:
-                session = Session(device, way_in, model, data)
+                session = Session(device, way_in, model, data, list(contents))
                 for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=25), "steps"):
                     getattr(session, step)()
                 session.everything()
                 device.flush()
-            for path, content in contents.items():
-                assert Path(path).read_bytes() == content, f"{path} differs from the model's"
+        for path, content in contents.items():
+            assert Path(path).read_bytes() == content, f"{path} differs from the model's"
 
     run()

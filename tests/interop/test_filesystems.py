@@ -10,39 +10,23 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-MiB = 1 << 20
-TIMEOUT = 60.0
-"""Seconds, for programs that end or report by themselves."""
-
-Program = Callable[[str, str], str]
-
-
-@dataclass(frozen=True)
-class FileSystem:
-    """The smallest size (bytes) the programs accept, and commands with their Debian package."""
-
-    name: str
-    package: str
-    size: int
-    make: tuple[str, ...]
-    check: tuple[str, ...]
-
-
-EXT4 = FileSystem("ext4", "e2fsprogs", 64 * MiB, ("mkfs.ext4", "-q"), ("e2fsck", "-f", "-n"))
-XFS = FileSystem("xfs", "xfsprogs", 320 * MiB, ("mkfs.xfs", "-q"), ("xfs_repair", "-n"))
-BTRFS = FileSystem("btrfs", "btrfs-progs", 128 * MiB, ("mkfs.btrfs", "-q"), ("btrfs", "check", "--readonly"))
-
-
-def run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}"
-    return done.stdout
+from conformance.file_systems import (
+    BTRFS,
+    EXT4,
+    TIMEOUT,
+    XFS,
+    FileSystem,
+    MiB,
+    Program,
+    loop_device,
+    mounted,
+    run,
+)
 
 
 @pytest.fixture
@@ -89,30 +73,6 @@ def wait_until_mounted(process: subprocess.Popen[bytes], ready: Path) -> None:
         assert fifo in woken, f"nbdfuse did not come up: {os.read(errors, 65536).decode() if woken else 'no word'}"
     finally:
         os.close(fifo)
-
-
-@contextmanager
-def loop_device(program: Program, file: Path) -> Iterator[str]:
-    losetup = program("losetup", "mount")
-    name = run(losetup, "--find", "--show", file).strip()
-    try:
-        yield name
-    finally:
-        run(losetup, "--detach", name)
-
-
-@contextmanager
-def mounted(program: Program, kind: str, device: str | Path, directory: Path, options: str) -> Iterator[Path]:
-    directory.mkdir(exist_ok=True)
-    mount = [program("mount", "mount"), "-t", kind, "-o", options, str(device), str(directory)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False, timeout=TIMEOUT)
-    if done.returncode != 0 and "unknown filesystem type" in done.stderr:
-        pytest.skip(f"this kernel has no {kind}")
-    assert done.returncode == 0, done.stderr
-    try:
-        yield directory
-    finally:
-        run(program("umount", "mount"), directory)
 
 
 def fill(directory: Path, seed: int) -> None:

@@ -45,6 +45,11 @@ class ReconnectingWriter(threading.Thread):
         if self.failure:
             raise self.failure
 
+    def expected(self) -> bytes:
+        """What its blocks hold, once it has finished."""
+        assert not self.is_alive()
+        return b"".join(_made_by(block, possible) for block, possible in enumerate(self._possible))
+
     def wait_for_flushes(self, more: int, timeout: float = 60) -> None:
         """Until that many further flushes have completed (or it failed)."""
         with self.progressed:
@@ -116,7 +121,7 @@ class ReconnectingWriter(threading.Thread):
             data = _ask(client, READ, (self._first + block) * BLOCK, BLOCK)
             found = struct.unpack_from("<Q", data)[0]
             assert found in possible, f"block {block} holds write {found}, may hold {sorted(possible)}"
-            assert data == (content(block, found) if found else bytes(BLOCK)), f"block {block} is torn"
+            assert data == _made_by(block, {found}), f"block {block} is torn"
             self._possible[block] = {found}
 
 
@@ -124,6 +129,13 @@ def _ask(client: NbdClient, command: int, offset: int = 0, length: int = 0, payl
     reply = client.ask(command, offset, length, payload=payload)
     assert reply.error == 0, f"command {command} at {offset}: NBD error {reply.error} {reply.message}"
     return reply.data
+
+
+def _made_by(block: int, possible: set[int] | None) -> bytes:
+    """The block as the only write that may be there has made it; zeros before all."""
+    assert possible is not None
+    (number,) = possible
+    return content(block, number) if number else bytes(BLOCK)
 
 
 def content(block: int, number: int) -> bytes:

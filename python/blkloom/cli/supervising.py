@@ -19,7 +19,7 @@ def upgrade(session: Session, operands: tuple[str, ...]) -> None:
 
 @verb(most=0)
 def reap(session: Session, operands: tuple[str, ...]) -> None:
-    """Remove sockets, state files and locks that belong to nobody, and say which."""
+    """Remove sockets, state files and immutable flags that belong to nobody, and say which."""
     for line in session.client.reap():
         click.echo(line)
 

@@ -33,6 +33,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Verb]]] = {
         "serve": Verb("serve", "Serve files, memory or tables over NBD until interrupted.", dmsetup=False),
     },
     "Make and change devices": {
+        "loop": Verb("loop", "Set up files as devices, as losetup does.", dmsetup=False),
         "create": Verb("create", "Make a device, from a table or empty."),
         "load": Verb("load", "Put a table into a device's inactive slot."),
         "reload": Verb("load", "The same as load."),

@@ -387,7 +387,7 @@ class Upgrade(_Call, tag="upgrade"):
 
 
 class Reap(_Call, tag="reap"):
-    """→ list of what was removed, a line each: sockets, state files and locks nobody owns."""
+    """→ list of what was removed, a line each: sockets, state files and immutable flags nobody owns."""
 
 
 class Stop(_Call, tag="stop"):

@@ -102,20 +102,22 @@ class BlockMap:
                 os.utime(self._file.fileno())
 
     def _read(self) -> fiemap.Extents:
-        found = self._once()
-        if not found.same_as(self._once()):
+        found = extents_on(self._file, self.disk, self._offset, self._length)
+        if not found.same_as(extents_on(self._file, self.disk, self._offset, self._length)):
             raise Unsound("The file changed while mapping it")
         return found
 
-    def _once(self) -> fiemap.Extents:
-        start, end = int(self._offset), int(self._offset + self._length)
-        try:
-            found = fiemap.extents_of(self._file.fileno()).within(start, end)
-        except OSError as error:
-            raise Unsound(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
-        ground.check_extents(found, start, end, holes=not self._file.writable)
-        ground.check_alignment(found, start, end, self.disk.offset_alignment)
-        return found.merged()
+
+def extents_on(file: File, disk: File, offset: Bytes, length: Bytes) -> fiemap.Extents:
+    """Where a piece of the file is on the disk now. Raises Unsound when that is no ground for a map."""
+    start, end = int(offset), int(offset + length)
+    try:
+        found = fiemap.extents_of(file.fileno()).within(start, end)
+    except OSError as error:
+        raise Unsound(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
+    ground.check_extents(found, start, end, holes=not file.writable)
+    ground.check_alignment(found, start, end, disk.offset_alignment)
+    return found.merged()
 
 
 def drop_cache(file: File) -> None:

@@ -149,13 +149,12 @@ class Leases:
                 return
             lease.ended = True
             del self._held[identity]
-            keeper = None if self._held else self._keeper
+            if not self._held and self._keeper and self._keeper.ident:
+                signal.pthread_kill(self._keeper.ident, _BROKEN)  # it is there: it ends under this lock only
         if self.stay:
             lease.abandon()
         else:
             lease.end()
-        if keeper and keeper.ident and keeper.is_alive():
-            signal.pthread_kill(keeper.ident, _BROKEN)
 
     def _give_up(self, lease: _Lease, why: str) -> None:
         """Two threads may do this at once: one that loads holds up the keeper, and must not wait for it."""
@@ -179,7 +178,7 @@ class Leases:
 
     def _awake(self) -> int:
         """The keeper's thread id, as the kernel knows it."""
-        if self._keeper is None or not self._keeper.is_alive():
+        if self._keeper is None:
             ready = threading.Event()
             self._keeper = threading.Thread(target=self._keep, args=(ready,), name="blkloom-leases", daemon=True)
             self._keeper.start()
@@ -192,13 +191,17 @@ class Leases:
         ready.set()
         while True:
             signal.sigwaitinfo(_SIGNALS)
+            self._give_up_broken()
             with self._lock:
-                broken = [lease for lease in self._held.values() if not _intact(lease.fd)]
                 if not self._held:
                     self._keeper = None
                     return
-            for lease in broken:
-                self._give_up(lease, "somebody else opened or truncated the file")
+
+    def _give_up_broken(self) -> None:
+        with self._lock:
+            broken = [lease for lease in self._held.values() if not _intact(lease.fd)]
+        for lease in broken:
+            self._give_up(lease, "somebody else opened or truncated the file")
 
 
 def _is(status: os.stat_result, identity: Identity) -> bool:

@@ -34,8 +34,9 @@ from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
 from blkloom.peer import peer_of
 from blkloom.supervisor.adoption import Adoption
+from blkloom.supervisor.looking import Looking
 from blkloom.supervisor.news import News
-from blkloom.supervisor.reaping import reap
+from blkloom.supervisor.reaping import reap, release_files
 from blkloom.supervisor.registry import Registry
 from blkloom.supervisor.session import Session
 from blkloom.supervisor.store import Store
@@ -93,6 +94,7 @@ class Supervisor:
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
         self._verbs = Verbs(run_dir, self._registry, self._store, self._workers, tables, self._news)
+        self._looking = Looking(self._registry, tables, self._news)
         self._sessions: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None]
         self._ended: asyncio.Future[list[str]]
@@ -113,6 +115,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # the program before this one may have got some
         if inherited is not None:
             self._store.read(inherited.stored)
+        await self._release_files()
         await Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables).run()
         accepting = asyncio.create_task(self._accept(control), name="accept")
         if inherited is not None:
@@ -133,6 +136,14 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(accepting, *current, return_exceptions=True)
         return 1 if errors else 0
+
+    async def _release_files(self) -> None:
+        """Before devices whose workers have died open their files again."""
+        try:
+            for line in await asyncio.to_thread(release_files):
+                _log.warning("%s", line)
+        except OSError as error:
+            _log.error("files that were left immutable: %s; `blkloom reap` tries again", error)
 
     def _end(self) -> None:
         if not self._ending.done():
@@ -169,7 +180,7 @@ class Supervisor:
         await Session(channel, self._hello, self._answer).run()
 
     async def _answer(self, call: m.ClientCall, caller: Caller, session: Session, request: int) -> Any:
-        verbs = self._verbs
+        verbs, looking = self._verbs, self._looking
         if self._upgrading:
             raise ResourceError("the supervisor is being replaced", cure="try again", errno=errno.EAGAIN)
         match call:
@@ -192,19 +203,19 @@ class Supervisor:
             case m.Rename():
                 return await verbs.rename(call)
             case m.GetTable():
-                return verbs.table(call)
+                return looking.table(call)
             case m.GetStatus():
-                return await verbs.status(call)
+                return await looking.status(call)
             case m.GetInfo():
-                return verbs.info(call)
+                return looking.info(call)
             case m.SendMessage():
                 return await verbs.message(call)
             case m.ReadDevice():
                 return await verbs.read(call)
             case m.Wait():
-                return await verbs.wait(call)
+                return await looking.wait(call)
             case m.GetStats():
-                return await verbs.stats(call)
+                return await looking.stats(call)
             case m.AddExport():
                 return await verbs.add_export(call)
             case m.RemoveExport():
@@ -212,7 +223,8 @@ class Supervisor:
             case m.GetVersion():
                 return self._version()
             case m.Reap():
-                return reap(self._run_dir, self._registry, self._workers.groups)
+                removed = reap(self._run_dir, self._registry, self._workers.groups)
+                return removed + await asyncio.to_thread(release_files)
             case m.Upgrade():
                 return await self._upgrade(session, request)
             case m.Stop():

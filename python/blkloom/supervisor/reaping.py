@@ -1,21 +1,32 @@
-"""What lies in a run directory and belongs to nobody: sockets, state files, workers' sockets.
+"""What belongs to nobody: sockets, state files and workers' sockets in a run directory; immutable flags of
+files whose block map has gone.
 
-Files that hold something still are left: a socket that answers, a device that is registered.
+Files that hold something still are left: a socket that answers, a device that is registered, a file that
+somebody maps.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from blkloom.control.rundir import RunDir
+from blkloom.filemap.immutable import release_abandoned
 from blkloom.supervisor.registry import Registry
 
 
 def reap(run_dir: RunDir, registry: Registry, groups: Collection[str]) -> list[str]:
     """Removes it. A line each. Raises OSError."""
     return [f"{what} {path}" for what, path in _found(run_dir, registry, groups) if _remove(path)]
+
+
+def release_files() -> list[str]:
+    """Files that a process which has gone left immutable can be written to again. A line each. Raises OSError;
+    may wait for storage.
+    """
+    return release_abandoned() if os.geteuid() == 0 else []  # nobody else can have made one so, or undo it
 
 
 def _found(run_dir: RunDir, registry: Registry, groups: Collection[str]) -> Iterator[tuple[str, Path]]:

@@ -29,6 +29,9 @@ class Descriptors(Protocol):
         descriptor only where the file system can do it. Raises OSError, or ValueError for no path.
         """
 
+    def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
+        """What `open` gave will not be used, but `fd`, which is the same file opened the same way."""
+
     def claimed(self, path: str) -> int | None:
         """The descriptor whose open file description has the device's claim on `path` already."""
 
@@ -48,6 +51,10 @@ class OwnDescriptors:
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """As `open_file`."""
         return open_file(path, writable=writable, direct=direct, exclusive=exclusive)
+
+    def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
+        """Nobody needs to know."""
+        return
 
     def claimed(self, path: str) -> int | None:
         """None: there was no process before this one."""

@@ -69,7 +69,11 @@ class HeldFiles:
             elif writable and not shared:
                 held.claim.extend(descriptors)
             try:
-                file = held.files.get((writable, direct)) or File(fd, writable=writable, direct=direct, label=path)
+                file = held.files.get((writable, direct))
+                if file:  # one open file description is enough, and more would be in the way of a lease
+                    descriptors.instead(path, writable=writable, direct=direct, fd=file.fileno())
+                else:
+                    file = File(fd, writable=writable, direct=direct, label=path)
                 if held.claim and held.claim.descriptor >= 0:
                     descriptors.claim(path, held.claim.descriptor)
             except BaseException as error:
@@ -116,6 +120,14 @@ class HeldFiles:
         if direct and not is_direct:
             _log.warning("%s: its file system does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O", path)
         return fd, is_direct
+
+    def users_of(self, file: File) -> int:
+        """How many uses are counted of what `file` is, in whatever way it is open."""
+        return sum(held.users for identity, held in self._held.items() if self.is_same(identity, file))
+
+    def is_same(self, identity: Identity, file: File) -> bool:
+        """Whether that is what `file` is."""
+        return any(one is file for one in self._held[identity].files.values())
 
     def let_stay(self) -> None:
         """Claims and leases are left standing when their last user goes: another process of the device has them."""

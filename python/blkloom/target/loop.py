@@ -113,8 +113,7 @@ class Loop(Target):
     @override
     def close(self) -> None:
         if "loaded" in self.__dict__:
-            self._loaded.close()
-            del self.__dict__["loaded"]  # with the files in it, and at once: the two know each other
+            self.__dict__.pop("loaded").close()  # the files go with it at once: the two know each other
 
     @property
     def _loaded(self) -> _Loaded:
@@ -175,6 +174,8 @@ class _Loaded:
         self._live: LiveSegment = opening.segment()
         self._leases = opening.leases
         self._mode = "file"
+        self._later = False
+        """Only when the table this one replaces has let go of the file can its blocks be held."""
         self._blocks: BlockMap | None = None
         self._disk: File | None = None
         self._file: File
@@ -233,6 +234,7 @@ class _Loaded:
     # block maps
 
     def _map_blocks(self, opening: Opening, *, optional: bool) -> Mapped:
+        from blkloom.filemap.block_map import extents_on
         from blkloom.filemap.ground import ground_of
 
         try:
@@ -240,6 +242,10 @@ class _Loaded:
             self._disk = opening.file(ground.node, read_only=not self._file.writable, direct_io=True, claimed=False)
             if os.fstat(self._disk.fileno()).st_rdev != ground.number or not self._disk.direct:
                 raise Unsound(f"{ground.node} is not the device of its file system, or has no O_DIRECT")
+            if opening.shares(self._file):
+                extents_on(self._file, self._disk, self._target.offset, self._length)
+                self._later = not optional
+                return self._through_the_file_system()
             return self._enter_blocks()
         except (Unsound, BackingError) as error:
             reason, cure = (error.reason, error.cure) if isinstance(error, Unsound) else (str(error), "")
@@ -247,10 +253,13 @@ class _Loaded:
                 self._live.event(f"block map of {self._target.path} was lost: {reason}; going on in file mode")
                 return self._through_the_file_system()
             if not optional:
-                cure = "; ".join(filter(None, (cure, "or write block_map=try to fall back to file I/O")))
-                raise self._refused(f"block map is not possible: {reason}", cure) from error
+                raise self._no_blocks(reason, cure) from error
             opening.warn(f"{self._target.path}: {reason}; using file I/O instead of a block map")
             return self._through_the_file_system()
+
+    def _no_blocks(self, reason: str, cure: str) -> BackingError:
+        cure = "; ".join(filter(None, (cure, "or write block_map=try to fall back to file I/O")))
+        return self._refused(f"block map is not possible: {reason}", cure)
 
     def _enter_blocks(self) -> Mapped:
         """Raises Unsound."""
@@ -289,11 +298,15 @@ class _Loaded:
         """Looks whether the map still holds, or can be had again. None: nothing has changed."""
         if self._disk is None:
             return None
+        later, self._later = self._later, False
         try:
             if self._blocks is None:
                 return self._enter_blocks()
             return self._blocks.mapped() if self._blocks.check() else None
         except (Unsound, OSError) as error:
+            if later:
+                self._later = True
+                raise self._no_blocks(str(error), error.cure if isinstance(error, Unsound) else "") from error
             was_mapped = self._blocks is not None
             why = f"block map of {self._target.path} cannot be had: {error}; going on in file mode"
             self.close()

@@ -137,6 +137,10 @@ class Opening:
         """A former process of the device had this table loaded: where there is another way, do not refuse."""
         return self._descriptors.restored
 
+    def shares(self, file: File) -> bool:
+        """Whether another table of the device has the same file open."""
+        return self._held.users_of(file) > sum(self._held.is_same(used, file) for used in self._used)
+
     @property
     def leases(self) -> Leases:
         """By which files of the device are kept from everybody else."""

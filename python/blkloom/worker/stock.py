@@ -83,7 +83,7 @@ class LoadDescriptors:
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """As the protocol says. Raises BackingError when it is lost and nobody can be asked."""
-        label = self._label("file", f"{'w' if writable else 'r'}{'d' if direct else '-'}{path}")
+        label = self._file(path, writable=writable, direct=direct)
         if not exclusive and (fd := self._find(label)) is not None:
             return os.dup(fd)
         try:
@@ -98,6 +98,13 @@ class LoadDescriptors:
         if not exclusive:
             self._keep(label, fd)
         return fd
+
+    def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
+        """Keeps `fd` in the place of what was opened."""
+        label = self._file(path, writable=writable, direct=direct)
+        if (former := self._new.pop(label, None)) is not None:
+            os.close(former)
+        self._keep(label, fd)
 
     def claimed(self, path: str) -> int | None:
         """What holds the claim of a former worker."""
@@ -149,6 +156,9 @@ class LoadDescriptors:
 
     def _label(self, role: Literal["file", "claim", "memory"], key: str) -> Label:
         return Label(device=self._device, load=self._load, role=role, key=key)
+
+    def _file(self, path: str, *, writable: bool, direct: bool) -> Label:
+        return self._label("file", f"{'w' if writable else 'r'}{'d' if direct else '-'}{path}")
 
     def _find(self, label: Label) -> int | None:
         fd = self._new.get(label)

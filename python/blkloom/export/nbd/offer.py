@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 from blkloom.errors import UsageError
 from blkloom.export.nbd.codes import STRING_LIMIT, TransmissionFlag
-from blkloom.units import DEVICE_LIMIT
+from blkloom.units import DEVICE_LIMIT, SECTOR
+
+_MAXIMUM: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class BlockSizes:
 
     minimum: int = 1
     preferred: int = 4096
-    maximum: int = 33554432
+    maximum: int = _MAXIMUM
 
     def __post_init__(self) -> None:
         if not (_power_of_two(self.minimum) and self.minimum <= 65536):
@@ -44,6 +46,20 @@ class BlockSizes:
             raise UsageError(
                 f"maximum payload {self.maximum} is not possible", cure=f"give {self.preferred} to 4294967295 bytes"
             )
+
+    @classmethod
+    def fitting(cls, size: int, logical: int, optimal: int) -> Self:
+        """Those of a device of `size` bytes that is best used in blocks of `logical` and `optimal` bytes.
+
+        Nothing is enforced: the engine serves requests of any alignment, clients that never ask for these
+        sizes live by the protocol's default of 1, and devices that want no more than sectors say that. A
+        larger block is told because a client that knows it sends nothing that would be read, changed and
+        written back. The size is a multiple of the minimum, or clients could not reach its end (qemu
+        refuses such an export).
+        """
+        minimum = min(logical, size & -size) if size else logical
+        preferred = min(max(optimal, minimum), _MAXIMUM)
+        return cls(minimum, preferred) if minimum > SECTOR else cls(preferred=preferred)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from blkloom import _engine
 from blkloom.export.nbd.codes import BASE_ALLOCATION
@@ -29,6 +29,7 @@ class NbdExport:
     """An engine export under a name (may be ""), with a description for people.
 
     multi_conn: leave True unless the device cannot make one connection's flush cover another's writes.
+    block_sizes: None for what the device's active table wants at the time a client asks.
     Raises UsageError for a name or description that is no NBD string.
     """
 
@@ -36,7 +37,7 @@ class NbdExport:
     export: _engine.Export
     description: str = ""
     multi_conn: bool = True
-    block_sizes: BlockSizes = field(default_factory=BlockSizes)
+    block_sizes: BlockSizes | None = None
 
     def __post_init__(self) -> None:
         check_string("export name", self.name)
@@ -44,13 +45,15 @@ class NbdExport:
 
     def offer(self) -> Offer:
         """What a handshake says of it now."""
+        device = self.export.device
+        size = device.size
         return Offer(
             name=self.name,
-            size=self.export.device.size,
+            size=size,
             description=self.description,
-            read_only=self.export.read_only or bool(getattr(self.export.device, "read_only", False)),
+            read_only=self.export.read_only or bool(getattr(device, "read_only", False)),
             multi_conn=self.multi_conn,
-            block_sizes=self.block_sizes,
+            block_sizes=self.block_sizes or _sizes_for(device, size),
         )
 
 
@@ -173,6 +176,12 @@ def closing_reason(result: object, errno: int) -> str:
     """A closing notice of the engine, for a log."""
     said = str(result) if result else "closed"
     return f"{said} ({os.strerror(errno)})" if errno else said
+
+
+def _sizes_for(device: _engine.Device, size: int) -> BlockSizes:
+    """The protocol's defaults for a device that only the engine knows."""
+    limits = getattr(device, "limits", None)
+    return BlockSizes() if limits is None else BlockSizes.fitting(size, limits.logical, limits.optimal)
 
 
 def _agreed(outcome: Transmission) -> str:

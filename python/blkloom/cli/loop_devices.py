@@ -1,0 +1,237 @@
+"""Loop devices as the supervisor has them: their tables, their notes, and how the command line names them.
+
+A loop device is one that `blkloom loop` made (it has `LoopNotes` and is no partition); its table is one
+segment of the target `loop`, unless somebody has loaded another since.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from blkloom.cli.loop_options import LoopFailed
+from blkloom.errors import NoSuchDevice, Place
+from blkloom.table.places import LinePlaces
+from blkloom.table.words import join_words, raw_word, skip_blanks, split_words
+from blkloom.units import SECTOR, Sectors
+
+if TYPE_CHECKING:
+    from blkloom.cli.session import Session
+    from blkloom.control.messages import DeviceInfo, LoopNotes
+
+_BLOCK_SIZE: Final = "block_size="
+_NUMBERED: Final = re.compile(r"loop([0-9]+)")
+_MODES: Final = ("file", "direct_io", "block_map")
+
+
+@dataclass(frozen=True)
+class LoopTable:
+    """`0 <length> loop <path> <offset> <#opts> <opts>`. length: sectors. offset: bytes."""
+
+    length: Sectors
+    path: str
+    offset: int = 0
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, text: str) -> LoopTable | None:
+        """What a device's table says; None where it is another."""
+        at, head = 0, []
+        for _ in range(3):
+            head.append(raw_word(text, at, len(text)))
+            at = skip_blanks(text, at + len(head[-1]), len(text))
+        if head[0] != "0" or head[2] != "loop" or "\n" in text:
+            return None
+        words, behind = split_words(text, at, len(text), LinePlaces(text, "table"))
+        if not words or text[behind:].strip():
+            return None
+        path, *rest = (word.text for word in words)
+        return cls(Sectors(int(head[1])), path, int(rest[0]) if rest else 0, tuple(rest[2:]))
+
+    def text(self) -> str:
+        """The line. Raises TableError for a name no table can hold."""
+        options = [str(len(self.options)), *self.options] if self.options else []
+        offset = [str(self.offset)] if self.offset or options else []
+        return f"0 {self.length} loop {join_words([self.path, *offset, *options], Place(self.path))}"
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a logical block."""
+        given = [option.removeprefix(_BLOCK_SIZE) for option in self.options if option.startswith(_BLOCK_SIZE)]
+        return int(given[0]) if given else SECTOR
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the file is opened for reading only."""
+        return "read_only" in self.options
+
+    def with_options(
+        self,
+        *,
+        mode: str | None = None,
+        read_only: bool | None = None,
+        block_size: int | None = None,
+    ) -> LoopTable:
+        """Others of these; None: as they are. mode: the option that stands for it, "" for none."""
+        options = list(self.options)
+        if mode is not None:
+            gone = {"direct_io", "block_map"} | (set() if mode.startswith("block_map") else {"immutable"})
+            options = [one for one in options if one.partition("=")[0] not in gone]
+            options = [*([mode] if mode else []), *options]
+        if read_only is not None:
+            options = [one for one in options if one != "read_only"] + (["read_only"] if read_only else [])
+        if block_size is not None:
+            options = [one for one in options if not one.startswith(_BLOCK_SIZE)]
+            options += [f"{_BLOCK_SIZE}{block_size}"] if block_size != SECTOR else []
+        return replace(self, options=tuple(sorted(options, key=_rank)))
+
+    def size_of(self, size: int, sizelimit: int) -> Sectors:
+        """The sectors a device has of a file of `size` bytes: whole blocks from the offset on."""
+        room = max(0, size - self.offset)
+        return Sectors((min(room, sizelimit) if sizelimit else room) // self.block_size * self.block_size // SECTOR)
+
+
+def _rank(option: str) -> int:
+    """Where it stands among options, as tables print them."""
+    order = ("direct_io", "block_map", "read_only", "block_size", "immutable")
+    word = option.partition("=")[0]
+    return order.index(word) if word in order else len(order)
+
+
+@dataclass(frozen=True)
+class LoopDevice:
+    """table: None where it is no single segment of a file."""
+
+    info: DeviceInfo
+    notes: LoopNotes
+    table: LoopTable | None
+
+    @property
+    def name(self) -> str:
+        """The device's."""
+        return self.info.name
+
+    @property
+    def autoclear(self) -> bool:
+        """Whether it goes when its last user leaves."""
+        return self.info.autoclear or self.info.deferred
+
+    @property
+    def socket(self) -> str:
+        """Where NBD clients reach it; "" for no Unix socket."""
+        return next((export.unix for export in self.info.exports if export.unix), "")
+
+    def backing(self) -> os.stat_result | None:
+        """Of its file, as it is seen from here; None where there is none."""
+        if self.table is None:
+            return None
+        try:
+            return os.stat(self.table.path)
+        except (OSError, ValueError):
+            return None
+
+    def is_backed_by(self, path: str, status: os.stat_result | None) -> bool:
+        """Whether that is its file. status: the file's, if it is there."""
+        if self.table is None:
+            return False
+        own = self.backing()
+        if status is not None and own is not None:
+            return (own.st_dev, own.st_ino) == (status.st_dev, status.st_ino)
+        return self.table.path == path
+
+
+def loop_devices(session: Session) -> list[LoopDevice]:
+    """All, by number as far as they have one."""
+    infos = [info for info in session.client.info() if info.loop is not None and not info.loop.partition]
+    found = []
+    for info in sorted(infos, key=lambda info: _order(info.name)):
+        try:
+            found.append(_device(session, info))
+        except NoSuchDevice:
+            continue  # it went meanwhile
+    return found
+
+
+def _order(name: str) -> tuple[int, str]:
+    numbered = _NUMBERED.fullmatch(name)
+    return (int(numbered[1]), "") if numbered else (1 << 32, name)
+
+
+def _device(session: Session, info: DeviceInfo) -> LoopDevice:
+    assert info.loop is not None, "the caller has looked"
+    return LoopDevice(info, info.loop, LoopTable.read(session.client.table(info.name)))
+
+
+def loop_name(session: Session, text: str) -> str:
+    """The device that a word means: a name, its socket's path, or /dev/NAME as losetup has it."""
+    folder, _, last = text.rpartition("/")
+    return session.name(last) if folder == "/dev" else session.named(text).wire
+
+
+def find_loop(session: Session, text: str) -> LoopDevice:
+    """The loop device a word means. Raises LoopFailed."""
+    name = loop_name(session, text)
+    try:
+        (info,) = session.client.info(name)
+    except NoSuchDevice as error:
+        why = f"{text}: failed to use device: {os.strerror(errno.ENODEV)}"
+        raise LoopFailed(why, what="`blkloom loop -a` lists those there are") from error
+    if info.loop is None or info.loop.partition:
+        kind = "a partition" if info.loop else "no loop device"
+        why = f"{text}: failed to use device: {os.strerror(errno.ENOTTY)}"
+        raise LoopFailed(why, what=f"it is {kind}; `blkloom remove {name}` removes it")
+    return _device(session, info)
+
+
+def of_file(devices: list[LoopDevice], file: str) -> list[LoopDevice]:
+    """Those whose file it is."""
+    path = os.path.realpath(file)
+    try:
+        status = os.stat(file)
+    except OSError:
+        status = None
+    return [device for device in devices if device.is_backed_by(path, status)]
+
+
+def free_names(session: Session) -> Iterable[str]:
+    """loop0, loop1, ... as far as no device has the name now."""
+    taken = {info.name for info in session.client.info()}
+    return (name for number in range(len(taken) + 4096) if (name := f"loop{number}") not in taken)
+
+
+def mode_of(session: Session, device: LoopDevice) -> str:
+    """How it reaches its file at this moment: file, direct_io or block_map; "" where it cannot be told."""
+    if device.table is None or device.info.state == "FAILED":
+        return ""
+    for _, _, target, status in session.client.status(device.name):
+        if target == "loop":
+            word = status.split(" ", 1)[0]
+            return word if word in _MODES else "direct_io" if "direct_io" in device.table.options else "file"
+    return ""
+
+
+def backing_path(file: str) -> str:
+    """What a table calls a file: its path without links, as losetup has it; with them where that has a
+    newline, which no table can hold.
+    """
+    path = os.path.realpath(file)
+    return os.path.abspath(file) if "\n" in path else path
+
+
+def backing_size(path: str) -> int:
+    """Bytes of a file or block device. Raises OSError."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""Processes are killed while they write past the file system: what was flushed is in the file, and the file
+system, whose blocks these were, has nothing to complain of.
+
+Every test's file system is checked when its devices are gone and it has been unmounted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from conformance.backing_files import write_in_extents
+from conformance.file_systems import EXT4, XFS, FileSystem, made_on_a_device
+
+from .conftest import Life, a_life, until
+from .reconnecting import BLOCK, ReconnectingWriter
+
+TURNS = max(2, int(os.environ.get("BLKLOOM_KILLS", "100")) // 20)
+BLOCKS = 64
+SECTORS = 2 * BLOCKS * BLOCK // 512
+pytestmark = pytest.mark.timeout(280)
+
+VICTIMS = ("worker", "supervisor", "both")
+
+
+@pytest.fixture(params=[EXT4, XFS], ids=lambda kind: kind.name)
+def file(request: pytest.FixtureRequest, program: Callable[[str, str], str], tmp_path: Path) -> Iterator[Path]:
+    """A file of zeros in many extents, on a file system of its own."""
+    kind: FileSystem = request.param
+    with made_on_a_device(program, kind, 512, tmp_path) as (place, _):
+        path = place / "disk.img"
+        write_in_extents(str(path), bytes(SECTORS * 512), extents=24)
+        yield path
+
+
+@pytest.fixture
+def life(file: Path) -> Iterator[Life]:
+    """Begun after the file system and over before it: workers keep what was mounted when they began."""
+    with a_life() as life:
+        yield life
+
+
+def create(client: Client, file: Path, options: str = "1 block_map") -> None:
+    client.create("disk", table=f"0 {SECTORS} loop {file} 0 {options}")
+
+
+def writers_of(life: Life) -> list[ReconnectingWriter]:
+    return [ReconnectingWriter(life.socket("disk"), first=half * BLOCKS, blocks=BLOCKS, seed=half) for half in range(2)]
+
+
+def kill(life: Life, victim: str) -> None:
+    """Kills; what was killed is back, or on its way, when this returns."""
+    with life.client() as client:
+        worker = until(client, "disk", lambda info: info.state == "ACTIVE" and info.worker > 0).worker
+    if victim in ("supervisor", "both"):
+        life.kill()
+    if victim in ("worker", "both"):
+        os.kill(worker, signal.SIGKILL)
+    if victim in ("supervisor", "both"):
+        life.start()
+
+
+def mode(client: Client) -> str:
+    until(client, "disk", lambda info: info.state == "ACTIVE")
+    ((_, _, _, text),) = client.status("disk")
+    return text.split()[0]
+
+
+def remove(client: Client) -> None:
+    """As soon as its clients have left."""
+    client.remove("disk", deferred=True)
+    while client.info():
+        pass
+
+
+def is_immutable(path: Path) -> bool:
+    """statx(2), which opens nothing and so breaks no lease."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(256)
+    at_fdcwd, immutable = -100, 0x10
+    if libc.statx(at_fdcwd, os.fsencode(path), 0, 0, buffer):
+        raise OSError(ctypes.get_errno(), "statx", str(path))
+    attributes: int = struct.unpack_from("=Q", buffer, 8)[0]
+    return bool(attributes & immutable)
+
+
+def test_processes_killed_again_and_again_lose_nothing_that_was_flushed(life: Life, file: Path) -> None:
+    with life.client() as client:
+        create(client, file)
+        assert mode(client) == "block_map"
+    assert is_immutable(file)
+    writers = writers_of(life)
+    for writer in writers:
+        writer.start()
+    for turn in range(TURNS * len(VICTIMS)):
+        for writer in writers:
+            writer.wait_for_flushes(1)
+        kill(life, VICTIMS[turn % len(VICTIMS)])
+    for writer in writers:
+        writer.wait_for_flushes(2)
+        writer.finish()
+    with life.client() as client:
+        assert mode(client) == "block_map", "it went on in another mode"
+        assert is_immutable(file)
+        remove(client)
+        assert not is_immutable(file)
+        assert client.reap() == []
+    assert file.read_bytes() == b"".join(writer.expected() for writer in writers)
+
+
+def test_somebody_opens_the_file_while_workers_are_killed(life: Life, file: Path) -> None:
+    """Whoever asks for the file gets it, sooner or later, and no write is lost over that."""
+    with life.client() as client:
+        create(client, file, "2 block_map immutable=off")
+        assert mode(client) == "block_map"
+    writers = writers_of(life)
+    for writer in writers:
+        writer.start()
+    for _ in range(TURNS):
+        for writer in writers:
+            writer.wait_for_flushes(1)
+        opener = threading.Thread(target=lambda: os.close(os.open(file, os.O_RDWR)), daemon=True)
+        opener.start()
+        kill(life, "worker")
+        opener.join(120)
+        assert not opener.is_alive(), "the file cannot be opened"
+        with life.client() as client:
+            until(client, "disk", lambda info: info.state == "ACTIVE")
+            client.suspend("disk")
+            client.resume("disk")
+    for writer in writers:
+        writer.wait_for_flushes(2)
+        writer.finish()
+    with life.client() as client:
+        remove(client)
+        assert client.reap() == []
+    assert file.read_bytes() == b"".join(writer.expected() for writer in writers)
+
+
+def abandon(file: Path) -> bytes:
+    """Everything that had the file in a block map is killed, and its run directory lost, as in a crash of the
+    machine. What was flushed.
+    """
+    with a_life() as life:
+        with life.client() as client:
+            create(client, file)
+            worker = client.info("disk")[0].worker
+        writers = writers_of(life)
+        for writer in writers:
+            writer.start()
+            writer.wait_for_flushes(2)
+        for writer in writers:
+            writer.finish()
+        life.kill()
+        os.kill(worker, signal.SIGKILL)
+        for pid in life.processes():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(life.run_dir)
+        life.run_dir.mkdir(mode=0o700)
+    assert is_immutable(file), "there is nothing to release"
+    return b"".join(writer.expected() for writer in writers)
+
+
+def test_a_supervisor_that_starts_releases_what_was_abandoned(file: Path) -> None:
+    expected = abandon(file)
+    with a_life() as other, other.client() as client:
+        assert not is_immutable(file)
+        assert client.reap() == []
+        assert file.read_bytes() == expected
+        create(client, file)
+        assert mode(client) == "block_map"
+        remove(client)
+
+
+def test_reap_releases_what_was_abandoned_and_nothing_else(file: Path) -> None:
+    used = file.with_name("used.img")
+    write_in_extents(str(used), bytes(SECTORS * 512))
+    with a_life() as other, other.client() as client:
+        create(client, used)
+        expected = abandon(file)
+        (line,) = client.reap()
+        assert str(file) in line
+        assert not is_immutable(file)
+        assert file.read_bytes() == expected
+        assert is_immutable(used)
+        assert mode(client) == "block_map"
+        assert client.reap() == []
+        remove(client)
+        assert not is_immutable(used)
