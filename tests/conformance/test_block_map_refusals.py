@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import pytest
 
 import blkloom
 from blkloom.errors import BackingError, TableError
-from blkloom.filemap import fiemap
+from blkloom.filemap import fiemap, page_cache
 from blkloom.filemap.fiemap import Extents
 from blkloom.filemap.immutable import hold, release, release_abandoned
+from blkloom.table import parse
+from blkloom.target.registry import all_targets
 
 from .backing_files import write_in_extents
-from .file_systems import EXT4, XFS, FileSystem, made_on_a_device
+from .file_systems import EXT4, XFS, FileSystem, made_on_a_device, mounted
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512
@@ -94,6 +97,33 @@ def test_a_file_whose_data_goes_through_the_journal(place: Path, file: Path, cap
     refused(file, "its data goes through the journal", caplog)
 
 
+def test_pages_in_memory_that_somebody_holds(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is in a pipe stays in the page cache, and would be read there when the blocks have changed."""
+    source, pipe = os.pipe()
+    try:
+        with file.open("rb") as stream:
+            assert os.splice(stream.fileno(), pipe, 16384, offset_src=0) == 16384
+        refused(file, "somebody holds pages of it in memory", caplog)
+    finally:
+        os.close(source)
+        os.close(pipe)
+    with blkloom.open(f"0 {SECTORS} loop {file} 0 1 block_map") as device:
+        assert mode(device) == "block_map"
+
+
+def test_pages_are_counted_by_older_kernels_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file.open("rb") as stream:
+        fd = stream.fileno()
+        assert page_cache.empty(fd)
+        assert page_cache.cached(fd) == 0
+        os.pread(fd, 1, SIZE // 2)
+        counted = page_cache.cached(fd)
+        monkeypatch.setattr(page_cache, "_CACHESTAT", -1)  # ENOSYS
+        assert page_cache.cached(fd) == counted > 0
+        assert page_cache.empty(fd)
+        assert page_cache.cached(fd) == 0
+
+
 def test_extents_shared_with_a_clone(place: Path, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     clone = place / "clone"
     done = subprocess.run(["cp", "--reflink=always", file, clone], capture_output=True, check=False)
@@ -141,6 +171,61 @@ def test_several_segments_hold_one_file_together(file: Path) -> None:
         assert [text.split()[0] for *_, text in device.status()] == ["file"] * 2
 
 
+def test_segments_that_call_one_file_by_two_names_let_it_go_together(file: Path) -> None:
+    """To open it by the second name takes the lease from the first segment, which must not take the second's for
+    its own.
+    """
+    other = file.with_name("g")
+    os.link(file, other)
+    try:
+        table = f"0 512 loop {file} 262144 1 block_map\n512 512 loop {other} 0 1 block_map"
+        with blkloom.open(table) as device:
+            assert [text.split()[0] for *_, text in device.status()] == ["block_map"] * 2
+            with file.open("rb") as stream:
+                assert [text.split()[0] for *_, text in device.status()] == ["file"] * 2
+                device.pwrite(b"m" * 4096, 0)
+                stream.seek(262144)
+                assert stream.read(4096) == b"m" * 4096
+    finally:
+        other.unlink()
+
+
+LEASE_UNTIL_TOLD = """
+import fcntl, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+fd = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+print("leased", flush=True)
+signal.sigwait({signal.SIGIO})
+print("asked for", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_file_is_let_go_while_a_table_waits_for_another_to_open(place: Path, file: Path) -> None:
+    """The kernel waits for us for a while only, and opening may take longer."""
+    slow = place / "slow"
+    slow.write_bytes(bytes(SIZE))
+    command = [sys.executable, "-c", LEASE_UNTIL_TOLD, str(slow)]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other,
+        blkloom.open(f"0 {SECTORS} loop {file} 0 2 block_map immutable=off") as device,
+    ):
+        assert other.stdout is not None
+        assert other.stdout.readline() == "leased\n"
+        table = parse(f"0 {SECTORS} loop {slow}", targets=all_targets())
+        loading = threading.Thread(target=device.load, args=(table,))
+        loading.start()
+        assert other.stdout.readline() == "asked for\n"
+        file.open("r+b").close()
+        assert mode(device) == "file"
+        assert loading.is_alive()
+        other.communicate("go on\n")
+        loading.join()
+        assert device.inactive_table is not None
+    slow.unlink()
+
+
 def test_a_table_replaced_by_one_on_the_same_file_is_mapped_again(file: Path) -> None:
     with blkloom.open(f"0 1024 loop {file} 0 1 block_map") as device:
         device.pwrite(b"1" * 512, 0)
@@ -186,6 +271,31 @@ def test_a_file_made_immutable_by_its_owner_stays_so(file: Path, tmp_path: Path)
         subprocess.run(["chattr", "-i", file], check=True)
 
 
+def test_a_device_that_has_the_file_open_with_direct_io_is_not_mapped_but_goes_on(file: Path) -> None:
+    with blkloom.open(f"0 {SECTORS} loop {file} 0 1 direct_io") as device:
+        with pytest.raises(BackingError, match="the device itself has it open in another way"):
+            device.load(parse(f"0 {SECTORS} loop {file} 0 1 block_map", targets=all_targets()))
+        device.resume()
+        assert mode(device) == "direct_io"
+        device.load(parse(f"0 {SECTORS} loop {file} 0 1 block_map=try", targets=all_targets()))
+        device.resume()
+        assert mode(device) == "file"
+
+
+def test_a_record_outlasts_another_file_system_in_the_place_of_its_own(
+    file: Path, tmp_path: Path, program: Program
+) -> None:
+    with file.open("rb") as stream:
+        held = hold(stream.fileno(), str(file), tmp_path)
+        assert held is not None
+        held.abandon()
+    with mounted(program, "tmpfs", "tmpfs", file.parent, "rw"):
+        file.write_bytes(b"another")
+        assert release_abandoned(tmp_path) == []
+    (line,) = release_abandoned(tmp_path)
+    assert str(file) in line
+
+
 def test_a_record_that_says_nonsense_harms_nobody(file: Path, tmp_path: Path) -> None:
     (tmp_path / "1-2-3").write_bytes(b"{")
     (tmp_path / "1-2-4").write_bytes(b'{"path":"/dev/null","device":1,"inode":1,"generation":0}')
@@ -203,6 +313,43 @@ def test_a_held_record_is_nobody_elses_to_release(file: Path, tmp_path: Path) ->
         assert release_abandoned(tmp_path) == []
         again.release()
     file.open("r+b").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_says_where_the_file_is_whoever_called_it_what(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker stands in another directory than the client who gave the path, and opened the file."""
+    monkeypatch.chdir(tmp_path)
+    records = tmp_path / "records"
+    with file.open("rb") as stream:
+        held = hold(stream.fileno(), file.name, records)
+        assert held is not None
+        held.abandon()
+    (line,) = release_abandoned(records)
+    assert line.startswith(f"{file}: ")
+    file.open("r+b").close()
+
+
+def test_a_record_goes_only_after_the_flag_is_durably_off(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a crash between the two leaves a file immutable that nobody knows of."""
+    there: list[bool] = []
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        sync(fd)
+        if os.path.sameopenfile(fd, stream.fileno()):
+            there.append(any(tmp_path.iterdir()))
+
+    with file.open("rb") as stream:
+        held = hold(stream.fileno(), str(file), tmp_path)
+        assert held is not None
+        monkeypatch.setattr(os, "fsync", fsync)
+        held.release()
+        monkeypatch.undo()
+    assert there == [True]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 import blkloom
 from blkloom import _engine
+from blkloom.errors import BackingError
 
 from .backing_files import FILE, first_contents, write_in_extents, write_sparse
 from .file_systems import NAMES, FileSystems
@@ -169,6 +170,7 @@ class Session:
         self.model = model
         self.data = data
         self.files = files
+        self.looked = False
 
     def draw(self, strategy: st.SearchStrategy[Any], label: str) -> Any:
         return self.data.draw(strategy, label)
@@ -242,11 +244,17 @@ class Session:
         """The same table once more, for devices whose bytes are not the table's own."""
         assert self.device.table is not None
         if not any(segment.target.name in KEEPING for segment in self.device.table.segments):
-            self.device.load(self.device.table)
+            try:
+                self.device.load(self.device.table)
+            except BackingError:
+                if not self.looked:
+                    raise
+                return  # no block map any more, and the file has got holes since
             self.device.resume()
 
     def somebody_looks(self) -> None:
         """Another opens the files, and so may end a block map."""
+        self.looked = True
         for path in self.files:
             os.close(os.open(path, os.O_RDONLY))
 

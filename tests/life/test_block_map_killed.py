@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import shutil
 import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,12 @@ import pytest
 from blkloom.control.client import Client
 from conformance.backing_files import write_in_extents
 from conformance.file_systems import EXT4, XFS, FileSystem, made_on_a_device
+from conformance.nbd_client import WRITE, NbdClient
 
 from .conftest import Life, a_life, until
 from .reconnecting import BLOCK, ReconnectingWriter
 
-TURNS = max(2, int(os.environ.get("BLKLOOM_KILLS", "100")) // 20)
+TURNS = max(2, int(os.environ.get("BLKLOOM_KILLS", "100")) // 30)
 BLOCKS = 64
 SECTORS = 2 * BLOCKS * BLOCK // 512
 pytestmark = pytest.mark.timeout(280)
@@ -58,19 +61,27 @@ def writers_of(life: Life) -> list[ReconnectingWriter]:
 
 
 def kill(life: Life, victim: str) -> None:
-    """Kills; what was killed is back, or on its way, when this returns."""
+    """Kills; what was killed is back when this returns."""
     with life.client() as client:
-        worker = until(client, "disk", lambda info: info.state == "ACTIVE" and info.worker > 0).worker
+        worker = active(client)
     if victim in ("supervisor", "both"):
         life.kill()
     if victim in ("worker", "both"):
         os.kill(worker, signal.SIGKILL)
     if victim in ("supervisor", "both"):
         life.start()
+    with life.client() as client:
+        if victim in ("worker", "both"):
+            active(client, after=worker)
+
+
+def active(client: Client, after: int = 0) -> int:
+    """The worker of the device, as soon as there is one, and another than `after`."""
+    return until(client, "disk", lambda info: info.state == "ACTIVE" and info.worker not in (0, after)).worker
 
 
 def mode(client: Client) -> str:
-    until(client, "disk", lambda info: info.state == "ACTIVE")
+    active(client)
     ((_, _, _, text),) = client.status("disk")
     return text.split()[0]
 
@@ -134,7 +145,6 @@ def test_somebody_opens_the_file_while_workers_are_killed(life: Life, file: Path
         opener.join(120)
         assert not opener.is_alive(), "the file cannot be opened"
         with life.client() as client:
-            until(client, "disk", lambda info: info.state == "ACTIVE")
             client.suspend("disk")
             client.resume("disk")
     for writer in writers:
@@ -146,6 +156,40 @@ def test_somebody_opens_the_file_while_workers_are_killed(life: Life, file: Path
     assert file.read_bytes() == b"".join(writer.expected() for writer in writers)
 
 
+def end(pids: set[int]) -> None:
+    """Kills, and returns when they have nothing open any more (a process's pidfd is readable then)."""
+    with ExitStack() as stack:
+        ending = [os.pidfd_open(pid) for pid in pids]
+        for descriptor in ending:
+            stack.callback(os.close, descriptor)
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        for descriptor in ending:
+            readable, _, _ = select.select([descriptor], [], [], 60)
+            assert readable, "a process that was killed does not end"
+
+
+def test_who_goes_on_in_file_mode_can_write(life: Life, file: Path) -> None:
+    """The worker was killed, and before another held the file again somebody asked for it: its flag must go too, as
+    nobody can write to an immutable file through its file system.
+    """
+    with life.client() as client:
+        create(client, file)
+        worker = until(client, "disk", lambda info: info.worker > 0).worker
+        os.kill(worker, signal.SIGSTOP)
+        with pytest.raises(BlockingIOError):  # from now on the lease is being broken
+            os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        os.kill(worker, signal.SIGKILL)
+        until(client, "disk", lambda info: info.worker not in (0, worker))
+        assert mode(client) == "file"
+        assert not is_immutable(file)
+        writer = NbdClient.unix(life.socket("disk"))
+        assert writer.ask(WRITE, 0, payload=b"w" * BLOCK).error == 0
+        writer.close()
+        remove(client)
+        assert client.reap() == []
+    assert file.read_bytes()[:BLOCK] == b"w" * BLOCK
+
+
 def abandon(file: Path) -> bytes:
     """Everything that had the file in a block map is killed, and its run directory lost, as in a crash of the
     machine. What was flushed.
@@ -153,7 +197,6 @@ def abandon(file: Path) -> bytes:
     with a_life() as life:
         with life.client() as client:
             create(client, file)
-            worker = client.info("disk")[0].worker
         writers = writers_of(life)
         for writer in writers:
             writer.start()
@@ -161,9 +204,7 @@ def abandon(file: Path) -> bytes:
         for writer in writers:
             writer.finish()
         life.kill()
-        os.kill(worker, signal.SIGKILL)
-        for pid in life.processes():
-            os.kill(pid, signal.SIGKILL)
+        end(life.processes())
         shutil.rmtree(life.run_dir)
         life.run_dir.mkdir(mode=0o700)
     assert is_immutable(file), "there is nothing to release"

@@ -128,7 +128,9 @@ impl File {
         }
         let magic = fstatfs(&fd).map_err(|error| FileError::Os("fstatfs", error))?.f_type as u64;
         let in_memory = !block_device && matches!(magic, TMPFS_MAGIC | RAMFS_MAGIC | HUGETLBFS_MAGIC);
-        let (memory_alignment, offset_alignment) = if direct { alignment(fd.as_fd(), block_device) } else { (1, 1) };
+        // Where the kernel says that it cannot be, O_DIRECT is accepted and not heeded.
+        let alignment = if direct { alignment(fd.as_fd(), block_device) } else { None };
+        let (direct, (memory_alignment, offset_alignment)) = (alignment.is_some(), alignment.unwrap_or((1, 1)));
         // A write that must allocate may wait even under NOWAIT, or fail half-way: only files that
         // have all their blocks are tried.
         let allocated = block_device || stat.st_blocks as u64 * 512 >= stat.st_size as u64;
@@ -534,15 +536,16 @@ impl File {
 }
 
 /// (memory, offset) alignment of direct I/O in bytes: what statx(STATX_DIOALIGN) says, or what is
-/// safe everywhere where the kernel or the file system does not say.
-fn alignment(fd: BorrowedFd<'_>, block_device: bool) -> (u64, u64) {
+/// safe everywhere where the kernel or the file system does not say. None: it says that there is none.
+fn alignment(fd: BorrowedFd<'_>, block_device: bool) -> Option<(u64, u64)> {
     if let Ok(found) = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
-        && found.stx_dio_offset_align > 0
+        && StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::DIOALIGN)
     {
-        return (u64::from(found.stx_dio_mem_align).max(1), u64::from(found.stx_dio_offset_align));
+        let (memory, offset) = (u64::from(found.stx_dio_mem_align), u64::from(found.stx_dio_offset_align));
+        return (offset > 0).then_some((memory.max(1), offset));
     }
     if block_device && let Ok(size) = fs::ioctl_blksszget(fd) {
-        return (u64::from(size), u64::from(size));
+        return Some((u64::from(size), u64::from(size)));
     }
-    (4096, 4096)
+    Some((4096, 4096))
 }

@@ -95,6 +95,7 @@ def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTab
     owners: dict[int, Owner] = {}
     runs: dict[int, list[Run]] = {}
     try:
+        opening.alone = len(table.segments) == 1
         for segment in table.segments:
             number = next(numbers)
             start, length = to_bytes(segment.start), to_bytes(segment.length)

@@ -13,7 +13,8 @@ import errno
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
@@ -95,7 +96,10 @@ class Device(_engine.Device):
         self._device_folder = device_folder
         self._fault_timeout = fault_timeout
         self._owns_engine = engine is None
+        self._life = threading.RLock()
+        """Held first, by who changes its life or its files: they may wait for files to open."""
         self._control = threading.RLock()
+        """Held for as long as it is stopped, or changed; never while a file opens that others could delay."""
         self._closed = False
         self._held = held if held is not None else HeldFiles()
         self._on_event = on_event
@@ -153,7 +157,7 @@ class Device(_engine.Device):
         read_only, shared: None for the device's own. descriptors: who opens files, None for this
         process. Returns what was loaded.
         """
-        with self._control:
+        with self._life:
             self._check_open()
             opening = Opening(
                 self._held,
@@ -166,14 +170,15 @@ class Device(_engine.Device):
                 above=self,
             )
             loaded = compose(table, opening, self._owner_numbers)
-            self.clear()
-            self._mapper.add(loaded)
-            self._inactive = loaded
+            with self._control:
+                self.clear()
+                self._mapper.add(loaded)
+                self._inactive = loaded
             return loaded
 
     def clear(self) -> None:
         """Empties the inactive slot."""
-        with self._control:
+        with self._life, self._control:
             loaded, self._inactive = self._inactive, None
             if loaded:
                 self._mapper.retire(loaded)
@@ -183,7 +188,7 @@ class Device(_engine.Device):
         Raises DrainError, which says what does not end, and OSError when the flush fails; then the
         device stays live.
         """
-        with self._control:
+        with self._life, self._control:
             self._check_open()
             was_live = not self.suspended
             self._drain(flush=flush, timeout=timeout)
@@ -223,7 +228,7 @@ class Device(_engine.Device):
         the old table stays active; if a target refuses, the device stays suspended. Other arguments and
         errors are those of `suspend`.
         """
-        with self._control:
+        with self._life, self._control:
             self._check_open()
             if swap:
                 self.activate(flush=flush, timeout=timeout)
@@ -233,7 +238,7 @@ class Device(_engine.Device):
 
     def activate(self, *, flush: bool = True, timeout: float | None = None) -> None:
         """Swaps the inactive table in, if there is one. The device is suspended after that."""
-        with self._control:
+        with self._life, self._control:
             self._check_open()
             if self._inactive:
                 self._swap_in(self._inactive, flush=flush, timeout=timeout)
@@ -255,7 +260,7 @@ class Device(_engine.Device):
         """Gives a message to the target whose segment holds `sector` (sectors). Its answer, or None.
         Raises UsageError, and whatever the target raises.
         """
-        with self._control:
+        with self._life, self._control:
             if self._active is None:
                 raise UsageError("a device without a table takes no messages", cure="load a table and resume")
             owners = zip(self._active.table.segments, self._active.owners.values(), strict=True)
@@ -313,25 +318,31 @@ class Device(_engine.Device):
         self, owner: int, mapped: Mapped, *, drained: Callable[[], None] = lambda: None, timeout: float | None = None
     ) -> bool:
         """As `LiveSegment.remap`, for the target with the number `owner`."""
-        if self._mapper.is_current_thread():
-            raise UsageError("a fault handler cannot drain its own device")
         with self._control:
             tables = [loaded for loaded in (self._active, self._inactive) if loaded and owner in loaded.owners]
             if self._closed or not tables:
                 return False
-            active = tables[0] is self._active
-            live = active and not self.suspended
+            with self.stopped(timeout=timeout) if tables[0] is self._active else nullcontext():
+                drained()
+                tables[0].remap(owner, mapped)
+                if tables[0] is self._active:
+                    super().swap(tables[0].map)
+            return True
+
+    @contextmanager
+    def stopped(self, *, timeout: float | None = None) -> Iterator[None]:
+        """As `LiveSegment.stopped`."""
+        if self._mapper.is_current_thread():
+            raise UsageError("a fault handler cannot drain its own device")
+        with self._control:
+            live = not self._closed and not self.suspended
             if live:
                 self._drain(flush=False, timeout=timeout)
             try:
-                drained()
-                tables[0].remap(owner, mapped)
-                if active:
-                    super().swap(tables[0].map)
+                yield
             finally:
                 if live:
                     super().resume()
-            return True
 
     def tell(self, what: str) -> None:
         """An event of the device: to the log, and to whoever made it."""
@@ -351,7 +362,7 @@ class Device(_engine.Device):
         """
         if self._mapper.is_current_thread():
             raise UsageError("a fault handler cannot close its own device")
-        with self._control:
+        with self._life, self._control:
             if self._closed:
                 return
             self._closed = True

@@ -8,31 +8,39 @@ file later sees what was written below it. One thread at a time, but for `given_
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Self
 
 from blkloom._engine import Extent, File
-from blkloom.filemap import fiemap, ground
-from blkloom.filemap.lease import GivenUp, Leases
+from blkloom.filemap import fiemap, ground, page_cache
+from blkloom.filemap.lease import GivenUp, Leases, Stopped
 from blkloom.filemap.unsound import Unsound
 from blkloom.target.base import Mapped
 from blkloom.units import Bytes
+
+_log = logging.getLogger(__name__)
 
 
 class BlockMap:
     """The bytes from `offset` to `offset + length` of `file`, on `disk`."""
 
     def __init__(
-        self, file: File, disk: File, offset: Bytes, length: Bytes, leave: Callable[[], None], leases: Leases
+        self,
+        file: File,
+        disk: File,
+        offset: Bytes,
+        length: Bytes,
+        leave: Callable[[bool], None],
+        held: Callable[[], bool],
     ) -> None:
         self.disk = disk
         self._file = file
         self._offset = offset
         self._length = length
         self._leave = leave
-        self._leases = leases
+        self._held = held
         self._extents = self._read()
 
     @classmethod
@@ -43,17 +51,23 @@ class BlockMap:
         offset: Bytes,
         length: Bytes,
         leases: Leases,
+        stopped: Stopped,
         given_up: GivenUp,
         *,
         keep_writers_out: bool,
     ) -> Self:
         """Raises Unsound, OSError."""
-        leave = leases.take(file.fileno(), file.label, given_up, keep_writers_out=keep_writers_out)
+        leave = leases.take(file.fileno(), file.label, stopped, given_up, keep_writers_out=keep_writers_out)
         try:
-            drop_cache(file)
-            return cls(file, disk, offset, length, leave, leases)
+            if not page_cache.empty(file.fileno()):
+                raise Unsound(
+                    "somebody holds pages of it in memory, which would not change with it",
+                    "end who reads it (a pipe or socket may have what he read)",
+                )
+            ground.ground_of(file.fileno())  # now that nobody can change that any more
+            return cls(file, disk, offset, length, leave, lambda: leases.renew(file.fileno(), given_up))
         except BaseException:
-            leave()
+            leave(False)
             raise
 
     def __len__(self) -> int:
@@ -77,10 +91,12 @@ class BlockMap:
             runs.append((Bytes(at - self._offset), Bytes(end - at), Extent.zero()))
         return runs
 
+    def held(self) -> bool:
+        """Whether nobody else could get at the file since it was mapped."""
+        return self._held()
+
     def check(self) -> bool:
         """Reads the map again: whether it is another one now. Raises Unsound when it cannot be relied on any more."""
-        if not self._leases.renew(self._file.fileno()):
-            raise Unsound("somebody else asks for the file")
         now = self._read()
         changed = not now.same_as(self._extents)
         self._extents = now
@@ -88,18 +104,20 @@ class BlockMap:
 
     def settle(self) -> None:
         """The map has been given up, and nothing is in flight: makes what was written durable, and the file's cache
-        empty. Raises OSError.
+        empty. What fails there is logged: the file has to be let go even so.
         """
-        os.fdatasync(self.disk.fileno())
-        drop_cache(self._file)
+        try:
+            os.fdatasync(self.disk.fileno())
+            page_cache.drop(self._file.fileno())
+        except OSError as error:
+            _log.error("%s: syncing: %s", self._file.label, error)
 
-    def close(self) -> None:
-        """Lets go of the file; nothing may be in flight."""
-        drop_cache(self._file)
-        self._leave()
-        if self._file.writable:
-            with contextlib.suppress(OSError):  # its time is a courtesy to backups
-                os.utime(self._file.fileno())
+    def close(self, *, changed: bool) -> None:
+        """Lets go of the file; nothing may be in flight. changed: whether it may have been written to."""
+        try:
+            page_cache.drop(self._file.fileno())
+        finally:
+            self._leave(changed)
 
     def _read(self) -> fiemap.Extents:
         found = extents_on(self._file, self.disk, self._offset, self._length)
@@ -112,15 +130,10 @@ def extents_on(file: File, disk: File, offset: Bytes, length: Bytes) -> fiemap.E
     """Where a piece of the file is on the disk now. Raises Unsound when that is no ground for a map."""
     start, end = int(offset), int(offset + length)
     try:
-        found = fiemap.extents_of(file.fileno()).within(start, end)
+        found = fiemap.extents_of(file.fileno(), start, end)
     except OSError as error:
         raise Unsound(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
+    ground.check_place(found, disk.size)
     ground.check_extents(found, start, end, holes=not file.writable)
     ground.check_alignment(found, start, end, disk.offset_alignment)
     return found.merged()
-
-
-def drop_cache(file: File) -> None:
-    """Has the file's pages written and forgotten. Raises OSError."""
-    os.fsync(file.fileno())
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -5,6 +5,7 @@ Pure but for one ioctl. Source: Linux Documentation/filesystems/fiemap.rst, incl
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import struct
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ _HEAD: Final = struct.Struct("=QQIIII")
 _SYNC: Final = 1
 _BATCH: Final = 4096
 """Extents an ioctl answers with: 224 KiB."""
+
+MOST: Final = 4 << 20
+"""Extents of a file that are looked at: a map of so many takes about a gigabyte."""
+_END: Final = (1 << 63) - 1
 
 _EXTENT: Final = np.dtype(
     [
@@ -85,24 +90,26 @@ class Extents:
         )
 
 
-def extents_of(fd: int) -> Extents:
-    """All extents of the file, after its dirty data has been written. Raises OSError (EOPNOTSUPP: the file
-    system has no such map).
+def extents_of(fd: int, start: int = 0, end: int = _END) -> Extents:
+    """The extents of the file's bytes from `start` to `end`, after its dirty data has been written. Raises OSError
+    (EOPNOTSUPP: the file system has no such map; EFBIG: more than MOST extents).
     """
     pieces: list[NDArray[np.void]] = []
-    at, last = 0, False
+    at, last, total = start, False, 0
     buffer = bytearray(_HEAD.size + _BATCH * _EXTENT.itemsize)
-    while not last:
-        _HEAD.pack_into(buffer, 0, at, (1 << 64) - 1 - at, _SYNC, 0, _BATCH, 0)
+    while not last and at < end:
+        _HEAD.pack_into(buffer, 0, at, end - at, _SYNC, 0, _BATCH, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         count = _HEAD.unpack_from(buffer)[3]
         if count == 0:
             break
+        if (total := total + count) > MOST:
+            raise OSError(errno.EFBIG, f"Too many extents: more than {MOST}")
         found = np.frombuffer(bytes(buffer), _EXTENT, count, _HEAD.size)
         pieces.append(found)
-        end = int(found["logical"][-1]) + int(found["length"][-1])
-        last = bool(found["flags"][-1] & LAST) or end <= at
-        at = end
+        reached = int(found["logical"][-1]) + int(found["length"][-1])
+        last = bool(found["flags"][-1] & LAST) or reached <= at
+        at = reached
     whole = np.concatenate(pieces) if pieces else np.empty(0, _EXTENT)
     flags = whole["flags"] & ~np.uint32(LAST | MERGED)
-    return Extents(whole["logical"].copy(), whole["physical"].copy(), whole["length"].copy(), flags)
+    return Extents(whole["logical"].copy(), whole["physical"].copy(), whole["length"].copy(), flags).within(start, end)

@@ -7,6 +7,7 @@ Source: FIEMAP_EXTENT_* (fiemap.rst), FS_*_FL and FS_XFLAG_* (include/uapi/linux
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import re
@@ -23,7 +24,8 @@ from blkloom.filemap.unsound import Unsound
 _GETFLAGS: Final = 0x80086601
 _GETXATTR: Final = 0x801C581F
 _XFLAG_REALTIME: Final = 0x1
-_TRUSTED: Final = ("ext2", "ext3", "ext4", "xfs")
+_EXT: Final = 0xEF53
+_XFS: Final = 0x58465342
 
 _ATTRIBUTES: Final = {
     0x00000004: "it is compressed",
@@ -51,6 +53,10 @@ _CURES: Final = {
     fiemap.SHARED: "copy it: cp --reflink=never",
 }
 
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_STATFS: Final = 256
+"""More than any `struct statfs` has."""
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -58,7 +64,6 @@ class Ground:
 
     node: str
     number: int
-    file_system: str
 
 
 def ground_of(fd: int) -> Ground:
@@ -66,18 +71,20 @@ def ground_of(fd: int) -> Ground:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise Unsound("The file is not a regular file", "use the device without block_map")
-    file_system, options = _mounted(status.st_dev)
-    if file_system not in _TRUSTED:
-        raise Unsound(f"{file_system} moves blocks of files as it likes", f"put it on {', '.join(_TRUSTED)}")
+    magic = _magic(fd)
+    if magic not in (_EXT, _XFS):
+        name = (_mounted(status.st_dev) or (f"file system {magic:#x}",))[0]
+        raise Unsound(f"{name} moves blocks of files as it likes", "put it on ext2, ext3, ext4 or xfs")
     node = _node(status.st_dev)
-    if "data=journal" in options or "data=journal" in _ext4_options(node):
+    if magic == _EXT and "data=journal" in _ext4_options(node, status.st_dev):
         raise Unsound("its file system is mounted with data=journal", "mount it with data=ordered")
+    attributes = _attributes(fd)
     for flag, why in _ATTRIBUTES.items():
-        if _attributes(fd) & flag:
+        if attributes & flag:
             raise Unsound(why)
-    if file_system == "xfs" and _xflags(fd) & _XFLAG_REALTIME:
+    if magic == _XFS and _xflags(fd) & _XFLAG_REALTIME:
         raise Unsound("it lies on the realtime device of its file system")
-    return Ground(node, status.st_dev, file_system)
+    return Ground(node, status.st_dev)
 
 
 def check_extents(extents: fiemap.Extents, start: int, end: int, *, holes: bool) -> None:
@@ -88,6 +95,9 @@ def check_extents(extents: fiemap.Extents, start: int, end: int, *, holes: bool)
         if (bad := np.flatnonzero(extents.flags & np.uint32(flag))).size:
             at = int(extents.logical[bad[0]])
             raise Unsound(f"its extent at byte {at} {why}", _CURES.get(flag, ""))
+    if (other := np.flatnonzero(extents.flags)).size:
+        first = other[0]
+        raise Unsound(f"its extent at byte {extents.logical[first]} has unknown flags {extents.flags[first]:#x}")
     if holes:
         return
     ends = extents.logical + extents.length
@@ -96,6 +106,12 @@ def check_extents(extents: fiemap.Extents, start: int, end: int, *, holes: bool)
     if (gaps := np.flatnonzero(begins != expected)).size:
         at = int(expected[gaps[0]])
         raise Unsound(f"File is sparse: there is a hole at byte {at}", "fill it, or make the device read-only")
+
+
+def check_place(extents: fiemap.Extents, size: int) -> None:
+    """Whether they lie on a block device of `size` bytes. Raises Unsound."""
+    if np.any((extents.physical > np.uint64(size)) | (extents.length > np.uint64(size) - extents.physical)):
+        raise Unsound(f"its extents reach past the {size} bytes of its block device", "check the file system")
 
 
 def check_alignment(extents: fiemap.Extents, start: int, end: int, block: int) -> None:
@@ -109,8 +125,19 @@ def check_alignment(extents: fiemap.Extents, start: int, end: int, block: int) -
         raise Unsound(f"its extents do not begin with a block of {block} bytes")
 
 
-def _mounted(number: int) -> tuple[str, frozenset[str]]:
-    """Type and options of the file system on a device, from mountinfo."""
+def _magic(fd: int) -> int:
+    """What kind of file system it is, as statfs(2) says: also of one that is mounted where this process does not
+    see it, and of one below which (overlayfs) st_dev may name.
+    """
+    buffer = ctypes.create_string_buffer(_STATFS)
+    if _libc.fstatfs(fd, buffer):
+        number = ctypes.get_errno()
+        raise OSError(number, f"fstatfs: {os.strerror(number)}")
+    return int(ctypes.c_ulong.from_buffer(buffer).value)
+
+
+def _mounted(number: int) -> tuple[str, frozenset[str]] | None:
+    """Type and options of the file system on a device, from mountinfo; None if it is not mounted here."""
     wanted = f"{os.major(number)}:{os.minor(number)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -118,16 +145,19 @@ def _mounted(number: int) -> tuple[str, frozenset[str]]:
             if fields.split()[2] == wanted:
                 kind, _, options = tail.split()[:3]
                 return kind, frozenset(options.split(","))
-    raise Unsound("its file system is on no block device that is mounted here")
+    return None
 
 
-def _ext4_options(node: str) -> frozenset[str]:
-    """All of them: mountinfo leaves those out that are the superblock's defaults."""
+def _ext4_options(node: str, number: int) -> frozenset[str]:
+    """Those it is mounted with. mountinfo leaves out what the superblock says too."""
     try:
-        with open(f"/proc/fs/ext4/{os.path.basename(node)}/options", encoding="ascii") as lines:
+        with open(f"/proc/fs/ext4/{os.path.basename(node)}/options", encoding="utf-8", errors="replace") as lines:
             return frozenset(line.strip() for line in lines)
-    except OSError:
-        return frozenset()  # another file system's, or not ours to read
+    except OSError:  # the kernel's driver for ext2 alone, which has no journal, or another /proc
+        found = _mounted(number)
+    if found is None:
+        raise Unsound("its mount options cannot be seen (/proc/fs/ext4, /proc/self/mountinfo)")
+    return found[1]
 
 
 def _node(number: int) -> str:

@@ -37,6 +37,8 @@ class _Record(msgspec.Struct):
     device: int
     inode: int
     generation: int
+    file_system: int = 0
+    """f_fsid of statvfs(3)."""
 
 
 class Immutable:
@@ -50,8 +52,7 @@ class Immutable:
     def release(self) -> None:
         """Others may write to it. Does no harm twice. Raises OSError; then the record stays."""
         if self._lock >= 0:
-            _set(self._fd, on=False)
-            self._record.unlink(missing_ok=True)
+            _clear(self._fd, self._record)
             self.abandon()
 
     def abandon(self) -> None:
@@ -63,22 +64,23 @@ class Immutable:
 
 def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
     """Makes the open file immutable, or goes on with what another process of the device's has begun. None where
-    that is not permitted, or where it was immutable before: then it is its owner's affair. fd: must stay
-    open until `release`. Raises OSError.
+    that is not permitted, or where it was immutable before: then it is its owner's affair. None and a line in
+    the log where it goes wrong (no room for a record). fd: must stay open until `release`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        record = folder / _name(os.fstat(fd))
+        status = os.fstat(fd)
+        record = _record_of(fd, folder)
         if _get(fd) & _IMMUTABLE and not record.exists():
             return None
         lock = _locked(record)
     except OSError as error:
-        if error.errno in _REFUSED:
-            return None
-        raise
+        _say_why_not(path, error)
+        return None
     try:
-        status = os.fstat(fd)
-        made = msgspec.json.encode(_Record(os.path.realpath(path), status.st_dev, status.st_ino, _generation(fd)))
+        # Where it is, not how it was called: whoever opened it may stand in another directory.
+        where = os.path.realpath(f"/proc/self/fd/{fd}")
+        made = msgspec.json.encode(_Record(where, status.st_dev, status.st_ino, _generation(fd), _file_system(fd)))
         if os.pread(lock, len(made) + 1, 0) != made:
             os.ftruncate(lock, 0)
             os.pwrite(lock, made, 0)
@@ -88,10 +90,28 @@ def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
     except BaseException as error:
         record.unlink(missing_ok=True)
         os.close(lock)
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError):
+            _say_why_not(path, error)
             return None
         raise
     return Immutable(fd, record, lock)
+
+
+def inherit(fd: int, folder: Path = RECORDS) -> None:
+    """The open file's device goes on without the flag: clears it if a former process of the device has left it.
+    Raises OSError.
+    """
+    try:
+        record = _record_of(fd, folder)
+        record.stat()
+    except (FileNotFoundError, PermissionError):  # no record, or not ours
+        return
+    _clear(fd, record)
+
+
+def _say_why_not(path: str, error: OSError) -> None:
+    if error.errno not in _REFUSED:
+        _log.warning("%s: is not made immutable: %s", path, error)
 
 
 def _locked(record: Path) -> int:
@@ -124,11 +144,21 @@ def release_abandoned(folder: Path = RECORDS) -> list[str]:
 
 def release(path: str, folder: Path = RECORDS) -> bool:
     """Clears the flag of the file at `path` if its holder has gone. Raises OSError."""
+    real = os.path.realpath(path)
     try:
-        record = folder / _name(os.stat(path))
-        return record.exists() and _release(record) is not None
-    except FileNotFoundError:
+        prefix = _prefix(os.stat(real))
+        # Device numbers may be others after a reboot.
+        found = [record for record in folder.iterdir() if record.name.startswith(prefix) or _is_of(record, real)]
+        freed = [record for record in found if _release(record) is not None]
+    except (FileNotFoundError, PermissionError):  # no records, or not for us to see
         return False
+    return bool(freed)
+
+
+def _is_of(record: Path, path: str) -> bool:
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(record.read_bytes(), type=_Record).path == path
+    return False
 
 
 def _release(record: Path) -> str | None:
@@ -164,8 +194,12 @@ def _free(record: _Record) -> bool:
         raise OSError(error.errno, "is not there now; mount its file system and try again", record.path) from error
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_ino != record.inode or _generation(fd) != record.generation:
+        if not stat.S_ISREG(status.st_mode):
             return False
+        if status.st_ino != record.inode or _generation(fd) != record.generation:
+            if _file_system(fd) == record.file_system:
+                return False
+            raise OSError(errno.ESTALE, "is on another file system; mount the former and try again", record.path)
         _set(fd, on=False)
         os.fsync(fd)
         return True
@@ -173,8 +207,24 @@ def _free(record: _Record) -> bool:
         os.close(fd)
 
 
-def _name(status: os.stat_result) -> str:
-    return f"{os.major(status.st_dev)}-{os.minor(status.st_dev)}-{status.st_ino}"
+def _file_system(fd: int) -> int:
+    return os.fstatvfs(fd).f_fsid
+
+
+def _prefix(status: os.stat_result) -> str:
+    """How the names of records of such a file begin; its generation follows."""
+    return f"{os.major(status.st_dev)}-{os.minor(status.st_dev)}-{status.st_ino}-"
+
+
+def _record_of(fd: int, folder: Path) -> Path:
+    return folder / f"{_prefix(os.fstat(fd))}{_generation(fd)}"
+
+
+def _clear(fd: int, record: Path) -> None:
+    """The record goes when the flag is durably off, or a crash would leave a flag that nobody knows of."""
+    _set(fd, on=False)
+    os.fsync(fd)
+    record.unlink(missing_ok=True)
 
 
 def _generation(fd: int) -> int:

@@ -19,6 +19,7 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -31,9 +32,11 @@ _log = logging.getLogger(__name__)
 
 Identity = tuple[int, int]
 """(st_dev, st_ino)."""
-GivenUp = Callable[[str], None]
-"""Told why, perhaps twice; when it returns nobody relies on the file's blocks any more. On the keeper's thread, or
-on that of the one who makes way.
+Stopped = Callable[[], AbstractContextManager[None]]
+"""While it is entered the device does no I/O."""
+GivenUp = Callable[[str], bool]
+"""Told why, perhaps twice, while the device is stopped; when it returns nobody relies on the file's blocks any more.
+Whether they were written to. On the keeper's thread, or on that of the one who makes way.
 """
 
 _SETSIG: Final = 10
@@ -49,9 +52,21 @@ _SIGNALS: Final = {_BROKEN, signal.SIGIO}
 class _Lease:
     fd: int
     path: str
+    stopped: Stopped
     immutable: Immutable | None
     users: list[GivenUp] = field(default_factory=list)
+    changed: bool = False
+    broken: bool = False
+    """Nobody may join its users any more."""
     ended: bool = False
+
+    def allow_writing(self) -> None:
+        """Through the file system; until then it refuses everybody."""
+        try:
+            if self.immutable:
+                self.immutable.release()
+        except OSError as error:
+            _log.error("%s: it stays immutable: %s; `blkloom reap` tries again", self.path, error)
 
     def abandon(self) -> None:
         """Leaves the file held, for another process of the device's that has the descriptor too."""
@@ -60,16 +75,14 @@ class _Lease:
         os.close(self.fd)
 
     def end(self) -> None:
-        """Lets everybody have the file."""
-        try:
-            if self.immutable:
-                self.immutable.release()
-        except OSError as error:
-            _log.error("%s: it stays immutable: %s; `blkloom reap` tries again", self.path, error)
-        finally:
-            with contextlib.suppress(OSError):  # taken away after the break time
-                fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            os.close(self.fd)
+        """Lets everybody have the file. Its time says that it has changed, as the file system could not know."""
+        self.allow_writing()
+        with contextlib.suppress(OSError):  # still immutable, or not ours: a courtesy to backups
+            if self.changed:
+                os.utime(self.fd)
+        with contextlib.suppress(OSError):  # taken away after the break time
+            fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(self.fd)
 
 
 class Leases:
@@ -83,40 +96,59 @@ class Leases:
         self._held: dict[Identity, _Lease] = {}
         self._keeper: threading.Thread | None = None
 
-    def take(self, fd: int, path: str, given_up: GivenUp, *, keep_writers_out: bool) -> Callable[[], None]:
-        """Has the file for `given_up`'s owner, until the function that is returned is called. keep_writers_out: by
-        the immutable flag too, where that is permitted. Raises Unsound when others have the file open, or
-        there are no leases.
+    def take(
+        self, fd: int, path: str, stopped: Stopped, given_up: GivenUp, *, keep_writers_out: bool
+    ) -> Callable[[bool], None]:
+        """Has the file for `given_up`'s owner, until the function that is returned is told whether he has written to
+        its blocks. stopped: the device's.
+        keep_writers_out: by the immutable flag too, where that is permitted. Raises Unsound when others have
+        the file open or ask for it, or there are no leases.
         """
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino)
         with self._lock:
             lease = self._held.get(identity)
             if lease is None:
-                lease = self._new(fd, path, keep_writers_out=keep_writers_out)
+                lease = self._new(fd, path, stopped, keep_writers_out=keep_writers_out)
                 self._held[identity] = lease
+            elif lease.broken or not _intact(lease.fd):
+                raise _asked_for()
             lease.users.append(given_up)
-        return lambda: self._leave(identity, lease, given_up)
+        return lambda changed: self._leave(identity, lease, given_up, changed=changed)
 
-    def renew(self, fd: int) -> bool:
-        """Whether the file is still held, and nobody asks for it. If another process of the device's was to go on
-        with it and did not, this one hears of it again.
+    def renew(self, fd: int, given_up: GivenUp) -> bool:
+        """Whether the file is still held for `given_up`'s owner, and nobody asks for it. If another process of the
+        device's was to go on with it and did not, this one hears of it again.
         """
         status = os.fstat(fd)
         with self._lock:
             lease = self._held.get((status.st_dev, status.st_ino))
-            if lease is not None:
-                _tell(lease.fd, self._awake())
-            return lease is not None and _intact(lease.fd)
+            if lease is None or given_up not in lease.users:  # the owner may have lost it, and another taken it since
+                return False
+            _tell(lease.fd, self._awake())
+            return not lease.broken and _intact(lease.fd)
 
-    def make_way(self, path: str, *, certain: bool) -> None:
-        """Gives the file at `path` up before this process, or one that it waits for, opens it. certain: `path`
-        is as this process sees it; otherwise every file is given up.
+    def inherit(self, fd: int, path: str) -> None:
+        """The open file's device goes on without a block map: ends what a former process of the device has left
+        standing, lease and flag. What fails is logged.
+        """
+        with contextlib.suppress(OSError):  # there was none
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        try:
+            immutable.inherit(fd, self._records)
+        except OSError as error:
+            _log.error("%s: it stays immutable: %s; `blkloom reap` tries again", path, error)
+
+    def make_way(self, path: str, *, here: bool) -> None:
+        """Gives the file at `path` up before this process, or one that it waits for, opens it. here: it is this
+        one. What the other's path names is not always to be seen here; then every file is given up.
         """
         try:
-            status = os.stat(path) if certain else None
+            status = os.stat(path) if here or os.path.isabs(path) else None
         except (OSError, ValueError):
-            return  # then it cannot be opened either
+            if here:
+                return  # then it cannot be opened either
+            status = None
         with self._lock:
             wanted = [lease for identity, lease in self._held.items() if status is None or _is(status, identity)]
         for lease in wanted:
@@ -126,7 +158,7 @@ class Leases:
         """Whether the file was immutable for somebody who has gone; it is not any more. Raises OSError."""
         return immutable.release(path, self._records)
 
-    def _new(self, fd: int, path: str, *, keep_writers_out: bool) -> _Lease:
+    def _new(self, fd: int, path: str, stopped: Stopped, *, keep_writers_out: bool) -> _Lease:
         keeper = self._awake()
         own = os.dup(fd)
         try:
@@ -136,41 +168,48 @@ class Leases:
             except OSError as error:
                 raise _refused(error) from error
             if not _intact(own):
-                raise Unsound("somebody else asks for it")
-            return _Lease(own, path, immutable.hold(own, path, self._records) if keep_writers_out else None)
+                raise _asked_for()
+            flag = immutable.hold(own, path, self._records) if keep_writers_out else None
+            return _Lease(own, path, stopped, flag)
         except BaseException:
-            _Lease(own, path, None).end()  # a former process of the device may have left one
+            _Lease(own, path, stopped, None).end()  # a former process of the device may have left one
+            self._dismiss()
             raise
 
-    def _leave(self, identity: Identity, lease: _Lease, user: GivenUp) -> None:
+    def _leave(self, identity: Identity, lease: _Lease, user: GivenUp, *, changed: bool) -> None:
         with self._lock:
+            lease.changed |= changed
             lease.users.remove(user)
             if lease.users or lease.ended:
                 return
             lease.ended = True
             del self._held[identity]
-            if not self._held and self._keeper and self._keeper.ident:
-                signal.pthread_kill(self._keeper.ident, _BROKEN)  # it is there: it ends under this lock only
+            self._dismiss()
         if self.stay:
             lease.abandon()
         else:
             lease.end()
 
     def _give_up(self, lease: _Lease, why: str) -> None:
-        """Two threads may do this at once: one that loads holds up the keeper, and must not wait for it."""
+        """Two threads may do this at once: one that loads holds up the keeper, and must not wait for it.
+
+        All users change over together: two pieces of a file may share a page of its cache.
+        """
+        with self._lock:
+            lease.broken = True
+            users = list(lease.users)
         try:
-            if lease.immutable:
-                lease.immutable.release()
-        except OSError as error:
-            _log.error("%s: it stays immutable: %s", lease.path, error)
-        for user in list(lease.users):
-            try:
-                user(why)
-            except Exception:
-                _log.exception("%s: its block map could not be given up", lease.path)
+            with lease.stopped():
+                for user in users:
+                    lease.changed |= user(why)
+                lease.allow_writing()
+        except Exception:  # the lease stays: it keeps others away for as long as the kernel lets it
+            _log.exception("%s: its block map could not be given up", lease.path)
+            return
         with self._lock:
             ended, lease.ended = lease.ended, True
             self._held = {identity: held for identity, held in self._held.items() if held is not lease}
+            self._dismiss()
         if not ended:
             lease.end()
 
@@ -185,6 +224,11 @@ class Leases:
             ready.wait()
         assert self._keeper.native_id is not None
         return self._keeper.native_id
+
+    def _dismiss(self) -> None:
+        """Has the keeper end if it has nothing to keep. Under the lock."""
+        if not self._held and self._keeper and self._keeper.ident:
+            signal.pthread_kill(self._keeper.ident, _BROKEN)  # it is there: it ends under this lock only
 
     def _keep(self, ready: threading.Event) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -217,6 +261,10 @@ def _tell(fd: int, keeper: int) -> None:
     """Has that thread told when the lease is broken."""
     fcntl.fcntl(fd, _SETSIG, _BROKEN)
     fcntl.fcntl(fd, _SETOWN_EX, _OWNER.pack(_OWNER_TID, keeper))
+
+
+def _asked_for() -> Unsound:
+    return Unsound("somebody else asks for it")
 
 
 def _refused(error: OSError) -> Unsound:

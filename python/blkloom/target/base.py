@@ -137,6 +137,12 @@ class Target(ABC):
         """A read the extents did not answer: exactly `length` bytes."""
         raise FaultError(errno.EIO, f"target {self.name} maps no data here and has no read handler")
 
+    def expect(self, reads: Sequence[tuple[Bytes, Bytes]]) -> None:
+        """These reads (offset, length) come next, each by itself: a target may do for all of them at once what takes
+        long for each. What it raises is logged; the reads come all the same.
+        """
+        return
+
     def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
         """A write the extents did not answer. fua: the engine calls `flush` behind it; a target
         without one must make the data durable itself.

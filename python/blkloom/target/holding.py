@@ -57,7 +57,7 @@ class HeldFiles:
         self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors
     ) -> tuple[Identity, File]:
         """The file at `path`, one use of it counted. shared: without a claim. Raises BackingError."""
-        self.leases.make_way(path, certain=descriptors.here or os.path.isabs(path))
+        self.leases.make_way(path, here=descriptors.here)
         fd, direct = self._open(descriptors, path, writable=writable, direct=direct)
         try:
             identity = _identity(fd, path)
@@ -124,6 +124,10 @@ class HeldFiles:
     def users_of(self, file: File) -> int:
         """How many uses are counted of what `file` is, in whatever way it is open."""
         return sum(held.users for identity, held in self._held.items() if self.is_same(identity, file))
+
+    def ways_to(self, file: File) -> int:
+        """How many times what `file` is is open."""
+        return sum(len(held.files) for identity, held in self._held.items() if self.is_same(identity, file))
 
     def is_same(self, identity: Identity, file: File) -> bool:
         """Whether that is what `file` is."""

@@ -7,6 +7,7 @@ it does nothing any more.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ class LiveSegment:
         `timeout` seconds, and what `drained` raises; then nothing has changed. Nothing is flushed.
         """
         return self._device is not None and self._device.remap(self._owner, mapped, drained=drained, timeout=timeout)
+
+    def stopped(self) -> AbstractContextManager[None]:
+        """While it is entered nothing is in flight and new requests wait; what is remapped meanwhile, of whatever
+        segment of the device, holds for all of them at once.
+        """
+        return nullcontext() if self._device is None else self._device.stopped()
+
+    @property
+    def changes(self) -> int:
+        """How many requests that change data the device has done so far."""
+        if self._device is None:
+            return 0
+        stats = self._device.stats()
+        return sum(int(stats[name]["count"]) for name in ("write", "discard", "write_zeroes"))
 
     def event(self, what: str) -> None:
         """Something happened that its users should know: `wait` wakes them, and the log says what."""

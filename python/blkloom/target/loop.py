@@ -21,6 +21,7 @@ import errno
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from typing_extensions import override
@@ -162,6 +163,8 @@ class Loop(Target):
             return f"offset {self.offset} is not a multiple of the {block} bytes direct I/O needs"
         if file.size % block and self.offset + length > file.size // block * block:
             return f"the file ends inside a block of the {block} bytes direct I/O needs"
+        if self.block_size and self.logical % block:
+            return f"clients' block size of {self.logical} bytes is no multiple of the {block} bytes direct I/O needs"
         return ""
 
 
@@ -174,6 +177,10 @@ class _Loaded:
         self._live: LiveSegment = opening.segment()
         self._leases = opening.leases
         self._mode = "file"
+        self._times_mapped = 0
+        self._changes = 0
+        self._tried = False
+        """In vain, just now: the first resume need not try again."""
         self._later = False
         """Only when the table this one replaces has let go of the file can its blocks be held."""
         self._blocks: BlockMap | None = None
@@ -200,6 +207,9 @@ class _Loaded:
         direct = way == "direct_io" or (opening.direct_io and way != "block_map")
         self._file = self._open(opening, direct=direct)
         target.check_size(opening, Bytes(self._file.size), self._length)
+        status = os.fstat(self._file.fileno())
+        if pid := opening.mapped_to_write.get((status.st_dev, status.st_ino)):
+            opening.warn(f"{target.path}: is mapped into userspace for writing by process {pid}")
         if direct:
             self._mode = "direct_io"
             reason = target.unfit(self._file, self._length) if self._file.direct else "its file system has no O_DIRECT"
@@ -216,13 +226,14 @@ class _Loaded:
 
     def _open(self, opening: Opening, *, direct: bool) -> File:
         target = self._target
+        open_file = partial(opening.file, target.path, direct_io=direct, by_blocks=target.way.startswith("block_map"))
         try:
-            return opening.file(target.path, read_only=target.reading == "read_only", direct_io=direct)
+            return open_file(read_only=target.reading == "read_only")
         except BackingError as error:
             if target.reading != "read_only=auto" or error.errno not in _NOT_WRITABLE:
                 raise
             opening.warn(f"{target.path}: cannot be written to ({os.strerror(error.errno)}); it is read-only")
-            return opening.file(target.path, read_only=True, direct_io=direct)
+            return open_file(read_only=True)
 
     def _through_the_file_system(self) -> Mapped:
         file = self._file
@@ -243,13 +254,18 @@ class _Loaded:
             if os.fstat(self._disk.fileno()).st_rdev != ground.number or not self._disk.direct:
                 raise Unsound(f"{ground.node} is not the device of its file system, or has no O_DIRECT")
             if opening.shares(self._file):
+                if not opening.is_only_way(self._file):
+                    what = "the device itself has it open in another way (direct_io, or read-only) as well"
+                    raise Unsound(what, "remove the device and create it anew")
                 extents_on(self._file, self._disk, self._target.offset, self._length)
                 self._later = not optional
                 return self._through_the_file_system()
             return self._enter_blocks()
-        except (Unsound, BackingError) as error:
+        except (Unsound, OSError) as error:
             reason, cure = (error.reason, error.cure) if isinstance(error, Unsound) else (str(error), "")
+            self._tried = True
             if opening.restored:
+                self._leases.inherit(self._file.fileno(), self._target.path)
                 self._live.event(f"block map of {self._target.path} was lost: {reason}; going on in file mode")
                 return self._through_the_file_system()
             if not optional:
@@ -266,48 +282,56 @@ class _Loaded:
         from blkloom.filemap.block_map import BlockMap
 
         assert self._disk is not None
+        self._times_mapped += 1
         self._blocks = BlockMap.make(
             self._file,
             self._disk,
             self._target.offset,
             self._length,
             self._leases,
-            self._given_up,
+            self._live.stopped,
+            partial(self._given_up, self._times_mapped),
             keep_writers_out=self._file.writable and not self._target.immutable,
         )
+        self._changes = self._live.changes
         self._mode = "block_map"
         return self._blocks.mapped()
 
-    def _given_up(self, why: str) -> None:
-        """Somebody else is about to get the file."""
-        was_mapped: list[bool] = []
-        self._live.remap(self._through_the_file_system(), drained=lambda: was_mapped.append(self._leave_blocks()))
-        if any(was_mapped):
-            self._live.event(f"block map of {self._target.path} given up: {why}; going on in file mode")
+    def _changed(self) -> bool:
+        """Whether something may have been written past the file system."""
+        return self._file.writable and self._live.changes != self._changes
 
-    def _leave_blocks(self) -> bool:
-        """Nothing is in flight; what the disk has cached and the file system knows nothing of becomes durable.
-        Whether there was a map.
+    def _given_up(self, time: int, why: str) -> bool:
+        """Somebody else is about to get the file, and the device is stopped. time: of which of its maps it is told.
+        Whether something was written.
         """
-        blocks, self._blocks, self._mode = self._blocks, None, "file"
-        if blocks is not None:
-            blocks.settle()
-        return blocks is not None
+        blocks = self._blocks
+        if blocks is None or time != self._times_mapped:
+            return False  # it was told before
+        if not self._live.remap(self._through_the_file_system()):
+            return False  # its table has gone, or is not there yet: `preresume` finds the lease given up
+        self._blocks, self._mode = None, "file"
+        blocks.settle()
+        self._live.event(f"block map of {self._target.path} given up: {why}; going on in file mode")
+        return self._changed()
 
     def preresume(self) -> Mapped | None:
         """Looks whether the map still holds, or can be had again. None: nothing has changed."""
         if self._disk is None:
             return None
         later, self._later = self._later, False
+        tried, self._tried = self._tried, False
+        was_mapped = self._blocks is not None
         try:
+            if self._blocks is not None and not self._blocks.held():
+                self.close()
             if self._blocks is None:
-                return self._enter_blocks()
+                return None if tried else self._enter_blocks()
             return self._blocks.mapped() if self._blocks.check() else None
         except (Unsound, OSError) as error:
             if later:
                 self._later = True
                 raise self._no_blocks(str(error), error.cure if isinstance(error, Unsound) else "") from error
-            was_mapped = self._blocks is not None
             why = f"block map of {self._target.path} cannot be had: {error}; going on in file mode"
             self.close()
             if was_mapped:
@@ -320,7 +344,7 @@ class _Loaded:
         """Lets go of the file's blocks."""
         blocks, self._blocks, self._mode = self._blocks, None, "file"
         if blocks is not None:
-            blocks.close()
+            blocks.close(changed=self._changed())
 
 
 def _parse_options(arguments: Arguments) -> list[str]:

@@ -12,12 +12,13 @@ import fcntl
 import logging
 import os
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final
 
 from blkloom._engine import File, Region
 from blkloom.errors import Place, ResourceError, TableError
 from blkloom.filemap.lease import Leases
+from blkloom.filemap.mappings import mapped_to_write
 from blkloom.target.descriptors import Descriptors, OwnDescriptors
 from blkloom.target.holding import HeldFiles, Identity
 from blkloom.target.live_segment import LiveSegment
@@ -40,9 +41,10 @@ class Opening:
 
     read_only: nothing may be opened for writing; extents that writes could change must not be
     given out. direct_io: what `file` does unless told. place: where the segment being mapped
-    stands, for errors; owner: its number. device_folder: paths in it name devices (`device_name`). deps: what was
-    asked for so far: paths, and devices as `blkloom:NAME`, each once. below: those devices.
-    above: the device the table is for; none that stands on it is given out.
+    stands, for errors; owner: its number; alone: it is the only one of its table. device_folder:
+    paths in it name devices (`device_name`). deps: what was asked for so far: paths, and devices as
+    `blkloom:NAME`, each once. below: those devices. above: the device the table is for; none that
+    stands on it is given out.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Opening:
         self.direct_io = direct_io
         self.place: Place | None = None
         self.owner = -1
+        self.alone = False
         self.device_folder = device_folder
         self.deps: list[str] = []
         self.below: list[Device] = []
@@ -70,15 +73,25 @@ class Opening:
         self._descriptors: Descriptors = descriptors or OwnDescriptors()
         self._held = held
         self._used: list[Identity] = []
-        self._files: dict[tuple[str, bool, bool, bool], File] = {}
+        self._files: dict[tuple[str, bool, bool, bool], tuple[Identity, File]] = {}
+        self._by_blocks: dict[Identity, bool] = {}
 
-    def file(self, path: str, *, read_only: bool = False, direct_io: bool | None = None, claimed: bool = True) -> File:
+    def file(
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        direct_io: bool | None = None,
+        claimed: bool = True,
+        by_blocks: bool = False,
+    ) -> File:
         """The regular file or block device at `path`; the same File for the same question.
 
         It is writable unless `read_only` here or of the whole opening. direct_io: None for the
         opening's; where the file system refuses, the File is buffered and a warning says why.
         It is claimed against other devices and processes unless the opening is shared, or `claimed` is
-        False. Raises BackingError, BusyError.
+        False. by_blocks: past its file system (`blkloom.filemap`), as then every segment of the table must
+        use it. Raises BackingError, BusyError, TableError.
         """
         shared = self._shared or not claimed
         key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io, shared)
@@ -88,10 +101,17 @@ class Opening:
                 path, writable=writable, direct=direct, shared=shared, descriptors=self._descriptors
             )
             self._used.append(identity)
-            self._files[key] = file
+            self._files[key] = identity, file
             if path not in self.deps:
                 self.deps.append(path)
-        return self._files[key]
+        identity, file = self._files[key]
+        if self._by_blocks.setdefault(identity, by_blocks) != by_blocks:
+            raise self.refuse(
+                "a file whose blocks are mapped cannot be used in another way too",
+                value=path,
+                cure="say block_map in all segments of the table that use the file, or in none",
+            )
+        return file
 
     def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
         """`size` bytes of zeros in a sealed memfd; after a restart, what they were before it.
@@ -140,6 +160,15 @@ class Opening:
     def shares(self, file: File) -> bool:
         """Whether another table of the device has the same file open."""
         return self._held.users_of(file) > sum(self._held.is_same(used, file) for used in self._used)
+
+    def is_only_way(self, file: File) -> bool:
+        """Whether the device has it open once, not direct and buffered, or writable and not."""
+        return self._held.ways_to(file) == 1
+
+    @cached_property
+    def mapped_to_write(self) -> Mapping[Identity, int]:
+        """Which files which process has mapped into its memory to write to them, as the table is loaded."""
+        return mapped_to_write()
 
     @property
     def leases(self) -> Leases:

@@ -110,7 +110,8 @@ class Host:
             case WorkerRename():
                 return self._rename(call)
             case WorkerStatus():
-                return await self._device(call.minor).status()
+                async with self._holding:  # a device that is coming has no table yet
+                    return await self._device(call.minor).status()
             case WorkerMessage():
                 return await self._device(call.minor).message(call.sector, _message_words(call.text))
             case WorkerRead():

@@ -1,0 +1,115 @@
+"""The loop target's options over plain files: what it opens, what it tells clients, what it says of itself."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import blkloom
+from blkloom.errors import BackingError, TableError
+from blkloom.target.limits import BlockLimits
+
+SIZE = 1 << 20
+SECTORS = SIZE // 512
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def test_status_says_way_extents_queue_and_path(file: Path) -> None:
+    with blkloom.open(f"0 8 loop {file}\n8 8 loop {file} 4096 1 read_only", shared=True) as device:
+        assert [text for *_, text in device.status()] == [f"file 1 0 {file}"] * 2
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048, 4096])
+def test_the_block_size_asked_for_is_what_clients_are_told(file: Path, size: int) -> None:
+    with blkloom.open(f"0 64 loop {file} 4096 1 block_size={size}") as device:
+        assert device.limits == BlockLimits(size, 4096)
+        assert device.pwrite(b"x" * 100, 50) == 100, "it is a wish, no duty"
+
+
+def test_the_largest_block_size_of_the_segments_counts(file: Path) -> None:
+    table = f"0 64 loop {file} 0 1 block_size=1024\n64 64 loop {file} 65536 1 block_size=2048"
+    with blkloom.open(table) as device:
+        assert device.limits.logical == 2048
+
+
+@pytest.mark.parametrize(
+    ("length", "offset", "what"),
+    [(64, 512, "Unaligned offset"), (63, 4096, "Unaligned length"), (64, 2048, "Unaligned offset")],
+)
+def test_what_makes_no_whole_blocks_is_refused(file: Path, length: int, offset: int, what: str) -> None:
+    with pytest.raises(TableError, match=f"{what}: must be a multiple of the block size of 4096 bytes"):
+        blkloom.open(f"0 {length} loop {file} {offset} 1 block_size=4096")
+
+
+def test_a_file_that_ends_inside_a_block_is_warned_of(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with file.open("ab") as stream:
+        stream.write(b"x" * 77)
+    with caplog.at_level(logging.WARNING), blkloom.open(f"0 {SECTORS} loop {file}"):
+        pass
+    assert "not using 77 bytes in incomplete block at EOF" in caplog.text
+
+
+def test_read_only_auto_writes_where_it_can(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), blkloom.open(f"0 {SECTORS} loop {file} 0 1 read_only=auto") as device:
+        assert device.pwrite(b"w" * 512, 0) == 512
+    assert caplog.text == ""
+
+
+def test_read_only_auto_reads_what_cannot_be_written_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that runs cannot be written to, not by root either (ETXTBSY)."""
+    program = shutil.which("sleep")
+    assert program is not None
+    path = Path(shutil.copy(program, tmp_path / "sleep"))
+    sectors = path.stat().st_size // 512
+    with subprocess.Popen([path, "60"]) as running:
+        try:
+            with pytest.raises(BackingError) as raised:
+                blkloom.open(f"0 {sectors} loop {path}")
+            assert raised.value.errno == errno.ETXTBSY
+            with (
+                caplog.at_level(logging.WARNING),
+                blkloom.open(f"0 {sectors} loop {path} 0 1 read_only=auto") as device,
+            ):
+                assert device.pread(4, 0) == b"\x7fELF"
+                with pytest.raises(OSError, match="Read-only file system"):
+                    device.pwrite(b"w" * 512, 0)
+            assert f"{path}: cannot be written to (Text file busy); it is read-only" in caplog.text
+        finally:
+            running.kill()
+
+
+def test_read_only_auto_does_not_pass_over_other_errors(tmp_path: Path) -> None:
+    with pytest.raises(BackingError, match="No such file"):
+        blkloom.open(f"0 8 loop {tmp_path / 'nowhere'} 0 1 read_only=auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ("2 block_map direct_io", "exclude each other"),
+        ("2 block_map block_map=try", "exclude each other"),
+        ("2 read_only read_only=auto", "exclude each other"),
+        ("2 block_size=512 block_size=4096", "exclude each other"),
+        ("2 block_map block_map", "given twice"),
+        ("1 block_size=8192", "unknown option"),
+        ("1 block_size=", "unknown option"),
+        ("1 immutable=off", "goes with block_map only"),
+        ("2 direct_io immutable=off", "goes with block_map only"),
+    ],
+)
+def test_options_that_do_not_go_together(file: Path, options: str, what: str) -> None:
+    with pytest.raises(TableError, match=what):
+        blkloom.open(f"0 8 loop {file} 0 {options}")
