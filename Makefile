@@ -81,7 +81,8 @@ bench: setup ## against peers on this machine; needs fio and the peers
 
 fuzz: setup $(VENV)/.test-tools ## the property tests, at length: make fuzz FUZZ_CASES=100000
 	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --release $(ENGINE_TESTS)
-	BLKLOOM_FUZZ_CASES=$(FUZZ_CASES) $(VENV)/bin/python -m pytest --timeout=0 tests/property tests/conformance
+	BLKLOOM_FUZZ_CASES=$(FUZZ_CASES) $(VENV)/bin/python -m pytest --timeout=0 tests/property tests/conformance tests/qcow2
+	$(VENV)/bin/python fuzz/qcow2_images.py --cases $(FUZZ_CASES)
 
 clean: ## everything that was made, but not the kernel for tests
 	rm -rf $(VENV) engine/target python/blkloom/_engine*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

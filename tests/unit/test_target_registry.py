@@ -54,7 +54,7 @@ def test_an_unknown_name_lists_the_targets_and_the_nearest() -> None:
         builtin_targets().find("liner", place=Place("T", 2, 8))
     assert caught.value.place == Place("T", 2, 8)
     assert caught.value.value == "liner"
-    assert "did you mean 'linear'? there are: error, linear, loop, ram, striped, zero" in str(caught.value)
+    assert "did you mean 'linear'? there are: error, linear, loop, qcow2, ram, striped, zero" in str(caught.value)
 
 
 def test_a_name_like_no_other_gets_the_list_alone() -> None:

@@ -147,9 +147,11 @@ pub fn source(device: &Device, shard: Shard, offset: u64, len: u64) -> Slice {
     found
 }
 
-/// Reads a file; a large read of a file with holes says where they are.
+/// Reads a file; a large read of a file with holes says where they are. Not of one in memory: tmpfs walks all of its
+/// pages to find the next hole.
 fn read_data(file: &File, offset: u64, part: Slice, at: u64, zeros: &mut Option<&mut Vec<(u64, u64)>>) -> Inline {
-    let Some(zeros) = zeros.as_deref_mut().filter(|_| part.len() >= WORTH_LOOKING && file.may_have_holes()) else {
+    let worth_looking = part.len() >= WORTH_LOOKING && file.may_have_holes() && file.policy() != InlinePolicy::Always;
+    let Some(zeros) = zeros.as_deref_mut().filter(|_| worth_looking) else {
         return file.read_now(offset, part);
     };
     // What lies past the end of a truncated file looks like a hole, but must be an error.

@@ -14,7 +14,7 @@ from blkloom.dm.failing import VerbFailed
 from blkloom.errors import BackingError, BlkloomError, TableError
 
 
-@verb("NAME", "[TABLE_FILE]", most=2, complete=False)
+@verb("NAME", "[TABLE_FILE|IMAGE.qcow2]", most=2, complete=False)
 @click.option("--table", metavar="TABLE", help="The table; else from TABLE_FILE, else from standard input.")
 @click.option("-n", "--notable", is_flag=True, help="Without a table; load one later.")
 @click.option("--concise", is_flag=True, help="Devices in the form name,uuid,minor,flags,table[,table...][;...].")
@@ -40,6 +40,7 @@ def create(
     \b
     blkloom create disk --table '0 2048 loop disk.img'
     blkloom create disk disk.table
+    blkloom create disk disk.qcow2
     echo '0 2097152 ram' | blkloom create memory
     blkloom create late --notable && blkloom load late --table '0 8 zero' && blkloom resume late
     blkloom create --concise 'a,,,rw,0 8 zero;b,,,ro,0 8 linear blkloom:a 0'

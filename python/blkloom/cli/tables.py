@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from blkloom.dm.failing import VerbFailed
+from blkloom.qcow2.probing import is_image_name
 
 _LINE: Final = re.compile(r"\s*(?:#.*)?$|\s*\d+\s+\d+\s*\S")
 
@@ -27,9 +28,11 @@ class TableText:
 
 
 def read_table(option: str | None, file: str | None) -> TableText:
-    """--table, else the file, else standard input. Raises VerbFailed for a file that cannot be read and,
-    with dmsetup's words, for a line that is none.
+    """--table, else the file, else standard input; a file named like a QCOW2 image is the image's disk. Raises
+    VerbFailed for a file that cannot be read and, with dmsetup's words, for a line that is none.
     """
+    if option is None and file is not None and is_image_name(file):
+        return _image(file)
     if option is not None:
         table, called = TableText(option, "--table"), ""
     elif file is not None:
@@ -43,6 +46,13 @@ def read_table(option: str | None, file: str | None) -> TableText:
                 what=f"{table.source}:{number}: {line.strip()!r}: write: <start> <length> <target> <arguments>",
             )
     return table
+
+
+def _image(path: str) -> TableText:
+    from blkloom.device.open_device import whole_file
+    from blkloom.table import format_table
+
+    return TableText(format_table(whole_file(os.path.abspath(path))), path)
 
 
 def _read(path: str) -> str:

@@ -108,6 +108,7 @@ class Mapper:
 
     def _answer_all(self, faults: list[_engine.Fault]) -> None:
         """Flushes last: they then cover the batch's other requests too, and share a call a target."""
+        self._announce(faults)
         flushes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
         for fault in faults:
             if fault.operation == "flush":
@@ -116,6 +117,21 @@ class Mapper:
                 self._answer([fault])
         for waiting in flushes.values():
             self._answer(waiting)
+
+    def _announce(self, faults: list[_engine.Fault]) -> None:
+        """Tells a target of the reads that came for it together."""
+        reads: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
+        for fault in faults:
+            if fault.operation == "read":
+                reads[fault.owner].append(fault)
+        for number, waiting in reads.items():
+            owner = self._owners.get(number)
+            if owner is None or len(waiting) < 2 or type(owner.target).expect is Target.expect:
+                continue
+            try:
+                owner.target.expect([(Bytes(fault.offset - owner.start), Bytes(fault.length)) for fault in waiting])
+            except BaseException as error:  # it will come again, as the answer to one of them
+                self._errno_of(error, owner, waiting[0])
 
     def _answer(self, faults: list[_engine.Fault]) -> None:
         """Answers one fault, or flushes of one target with one call."""

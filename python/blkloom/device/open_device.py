@@ -11,11 +11,13 @@ from pathlib import Path
 from blkloom._engine import Engine
 from blkloom.device.device import Device
 from blkloom.errors import BackingError, Place
+from blkloom.qcow2.probing import image_length, is_image_name, looks_like_image
 from blkloom.table import Segment, Table, parse
 from blkloom.target.base import Target
 from blkloom.target.holding import HeldFiles
 from blkloom.target.loop import Loop
 from blkloom.target.opening import Opening
+from blkloom.target.qcow2 import Qcow2
 from blkloom.target.registry import all_targets
 from blkloom.units import SECTOR, Bytes, Sectors, to_sectors
 
@@ -64,13 +66,22 @@ def is_table_text(text: str) -> bool:
 
 
 def whole_file(path: str | os.PathLike[str]) -> Table:
-    """The table that serves the file or block device at `path` from its first sector to its last
-    whole one, through the loop target. Raises BackingError.
+    """The table that serves the file or block device at `path` from its first sector to its last whole one: through
+    the qcow2 target if its name ends like an image's (`blkloom.qcow2.probing`), else as it is, through the loop
+    target. Raises BackingError.
     """
     name = os.fspath(path)
+    image = is_image_name(name)
+    target = Qcow2(name) if image else Loop(name)
     opening = Opening(HeldFiles(), read_only=True, shared=True)
     try:
-        size = Bytes(opening.file(name).size)
+        file = opening.file(name)
+        size = image_length(file.fileno(), name) if image else Bytes(file.size)
+        if not image and looks_like_image(file.fileno()):
+            opening.warn(
+                f"{name} looks like a QCOW2 image and is served as it is (a guest could have written that); "
+                "name it .qcow2, or write a table with qcow2, if it is one"
+            )
     finally:
         opening.close()
     if size < SECTOR:
@@ -80,4 +91,4 @@ def whole_file(path: str | os.PathLike[str]) -> Table:
             errno=errno.EINVAL,
             cure=f"give it a size first: truncate -s 1G {Path(name).name}",
         )
-    return Table((Segment(Sectors(0), to_sectors(size), Loop(name), Place(name)),))
+    return Table((Segment(Sectors(0), to_sectors(size), target, Place(name)),))

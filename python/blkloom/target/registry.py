@@ -23,6 +23,7 @@ BUILTIN: Final = {
     "error": "blkloom.target.error:Error",
     "linear": "blkloom.target.linear:Linear",
     "loop": "blkloom.target.loop:Loop",
+    "qcow2": "blkloom.target.qcow2:Qcow2",
     "ram": "blkloom.target.ram:Ram",
     "striped": "blkloom.target.striped:Striped",
     "zero": "blkloom.target.zero:Zero",

@@ -1,0 +1,92 @@
+"""QCOW2 images to measure on: made on tmpfs with QEMU's own tools, removed with the session.
+
+Every session gets an image of its own, made the same way, so that nobody finds what another has
+allocated, and no cache knows it. The data is that of the run's file on tmpfs. Source: qemu-img(1).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from ground import Ground
+
+Compression = Literal["", "zlib", "zstd"]
+_PIECE: Final = 64 << 10
+
+
+@dataclass(frozen=True)
+class Qcow2Image:
+    """size: bytes of the disk; 0 for as many as the run's files have. filled: every cluster has data from
+    the start. layers: backing images below, each empty but the lowest, which has all the data.
+    mapped_only: clusters are allocated, with nothing written to them. compression: of every cluster.
+    """
+
+    size: int = 0
+    filled: bool = False
+    layers: int = 0
+    mapped_only: bool = False
+    compression: Compression = ""
+
+    def sized(self, ground: Ground) -> Ground:
+        """The ground with the image's size in place of its own."""
+        found = copy(ground)
+        found.size = self.size or ground.size
+        return found
+
+    @contextmanager
+    def made(self, ground: Ground) -> Iterator[Path]:
+        """The path of a new one. ground: as `sized` gave it. Raises GroundError, OSError."""
+        source = ground.tmpfs_file()
+        with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=source.parent) as folder:
+            path = Path(folder) / "disk.qcow2"
+            if self.compression:
+                source = _compressible(Path(folder) / "source.raw", ground.size)
+                options = f"compression_type={self.compression}"
+                _qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, str(source), str(path))
+                source.unlink()
+            elif self.filled and not self.layers:
+                _copy(source, path, ground.size)
+            elif self.layers:
+                self._chain(Path(folder), source, path, ground.size)
+            else:
+                allocation = "metadata" if self.mapped_only else "off"
+                _qemu_img("create", "-f", "qcow2", "-o", f"preallocation={allocation}", str(path), str(ground.size))
+            yield path
+
+    def _chain(self, folder: Path, source: Path, path: Path, size: int) -> None:
+        below = folder / "layer0.qcow2"
+        _copy(source, below, size)
+        for number in range(1, self.layers + 1):
+            above = path if number == self.layers else folder / f"layer{number}.qcow2"
+            _qemu_img("create", "-f", "qcow2", "-b", str(below), "-F", "qcow2", str(above))
+            below = above
+
+
+def _copy(source: Path, path: Path, size: int) -> None:
+    """The first `size` bytes of a file as an image with all clusters allocated, in order."""
+    words = f"driver=raw,size={size},file.driver=file,file.filename={source}"
+    _qemu_img("convert", "--image-opts", "-S", "0", "-O", "qcow2", words, str(path))
+
+
+def _compressible(path: Path, size: int) -> Path:
+    """Half of every page random, half zeros: packs to about half."""
+    page = 4096
+    with path.open("xb", buffering=0) as file:
+        for _ in range(0, size, _PIECE):
+            file.write(b"".join(os.urandom(page // 2) + bytes(page // 2) for _ in range(_PIECE // page)))
+    return path
+
+
+def _qemu_img(verb: str, *words: str) -> None:
+    command = ["qemu-img", verb, "-q", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")

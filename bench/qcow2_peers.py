@@ -1,0 +1,181 @@
+"""The contenders for QCOW2 images: blkloom, and qemu-nbd with the settings that may be its best.
+
+Which of qemu-nbd's settings is its best is not decided here: all are measured, the report takes the
+best. `--aio=native` needs `--cache=none`; the larger L2 cache matters only where the metadata does not
+fit the default one, and is measured only there. Source: qemu-nbd(8), qcow2's runtime options in
+qemu(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from ground import Ground
+from jobs import Job
+from measuring import Contender, FioSession, Meter, Session
+from peers import ProgramSession, need, socket_of
+from qcow2_images import Qcow2Image
+from results import Sample
+from servers import Server, activated, announcing
+
+_SLACK: Final = 4  # connections beyond the job's, for those that have not quite ended
+_OPENING: Final = Path(__file__).with_name("qcow2_opening.py")
+_QEMU: Final = "qemu-nbd"
+
+
+class _Session(FioSession):
+    """Measured with fio. weighed: every sample also has the server's memory, in bytes."""
+
+    def __init__(self, ground: Ground, job: Job, *, server: Server, weighed: bool) -> None:
+        super().__init__(ground, job, socket_of(_socket(ground)), who="server", server=server)
+        self._process, self._weighed = server, weighed
+
+    def measure(self, seconds: float) -> Sample:
+        found = super().measure(seconds)
+        if not self._weighed:
+            return found
+        return replace(found, extra={**found.extra, "memory": self._process.status("VmRSS") * 1024.0})
+
+    def once(self) -> Sample:
+        """The job over the whole disk, once, however long that takes."""
+        meter = Meter(self._process, "server")
+        return meter.sample(self._fio(self._job, None))
+
+
+class _Filling:
+    """Every measurement is of an image made anew and written over once: there are new clusters to
+    allocate until its end. How many seconds were asked for plays no part.
+    """
+
+    def __init__(self, up: Callable[[], AbstractContextManager[_Session]]) -> None:
+        self._up = up
+
+    def measure(self, seconds: float) -> Sample:
+        with self._up() as session:
+            return session.once()
+
+
+@dataclass(frozen=True)
+class BlkloomQcow2:
+    """`blkloom serve IMAGE` as it comes. anew: measured while it fills an image. weighed: its memory too."""
+
+    command: str
+    family: str
+    image: Qcow2Image
+    anew: bool = False
+    weighed: bool = False
+    setting: str = ""
+
+    def missing(self) -> str:
+        return need("qemu-img", "qemu-utils") or need(self.command, "blkloom: `make setup` builds it")
+
+    def session(self, ground: Ground, job: Job) -> AbstractContextManager[Session]:
+        return _session(self._up, self.image, ground, job, anew=self.anew, weighed=self.weighed)
+
+    @contextmanager
+    def _up(self, path: Path, ground: Ground, job: Job) -> Iterator[Server]:
+        command = [self.command, "serve", "--socket", str(_socket(ground)), str(path)]
+        with announcing(command, ready="nbd", log=ground.scratch / "blkloom.log") as server:
+            yield server
+
+
+@dataclass(frozen=True)
+class QemuNbdQcow2:
+    """qemu-nbd with a persistent Unix socket. l2_cache: bytes, 0 for its default."""
+
+    aio: Literal["native", "threads", "io_uring"]
+    cache: Literal["none", "writeback"]
+    image: Qcow2Image
+    anew: bool = False
+    l2_cache: int = 0
+    weighed: bool = False
+    family: str = _QEMU
+
+    @property
+    def setting(self) -> str:
+        larger = f" l2-cache-size={self.l2_cache >> 20}M" if self.l2_cache else ""
+        return f"--aio={self.aio} --cache={self.cache}{larger}"
+
+    def missing(self) -> str:
+        return need("qemu-nbd", "qemu-utils") or need("qemu-img", "qemu-utils")
+
+    def session(self, ground: Ground, job: Job) -> AbstractContextManager[Session]:
+        return _session(self._up, self.image, ground, job, anew=self.anew, weighed=self.weighed)
+
+    @contextmanager
+    def _up(self, path: Path, ground: Ground, job: Job) -> Iterator[Server]:
+        words = f"driver=qcow2,file.driver=file,file.filename={path}"
+        if self.l2_cache:
+            words += f",l2-cache-size={self.l2_cache}"
+        command = ["qemu-nbd", "-t", "-e", str(job.connections + _SLACK), f"--aio={self.aio}", f"--cache={self.cache}"]
+        command += ["--image-opts", words]
+        with activated(command, path=_socket(ground), log=ground.scratch / "qemu-nbd.log") as server:
+            yield server
+
+
+@dataclass(frozen=True)
+class OpenedQcow2:
+    """A Python program that opens the image and reads a byte; the figure is the time that takes."""
+
+    python: str
+    family: str
+    image: Qcow2Image
+    setting: str = "in process"
+
+    def missing(self) -> str:
+        return need("qemu-img", "qemu-utils") or need(self.python, "blkloom: `make setup` makes it")
+
+    @contextmanager
+    def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
+        sized = self.image.sized(ground)
+        with self.image.made(sized) as path:
+            command = [self.python, str(_OPENING), str(path)]
+            with ProgramSession.started(command, seconds_wanted=True) as session:
+                yield session
+
+
+def qemu_nbd(
+    image: Qcow2Image, *, anew: bool = False, l2_cache: int = 0, weighed: bool = False
+) -> tuple[Contender, ...]:
+    """The ways qemu-nbd may be at its best. l2_cache: measure it also with that one."""
+    ways: tuple[tuple[Literal["native", "threads", "io_uring"], Literal["none", "writeback"]], ...] = (
+        ("threads", "writeback"),
+        ("io_uring", "writeback"),
+        ("native", "none"),
+        ("io_uring", "none"),
+        ("threads", "none"),
+    )
+    caches = [0, l2_cache] if l2_cache else [0]
+    return tuple(QemuNbdQcow2(*way, image, anew, cache, weighed) for cache in caches for way in ways)
+
+
+@contextmanager
+def _session(
+    up: Callable[[Path, Ground, Job], AbstractContextManager[Server]],
+    image: Qcow2Image,
+    ground: Ground,
+    job: Job,
+    *,
+    anew: bool,
+    weighed: bool,
+) -> Iterator[Session]:
+    sized = image.sized(ground)
+
+    @contextmanager
+    def one() -> Iterator[_Session]:
+        with image.made(sized) as path, up(path, ground, job) as server:
+            yield _Session(sized, job, server=server, weighed=weighed)
+
+    if anew:
+        yield _Filling(one)
+    else:
+        with one() as session:
+            yield session
+
+
+def _socket(ground: Ground) -> Path:
+    return ground.scratch / "qcow2.sock"

@@ -1,0 +1,174 @@
+"""The rows of QCOW2 images: blkloom against qemu-nbd on the same image with the same client.
+
+The goals of the first rows are dm-qcow2's, whose own figures against qemu-nbd were 1.84 (4K reads) and
+3.18 (4K writes) with two jobs eight deep on a preallocated image (Tkhai 2020).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from jobs import Job, Pattern
+from measuring import Workload
+from peers import Blkloom
+from qcow2_images import Compression, Qcow2Image
+from qcow2_peers import BlkloomQcow2, OpenedQcow2, QemuNbdQcow2, qemu_nbd
+from results import Goal
+
+_OURS: Final = "blkloom qcow2"
+_QEMU: Final = "qemu-nbd"
+_KIB: Final = 1024
+_MIB: Final = 1024 * _KIB
+_SMALL: Final = 256 * _MIB
+_HUGE: Final = 1 << 40
+_HUGE_METADATA: Final = 128 * _MIB
+"""Of a 1 TiB image with clusters of 64 KiB: eight bytes a cluster."""
+_FILLED: Final = Qcow2Image(filled=True)
+_COMPRESSIONS: Final[tuple[Compression, ...]] = ("zlib", "zstd")
+
+
+def qcow2_workloads(blkloom: str) -> list[Workload]:
+    """All of them, in the order of the report. blkloom: the command to measure."""
+    return [
+        *_preallocated(blkloom),
+        *_empty(blkloom),
+        *_backed(blkloom),
+        *_chains(blkloom),
+        *_compressed(blkloom),
+        *_huge(blkloom),
+        _against_raw(blkloom),
+    ]
+
+
+def _preallocated(blkloom: str) -> list[Workload]:
+    contenders = (BlkloomQcow2(blkloom, _OURS, _FILLED), *qemu_nbd(_FILLED))
+    sides: tuple[Pattern, ...] = ("randread", "randwrite")
+    return [
+        Workload(
+            f"qcow2-{pattern}-{name.lower()}-c2-q8",
+            f"qcow2, {name} {pattern}, 2 connections, qd 8, a preallocated image",
+            Job(pattern, block, depth=8, connections=2),
+            contenders,
+            (Goal(_OURS, _QEMU, at_least),),
+        )
+        for name, block, at_least in (
+            ("4K", 4 * _KIB, 3.0),
+            ("64K", 64 * _KIB, 1.5),
+            ("512K", 512 * _KIB, 1.5),
+            ("1M", _MIB, 1.5),
+            ("2M", 2 * _MIB, 1.5),
+        )
+        for pattern in sides
+    ]
+
+
+def _empty(blkloom: str) -> list[Workload]:
+    small, large = Qcow2Image(size=_SMALL), Qcow2Image()
+    rows: tuple[tuple[str, Qcow2Image, Job, str, float], ...] = (
+        ("randwrite-4k-q16", small, Job("randwrite", 4 * _KIB, depth=16), "4K randwrite, qd 16", 4.0),
+        ("write-64k", large, Job("write", 64 * _KIB, depth=4), "64K sequential write, qd 4", 3.0),
+        ("write-1m", large, Job("write", _MIB, depth=4), "1M sequential write, qd 4", 3.0),
+    )
+    return [
+        Workload(
+            f"qcow2-empty-{name}",
+            f"qcow2, {title}, once over an empty image{', 256 MiB' * (image.size == _SMALL)}",
+            job,
+            (BlkloomQcow2(blkloom, _OURS, image, anew=True), *qemu_nbd(image, anew=True)),
+            (Goal(_OURS, _QEMU, at_least),),
+        )
+        for name, image, job, title, at_least in rows
+    ]
+
+
+def _backed(blkloom: str) -> list[Workload]:
+    image = Qcow2Image(size=_SMALL, layers=1)
+    return [
+        Workload(
+            "qcow2-backed-randwrite-4k-q16",
+            "qcow2, 4K randwrite, qd 16, once over an empty image backed by a full one, 256 MiB",
+            Job("randwrite", 4 * _KIB, depth=16),
+            (BlkloomQcow2(blkloom, _OURS, image, anew=True), *qemu_nbd(image, anew=True)),
+            (Goal(_OURS, _QEMU, 2.0),),
+        )
+    ]
+
+
+def _chains(blkloom: str) -> list[Workload]:
+    """All data in the lowest. qemu-nbd with one setting a depth: what is wanted of it is how it declines."""
+
+    def named(family: str, depth: int) -> str:
+        return f"{family}, a chain of {depth}"
+
+    depths = (1, 16, 64)
+    images = {depth: Qcow2Image(size=_SMALL, filled=depth == 1, layers=depth - 1) for depth in depths}
+    ours = [BlkloomQcow2(blkloom, named(_OURS, depth), images[depth]) for depth in depths]
+    theirs = [QemuNbdQcow2("io_uring", "writeback", images[n], family=named(_QEMU, n)) for n in depths]
+    goals = [Goal(named(_OURS, depth), named(_OURS, 1), 0.9) for depth in depths[1:]]
+    beside = [Goal(named(_QEMU, depth), named(_QEMU, 1)) for depth in depths[1:]]
+    against = [Goal(named(_OURS, depth), named(_QEMU, depth)) for depth in depths]
+    return [
+        Workload(
+            "qcow2-chain-randread-4k-q16",
+            "qcow2, 4K randread, qd 16, through a chain of images",
+            Job("randread", 4 * _KIB, depth=16),
+            (*ours, *theirs),
+            (*goals, *beside, *against),
+        )
+    ]
+
+
+def _compressed(blkloom: str) -> list[Workload]:
+    found = []
+    for compression in _COMPRESSIONS:
+        image = Qcow2Image(size=_SMALL, compression=compression)
+        found.append(
+            Workload(
+                f"qcow2-{compression}-randread-64k-q8",
+                f"qcow2, 64K randread, qd 8, all clusters compressed with {compression}, 256 MiB",
+                Job("randread", 64 * _KIB, depth=8),
+                (BlkloomQcow2(blkloom, _OURS, image), *qemu_nbd(image)),
+                (Goal(_OURS, _QEMU, 1.5),),
+            )
+        )
+    return found
+
+
+def _huge(blkloom: str) -> list[Workload]:
+    """Its metadata is larger than any default cache, and all of it is needed. Nothing was written to the
+    clusters, so the data costs next to nothing.
+    """
+    image = Qcow2Image(size=_HUGE, mapped_only=True)
+    python = str(Path(blkloom).with_name("python"))
+    return [
+        Workload(
+            "qcow2-1t-randread-4k-q16",
+            "qcow2, 4K randread, qd 16, 1 TiB with every cluster allocated",
+            Job("randread", 4 * _KIB, depth=16),
+            (
+                BlkloomQcow2(blkloom, _OURS, image, weighed=True),
+                *qemu_nbd(image, l2_cache=_HUGE_METADATA, weighed=True),
+            ),
+            (Goal(_OURS, _QEMU, 3.0),),
+        ),
+        Workload(
+            "qcow2-1t-open",
+            "qcow2, from open to the first byte, 1 TiB with every cluster allocated",
+            Job("randread", 4 * _KIB),
+            (OpenedQcow2(python, _OURS, image),),
+            (Goal(_OURS, _OURS, at_most=0.1),),
+            unit="s",
+        ),
+    ]
+
+
+def _against_raw(blkloom: str) -> Workload:
+    raw = "blkloom loop"
+    return Workload(
+        "qcow2-against-raw-randread-4k-q16",
+        "4K randread, qd 16, a qcow2 image against a raw file",
+        Job("randread", 4 * _KIB, depth=16),
+        (BlkloomQcow2(blkloom, _OURS, _FILLED), Blkloom(blkloom, raw)),
+        (Goal(_OURS, raw, 0.95),),
+    )

@@ -1,0 +1,221 @@
+"""Hands out host clusters and takes them back.
+
+What is handed out counts 1 in memory at once; what is given back keeps its count until `settle`, which flush.py
+calls when whatever referred to it is gone from the disk and nobody reads it any more. So a cluster that counts 0
+in memory is referred to by nothing, now or after a crash, and may be used for anything.
+
+Space is found by its counts, lowest first, a *run* at a time: a run is looked at once (that it is no metadata,
+whatever the counts say), made to read as zeros once (it is past the file's old end, or punched), and then given
+away cluster by cluster. One thread (the mapper's). May fail: CorruptImage, OSError of the storage (ENOSPC).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import BackingError
+from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.types import HostOffset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from blkloom.qcow2.refcounts import Refcounts
+    from blkloom.qcow2.storage import Storage
+
+_GROWTH: Final = (4 << 20, 64 << 20)
+"""Bytes by which a file grows: an eighth of what it has, within these."""
+
+_HOST_LIMIT: Final = 1 << 56
+"""Host offsets end here: bits 9 - 55 of an entry."""
+
+_UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Host clusters from `first` on. zeroed: they read as zeros, for certain."""
+
+    first: int
+    count: int
+    zeroed: bool
+
+
+class Allocator:
+    """The free clusters of one image file.
+
+    metadata_in: names the metadata that lies in a run of clusters (first, count), "" for none.
+    """
+
+    def __init__(
+        self,
+        refcounts: Refcounts,
+        storage: Storage,
+        *,
+        cluster_bits: int,
+        metadata_in: Callable[[int, int], str],
+        reserve: Callable[[HostOffset, int], None] | None = None,
+    ) -> None:
+        """reserve: takes space for a range from the file system, or raises ENOSPC."""
+        self._refcounts = refcounts
+        self._storage = storage
+        self._bits = cluster_bits
+        self._metadata_in = metadata_in
+        self._reserve = reserve
+        self._punches = True
+        self._hint = 0
+        self._run = Run(0, 0, False)
+        self._given_back: list[NDArray[np.uint64]] = []
+        self.allocated = 0
+        """Clusters handed out so far."""
+        self.freed = 0
+        """Clusters that came to count 0 so far."""
+
+    def take(self, want: int) -> Run:
+        """Up to `want` neighbouring clusters, at least one. Raises CorruptImage, ENOSPC."""
+        self.at_hand(want)
+        run = self._run
+        count = min(want, run.count)
+        if self._reserve:
+            self._reserve(HostOffset(run.first << self._bits), count << self._bits)
+        self._refcounts.set(run.first, count, 1)
+        self._run = Run(run.first + count, run.count - count, run.zeroed)
+        self.allocated += count
+        return Run(run.first, count, run.zeroed)
+
+    def at_hand(self, want: int) -> int:
+        """How many neighbouring clusters the next `take` can have, were it to want more than `want`."""
+        if not self._run.count:
+            self._run = self._find(want)
+        return self._run.count
+
+    def give_back(self, clusters: NDArray[np.uint64]) -> None:
+        """One reference to each cluster named is gone from memory (a cluster may be named twice)."""
+        if clusters.size:
+            self._given_back.append(clusters)
+
+    def take_back(self, run: Run) -> None:
+        """Undoes a `take` of which nobody has heard."""
+        self._refcounts.set(run.first, run.count, 0)
+        self._hint = min(self._hint, run.first)
+        self.allocated -= run.count
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything given back waits for `settle`."""
+        return bool(self._given_back)
+
+    def settle(self) -> None:
+        """What was given back is referred to no more on disk, and nobody reads it: count it down, and let the
+        file system have what came to be free.
+        """
+        if not self._given_back:
+            return
+        free = self._refcounts.add(np.concatenate(self._given_back), -1)
+        self._given_back.clear()
+        self.freed += free.size
+        if not free.size:
+            return
+        if int(free[0]) < self._hint:  # the file's end can wait
+            self._hint, self._run = int(free[0]), Run(0, 0, False)
+        for first, count in runs_of(free):
+            self._punch(first, count)
+
+    def forget_run(self) -> None:
+        """The run at hand is looked for anew: its clusters may be at the end of the file, which is to be cut."""
+        self._run = Run(0, 0, False)
+        self._hint = 0
+
+    def trim_file(self) -> None:
+        """Cuts the file behind its last cluster in use."""
+        end = self._refcounts.last_used() + 1 << self._bits
+        try:
+            if end < self._storage.size():
+                self._storage.truncate(end)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a block device stays as it is
+                raise
+        self.forget_run()
+
+    # below: runs
+
+    def _find(self, want: int) -> Run:
+        """A run of free clusters that is described, checked, and as far as can be, zeros."""
+        while True:
+            size = self._storage.size()
+            growth = min(max(size // 8, _GROWTH[0]), _GROWTH[1]) >> self._bits
+            start, count = self._refcounts.free_run(self._hint, max(want, growth, 1))
+            if not self._refcounts.described(start):
+                self._describe(start)
+                continue
+            end_of_file = -(-size >> self._bits)
+            if start < end_of_file:
+                count = min(count, end_of_file - start)
+            self._check(start, count)
+            count = self._extend(start, count)
+            zeroed = start >= end_of_file or self._punch(start, count)
+            self._hint = start + count
+            return Run(start, count, zeroed)
+
+    def _describe(self, start: int) -> None:
+        """Refcount structures for clusters that have none, in the first of them."""
+        count = self._refcounts.describing(start)
+        self._check(start, count)
+        if self._extend(start, count) < count:
+            raise self._full()
+        before = self._refcounts.table_offset, self._refcounts.table_clusters
+        self._refcounts.describe(start)
+        self._hint = start + count
+        if self._refcounts.table_offset != before[0]:
+            first = before[0] >> self._bits
+            self.give_back(np.arange(first, first + before[1], dtype=np.uint64))
+
+    def _check(self, first: int, count: int) -> None:
+        if (first + count) << self._bits > _HOST_LIMIT:
+            raise self._full()
+        if what := self._metadata_in(first, count):
+            raise CorruptImage(
+                f"{what} lies in clusters {first} to {first + count - 1}, which are free by their refcounts",
+                path=self._storage.path,
+            )
+
+    def _extend(self, first: int, count: int) -> int:
+        """Makes the file hold the run, or its first cluster if that is all there is room for. Returns which."""
+        while first + count << self._bits > self._storage.size():
+            try:
+                self._storage.truncate(first + count << self._bits)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise self._full() from error  # a block device
+                if count == 1:
+                    raise
+                count = 1
+        return count
+
+    def _punch(self, first: int, count: int) -> bool:
+        """Whether the run reads as zeros now."""
+        if self._punches:
+            try:
+                self._storage.punch(HostOffset(first << self._bits), count << self._bits)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self._punches = False
+        return self._punches
+
+    def _full(self) -> BackingError:
+        return BackingError("no space is left in the image file", path=self._storage.path, errno=errno.ENOSPC)
+
+
+def runs_of(numbers: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """Sorted distinct numbers as (first, count) of those that follow one another."""
+    if numbers.size:
+        cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+        for part in np.split(numbers, cuts):
+            yield int(part[0]), part.size

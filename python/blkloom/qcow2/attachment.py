@@ -1,0 +1,337 @@
+"""An image as it is attached: the engine's table of it, filled as faults ask for it.
+
+The table is filled in stretches of `_STRETCH` units, over all layers at once; what a unit is afterwards, the engine
+knows without us. A unit that must be made first (compressed, or at the ragged end of a file) stays a fault until it is
+asked for; then it is made, on several threads where several are wanted, and the table leads to its memory. The table
+may forget pages at any time, for faults rebuild them. One thread (the mapper's). May fail: CorruptImage, OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom._engine import ClusterTable
+from blkloom.errors import ResourceError
+from blkloom.qcow2 import places
+from blkloom.qcow2.chain import Chain
+from blkloom.qcow2.layers import Job
+from blkloom.qcow2.types import Words
+from blkloom.qcow2.unpacked import Key, Unpacked
+from blkloom.units import format_size
+
+_STRETCH: Final = 4096
+_PAGES_A_TABLE: Final = 1 << 20
+_LARGEST_PAGE: Final = 1 << 20
+"""The engine's limit."""
+_MOST_PAGES: Final = 1 << 24
+"""The engine keeps eight bytes for each."""
+_TABLE_LIMIT: Final = 256 << 20
+"""Bytes of entries kept in memory at most; 16 TiB of disk in clusters of 512 KiB, 2 TiB in 64 KiB."""
+
+_AHEAD: Final = 4
+"""Clusters a thread that are made ahead of a reader who reads on."""
+
+EXTENT_DATA: Final = 0
+EXTENT_HOLE: Final = 3
+"""Flags of NBD's base:allocation: a hole that reads as zeros."""
+
+
+@dataclass(slots=True)
+class _Look:
+    """Where a range is: units from `first` on. around: the same from `low` on, in whole clusters of every layer. keys:
+    what of it must be made. filled: the engine was told of its whole stretch just now.
+    """
+
+    first: int
+    found: Words
+    low: int
+    around: Words
+    keys: list[Key]
+    filled: bool
+
+
+class Attachment:
+    """chain: what is attached; this closes nothing of it. size: bytes of the table. cache: bytes of clusters made in
+    memory. synchronize: waits until no request is in flight that looked the table up before.
+    """
+
+    def __init__(self, chain: Chain, size: int, *, cache: int, synchronize: Callable[[], None]) -> None:
+        self.chain: Final = chain
+        self.size: Final = size
+        self.faults = 0
+        """Requests that came here."""
+        self._bits = chain.unit_bits
+        self._shifts = np.array([chain.making_bits(number) - self._bits for number in range(len(chain.layers))])
+        self._units = -(-size >> self._bits)
+        self._page = max(_STRETCH, min(1 << max(self._units // _PAGES_A_TABLE - 1, 0).bit_length(), _LARGEST_PAGE))
+        if self._units > _MOST_PAGES * self._page:
+            raise ResourceError(
+                f"a disk of {format_size(size)} in pieces of {format_size(1 << self._bits)}, the smallest in its "
+                "chain, is more than can be mapped",
+                errno=errno.EFBIG,
+                cure="convert the images below to larger clusters (qemu-img convert)",
+            )
+        self._synchronize = synchronize
+        self.unpacked: Final = Unpacked(cache, chain.largest_cluster, self._evicted)
+        files = [*chain.files, self.unpacked.file]
+        self.table: Final = ClusterTable(size, 1 << self._bits, files, page=self._page)
+        self._memory_file = places.READ_ONLY | places.file_field(len(chain.files))
+        self._filled: OrderedDict[int, set[int]] = OrderedDict()
+        self._workers = min(os.cpu_count() or 1, 8)
+        self._pool: ThreadPoolExecutor | None = None
+        self._next_cluster: Key | None = None
+        self._ready: dict[tuple[int, int], bytes | None] = {}
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """A read that faulted: its bytes, or None once the table has changed and the engine may look again."""
+        self.faults += 1
+        if (offset, length) in self._ready:
+            return self._ready.pop((offset, length))
+        look = self._look(offset, length)
+        if not look.keys:
+            if not look.filled:
+                self.table.install(look.first, look.found.data)
+            return None
+        made = self._make(look.keys)
+        data = self._bytes(look, made, offset, length)
+        self._install(look)
+        if len(made) > len(look.keys):
+            self._publish_keys(key for key in made if key not in look.keys)
+        return data
+
+    def expect(self, reads: Iterable[tuple[int, int]]) -> None:
+        """These reads (offset, length) come next: makes what all of them need at once."""
+        self._ready.clear()
+        looks = {read: self._look(*read) for read in reads}
+        keys = list(dict.fromkeys(key for look in looks.values() for key in look.keys))
+        made = self._make(keys, raises=False) if len(keys) > 1 else {}
+        for (offset, length), look in looks.items():
+            if all(key in made or self.unpacked.place(key) is not None for key in look.keys):
+                self._ready[offset, length] = self._bytes(look, made, offset, length)
+                self._install(look)
+
+    def prepare(self, offset: int, length: int) -> None:
+        """Fills the table where a write faulted, so that the writes around it need not."""
+        self.faults += 1
+        self._fill_missing(*self._range(offset, length))
+
+    def publish(self, first: int, end: int) -> None:
+        """Tells the engine where units [first, end) are."""
+        if first < end:
+            self.table.install(first, self._for_engine(self.chain.places(first, end - first), first).data)
+
+    def install(self, first: int, entries: Words) -> None:
+        """Tells the engine where units of the *top image* are from `first` on: entries of its table."""
+        shift = self.chain.top.unit_bits - self._bits
+        spread = places.spread(entries, shift, self._bits)
+        self.table.install(first << shift, spread[: self._units - (first << shift)].data)
+
+    def forget(self) -> None:
+        """The engine asks again for everything."""
+        for page in self._filled:
+            self.table.drop(page)
+        self._filled.clear()
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, flags) runs of the range, flags EXTENT_DATA or EXTENT_HOLE."""
+        self.faults += 1
+        found: list[tuple[int, int]] = []
+        first, end = self._range(offset, length)
+        at = offset
+        for low in range(first, end, _STRETCH):
+            high = min(low + _STRETCH, end)
+            hole = self.chain.places(low, high - low) == places.ZERO
+            cuts = (np.flatnonzero(hole[1:] != hole[:-1]) + 1).tolist()
+            for start, stop in zip([0, *cuts], [*cuts, hole.size], strict=True):
+                until = min(low + stop << self._bits, offset + length)
+                flags = EXTENT_HOLE if hole[start] else EXTENT_DATA
+                if found and found[-1][1] == flags:
+                    found[-1] = (found[-1][0] + until - at, flags)
+                else:
+                    found.append((until - at, flags))
+                at = until
+        return found
+
+    def close(self) -> None:
+        """Ends its threads and gives its memory up."""
+        if self._pool:
+            self._pool.shutdown()
+            self._pool = None
+        self.unpacked.close()
+
+    # below: the table
+
+    def _range(self, offset: int, length: int) -> tuple[int, int]:
+        return offset >> self._bits, min(-(-(offset + length) >> self._bits), self._units)
+
+    def _look(self, offset: int, length: int) -> _Look:
+        """Where the range is. The table is filled there, if it was not."""
+        first, end = self._range(offset, length)
+        filled = self._fill_missing(first, end)
+        low, high = self._whole_clusters(first, end)
+        around = self.chain.places(low, high - low)
+        found = around[first - low : end - low]
+        return _Look(first, found, low, around, self._keys(found, first), filled)
+
+    def _install(self, look: _Look) -> None:
+        """Tells the engine, memory included."""
+        self.table.install(look.low, self._for_engine(look.around, look.low).data)
+
+    def _whole_clusters(self, first: int, end: int) -> tuple[int, int]:
+        """Units that make whole clusters of every layer."""
+        mask = (self.chain.largest_cluster >> self._bits) - 1
+        return first & ~mask, min((end + mask) & ~mask, self._units)
+
+    def _fill_missing(self, first: int, end: int) -> bool:
+        """Fills the stretches that units [first, end) lie in and that are not; whether there were any."""
+        missing = False
+        for stretch in range(first // _STRETCH, -(-end // _STRETCH)):
+            page, low = stretch * _STRETCH // self._page, stretch * _STRETCH
+            if stretch not in self._filled.get(page, ()):
+                missing = True
+                self.publish(low, min(low + _STRETCH, self._units))
+                self._filled.setdefault(page, set()).add(stretch)
+                self._drop_pages(page)
+        return missing
+
+    def _drop_pages(self, newest: int) -> None:
+        self._filled.move_to_end(newest)
+        while len(self._filled) * self._page * 8 > max(_TABLE_LIMIT, 2 * self._page * 8):
+            page, _ = self._filled.popitem(last=False)
+            self.table.drop(page)
+
+    def _for_engine(self, found: Words, first: int) -> Words:
+        """Units in memory as they are there, or as faults where they are not."""
+        waiting = np.flatnonzero(found >> places.KIND_SHIFT == places.IN_MEMORY_KIND)
+        if not waiting.size:
+            return found
+        numbers, clusters = self._layers_and_clusters(found[waiting], waiting + first)
+        found[waiting] = places.SHOWS_THROUGH
+        if not self.unpacked.used:
+            return found
+        for key in dict.fromkeys(zip(numbers.tolist(), clusters.tolist(), strict=True)):
+            if (place := self.unpacked.place(key)) is not None:
+                mine = waiting[(numbers == key[0]) & (clusters == key[1])]
+                offsets = (mine + first - self._units_of(key)[0] << self._bits) + place
+                found[mine] = self._memory_file | offsets.astype(np.uint64) >> places.SECTOR_SHIFT
+        return found
+
+    # below: what is made in memory
+
+    def _keys(self, found: Words, first: int) -> list[Key]:
+        """The clusters that units in memory belong to, in order."""
+        waiting = np.flatnonzero(found >> places.KIND_SHIFT == places.IN_MEMORY_KIND)
+        if not waiting.size:
+            return []
+        numbers, clusters = self._layers_and_clusters(found[waiting], waiting + first)
+        return list(dict.fromkeys(zip(numbers.tolist(), clusters.tolist(), strict=True)))
+
+    def _make(self, keys: list[Key], *, raises: bool = True) -> dict[Key, bytes]:
+        """Makes those that are not there, and some ahead of a reader who reads on; takes them in. Returns what it
+        made. Unless it `raises`, what cannot be made is left to the request that needs it.
+        """
+        wanted = [key for key in keys if self.unpacked.place(key) is None]
+        if not wanted:
+            return {}
+        ahead = self._ahead(keys)
+        outcomes: dict[Key, bytes | OSError] = {}
+        jobs: dict[Key, Job] = {}
+        for key in [*wanted, *ahead]:
+            try:
+                jobs[key] = self.chain.making(*key)
+            except OSError as error:
+                outcomes[key] = error
+        outcomes |= zip(jobs, self._do_all(list(jobs.values())), strict=True)
+        made = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, bytes)}
+        self.unpacked.put(made)
+        failures = [outcomes[key] for key in wanted if key not in made]
+        if raises and failures and isinstance(failures[0], OSError):
+            self._publish_keys(made)
+            raise failures[0]
+        return made
+
+    def _do_all(self, jobs: list[Job]) -> Iterable[bytes | OSError]:
+        """On several threads, where that is worth it."""
+        if len(jobs) < 2 or self._workers < 2:
+            return [_outcome(job) for job in jobs]
+        self._pool = self._pool or ThreadPoolExecutor(self._workers, thread_name_prefix="blkloom-unpack")
+        return self._pool.map(_outcome, jobs)
+
+    def _ahead(self, keys: list[Key]) -> list[Key]:
+        """Compressed clusters to make as well, because someone reads on."""
+        reads_on = self._next_cluster == keys[0] and self._workers > 1
+        number, last = keys[-1]
+        self._next_cluster = (number, last + 1)
+        bits = self.chain.making_bits(number)
+        if not reads_on or bits != self.chain.layers[number].cluster_bits:
+            return []
+        room = min(self._workers * _AHEAD, self.unpacked.slots // 4)
+        end = min(last + 1 + max(room - len(keys), 0), self.size >> bits)
+        found: list[Key] = []
+        for cluster in range(last + 1, end):
+            if self.chain.layers[number].compressed(cluster) is None:
+                break
+            found.append((number, cluster))
+        self._next_cluster = (number, last + 1 + len(found))
+        return [key for key in found if self.unpacked.place(key) is None]
+
+    def _bytes(self, look: _Look, made: dict[Key, bytes], offset: int, length: int) -> bytes | None:
+        """The range, if all of it is in memory."""
+        found, first = look.found, look.first
+        if not look.keys or not (found >> places.KIND_SHIFT == places.IN_MEMORY_KIND).all():
+            return None
+        numbers, clusters = self._layers_and_clusters(found, np.arange(first, first + found.size))
+        cuts = (np.flatnonzero((numbers[1:] != numbers[:-1]) | (clusters[1:] != clusters[:-1])) + 1).tolist()
+        parts: list[bytes] = []
+        for start, stop in zip([0, *cuts], [*cuts, found.size], strict=True):
+            key = (int(numbers[start]), int(clusters[start]))
+            low, high = max(first + start << self._bits, offset), min(first + stop << self._bits, offset + length)
+            within = low - (key[1] << self.chain.making_bits(key[0]))
+            part = (
+                made[key][within : within + high - low] if key in made else self.unpacked.read(key, within, high - low)
+            )
+            if part is None:  # made room for another one of these
+                part = self.chain.making(*key)()[within : within + high - low]
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _layers_and_clusters(self, found: Words, units: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Of units that are in memory: their layers, and their clusters there."""
+        numbers = (found >> places.FILE_SHIFT & places.FILE_MASK).astype(np.intp)
+        return numbers, units >> self._shifts[numbers]
+
+    def _units_of(self, key: Key) -> tuple[int, int]:
+        shift = int(self._shifts[key[0]])
+        return key[1] << shift, min(key[1] + 1 << shift, self._units)
+
+    def _publish_keys(self, keys: Iterable[Key]) -> None:
+        """Tells the engine where these are, neighbours together."""
+        low = high = 0
+        for first, end in sorted(map(self._units_of, keys)):
+            if first > high:
+                self.publish(low, high)
+                low = first
+            high = max(high, end)
+        self.publish(low, high)
+
+    def _evicted(self, keys: list[Key]) -> None:
+        """They are faults again, and nobody reads there."""
+        for first, end in map(self._units_of, keys):
+            self.table.fill(first, end - first, int(places.SHOWS_THROUGH))
+        self._synchronize()
+
+
+def _outcome(job: Job) -> bytes | OSError:
+    try:
+        return job()
+    except OSError as error:
+        return error

@@ -1,0 +1,281 @@
+"""Persistent dirty bitmaps: read, kept right while the image is written, or left saying that they are not.
+
+A bitmap with the *auto* flag records every change of the disk. From the first write on it says *in_use* on disk
+(`begin`), its bits are kept here, and `store` writes them and takes the flag away; after a crash the flag stays,
+and everybody knows. Writes that the engine does by itself are seen because `unseen` ranges are published
+read-only until their bits are set. A bitmap in use already, disabled, of unknown extra data, or too large to be
+kept stays as it is, except that a large enabled one is marked in_use too. One thread (the mapper's).
+May fail: CorruptImage, OSError.
+
+Source: QEMU docs/interop/qcow2, "Bitmaps extension" and "Bitmaps".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.types import HostOffset
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.storage import Storage
+
+IN_USE: Final = 1
+AUTO: Final = 2
+EXTRA_DATA_COMPATIBLE: Final = 4
+
+_ENTRY: Final = struct.Struct(">QIIBBHI")
+_EXTENSION: Final = struct.Struct(">IIQQ")
+_FLAGS_AT: Final = 12
+_MOST_BITMAPS: Final = 65535
+_DIRECTORY_LIMIT: Final = _MOST_BITMAPS * (_ENTRY.size + 1023)
+_TABLE_LIMIT: Final = 0x8000000 // 8
+_MEMORY_LIMIT: Final = 64 << 20
+"""Bytes of bits kept in memory, all bitmaps together."""
+
+_OFFSET: Final = np.uint64(0x00FFFFFFFFFFFE00)
+_ALL_ONES: Final = np.uint64(1)
+
+
+@dataclass(slots=True)
+class Bitmap:
+    """One entry of the directory. `at`: where in the file the entry begins."""
+
+    name: str
+    at: int
+    table_offset: HostOffset
+    table_size: int
+    flags: int
+    granularity_bits: int
+    extra_data_size: int
+    bits: NDArray[np.uint8] | None = field(default=None, repr=False)
+    """Eight granules a byte, least significant first, while they are kept here."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether what it says may be believed."""
+        return not self.flags & IN_USE and (not self.extra_data_size or bool(self.flags & EXTRA_DATA_COMPATIBLE))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it records changes."""
+        return bool(self.flags & AUTO)
+
+
+def read_directory(storage: Storage, extension: bytes, *, cluster_bits: int, disk_size: int) -> list[Bitmap]:
+    """The bitmaps that the header extension `extension` (0x23852875) leads to. Raises CorruptImage."""
+
+    def corrupt(what: str) -> CorruptImage:
+        return CorruptImage(f"bitmaps: {what}", path=storage.path)
+
+    if len(extension) < _EXTENSION.size:
+        raise corrupt(f"header extension of {len(extension)} bytes instead of {_EXTENSION.size}")
+    count, _, size, offset = _EXTENSION.unpack_from(extension)
+    if not 0 < count <= _MOST_BITMAPS or size > min(_DIRECTORY_LIMIT, storage.size()):
+        raise corrupt(f"{count} bitmaps in a directory of {size} bytes")
+    if offset % (1 << cluster_bits) or not offset or offset + size > storage.size():
+        raise corrupt(f"directory at {offset:#x}")
+    directory = storage.read(HostOffset(offset), size)
+    found: list[Bitmap] = []
+    at = 0
+    for _ in range(count):
+        if at + _ENTRY.size > size:
+            raise corrupt(f"the directory ends within entry {len(found)}")
+        table_offset, table_size, flags, kind, granularity_bits, name_size, extra = _ENTRY.unpack_from(directory, at)
+        name_at = at + _ENTRY.size + extra
+        if name_at + name_size > size or not 0 < name_size <= 1023:
+            raise corrupt(f"the directory ends within entry {len(found)}")
+        name = directory[name_at : name_at + name_size].decode("utf-8", "backslashreplace")
+        bitmap = Bitmap(name, offset + at, HostOffset(table_offset), table_size, flags, granularity_bits, extra)
+        if kind != 1 or flags & ~7 or not 9 <= granularity_bits <= 31:
+            raise corrupt(f"{name!r} has type {kind}, flags {flags:#x}, granularity 2^{granularity_bits}")
+        if table_offset % (1 << cluster_bits) or not table_offset or not 0 < table_size <= _TABLE_LIMIT:
+            raise corrupt(f"{name!r} has a table of {table_size} entries at {table_offset:#x}")
+        if table_offset + table_size * 8 > storage.size():
+            raise corrupt(f"the table of {name!r} reaches past the end of the file")
+        if bitmap.usable and table_size << cluster_bits < _bytes_of(disk_size, granularity_bits):
+            raise corrupt(f"{name!r} is too small for the disk")
+        found.append(bitmap)
+        at += -(-(_ENTRY.size + extra + name_size) // 8) * 8
+    return found
+
+
+class Bitmaps:
+    """The bitmaps of an image that is written to, in units of `1 << unit_bits` bytes."""
+
+    def __init__(
+        self, storage: Storage, bitmaps: list[Bitmap], *, cluster_bits: int, unit_bits: int, disk_size: int
+    ) -> None:
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._unit_bits = unit_bits
+        self._disk_size = disk_size
+        self.all: Final = bitmaps
+        self._tracked: list[Bitmap] = []
+        self._begun = False
+        left = _MEMORY_LIMIT
+        for bitmap in bitmaps:
+            size = _bytes_of(disk_size, bitmap.granularity_bits)
+            if bitmap.enabled and bitmap.usable and size <= left:
+                left -= size
+                self._tracked.append(bitmap)
+
+    @property
+    def tracking(self) -> bool:
+        """Whether changes are recorded."""
+        return bool(self._tracked)
+
+    def give_up(self) -> bool:
+        """Marks those in_use that record changes and are not kept here. Returns whether there were any; then the
+        caller syncs.
+        """
+        lost = [bitmap for bitmap in self.all if bitmap.enabled and bitmap not in self._tracked]
+        lost = [bitmap for bitmap in lost if not bitmap.flags & IN_USE]
+        for bitmap in lost:
+            self._set_flags(bitmap, bitmap.flags | IN_USE)
+        return bool(lost)
+
+    def begin(self) -> bool:
+        """Before the first change: reads the bits and marks them in_use. Returns whether there are any; then the
+        caller syncs.
+        """
+        for bitmap in self._tracked:
+            bitmap.bits = self.bits_of(bitmap)
+            self._set_flags(bitmap, bitmap.flags | IN_USE)
+        self._begun = True
+        return bool(self._tracked)
+
+    def mark(self, offset: int, length: int) -> None:
+        """The range is about to be changed. Whole units are marked: the engine may write to all of one afterwards."""
+        unit = self._unit_bits
+        start, end = offset >> unit << unit, min((offset + length - 1 >> unit) + 1 << unit, self._disk_size)
+        for bitmap in self._tracked:
+            assert bitmap.bits is not None, "begin() comes first"
+            _set_bits(bitmap.bits, start >> bitmap.granularity_bits, (end - 1 >> bitmap.granularity_bits) + 1)
+
+    def unseen(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Of `count` units from `first` on, those whose change must not go unnoticed."""
+        found = np.zeros(count, np.bool_)
+        for bitmap in self._tracked:
+            if bitmap.bits is None:
+                found[:] = True
+                continue
+            shift = bitmap.granularity_bits - self._unit_bits
+            if shift >= 0:
+                granules = np.arange(first, first + count, dtype=np.int64) >> shift
+                found |= bitmap.bits[granules >> 3] >> (granules & 7).astype(np.uint8) & 1 == 0
+            else:
+                each = 1 << -shift
+                low, high = first * each, (first + count) * each
+                bits = np.unpackbits(bitmap.bits[low >> 3 : -(-high // 8)], bitorder="little")[low & 7 :]
+                whole = np.ones(count * each, np.uint8)  # past the disk's end nothing is missed
+                whole[: min(bits.size, count * each)] = bits[: count * each]
+                found |= ~whole.reshape(count, each).astype(np.bool_).all(axis=1)
+        return found
+
+    def bits_of(self, bitmap: Bitmap) -> NDArray[np.uint8]:
+        """The bits on disk, eight granules a byte. Raises CorruptImage."""
+        size = _bytes_of(self._disk_size, bitmap.granularity_bits)
+        bits = np.zeros(size, np.uint8)
+        cluster = 1 << self._cluster_bits
+        for number, entry in enumerate(self._table(bitmap).tolist()):
+            low = number << self._cluster_bits
+            if low >= size:
+                break
+            if offset := entry & int(_OFFSET):
+                raw = self._storage.read(HostOffset(offset), min(cluster, size - low))
+                bits[low : low + cluster] = np.frombuffer(raw, np.uint8)
+            elif entry:
+                bits[low : low + cluster] = 0xFF
+        return bits
+
+    def store_bits(self, allocate: Callable[[], HostOffset]) -> Callable[[], None] | None:
+        """Writes the bits kept, into new clusters where there were none, and returns what is to be called when
+        these and their refcounts are durable: it writes the tables. None: nothing was kept.
+        """
+        if not self._begun:
+            return None
+        tables: list[tuple[HostOffset, bytes]] = []
+        cluster = 1 << self._cluster_bits
+        for bitmap in self._tracked:
+            assert bitmap.bits is not None, "begin() comes first"
+            table = self._table(bitmap)
+            for number in range(min(table.size, -(-bitmap.bits.size // cluster))):
+                bits = bitmap.bits[number * cluster : (number + 1) * cluster]
+                offset = int(table[number] & _OFFSET)
+                if not offset:
+                    if not bits.any():
+                        table[number] = 0
+                        continue
+                    offset = allocate()
+                    table[number] = offset
+                self._storage.write(HostOffset(offset), bits.tobytes().ljust(cluster, b"\0"))
+            tables.append((bitmap.table_offset, table.astype(">u8").tobytes()))
+
+        def write_tables() -> None:
+            for offset, table in tables:
+                self._storage.write(offset, table)
+
+        return write_tables
+
+    def end(self) -> None:
+        """What `store_bits` wrote is durable: the bitmaps are not in use any more. The caller syncs."""
+        for bitmap in self._tracked:
+            self._set_flags(bitmap, bitmap.flags & ~IN_USE)
+            bitmap.bits = None
+        self._begun = False
+
+    def clusters(self) -> NDArray[np.uint64]:
+        """Host clusters of tables and bits (the directory is the header's), once for each reference."""
+        found = [np.zeros(0, np.uint64)]
+        bits = np.uint64(self._cluster_bits)
+        for bitmap in self.all:
+            first = bitmap.table_offset >> self._cluster_bits
+            count = -(-bitmap.table_size * 8 >> self._cluster_bits)
+            found.append(np.arange(first, first + count, dtype=np.uint64))
+            offsets = self._table(bitmap) & _OFFSET
+            found.append(offsets[offsets != 0] >> bits)
+        return np.concatenate(found)
+
+    def _table(self, bitmap: Bitmap) -> NDArray[np.uint64]:
+        raw = self._storage.read(bitmap.table_offset, bitmap.table_size * 8)
+        table = np.frombuffer(raw, ">u8").astype(np.uint64)
+        offsets = table & _OFFSET
+        wrong = (table & ~(_OFFSET | _ALL_ONES)) != 0
+        wrong |= (offsets & np.uint64((1 << self._cluster_bits) - 1)) != 0
+        wrong |= (offsets != 0) & ((table & _ALL_ONES) != 0)
+        wrong |= offsets >= np.uint64(self._storage.size())
+        if wrong.any():
+            number = int(wrong.argmax())
+            raise CorruptImage(
+                f"bitmap {bitmap.name!r}: table entry {number} is {int(table[number]):#x}", path=self._storage.path
+            )
+        return table
+
+    def _set_flags(self, bitmap: Bitmap, flags: int) -> None:
+        self._storage.write(HostOffset(bitmap.at + _FLAGS_AT), flags.to_bytes(4, "big"))
+        bitmap.flags = flags
+
+
+def _bytes_of(disk_size: int, granularity_bits: int) -> int:
+    """Bytes of bits that a disk needs."""
+    granules = -(-disk_size >> granularity_bits)
+    return -(-granules // 8)
+
+
+def _set_bits(bits: NDArray[np.uint8], low: int, high: int) -> None:
+    """Sets the bits [low, high), least significant first."""
+    first, last = low >> 3, high - 1 >> 3
+    head, tail = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - (high - 1 & 7))
+    if first == last:
+        bits[first] |= head & tail
+    else:
+        bits[first] |= head
+        bits[first + 1 : last] = 0xFF
+        bits[last] |= tail

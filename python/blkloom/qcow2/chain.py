@@ -1,0 +1,227 @@
+"""A backing chain: opened from the names that images give, and flattened as it is looked up.
+
+`open_chain` opens what the images name, through the gate and for reading only; `Chain` answers for the whole stack:
+where a unit is, over all layers at once, and what its bytes are. Layers may have different cluster sizes; a unit of
+the chain is the smallest unit of any of them. Depth costs a lookup once for each page of the table, reads nothing.
+Nothing recurses, whatever the depth. One thread (the mapper's). May fail: CorruptImage, UnsupportedImage,
+BackingError, OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import BackingError
+from blkloom.qcow2 import places
+from blkloom.qcow2.errors import CorruptImage, UnsupportedImage
+from blkloom.qcow2.header import MAGIC, ExtensionKind, Header, read_header
+from blkloom.qcow2.image import Image
+from blkloom.qcow2.layers import ImageLayer, Job, Layer, RawLayer
+from blkloom.qcow2.snapshots import find_snapshot, read_snapshots
+from blkloom.qcow2.storage import FileStorage
+from blkloom.qcow2.types import HostOffset, Words
+
+if TYPE_CHECKING:
+    from blkloom._engine import File
+    from blkloom.gate import Gate
+
+_MOST_LAYERS: Final = places.MOST_FILES - 1
+"""The engine's table has one file a layer, and one for what is made in memory."""
+
+
+class Files(Protocol):
+    """Who opens files: `target.opening.Opening`."""
+
+    def file(self, path: str, *, read_only: bool, direct_io: bool | None = None, claimed: bool = True) -> File:
+        """As `Opening.file`."""
+
+    def warn(self, what: str) -> None:
+        """As `Opening.warn`."""
+
+
+class Chain:
+    """layers: from the top down. files: the engine's file of each. unit_bits: of the chain."""
+
+    def __init__(self, layers: list[Layer], files: list[File]) -> None:
+        self.layers: Final = layers
+        self.files: Final = files
+        top = layers[0]
+        assert isinstance(top, ImageLayer), "a raw file needs no chain"
+        self.top: Final = top
+        self.unit_bits: Final = min(layer.unit_bits for layer in layers)
+        self.largest_cluster: Final = 1 << max(self.unit_bits, *(layer.cluster_bits for layer in layers))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self.top.size
+
+    def places(self, first: int, count: int) -> Words:
+        """Where units are: an entry each, none of which shows through."""
+        found = self.top.places(first, count, self.unit_bits)
+        return self._below(found, first, self.layers[1:])
+
+    def zeros(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Of `count` units of the *top image* from `first` on, those that would certainly read as zeros if the top
+        held nothing there.
+        """
+        shift = self.top.unit_bits - self.unit_bits
+        found = np.zeros(count << shift, np.uint64)
+        found = self._below(found, first << shift, self.layers[1:])
+        zeros: NDArray[np.bool_] = (found == places.ZERO).reshape(count, 1 << shift).all(axis=1)
+        return zeros
+
+    def _below(self, found: Words, first: int, layers: list[Layer]) -> Words:
+        """Fills what shows through from `layers`, and from nothing at last."""
+        for layer in layers:
+            through = np.flatnonzero(found == places.SHOWS_THROUGH)
+            if not through.size:
+                return found
+            low, high = int(through[0]), int(through[-1]) + 1
+            part = found[low:high]
+            np.copyto(part, layer.places(first + low, high - low, self.unit_bits), where=part == places.SHOWS_THROUGH)
+        found[found == places.SHOWS_THROUGH] = places.ZERO
+        return found
+
+    def read(self, offset: int, length: int, *, start: int = 0) -> bytes:
+        """What the disk holds as seen from layer `start` down; zeros past its end. Raises CorruptImage, OSError."""
+        out = bytearray(length)
+        pieces = [(offset, offset + length)]
+        for layer in self.layers[start:]:
+            if not pieces:
+                break
+            pieces = layer.fill(out, offset, pieces)
+        return bytes(out)
+
+    def read_below(self, offset: int, length: int) -> bytes:
+        """What shows through where the top image holds nothing."""
+        return self.read(offset, length, start=1)
+
+    def making(self, number: int, cluster: int) -> Job:
+        """What makes a cluster of layer `number` that is IN_MEMORY; the job may run on any thread. Raises CorruptImage,
+        OSError.
+        """
+        layer = self.layers[number]
+        bits = self.making_bits(number)
+        if bits == layer.cluster_bits and (job := layer.compressed(cluster)):
+            whole = layer.size - (cluster << bits)
+            if number == 0 or whole >= 1 << bits:
+                return job
+        data = self.read(cluster << bits, 1 << bits, start=number)
+        return lambda: data
+
+    def making_bits(self, number: int) -> int:
+        """What is made at once of a layer has `1 << n` bytes."""
+        return max(self.layers[number].cluster_bits, self.unit_bits)
+
+
+def open_chain(
+    path: str,
+    files: Files,
+    gate: Gate,
+    *,
+    writable: bool = False,
+    snapshot: str = "",
+    claimed: bool = True,
+) -> Chain:
+    """The image at `path` and all it stands on. writable: the top image is to be written to. Raises CorruptImage,
+    UnsupportedImage, BackingError, UsageError (no such snapshot).
+    """
+    return _Opener(files, gate, claimed).chain(path, writable=writable, snapshot=snapshot)
+
+
+@dataclass(slots=True)
+class _Opener:
+    files: Files
+    gate: Gate
+    claimed: bool
+    seen: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def chain(self, path: str, *, writable: bool, snapshot: str) -> Chain:
+        layers: list[Layer] = []
+        data: list[File] = []
+        form = "qcow2"
+        while True:
+            if len(layers) == _MOST_LAYERS:
+                raise BackingError(f"a chain of more than {_MOST_LAYERS} images", path=path, errno=errno.ELOOP)
+            top = not layers
+            storage = self._storage(path, writable=writable and top, what="image" if top else "backing file")
+            if form == "raw":
+                layers.append(RawLayer(len(layers), storage))
+                data.append(self._data(path, writable=False))
+                break
+            header = read_header(storage)
+            layer, file = self._image(len(layers), path, storage, header, writable and top, snapshot if top else "")
+            layers.append(layer)
+            data.append(file)
+            if header.backing_name is None:
+                break
+            named_by, path = path, self.gate.reach(header.backing_name, named_by=path, what="backing file")
+            form = self._form(header, path, named_by)
+        return Chain(layers, data)
+
+    def _image(
+        self, number: int, path: str, storage: FileStorage, header: Header, writable: bool, snapshot: str
+    ) -> tuple[Layer, File]:
+        data_path, data_storage = path, storage
+        if header.has_data_file:
+            name = header.extension(ExtensionKind.DATA_FILE_NAME)
+            if not name:
+                raise CorruptImage("it needs an external data file and names none", path=path)
+            data_path = self.gate.reach(name, named_by=path, what="data file")
+            data_storage = self._storage(data_path, writable=writable, what="data file")
+            self.files.warn(f"{path}: its data is in the external file {data_path}")
+        chosen = find_snapshot(read_snapshots(storage, header), snapshot, path=path) if snapshot else None
+        image = Image.open(storage, writable=writable, data_storage=data_storage, header=header, snapshot=chosen)
+        return ImageLayer(number, image), self._data(data_path, writable=writable)
+
+    def _form(self, header: Header, path: str, named_by: str) -> str:
+        """Raw or qcow2."""
+        said = header.extension(ExtensionKind.BACKING_FORMAT)
+        if said is not None:
+            form = said.decode("utf-8", "backslashreplace")
+            if form in ("raw", "file", "host_device"):
+                return "raw"
+            if form == "qcow2":
+                return form
+            raise UnsupportedImage(
+                f"its backing file {path} has the format {form!r}",
+                path=named_by,
+                cure="qcow2 and raw are known; convert it with qemu-img",
+            )
+        storage = FileStorage(self._open(path, writable=False).fileno(), path)
+        form = "qcow2" if storage.read(HostOffset(0), 4) == MAGIC else "raw"
+        self.files.warn(
+            f"{named_by} does not say which format its backing file {path} has; it looks like {form} "
+            f"(qemu-img rebase -u -F {form} says so)"
+        )
+        return form
+
+    def _storage(self, path: str, *, writable: bool, what: str) -> FileStorage:
+        """For metadata, buffered. Each file stands in a chain once."""
+        file = self._open(path, writable=writable)
+        status = os.fstat(file.fileno())
+        identity = (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+        if identity in self.seen:
+            raise CorruptImage(
+                f"the {what} is in a chain that leads back to itself: it is there as {self.seen[identity]} already",
+                path=path,
+                cure="see qemu-img info --backing-chain",
+                errno=errno.ELOOP,
+            )
+        self.seen[identity] = path
+        return FileStorage(file.fileno(), path)
+
+    def _open(self, path: str, *, writable: bool) -> File:
+        return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed)
+
+    def _data(self, path: str, *, writable: bool) -> File:
+        """For guest data, direct if the device is."""
+        return self.files.file(path, read_only=not writable, claimed=self.claimed)

@@ -1,0 +1,88 @@
+"""Copy on write: puts what a write does not cover where the write will go, before anybody is sent there.
+
+What is published holds all of its old contents (or the new ones, where the write is at hand), so that whatever
+happens to the write itself (the client goes, the machine stops), each byte reads as before or as after it.
+One thread (the mapper's). May fail: OSError of the files below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2.types import GuestOffset, HostOffset
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.storage import Storage
+
+_PIECE: Final = 1 << 20
+_GLANCE: Final = 16
+"""Most data can be told from zeros by so many bytes."""
+
+
+class Below(Protocol):
+    """What the image would read as if it had no clusters of its own: its backing chain."""
+
+    def zeros(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Of `count` units from unit `first` on, those that certainly read as zeros."""
+
+    def read_below(self, offset: GuestOffset, length: int) -> bytes:
+        """Its bytes; zeros past its end."""
+
+
+class Payload:
+    """The bytes of the write that asks, fetched when first needed (a copy of them is made then)."""
+
+    def __init__(self, offset: GuestOffset, length: int, fetch: Callable[[], bytes] | None) -> None:
+        self.offset = offset
+        self.end = offset + length
+        self._fetch = fetch
+        self._bytes: bytes | None = None
+        self.at_hand: Final = fetch is not None
+
+    def part(self, low: int, high: int) -> bytes:
+        """The bytes of [low, high), guest offsets within the write."""
+        if self._bytes is None:
+            assert self._fetch is not None, "at_hand says so"
+            self._bytes = self._fetch()
+        return self._bytes[low - self.offset : high - self.offset]
+
+
+class Copier:
+    """Copies old contents of guest ranges to host ranges of `storage`.
+
+    read: the guest's contents as they are now: (offset, length) to bytes, zeros past the end of the disk.
+    """
+
+    def __init__(self, storage: Storage, read: Callable[[GuestOffset, int], bytes]) -> None:
+        self._storage = storage
+        self._read = read
+        self.copied = 0
+        """Bytes of old contents copied."""
+
+    def fill(
+        self, low: int, high: int, host: int, payload: Payload, *, zeroed: bool, below: Below | None = None
+    ) -> None:
+        """Makes the host range at `host` what guest range [low, high) holds with the payload over it, or without,
+        if that is not at hand. zeroed: the host range reads as zeros already. below: all of it shows through from
+        there.
+        """
+        read = below.read_below if below else self._read
+        for start in range(low, high, _PIECE):
+            end = min(start + _PIECE, high)
+            contents = self._contents(start, end, payload, read)
+            if not zeroed or any(contents[:_GLANCE]) or contents.count(0) != len(contents):
+                self._storage.write(HostOffset(host + start - low), contents)
+
+    def _contents(self, low: int, high: int, payload: Payload, read: Callable[[GuestOffset, int], bytes]) -> bytes:
+        start, end = max(low, payload.offset), min(high, payload.end)
+        if start == low and end == high and payload.at_hand:
+            return payload.part(start, end)
+        self.copied += high - low
+        old = read(GuestOffset(low), high - low)
+        if not payload.at_hand or start >= end:
+            return old
+        return b"".join((old[: start - low], payload.part(start, end), old[end - low :]))

@@ -1,0 +1,229 @@
+"""Discarding, and writing zeros without writing: whole tables at once, with NumPy.
+
+Both are about *units* (clusters, or subclusters of extended images). What a discard covers only in part it leaves
+alone; what zeros cover in part is written. Discarded data reads as zeros, so that nothing below shows through, where
+the format can say that; where it cannot (version 2 over a backing file) a discard does nothing. One thread (the
+mapper's). May fail: CorruptImage, OSError, FaultError (EOPNOTSUPP: zeros asked for fast that cannot be).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import FaultError
+from blkloom.qcow2.cow import Payload
+from blkloom.qcow2.placing import ALL_ZEROS, runs_alike
+from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, Kind
+from blkloom.qcow2.types import GuestOffset, HostOffset, L1Index, Words
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.ahead import Ahead
+    from blkloom.qcow2.image import L2Table
+    from blkloom.qcow2.mapping import Mapping
+    from blkloom.qcow2.preparing import Preparer
+
+_OFFSET: Final = np.uint64(OFFSET_MASK)
+_COPIED: Final = np.uint64(COPIED)
+_COMPRESSED: Final = np.uint64(COMPRESSED)
+_ALL_ZERO: Final = np.uint64(ALL_ZERO)
+_NONE: Final = np.uint64(0)
+_HALF: Final = 32
+_PIECE: Final = 1 << 20
+
+
+class Discarder:
+    """Takes guest ranges out of `mapping`."""
+
+    def __init__(self, mapping: Mapping, preparer: Preparer, ahead: Ahead) -> None:
+        self._mapping = mapping
+        self._preparer = preparer
+        self._ahead = ahead
+        self._layout = mapping.layout
+        self._geometry = mapping.layout.geometry
+        self._size = mapping.image.size
+        self._raw = mapping.image.header.raw_data_file
+        self._says_zero = mapping.layout.version >= 3 or mapping.below is None
+        """Whether an entry can say that a cluster reads as zeros."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """The contents of the range are not needed any more."""
+        low, high = self._whole_units(offset, length)
+        if low >= high or not self._says_zero:
+            return
+        if self._raw:
+            self._clear_data(low, high)
+        else:
+            self._zero_units(low, high, keep=False, partly=False)
+
+    def write_zeroes(self, offset: int, length: int, *, keep: bool, fast: bool) -> None:
+        """The range reads as zeros. keep: what has space keeps it. fast: fail rather than write for long."""
+        low, high = self._whole_units(offset, length)
+        bits = self._geometry.unit_bits
+        if low >= high:
+            self._write_zeroes(offset, offset + length)
+            return
+        in_place = not self._says_zero or (keep and self._layout.version < 3)
+        if in_place and fast and not self._raw:
+            raise FaultError(errno.EOPNOTSUPP, "zeros must be written here")
+        start, end = low << bits, min(high << bits, self._size)
+        if offset < start:
+            self._write_zeroes(offset, start)
+        if self._raw:
+            self._clear_data(low, high, keep=keep)
+        elif in_place:
+            self._write_zeroes(start, end)
+        else:
+            self._zero_units(low, high, keep=keep, partly=True)
+        if end < offset + length:
+            self._write_zeroes(end, offset + length)
+
+    def _whole_units(self, offset: int, length: int) -> tuple[int, int]:
+        """Units that the range covers; the disk's last one may be cut short."""
+        bits, end = self._geometry.unit_bits, offset + length
+        return -(-offset >> bits), -(-end >> bits) if end >= self._size else end >> bits
+
+    def _zero_units(self, low: int, high: int, *, keep: bool, partly: bool) -> None:
+        """Units [low, high). partly: also those of compressed clusters of which others remain."""
+        per = self._geometry.units_a_cluster
+        first, end = -(-low // per), high // per
+        if high << self._geometry.unit_bits >= self._size:
+            end = -(-high // per)
+        if first > end:
+            self._zero_subclusters(low // per, low % per, high % per, partly=partly)
+            return
+        if low < first * per:
+            self._zero_subclusters(first - 1, low % per, per, partly=partly)
+        for index, start, stop in self._mapping.pieces(first, end):
+            self._zero_clusters(index, start, stop, keep=keep)
+        if end * per < high:
+            self._zero_subclusters(end, 0, high - end * per, partly=partly)
+
+    def _zero_clusters(self, index: L1Index, low: int, high: int, *, keep: bool) -> None:
+        """Entries [low, high) of a table."""
+        mapping = self._mapping
+        table = mapping.image.l2(index)
+        if table is None:
+            below = mapping.zeros_below(index, low, high)
+            if below is None or below.all():
+                return
+            table = mapping.own(index)
+        entries = table.entries[low:high]
+        compressed = (entries & _COMPRESSED) != _NONE
+        hosted = ((entries & _OFFSET) != _NONE) | compressed
+        if self._layout.data_file:
+            hosted |= (entries & _COPIED) != _NONE
+        says_zero = (entries & _ALL_ZERO != _NONE) if table.bitmaps is None else table.bitmaps[low:high] == ALL_ZEROS
+        kept = np.zeros(entries.size, np.bool_)
+        if keep:
+            own = (entries & _COPIED) != _NONE
+            kept = hosted & (own | self._layout.data_file) & ~compressed
+            change = ~(kept & says_zero) if mapping.below else hosted & ~(kept & says_zero)
+            change &= ~(says_zero & ~hosted & ~compressed)
+        else:
+            change = hosted if mapping.below is None else hosted | ~says_zero
+        numbers = np.flatnonzero(change)
+        if not numbers.size:
+            return
+        table = mapping.own(index)
+        cut = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        low, high = low + cut.start, low + cut.stop
+        change, kept, entries = change[cut], kept[cut] & change[cut], table.entries[low:high].copy()
+        flag = _ALL_ZERO if self._layout.version >= 3 and table.bitmaps is None else _NONE
+        new = np.where(change, np.where(kept, entries | flag, flag), entries)
+        bitmaps = None if table.bitmaps is None else np.where(change, ALL_ZEROS, table.bitmaps[low:high])
+        self._put(table, low, high, new, bitmaps, released=change & ~kept)
+
+    def _put(
+        self, table: L2Table, low: int, high: int, new: Words, bitmaps: Words | None, *, released: NDArray[np.bool_]
+    ) -> None:
+        """Puts `new` in place of [low, high); what `released` says is given back."""
+        mapping = self._mapping
+        old = table.entries[low:high].copy()
+        mapping.give_back(old[released])
+        table.entries[low:high] = new
+        if table.bitmaps is not None and bitmaps is not None:
+            table.bitmaps[low:high] = bitmaps
+        mapping.changed(table, low, high)
+        self._ahead.used(table.index, low, high)
+        mapping.publish(table, low, high)
+        if self._layout.data_file:
+            first = table.index * self._geometry.l2_entries + low
+            for value, start, stop in runs_alike((released & (old != _NONE)).astype(np.uint8)):
+                if value:
+                    bits = self._geometry.cluster_bits
+                    mapping.clear(first + start << bits, stop - start << bits)
+
+    def _zero_subclusters(self, cluster: int, low: int, high: int, *, partly: bool) -> None:
+        """Subclusters [low, high) of one cluster."""
+        mapping = self._mapping
+        index, number = divmod(cluster, self._geometry.l2_entries)
+        bits = ((1 << high - low) - 1) << low
+        per = self._geometry.units_a_cluster
+        first = cluster * per + low
+        units = mapping.image.units(first, high - low)
+        below = mapping.below
+        quiet = units.kinds == Kind.ZERO
+        quiet |= (units.kinds == Kind.UNALLOCATED) if below is None else False
+        if quiet.all():
+            return
+        if (units.kinds == Kind.COMPRESSED).any() or (units.kinds == Kind.INVALID).any():
+            if partly:
+                self._write_zeroes(first << self._geometry.unit_bits, first + high - low << self._geometry.unit_bits)
+            return
+        table = mapping.own(L1Index(index))
+        assert table.bitmaps is not None, "only extended images have subclusters"
+        bitmap = (int(table.bitmaps[number]) & ~bits) | bits << _HALF
+        if bitmap & 0xFFFF_FFFF:
+            table.bitmaps[number] = bitmap
+            mapping.changed(table, number, number + 1)
+        else:
+            mapping.replace(table, number, number + 1, 0, np.uint64(bitmap))
+        self._ahead.used(table.index, number, number + 1)
+        mapping.publish(table, number, number + 1)
+
+    def _write_zeroes(self, low: int, high: int) -> None:
+        """Bytes [low, high), where they are not zeros already."""
+        bits = self._geometry.unit_bits
+        high = min(high, self._size)
+        for start in range(low, high, _PIECE):
+            end = min(start + _PIECE, high)
+            first, stop = start >> bits, -(-end >> bits)
+            units = self._mapping.image.units(first, stop - first)
+            zero = units.kinds == Kind.ZERO
+            nothing = units.kinds == Kind.UNALLOCATED
+            if self._mapping.below is not None:
+                nothing &= self._mapping.below.zeros(first, stop - first)
+            for value, one, other in runs_alike((zero | nothing).astype(np.uint8)):
+                if not value:
+                    self._write_zeroes_at(max(start, first + one << bits), min(end, first + other << bits))
+
+    def _write_zeroes_at(self, low: int, high: int) -> None:
+        """Bytes [low, high), none of which lies in a unit that reads as zeros."""
+        zeroes = Payload(GuestOffset(low), high - low, lambda: bytes(high - low))
+        if self._preparer.prepare(zeroes):
+            return
+        bits = self._geometry.unit_bits
+        first, stop = low >> bits, -(-high >> bits)
+        units = self._mapping.image.units(first, stop - first)
+        breaks = np.flatnonzero(np.diff(units.offsets) != 1 << bits) + 1
+        cuts = [0, *breaks.tolist(), stop - first]
+        for one, other in itertools.pairwise(cuts):
+            start, end = max(low, first + one << bits), min(high, first + other << bits)
+            host = int(units.offsets[one]) + start - (first + one << bits)
+            self._mapping.data.zero(HostOffset(host), end - start)
+        self._mapping.filled()
+
+    def _clear_data(self, low: int, high: int, *, keep: bool = False) -> None:
+        """Of a raw data file, which must read by itself as the disk does."""
+        bits = self._geometry.unit_bits
+        start, end = low << bits, min(high << bits, self._size)
+        if keep:
+            self._mapping.data.zero(HostOffset(start), end - start)
+            self._mapping.filled()
+        else:
+            self._mapping.clear(start, end - start)

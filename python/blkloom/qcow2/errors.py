@@ -1,0 +1,25 @@
+"""What may be wrong with an image: it contradicts itself, or it needs what blkloom cannot do."""
+
+from __future__ import annotations
+
+import errno as _errno
+
+from blkloom.errors import BackingError
+
+
+class CorruptImage(BackingError):
+    """Metadata of an image that cannot be right. `what` says where and which value."""
+
+    exit_code = 65  # EX_DATAERR
+
+    def __init__(self, what: str, *, path: str, cure: str = "", errno: int = _errno.EIO) -> None:
+        super().__init__(what, path=path, errno=errno, cure=cure or "see what qemu-img check says of it")
+
+
+class UnsupportedImage(BackingError):
+    """A valid image that uses what blkloom does not support."""
+
+    exit_code = 65  # EX_DATAERR
+
+    def __init__(self, what: str, *, path: str, cure: str = "") -> None:
+        super().__init__(what, path=path, errno=_errno.ENOTSUP, cure=cure)

@@ -1,0 +1,347 @@
+"""The header of an image and its extensions: bytes to a value and back, nothing else.
+
+`parse` checks every number that can be checked without reading further, so that what it returns is safe to compute
+with: sizes are bounded, offsets aligned, names inside the first cluster. What is not understood (extensions, later
+fields) is kept and written back. Pure; any thread. May fail: CorruptImage, UnsupportedImage.
+
+Source: QEMU docs/interop/qcow2, "Header" and "Header extensions"; QEMU's own limits for sizes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from blkloom.qcow2.errors import CorruptImage, UnsupportedImage
+from blkloom.qcow2.types import Geometry, HostOffset
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.storage import Storage
+
+MAGIC: Final = b"QFI\xfb"
+
+L1_LIMIT: Final = 32 << 20
+"""Bytes an L1 table may take."""
+
+REFCOUNT_TABLE_LIMIT: Final = 8 << 20
+SNAPSHOTS_LIMIT: Final = 65536
+"""Snapshots an image may have."""
+
+_BACKING_NAME_LIMIT: Final = 1023
+_CLUSTER_BITS: Final = (9, 21)
+_EXTENDED_CLUSTER_BITS: Final = 14
+_SIZE_LIMIT: Final = 1 << 63
+
+_V2: Final = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3: Final = struct.Struct(">QQQII")
+_EXTENSION: Final = struct.Struct(">II")
+_COMPRESSION_AT: Final = _V2.size + _V3.size
+_FEATURE_NAME: Final = struct.Struct(">BB46s")
+
+
+class Incompatible(IntFlag):
+    """Features without which an image cannot be used."""
+
+    DIRTY = 1
+    CORRUPT = 2
+    DATA_FILE = 4
+    COMPRESSION = 8
+    EXTENDED_L2 = 16
+
+
+class Compatible(IntFlag):
+    """Features that may be ignored."""
+
+    LAZY_REFCOUNTS = 1
+
+
+class Autoclear(IntFlag):
+    """Features whose bit must go when somebody writes who does not know them."""
+
+    BITMAPS = 1
+    RAW_DATA_FILE = 2
+
+
+class Compression(IntEnum):
+    """How compressed clusters are."""
+
+    ZLIB = 0
+    ZSTD = 1
+
+
+class ExtensionKind(IntEnum):
+    """Extensions that mean something to us."""
+
+    END = 0
+    BACKING_FORMAT = 0xE2792ACA
+    FEATURE_NAMES = 0x6803F857
+    BITMAPS = 0x23852875
+    ENCRYPTION = 0x0537BE77
+    DATA_FILE_NAME = 0x44415441
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """kind: an `ExtensionKind` or any other number."""
+
+    kind: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All that the first cluster says. backing_name: as it stands there; None for no backing file. later_fields:
+    the bytes of the header behind the compression type.
+    """
+
+    version: int
+    cluster_bits: int
+    size: int
+    l1_size: int
+    l1_offset: HostOffset
+    refcount_table_offset: HostOffset
+    refcount_table_clusters: int
+    snapshot_count: int = 0
+    snapshot_offset: HostOffset = HostOffset(0)  # noqa: RUF009 - a number
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    header_length: int = _V2.size
+    compression: Compression = Compression.ZLIB
+    backing_name: bytes | None = None
+    backing_offset: int = 0
+    extensions: tuple[Extension, ...] = ()
+    later_fields: bytes = field(default=b"", repr=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How it cuts the disk up."""
+        return Geometry(self.cluster_bits, bool(self.incompatible & Incompatible.EXTENDED_L2))
+
+    @property
+    def has_data_file(self) -> bool:
+        """Guest data is in another file."""
+        return bool(self.incompatible & Incompatible.DATA_FILE)
+
+    @property
+    def raw_data_file(self) -> bool:
+        """That file is a raw image by itself."""
+        return self.has_data_file and bool(self.autoclear & Autoclear.RAW_DATA_FILE)
+
+    def extension(self, kind: ExtensionKind) -> bytes | None:
+        """The data of the first extension of that kind."""
+        return next((extension.data for extension in self.extensions if extension.kind == kind), None)
+
+    def with_extension(self, kind: ExtensionKind, data: bytes | None) -> Header:
+        """The same header with that extension put in, replaced, or (None) left out."""
+        kept = tuple(extension for extension in self.extensions if extension.kind != kind)
+        return replace(self, extensions=kept if data is None else (*kept, Extension(kind, data)))
+
+
+def read_header(storage: Storage) -> Header:
+    """The header of the image in `storage`. Raises CorruptImage, UnsupportedImage, OSError."""
+    start = storage.read(HostOffset(0), _V2.size)
+    bits = _V2.unpack(start)[4]
+    known = start[:4] == MAGIC and _CLUSTER_BITS[0] <= bits <= _CLUSTER_BITS[1]
+    return parse(storage.read(HostOffset(0), 1 << bits) if known else start, path=storage.path)
+
+
+def parse(raw: bytes, *, path: str) -> Header:
+    """raw: the image's first cluster, zeros where the file is shorter. Raises CorruptImage, UnsupportedImage."""
+    return _Parser(raw, path).header()
+
+
+def encode_fields(header: Header) -> bytes:
+    """The header without extensions and backing name: `header_length` bytes for the start of the file."""
+    name = header.backing_name or b""
+    fixed = _V2.pack(
+        MAGIC,
+        header.version,
+        header.backing_offset if header.backing_name is not None else 0,
+        len(name),
+        header.cluster_bits,
+        header.size,
+        0,
+        header.l1_size,
+        header.l1_offset,
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        header.snapshot_count,
+        header.snapshot_offset,
+    )
+    if header.version >= 3:
+        fixed += _V3.pack(
+            header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.header_length
+        )
+        fixed += bytes([header.compression]) + header.later_fields
+    return fixed[: header.header_length].ljust(header.header_length, b"\0")
+
+
+def encode(header: Header, *, path: str) -> bytes:
+    """The whole first cluster: fields, extensions, backing name behind them. Raises CorruptImage when it is too much
+    for a cluster.
+    """
+    parts = [
+        _EXTENSION.pack(extension.kind, len(extension.data)) + extension.data + bytes(-len(extension.data) % 8)
+        for extension in header.extensions
+    ]
+    parts.append(_EXTENSION.pack(ExtensionKind.END, 0))
+    behind = b"".join(parts)
+    name = header.backing_name
+    if name is not None:
+        header = replace(header, backing_offset=header.header_length + len(behind))
+    whole = encode_fields(header) + behind + (name or b"")
+    cluster = 1 << header.cluster_bits
+    if len(whole) > cluster:
+        raise CorruptImage(f"a header of {len(whole)} bytes does not fit into a cluster of {cluster}", path=path)
+    return whole.ljust(cluster, b"\0")
+
+
+class _Parser:
+    """One header's bytes."""
+
+    def __init__(self, raw: bytes, path: str) -> None:
+        self._raw = raw
+        self._path = path
+
+    def header(self) -> Header:
+        if self._raw[:4] != MAGIC:
+            self._corrupt(f"no QCOW2 image: it begins with {self._raw[:4]!r}")
+        fields = _V2.unpack_from(self._raw)
+        version, backing_offset, backing_length, cluster_bits, size, encryption = fields[1:7]
+        l1_size, l1_offset, table_offset, table_clusters, snapshots, snapshots_offset = fields[7:]
+        if version not in (2, 3):
+            self._unsupported(f"QCOW2 version {version}; versions 2 and 3 are known")
+        if not _CLUSTER_BITS[0] <= cluster_bits <= _CLUSTER_BITS[1]:
+            self._corrupt(f"clusters of 2^{cluster_bits} bytes; 2^{_CLUSTER_BITS[0]} to 2^{_CLUSTER_BITS[1]} can be")
+        header = Header(
+            version=version,
+            cluster_bits=cluster_bits,
+            size=size,
+            l1_size=l1_size,
+            l1_offset=HostOffset(l1_offset),
+            refcount_table_offset=HostOffset(table_offset),
+            refcount_table_clusters=table_clusters,
+            snapshot_count=snapshots,
+            snapshot_offset=HostOffset(snapshots_offset),
+        )
+        if version >= 3:
+            header = self._version_3(header)
+        end = backing_offset or 1 << cluster_bits
+        if not header.header_length <= end <= 1 << cluster_bits:
+            self._corrupt(f"the backing file's name begins at {backing_offset:#x}")
+        header = replace(header, extensions=self._extensions(header.header_length, end))
+        self._check_features(header)
+        self._check_encryption(encryption, header)
+        if backing_offset:
+            header = self._with_backing(header, backing_offset, backing_length)
+        self._check_places(header)
+        return header
+
+    def _version_3(self, header: Header) -> Header:
+        incompatible, compatible, autoclear, order, length = _V3.unpack_from(self._raw, _V2.size)
+        if length < _COMPRESSION_AT or length % 8 or length > 1 << header.cluster_bits:
+            self._corrupt(f"header length {length}")
+        if order > 6:
+            self._corrupt(f"refcounts of 2^{order} bits; 64 is most")
+        compression = self._raw[_COMPRESSION_AT] if length > _COMPRESSION_AT else 0
+        header = replace(
+            header,
+            incompatible=incompatible,
+            compatible=compatible,
+            autoclear=autoclear,
+            refcount_order=order,
+            header_length=length,
+            later_fields=self._raw[_COMPRESSION_AT + 1 : length],
+        )
+        known = not incompatible & ~sum(Incompatible)  # a later format may mean something else by the byte
+        if known and compression not in tuple(Compression):
+            self._unsupported(f"compression type {compression}; zlib and zstd are known")
+        if known and bool(compression) != bool(incompatible & Incompatible.COMPRESSION):
+            self._corrupt(f"compression type {compression} with incompatible features {incompatible:#x}")
+        return replace(header, compression=Compression(compression)) if known else header
+
+    def _extensions(self, at: int, end: int) -> tuple[Extension, ...]:
+        found: list[Extension] = []
+        while at + _EXTENSION.size <= end:
+            kind, length = _EXTENSION.unpack_from(self._raw, at)
+            at += _EXTENSION.size
+            if kind == ExtensionKind.END:
+                break
+            if length > end - at:
+                self._corrupt(f"header extension {kind:#x} of {length} bytes at {at:#x} reaches past {end:#x}")
+            found.append(Extension(kind, self._raw[at : at + length]))
+            at += -(-length // 8) * 8
+        return tuple(found)
+
+    def _check_features(self, header: Header) -> None:
+        unknown = header.incompatible & ~sum(Incompatible)
+        if unknown:
+            table = next((e.data for e in header.extensions if e.kind == ExtensionKind.FEATURE_NAMES), b"")
+            names = ", ".join(_feature_names(table, unknown))
+            self._unsupported(f"unknown incompatible features: {names}", "use a newer blkloom, or qemu-img amend")
+        extended = header.incompatible & Incompatible.EXTENDED_L2
+        if extended and header.cluster_bits < _EXTENDED_CLUSTER_BITS:
+            self._corrupt(f"extended L2 entries with clusters of {1 << header.cluster_bits} bytes")
+        if header.autoclear & Autoclear.RAW_DATA_FILE and not header.has_data_file:
+            self._corrupt("a raw external data file without the external data file's bit")
+
+    def _check_encryption(self, method: int, header: Header) -> None:
+        if method == 0:
+            return
+        name = {1: "AES", 2: "LUKS"}.get(method, f"method {method}")
+        self._unsupported(
+            f"the image is encrypted ({name})", "blkloom reads no encrypted images; qemu-img convert decrypts it"
+        )
+
+    def _with_backing(self, header: Header, offset: int, length: int) -> Header:
+        if length > min(_BACKING_NAME_LIMIT, (1 << header.cluster_bits) - offset):
+            self._corrupt(f"a backing file's name of {length} bytes at {offset:#x}")
+        if header.raw_data_file:
+            self._corrupt("a backing file together with a raw external data file")
+        if not length:
+            return header
+        return replace(header, backing_name=self._raw[offset : offset + length], backing_offset=offset)
+
+    def _check_places(self, header: Header) -> None:
+        geometry = header.geometry
+        if header.size >= _SIZE_LIMIT:
+            self._corrupt(f"a disk of {header.size} bytes")
+        if header.l1_size * 8 > L1_LIMIT:
+            self._corrupt(f"an L1 table of {header.l1_size} entries; {L1_LIMIT // 8} can be")
+        if header.l1_size < geometry.l1_entries(header.size):
+            self._corrupt(
+                f"an L1 table of {header.l1_size} entries for a disk that needs {geometry.l1_entries(header.size)}"
+            )
+        if not header.refcount_table_clusters or header.refcount_table_clusters << header.cluster_bits > max(
+            REFCOUNT_TABLE_LIMIT, geometry.cluster
+        ):
+            self._corrupt(f"a refcount table of {header.refcount_table_clusters} clusters")
+        if header.snapshot_count > SNAPSHOTS_LIMIT:
+            self._corrupt(f"{header.snapshot_count} snapshots; {SNAPSHOTS_LIMIT} can be")
+        for what, offset, used in (
+            ("L1 table", header.l1_offset, header.l1_size),
+            ("refcount table", header.refcount_table_offset, 1),
+            ("snapshot table", header.snapshot_offset, header.snapshot_count),
+        ):
+            if used and (offset % geometry.cluster or not offset or offset >= 1 << 63):
+                self._corrupt(f"the {what} begins at {offset:#x}, which is no cluster of its own")
+
+    def _corrupt(self, what: str) -> NoReturn:
+        raise CorruptImage(f"header: {what}", path=self._path)
+
+    def _unsupported(self, what: str, cure: str = "convert it with qemu-img") -> NoReturn:
+        raise UnsupportedImage(what, path=self._path, cure=cure)
+
+
+def _feature_names(table: bytes, bits: int) -> list[str]:
+    """What the image's own table calls incompatible features; "bit N" for those it does not name."""
+    names = {
+        bit: name.rstrip(b"\0").decode("ascii", "backslashreplace")
+        for kind, bit, name in _FEATURE_NAME.iter_unpack(table[: len(table) // _FEATURE_NAME.size * _FEATURE_NAME.size])
+        if kind == 0
+    }
+    return [names.get(bit) or f"bit {bit}" for bit in range(64) if bits >> bit & 1]

@@ -1,0 +1,201 @@
+"""Changes of the mapping from guest to host clusters: tables that may be changed, places for data, what the engine
+is told. What writes, discards and the end of a session have in common.
+
+Invariant: memory is changed before the engine is told, and never the other way round; what was replaced is given
+back to the allocator, which keeps it until nothing refers to it. One thread (the mapper's). May fail: CorruptImage,
+OSError (ENOSPC); then what had been changed until then holds, and nothing is half changed.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2 import places
+from blkloom.qcow2.allocation import Allocator, Run
+from blkloom.qcow2.image import Image, L2Table
+from blkloom.qcow2.placing import Layout, host_clusters
+from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, classify
+from blkloom.qcow2.types import HostOffset, L1Index, Words
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.cow import Below
+    from blkloom.qcow2.flush import WriteBack
+
+_READ_ONLY_BIT: Final = places.DATA ^ places.READ_ONLY
+_NO_HOLES: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
+
+Install = Callable[[int, Words], None]
+"""Stores consecutive entries of the engine's table: (first unit, an entry for each unit of the image)."""
+
+
+_Units = Callable[[int, int], NDArray[np.bool_]]
+
+
+class Mapping:
+    """The active mapping of a writable image, whose data is file 0 of the engine's table. below: its backing chain,
+    None for none.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        allocator: Allocator,
+        write_back: WriteBack,
+        *,
+        below: Below | None,
+        install: Install,
+        guarded: _Units,
+        unseen: _Units | None,
+    ) -> None:
+        """guarded: of (first, count) units, those that the engine may not write to by itself. unseen: those of them
+        that must not change unnoticed.
+        """
+        self.image: Final = image
+        self.data: Final = image.data_storage
+        self.layout: Final = Layout(image.geometry, image.header.version, image.header.has_data_file)
+        self.clusters: Final = -(-image.size >> image.geometry.cluster_bits)
+        """Of the guest's disk."""
+        self.below: Final = below
+        self._allocator = allocator
+        self._write_back = write_back
+        self._install = install
+        self._guarded = guarded
+        self._unseen = unseen
+
+    def pieces(self, low: int, high: int) -> Iterator[tuple[L1Index, int, int]]:
+        """Guest clusters [low, high) as (L2 table, first entry, end)."""
+        per_table = self.layout.geometry.l2_entries
+        while low < high:
+            index, first = divmod(low, per_table)
+            end = min(per_table, first + high - low)
+            yield L1Index(index), first, end
+            low += end - first
+
+    def zeros_below(self, index: L1Index, low: int, high: int) -> NDArray[np.bool_] | None:
+        """For each unit of a table's entries [low, high), whether it would read as zeros were it unallocated. None:
+        all would.
+        """
+        if self.below is None:
+            return None
+        per = self.layout.geometry.units_a_cluster
+        first = (index * self.layout.geometry.l2_entries + low) * per
+        return self.below.zeros(first, (high - low) * per)
+
+    def own(self, index: L1Index) -> L2Table:
+        """The L2 table, made if there was none, copied if it was a snapshot's too: it may be changed."""
+        image = self.image
+        entry = int(image.l1[index])
+        table = image.l2(index)
+        if table is not None and entry & COPIED:
+            return table
+        run = self._allocator.take(1)
+        offset = HostOffset(run.first << self.layout.geometry.cluster_bits)
+        count = self.layout.geometry.l2_entries
+        if table is None:
+            bitmaps = np.zeros(count, np.uint64) if self.layout.geometry.extended else None
+            table = L2Table(index, offset, np.zeros(count, np.uint64), bitmaps)
+        else:
+            bitmaps = None if table.bitmaps is None else table.bitmaps.copy()
+            table = L2Table(index, offset, table.entries.copy(), bitmaps)
+            self._allocator.give_back(np.array([(entry & OFFSET_MASK) >> self.layout.geometry.cluster_bits], np.uint64))
+        image.l1[index] = offset | COPIED
+        self._write_back.l2_changed(table, 0, count)
+        self._write_back.l1_changed(index)
+        self._write_back.filled()
+        return table
+
+    def room(self, want: int) -> int:
+        """How many of `want` guest clusters the next `take` can have."""
+        return want if self.layout.data_file else min(want, self._allocator.at_hand(want))
+
+    def take(self, cluster: int, want: int) -> Run:
+        """A place for up to `want` guest clusters from `cluster` on."""
+        self._write_back.filled()
+        return Run(cluster, want, False) if self.layout.data_file else self._allocator.take(want)
+
+    def take_back(self, run: Run) -> None:
+        """Undoes `take`."""
+        if not self.layout.data_file:
+            self._allocator.take_back(run)
+
+    def clear(self, host: int, length: int) -> None:
+        """Makes a range of the data's file read as zeros: a hole, if it can be."""
+        self._write_back.filled()
+        try:
+            self.data.punch(HostOffset(host), length)
+        except OSError as error:
+            if error.errno not in _NO_HOLES:
+                raise
+            self.data.zero(HostOffset(host), length)
+
+    def filled(self) -> None:
+        """Contents were put where an entry will point."""
+        self._write_back.filled()
+
+    def give_back(self, entries: Words) -> None:
+        """What the entries referred to is not referred to by them any more."""
+        self._allocator.give_back(host_clusters(self.layout, entries))
+
+    def replace(
+        self, table: L2Table, low: int, high: int, entries: Words | int, bitmaps: Words | np.uint64 | None
+    ) -> None:
+        """Puts entries in place of [low, high) and gives back what these referred to."""
+        if table.entries[low:high].any():
+            self.give_back(table.entries[low:high])
+        table.entries[low:high] = entries
+        if table.bitmaps is not None:
+            assert bitmaps is not None, "extended images have them"
+            table.bitmaps[low:high] = bitmaps
+        self._write_back.l2_changed(table, low, high)
+
+    def changed(self, table: L2Table, low: int, high: int) -> None:
+        """Entries [low, high) were changed; they refer to the same places."""
+        self._write_back.l2_changed(table, low, high)
+
+    def publish(self, table: L2Table, low: int, high: int) -> None:
+        """Tells the engine of entries [low, high). What needs the chain or a decompression faults, and is looked up."""
+        bitmaps = None if table.bitmaps is None else table.bitmaps[low:high]
+        units = classify(
+            table.entries[low:high],
+            bitmaps,
+            self.layout.geometry,
+            version=self.layout.version,
+            data_file=self.layout.data_file,
+        )
+        kinds = units.kinds
+        entries = np.zeros(kinds.size, np.uint64)
+        data = kinds == Kind.DATA
+        if not self.layout.data_file:
+            data &= units.copied
+        np.copyto(entries, places.DATA | units.offsets >> np.uint64(9), where=data)
+        entries[kinds == Kind.ZERO] = places.ZERO
+        entries[kinds == Kind.INVALID] = places.ERROR
+        if self.below is None:
+            entries[kinds == Kind.UNALLOCATED] = places.ZERO
+        geometry = self.layout.geometry
+        first = table.index * geometry.l2_units + low * geometry.units_a_cluster
+        self._install(first, _read_only(entries, self._guarded(first, entries.size)))
+
+    def publish_run(self, index: L1Index, low: int, count: int, host: int) -> None:
+        """Tells the engine that `count` clusters from entry `low` on lie at `host` and what follows it, all of them."""
+        geometry = self.layout.geometry
+        units = count * geometry.units_a_cluster
+        first = index * geometry.l2_units + low * geometry.units_a_cluster
+        start = int(places.DATA) | host >> 9
+        step = geometry.unit >> 9
+        entries = np.arange(start, start + units * step, step, dtype=np.uint64)
+        if self._unseen:
+            entries = _read_only(entries, self._unseen(first, units))
+        self._install(first, entries)
+
+
+def _read_only(entries: Words, which: NDArray[np.bool_]) -> Words:
+    """The same entries, but that writes to data fault where `which` says so."""
+    if not which.any():
+        return entries
+    return np.where(which & (places.kinds(entries) == 1), entries ^ _READ_ONLY_BIT, entries)

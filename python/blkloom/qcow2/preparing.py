@@ -1,0 +1,245 @@
+"""Makes room for a write: when it is done, every cluster that the write touches is the guest's own and holds what it
+held before, or already the write itself.
+
+A fault costs a few NumPy operations on a window of an L2 table, and no Python loop over clusters but where each needs
+a copy of its own. One thread (the mapper's). May fail: CorruptImage, OSError (ENOSPC).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2 import placing
+from blkloom.qcow2.allocation import Run
+from blkloom.qcow2.placing import ALL_ALLOCATED, place, runs_alike, touched_by
+from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, subcluster_bits
+from blkloom.qcow2.types import SUBCLUSTERS, L1Index, Words
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.ahead import Ahead
+    from blkloom.qcow2.cow import Copier, Payload
+    from blkloom.qcow2.image import L2Table
+    from blkloom.qcow2.mapping import Mapping
+    from blkloom.qcow2.occupied import Occupied
+
+_OFFSET: Final = np.uint64(OFFSET_MASK)
+_COPIED: Final = np.uint64(COPIED)
+_COMPRESSED: Final = np.uint64(COMPRESSED)
+_NOT_ZERO: Final = ~np.uint64(ALL_ZERO)
+_NONE: Final = np.uint64(0)
+_HALF: Final = np.uint64(32)
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Preparer:
+    """Prepares writes to `mapping`."""
+
+    def __init__(self, mapping: Mapping, copier: Copier, ahead: Ahead, occupied: Occupied) -> None:
+        self._mapping = mapping
+        self._copier = copier
+        self._ahead = ahead
+        self._occupied = occupied
+        geometry = mapping.layout.geometry
+        self._bits: Final = geometry.cluster_bits
+        self._unit_bits: Final = geometry.unit_bits
+        self._per_table: Final = geometry.l2_entries
+
+    def prepare(self, payload: Payload) -> bool:
+        """For the write of `payload`. Returns whether all of it has been written already; else it is still to be."""
+        done = True
+        low, high = payload.offset >> self._bits, -(-payload.end >> self._bits)
+        for index, first, end in self._mapping.pieces(low, high):
+            done &= self._prepare(index, first, end, payload)
+        return done
+
+    def _prepare(self, index: L1Index, low: int, high: int, payload: Payload) -> bool:
+        """Entries [low, high) of one table."""
+        table = self._mapping.own(index)
+        if self._only_below(table, low, high):
+            self._copy(table, low, high, payload)
+            return payload.at_hand
+        start, end = (low, high) if self._mapping.below else self._ahead.around(index, low, high)
+        places = self._places(table, start, end, payload)
+        if self._mapping.below and (places == placing.ZEROS).any():
+            start, end = self._ahead.around(index, low, high)
+            places = self._places(table, start, end, payload)
+        done = True
+        for how, first, stop in runs_alike(places):
+            wide, far = first + start, stop + start
+            first, stop = max(wide, low), min(far, high)
+            if first >= stop:
+                continue
+            done &= how == placing.COPY and payload.at_hand
+            if how == placing.ZEROS:
+                self._give(table, wide, far, first, stop)
+            elif how == placing.COPY:
+                self._copy(table, first, stop, payload)
+            elif how == placing.IN_PLACE:
+                self._check(table, first, stop)
+                self._complete(table, first, stop, payload)
+            elif how == placing.READY:
+                self._check(table, first, stop)
+                self._mapping.publish(table, first, stop)
+            else:
+                raise self._mapping.image.corrupt(
+                    f"L2 table {index}: one of the entries {first} to {stop - 1} cannot be"
+                )
+        return done
+
+    def _only_below(self, table: L2Table, low: int, high: int) -> bool:
+        """Whether it is one cluster of which the backing chain holds data and the image nothing: the usual case
+        there, decided without much ado.
+        """
+        if high - low > 1 or table.bitmaps is not None or table.entries[low]:
+            return False
+        zeros = self._mapping.zeros_below(table.index, low, high)
+        return zeros is not None and not zeros[0]
+
+    def _places(self, table: L2Table, low: int, high: int, payload: Payload) -> NDArray[np.uint8]:
+        bitmaps = None if table.bitmaps is None else table.bitmaps[low:high]
+        touched = None if bitmaps is None else self._touched(table.index, low, high, payload)
+        zeros_below = self._mapping.zeros_below(table.index, low, high)
+        return place(self._mapping.layout, table.entries[low:high], bitmaps, touched, zeros_below)
+
+    def _touched(self, index: L1Index, low: int, high: int, payload: Payload) -> NDArray[np.bool_]:
+        first = index * self._per_table + low
+        return touched_by(payload.offset >> self._unit_bits, -(-payload.end >> self._unit_bits), first, high - low)
+
+    def _check(self, table: L2Table, low: int, high: int) -> None:
+        """That what the guest is about to write to is no metadata."""
+        if self._mapping.layout.data_file:
+            return
+        hosts = (table.entries[low:high] & _OFFSET) >> np.uint64(self._bits)
+        wrong = self._occupied.collides(hosts)
+        if wrong.any():
+            number = int(wrong.argmax())
+            raise self._mapping.image.corrupt(
+                f"L2 table {table.index}: entry {low + number} puts data at"
+                f" {int(hosts[number]) << self._bits:#x}, where metadata is"
+            )
+
+    def _give(self, table: L2Table, wide: int, far: int, low: int, high: int) -> None:
+        """Places for [wide, far), which reads as zeros; [low, high) of it is needed."""
+        if self._in_crumbs(far - wide):
+            wide, far = low, high
+        at = wide
+        while at < far:
+            try:
+                if at >= high and self._in_crumbs(far - at):
+                    return
+                run = self._mapping.take(table.index * self._per_table + at, far - at)
+            except OSError as error:
+                if error.errno not in _FULL or (at, far) == (low, high):
+                    raise
+                # Never mind the neighbours.
+                if at >= high:
+                    return
+                at, far = max(at, low), high
+                run = self._mapping.take(table.index * self._per_table + at, far - at)
+            self._give_run(table, at, run, low, high)
+            at += run.count
+
+    def _in_crumbs(self, count: int) -> bool:
+        """Whether so many clusters would not even half be had in one piece: neighbours are not worth that."""
+        return self._mapping.room(count) * 2 < count
+
+    def _give_run(self, table: L2Table, at: int, run: Run, low: int, high: int) -> None:
+        host, end = run.first << self._bits, at + run.count
+        if not run.zeroed:
+            try:
+                self._mapping.clear(host, run.count << self._bits)
+            except OSError:
+                self._mapping.take_back(run)
+                raise
+        start = host | COPIED
+        entries = np.arange(start, start + (run.count << self._bits), 1 << self._bits, dtype=np.uint64)
+        self._mapping.replace(table, at, end, entries, ALL_ALLOCATED)
+        self._ahead.given(table.index, at, min(end, low))
+        self._ahead.used(table.index, max(at, low), min(end, high))
+        self._ahead.given(table.index, max(at, high), end)
+        self._mapping.publish_run(table.index, at, run.count, host)
+
+    def _copy(self, table: L2Table, low: int, high: int, payload: Payload) -> None:
+        """Other places for [low, high), with what they hold."""
+        at = low
+        while at < high:
+            run = self._mapping.take(table.index * self._per_table + at, high - at)
+            try:
+                self._copy_run(table, at, run, payload)
+            except OSError:
+                self._mapping.take_back(run)
+                raise
+            at += run.count
+
+    def _copy_run(self, table: L2Table, at: int, run: Run, payload: Payload) -> None:
+        end = at + run.count
+        first = table.index * self._per_table + at
+        start, stop = first << self._bits, first + run.count << self._bits
+        low, high = start, stop
+        bitmaps: Words | None = None
+        old = table.entries[at:end]
+        if table.bitmaps is not None:
+            # What has data of its own here moves whole; what shows through from below, as far as it is touched.
+            whole = ((old & _COMPRESSED) != _NONE) | ((old & _OFFSET) != _NONE)
+            touched = self._touched(table.index, at, end, payload)
+            touched[whole] = True
+            new = subcluster_bits(touched)
+            kept = np.where(whole, _NONE, table.bitmaps[at:end]) >> _HALF & ~new
+            bitmaps = new | kept << _HALF
+            units = np.flatnonzero(touched.reshape(-1))
+            low = start + (int(units[0]) << self._unit_bits)
+            high = start + (int(units[-1]) + 1 << self._unit_bits)
+        host = run.first << self._bits
+        nothing = not old.any() and (table.bitmaps is None or not table.bitmaps[at:end].any())
+        below = self._mapping.below if nothing else None
+        self._copier.fill(low, high, host + low - start, payload, zeroed=run.zeroed, below=below)
+        entries = np.arange(
+            host | COPIED, (host | COPIED) + (run.count << self._bits), 1 << self._bits, dtype=np.uint64
+        )
+        self._mapping.replace(table, at, end, entries, bitmaps)
+        self._ahead.used(table.index, at, end)
+        if bitmaps is None:
+            self._mapping.publish_run(table.index, at, run.count, host)
+        else:
+            self._mapping.publish(table, at, end)
+
+    def _complete(self, table: L2Table, low: int, high: int, payload: Payload) -> None:
+        """Clusters with places of their own, which do not hold what they read as."""
+        if table.bitmaps is None:
+            hosts = table.entries[low:high] & _OFFSET
+            for first, count in _adjacent(hosts, 1 << self._bits):
+                self._mapping.clear(int(hosts[first]), count << self._bits)
+            table.entries[low:high] = (table.entries[low:high] & _NOT_ZERO) | _COPIED
+        else:
+            touched = self._touched(table.index, low, high, payload)
+            for number in range(low, high):
+                self._complete_cluster(table, number, touched[number - low], payload)
+        self._mapping.changed(table, low, high)
+        self._ahead.used(table.index, low, high)
+        self._mapping.publish(table, low, high)
+
+    def _complete_cluster(self, table: L2Table, number: int, touched: NDArray[np.bool_], payload: Payload) -> None:
+        """The subclusters that are missing, and only those: the engine may be writing to the others."""
+        assert table.bitmaps is not None, "the image is extended"
+        bitmap = int(table.bitmaps[number])
+        guest = table.index * self._per_table + number << self._bits
+        host = int(table.entries[number]) & OFFSET_MASK
+        missing = np.flatnonzero(touched & ((bitmap & 0xFFFF_FFFF) >> np.arange(SUBCLUSTERS) & 1 == 0))
+        for part in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
+            low, high = int(part[0]) << self._unit_bits, int(part[-1]) + 1 << self._unit_bits
+            self._copier.fill(guest + low, guest + high, host + low, payload, zeroed=False)
+            done = (1 << part.size) - 1 << int(part[0])
+            bitmap = (bitmap | done) & ~(done << SUBCLUSTERS)
+        self._mapping.filled()
+        table.bitmaps[number] = bitmap
+
+
+def _adjacent(hosts: Words, step: int) -> list[tuple[int, int]]:
+    """(first, count) of entries that lie one behind the other."""
+    cuts = [0, *(np.flatnonzero(np.diff(hosts) != step) + 1).tolist(), hosts.size]
+    return [(low, high - low) for low, high in itertools.pairwise(cuts)]

@@ -1,0 +1,351 @@
+"""Reference counts of host clusters: a table of blocks, each one cluster of counters of 1 to 64 bits.
+
+Counts are changed in memory, a block as one NumPy array of native counters, and written by `write_blocks` and
+`write_table` when flush.py says so, again and again until `written`. Invariants: a block in the cache is what the file
+will hold after the next write; changed blocks are never dropped; a count never leaves 0 .. `maximum`. Free is what
+counts 0, and so is what no block describes yet: `describe` makes blocks (and a larger table) for clusters past that.
+One thread (the mapper's). May fail: CorruptImage for what the file says, OSError of the storage.
+
+Source: QEMU docs/interop/qcow2, "Host cluster management".
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import ResourceError
+from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.types import HostOffset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from blkloom.qcow2.storage import Storage
+
+TABLE_LIMIT: Final = 8 << 20
+"""Bytes a table may take; QEMU's own limit."""
+
+_CACHE_LIMIT: Final = 16 << 20
+_SECTOR: Final = 512
+_ENTRY: Final = 8
+_RESERVED: Final = 0x1FF
+
+
+class Widths:
+    """How counters of `1 << order` bits lie in a block. Sub-byte counters begin at the least significant bit."""
+
+    def __init__(self, order: int) -> None:
+        self.bits: Final = 1 << order
+        self.maximum: Final = (1 << self.bits) - 1
+        size = max(1, self.bits // 8)
+        self._wire = np.dtype(f">u{size}")
+        self.native: Final = np.dtype(f"=u{size}")
+        self._shifts = np.arange(0, 8, self.bits, dtype=np.uint8) if self.bits < 8 else None
+
+    def decode(self, raw: bytes) -> NDArray[np.unsignedinteger]:
+        """One counter an element."""
+        if self._shifts is None:
+            return np.frombuffer(raw, self._wire).astype(self.native)
+        packed = np.frombuffer(raw, np.uint8)[:, None]
+        counts: NDArray[np.uint8] = (packed >> self._shifts & np.uint8(self.maximum)).reshape(-1)
+        return counts
+
+    def encode(self, counts: NDArray[np.unsignedinteger]) -> bytes:
+        """The bytes of whole bytes' worth of counters."""
+        if self._shifts is None:
+            return counts.astype(self._wire).tobytes()
+        packed = counts.astype(np.uint8).reshape(-1, 8 // self.bits) << self._shifts
+        whole: NDArray[np.uint8] = np.bitwise_or.reduce(packed, axis=1).astype(np.uint8)
+        return whole.tobytes()
+
+
+@dataclass(slots=True)
+class _Block:
+    counts: NDArray[np.unsignedinteger]
+    low: int
+    """Counters changed since the last write: [low, high), empty when low >= high."""
+    high: int = 0
+    new: bool = False
+    """The table on disk does not know it yet."""
+
+    def changed(self, first: int, end: int) -> None:
+        self.low = min(self.low, first)
+        self.high = max(self.high, end)
+
+
+class Refcounts:
+    """The counts of one image. Cluster numbers are host offsets divided by the cluster size."""
+
+    def __init__(
+        self, storage: Storage, *, cluster_bits: int, order: int, table_offset: HostOffset, table_clusters: int
+    ) -> None:
+        """Reads the table. Raises CorruptImage for a table that cannot be."""
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._cluster = 1 << cluster_bits
+        self._widths = Widths(order)
+        self.per_block: Final = (self._cluster * 8) >> order
+        """Clusters a block describes."""
+        self.maximum: Final = self._widths.maximum
+        self.table_offset = table_offset
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._dirty: set[int] = set()
+        self._table_low, self._table_high = 1 << 62, 0
+        self.table_moved = False
+        """The table lies elsewhere than the header on disk says."""
+        size = table_clusters << cluster_bits
+        if not 0 < size <= max(TABLE_LIMIT, self._cluster):
+            raise self._corrupt(f"refcount table of {table_clusters} clusters")
+        if table_offset % self._cluster or table_offset == 0 or table_offset + size > _whole(storage, self._cluster):
+            raise self._corrupt(f"refcount table at {table_offset:#x}")
+        self.table: NDArray[np.uint64] = np.frombuffer(storage.read(table_offset, size), ">u8").astype(np.uint64)
+        """Host offsets of blocks, 0 for none."""
+        if np.any(self.table & np.uint64(_RESERVED)):
+            raise self._corrupt("refcount table entry with reserved bits set")
+
+    @property
+    def table_clusters(self) -> int:
+        """How many clusters the table takes."""
+        return self.table.size * _ENTRY >> self._cluster_bits
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the file lacks something."""
+        return bool(self._dirty) or self.table_changed
+
+    @property
+    def table_changed(self) -> bool:
+        """Whether the table itself must be written."""
+        return self.table_moved or self._table_low < self._table_high
+
+    def get(self, first: int, count: int) -> NDArray[np.uint64]:
+        """Counts of `count` clusters from `first` on."""
+        found = np.zeros(count, np.uint64)
+        for index, start, end, at in self._pieces(first, count):
+            if block := self._load(index):
+                found[at : at + end - start] = block.counts[start:end]
+        return found
+
+    def set(self, first: int, count: int, value: int) -> None:
+        """Gives a run one count. All of it must be described."""
+        for index, start, end, _ in self._pieces(first, count):
+            block = self._described(index)
+            block.counts[start:end] = value
+            self._touch(index, block, start, end)
+
+    def put(self, index: int, counts: NDArray[np.uint64]) -> int:
+        """Gives all that one block describes these counts. Returns how many were others."""
+        block = self._described(index)
+        if counts.size and int(counts.max()) > self.maximum:
+            raise self._corrupt(f"a cluster is referred to {int(counts.max())} times, and counts end at {self.maximum}")
+        others = np.flatnonzero(block.counts != counts)
+        if others.size:
+            block.counts[others] = counts[others].astype(self._widths.native)
+            self._touch(index, block, int(others[0]), int(others[-1]) + 1)
+        return others.size
+
+    def add(self, clusters: NDArray[np.uint64], change: int) -> NDArray[np.uint64]:
+        """Adds `change` (1 or -1) to each cluster's count, as often as it is named. Returns, sorted, those that
+        count 0 now. Raises CorruptImage when a count would leave its range; then nothing has changed.
+        """
+        named, times = np.unique(clusters, return_counts=True)
+        indices = named // np.uint64(self.per_block)
+        cuts = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), named.size] if named.size else []
+        planned: list[tuple[int, _Block, NDArray[np.int64], NDArray[np.uint64]]] = []
+        for low, high in itertools.pairwise(cuts):
+            index = int(indices[low])
+            within = (named[low:high] % np.uint64(self.per_block)).astype(np.int64)
+            block = self._described(index)
+            before = block.counts[within].astype(np.uint64)
+            steps = times[low:high].astype(np.uint64)
+            wrong = before < steps if change < 0 else np.uint64(self.maximum) - before < steps
+            if wrong.any():
+                cluster = int(named[low:high][wrong][0])
+                raise self._corrupt(
+                    f"refcount of the cluster at {cluster << self._cluster_bits:#x} is"
+                    f" {int(before[wrong][0])} and would leave its range"
+                )
+            planned.append((index, block, within, before - steps if change < 0 else before + steps))
+        freed = []
+        for index, block, within, after in planned:
+            block.counts[within] = after.astype(self._widths.native)
+            self._touch(index, block, int(within[0]), int(within[-1]) + 1)
+            freed.append(within[after == 0].astype(np.uint64) + np.uint64(index * self.per_block))
+        return np.concatenate(freed) if freed else np.zeros(0, np.uint64)
+
+    def free_run(self, start: int, most: int) -> tuple[int, int]:
+        """The first free cluster from `start` on, and how many follow it without a break: up to `most`, and
+        never past what its block describes. There always is one: past the last block all is free.
+        """
+        index, within = divmod(start, self.per_block)
+        while block := self._load(index):
+            free = block.counts[within:] == 0
+            first = int(free.argmax())
+            if free[first]:
+                used = ~free[first : first + most]
+                count = int(used.argmax()) if used.any() else used.size
+                return index * self.per_block + within + first, count
+            index, within = index + 1, 0
+        return index * self.per_block + within, min(most, self.per_block - within)
+
+    def described(self, cluster: int) -> bool:
+        """Whether a block has a counter for it."""
+        index = cluster // self.per_block
+        return index < self.table.size and bool(self.table[index])
+
+    def describe(self, cluster: int) -> int:
+        """Makes the block for `cluster`, a cluster that no block describes, and if need be a larger table. They
+        lie at `cluster` and what follows it, all of which must be free. Returns how many clusters that took.
+        """
+        index = cluster // self.per_block
+        if index < self.table.size:
+            self._make_block(index, cluster)
+            return 1
+        blocks, tables = self._larger(cluster)
+        table = np.zeros((tables << self._cluster_bits) // _ENTRY, np.uint64)
+        table[: self.table.size] = self.table
+        self.table = table
+        self.table_offset = HostOffset((cluster + blocks) << self._cluster_bits)
+        self.table_moved = True
+        for number in range(blocks):
+            self._make_block(index + number, cluster + number, counted=False)
+        self.set(cluster, blocks + tables, 1)
+        return blocks + tables
+
+    def describing(self, cluster: int) -> int:
+        """How many clusters `describe` would take."""
+        return 1 if cluster // self.per_block < self.table.size else sum(self._larger(cluster))
+
+    def write_blocks(self) -> None:
+        """Changed blocks, as far as they changed (whole sectors); new ones whole."""
+        for index in sorted(self._dirty):
+            block = self._blocks[index]
+            in_sector = _SECTOR * 8 // self._widths.bits
+            low = 0 if block.new else block.low // in_sector * in_sector
+            high = block.counts.size if block.new else -(-block.high // in_sector) * in_sector
+            offset = int(self.table[index]) + low * self._widths.bits // 8
+            self._storage.write(HostOffset(offset), self._widths.encode(block.counts[low:high]))
+
+    def write_table(self) -> None:
+        """Entries of new blocks, which must be durable; all of it where it moved."""
+        low, high = (0, self.table.size) if self.table_moved else (self._table_low, self._table_high)
+        if low < high:
+            entries = self.table[low:high].astype(">u8").tobytes()
+            self._storage.write(HostOffset(self.table_offset + low * _ENTRY), entries)
+
+    def written(self) -> None:
+        """What `write_blocks` and `write_table` wrote is durable, and the header names the table."""
+        for index in self._dirty:
+            block = self._blocks[index]
+            block.low, block.high, block.new = block.counts.size, 0, False
+        self._dirty.clear()
+        self._table_low, self._table_high = 1 << 62, 0
+        self.table_moved = False
+        self._trim()
+
+    def block_clusters(self) -> NDArray[np.uint64]:
+        """Cluster numbers of all blocks."""
+        found: NDArray[np.uint64] = self.table[self.table != 0] >> np.uint64(self._cluster_bits)
+        return found
+
+    def last_used(self) -> int:
+        """The highest cluster that counts more than 0, -1 for none."""
+        for index in np.flatnonzero(self.table)[::-1].tolist():
+            block = self._load(index)
+            if block is not None and (used := np.flatnonzero(block.counts)).size:
+                return int(index * self.per_block + used[-1])
+        return -1
+
+    def forget(self) -> None:
+        """Drops what is cached, written or not: the image is about to change under us."""
+        self._blocks.clear()
+        self._dirty.clear()
+
+    # below: blocks
+
+    def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(block, from, to, place in the run) for the blocks a run touches."""
+        at = 0
+        while at < count:
+            index, start = divmod(first + at, self.per_block)
+            end = min(self.per_block, start + count - at)
+            yield index, start, end, at
+            at += end - start
+
+    def _load(self, index: int) -> _Block | None:
+        block = self._blocks.get(index)
+        if block is not None:
+            self._blocks.move_to_end(index)
+            return block
+        offset = int(self.table[index]) if index < self.table.size else 0
+        if not offset:
+            return None
+        if offset % self._cluster or offset + self._cluster > _whole(self._storage, self._cluster):
+            raise self._corrupt(f"refcount block {index} at {offset:#x}")
+        counts = self._widths.decode(self._storage.read(HostOffset(offset), self._cluster))
+        block = self._blocks[index] = _Block(counts, counts.size)
+        self._trim()
+        return block
+
+    def _described(self, index: int) -> _Block:
+        block = self._load(index)
+        if block is None:
+            raise self._corrupt(f"no refcount block describes cluster {index * self.per_block}, which is in use")
+        return block
+
+    def _touch(self, index: int, block: _Block, start: int, end: int) -> None:
+        block.changed(start, end)
+        self._blocks[index] = block  # it may have been dropped since it was loaded
+        self._dirty.add(index)
+
+    def _make_block(self, index: int, cluster: int, *, counted: bool = True) -> None:
+        counts = np.zeros(self.per_block, self._widths.native)
+        self._blocks[index] = _Block(counts, counts.size, new=True)
+        self._dirty.add(index)
+        self.table[index] = cluster << self._cluster_bits
+        self._table_low = min(self._table_low, index)
+        self._table_high = max(self._table_high, index + 1)
+        if counted:
+            self.set(cluster, 1, 1)
+
+    def _larger(self, cluster: int) -> tuple[int, int]:
+        """(blocks, table clusters) that make `cluster` and what they take themselves described."""
+        index, blocks, tables = cluster // self.per_block, 1, 1
+        while True:
+            last = (cluster + blocks + tables - 1) // self.per_block
+            entries = max(last + 1, self.table.size * 3 // 2)
+            wanted = (last - index + 1, -(-entries * _ENTRY // self._cluster))
+            if wanted[1] << self._cluster_bits > TABLE_LIMIT and last + 1 <= TABLE_LIMIT // _ENTRY:
+                wanted = (wanted[0], max(TABLE_LIMIT >> self._cluster_bits, 1))
+            if wanted[1] << self._cluster_bits > max(TABLE_LIMIT, self._cluster):
+                raise ResourceError(
+                    "the image's refcount table has reached 8 MiB, its limit",
+                    errno=errno.EFBIG,
+                    cure="convert the image to larger clusters or narrower refcounts (qemu-img convert)",
+                )
+            if wanted == (blocks, tables):
+                return wanted
+            blocks, tables = max(blocks, wanted[0]), max(tables, wanted[1])
+
+    def _trim(self) -> None:
+        """Drops the blocks used longest ago that need no writing, down to the limit."""
+        size = self.per_block * self._widths.native.itemsize
+        excess = len(self._blocks) - max(4, _CACHE_LIMIT // size)
+        if excess > 0:
+            for index in [index for index in self._blocks if index not in self._dirty][:excess]:
+                del self._blocks[index]
+
+    def _corrupt(self, what: str) -> CorruptImage:
+        return CorruptImage(what, path=self._storage.path)
+
+
+def _whole(storage: Storage, cluster: int) -> int:
+    """The file's size in whole clusters, rounded up: the last one may be cut short."""
+    return -(-storage.size() // cluster) * cluster

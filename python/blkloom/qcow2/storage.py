@@ -1,0 +1,142 @@
+"""The bytes of one file: what every metadata access goes through, so that tests can record and replay it.
+
+`Storage` is the contract, `FileStorage` a file or block device by its descriptor. Offsets and lengths are bytes.
+One thread (the mapper's); `read` alone may be called from several. May fail: OSError of the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+from blkloom.qcow2.types import HostOffset
+
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+_ZERO_RANGE: Final = 16
+_AT_ONCE: Final = 1 << 20
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Storage(Protocol):
+    """One file. Nothing is durable before `sync`; until then the order in which writes reach the disk is open."""
+
+    @property
+    def path(self) -> str:
+        """Names it in errors."""
+
+    def size(self) -> int:
+        """Its length now."""
+
+    def read(self, offset: HostOffset, length: int) -> bytes:
+        """Exactly `length` bytes; past the end of the file, zeros."""
+
+    def write(self, offset: HostOffset, data: bytes) -> None:
+        """All of `data`; the file grows as needed."""
+
+    def sync(self) -> None:
+        """What was written before is durable when this returns."""
+
+    def zero(self, offset: HostOffset, length: int) -> None:
+        """The range reads as zeros from now on; the file grows as needed. It may come to be a hole."""
+
+    def punch(self, offset: HostOffset, length: int) -> None:
+        """The range becomes a hole and reads as zeros; the file keeps its length. Raises OSError (EOPNOTSUPP, or
+        another the file system has for that) where there are no holes; then nothing has changed.
+        """
+
+    def truncate(self, size: int) -> None:
+        """Makes the file `size` bytes long; what is new reads as zeros."""
+
+    def data_runs(self, offset: HostOffset, length: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of the parts of a range that may hold more than zeros; all of it where that is not known."""
+
+
+class FileStorage:
+    """The file open as `fd`, which stays the caller's. `fd` must not be O_DIRECT."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+
+    @property
+    def path(self) -> str:
+        """Names it in errors."""
+        return self._path
+
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+    def size(self) -> int:
+        """The file's length, the block device's capacity."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def read(self, offset: HostOffset, length: int) -> bytes:
+        """See `Storage.read`."""
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
+        parts = [data]
+        have = len(data)
+        while have < length and (data := os.pread(self._fd, length - have, offset + have)):
+            parts.append(data)
+            have += len(data)
+        return b"".join(parts).ljust(length, b"\0")
+
+    def write(self, offset: HostOffset, data: bytes) -> None:
+        """See `Storage.write`."""
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view = view[done:]
+            offset = HostOffset(offset + done)
+
+    def sync(self) -> None:
+        """See `Storage.sync`."""
+        os.fdatasync(self._fd)
+
+    def zero(self, offset: HostOffset, length: int) -> None:
+        """See `Storage.zero`."""
+        try:
+            self._fallocate(_ZERO_RANGE, offset, length)
+        except OSError:
+            # Whatever kept the file system from it (no support, no extents to be had): writing is the plain way.
+            for at in range(offset, offset + length, _AT_ONCE):
+                self.write(HostOffset(at), bytes(min(_AT_ONCE, offset + length - at)))
+
+    def punch(self, offset: HostOffset, length: int) -> None:
+        """See `Storage.punch`."""
+        self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def truncate(self, size: int) -> None:
+        """See `Storage.truncate`."""
+        os.ftruncate(self._fd, size)
+
+    def data_runs(self, offset: HostOffset, length: int) -> Iterator[tuple[int, int]]:
+        """See `Storage.data_runs`. Source: lseek(2), SEEK_DATA."""
+        at, end = int(offset), offset + length
+        while at < end:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+                stop = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # ENXIO: nothing but a hole up to the end
+                    yield at, end
+                return
+            if start >= end:
+                return
+            yield start, min(stop, end)
+            at = stop
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        while _libc.fallocate(self._fd, mode, offset, length) != 0:
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number), self._path)

@@ -1,0 +1,176 @@
+"""Entries of L1 and L2 tables: what they say of the guest's disk, a whole table at once, with NumPy.
+
+Tables are kept as they stand in the file but in the machine's byte order (`decode`, `encode`). `classify` answers,
+for any run of clusters, what each *unit* (cluster, or subcluster) is and where. Pure; any thread. Nothing raises:
+what cannot be is of kind INVALID, and costs only its own unit.
+
+Source: QEMU docs/interop/qcow2, "Cluster mapping" and "Extended L2 Entries".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2.types import SUBCLUSTERS, Geometry, HostOffset, Words
+
+COPIED: Final = 1 << 63
+"""The cluster (or L2 table) is used once: writing needs no copy."""
+COMPRESSED: Final = 1 << 62
+ALL_ZERO: Final = 1
+"""Standard cluster that reads as zeros; only version 3 without extended L2 entries."""
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+"""Bits 9 - 55: the host offset in entries of L1 tables and of standard clusters."""
+
+L1_RESERVED: Final = ~(COPIED | OFFSET_MASK) & (1 << 64) - 1
+
+_COPIED: Final = np.uint64(COPIED)
+_COMPRESSED: Final = np.uint64(COMPRESSED)
+_ALL_ZERO: Final = np.uint64(ALL_ZERO)
+_OFFSET: Final = np.uint64(OFFSET_MASK)
+_RESERVED: Final = np.uint64(~(COPIED | COMPRESSED | OFFSET_MASK | ALL_ZERO) & (1 << 64) - 1)
+_NONE: Final = np.uint64(0)
+_LOW_HALF: Final = np.uint64(0xFFFF_FFFF)
+_HALF: Final = np.uint64(32)
+_SECOND, _THIRD, _FOURTH = np.uint8(1), np.uint8(2), np.uint8(3)
+
+
+class Kind(IntEnum):
+    """What a unit is."""
+
+    UNALLOCATED = 0
+    """Whatever is below shows through; without a backing file, zeros."""
+    ZERO = 1
+    """Zeros, whatever is below. An allocated one has a host cluster that is not read."""
+    DATA = 2
+    COMPRESSED = 3
+    """Part of a compressed cluster."""
+    INVALID = 4
+    """The entry contradicts itself."""
+
+
+@dataclass(slots=True)
+class Units:
+    """Neighbouring units. kinds: a `Kind` each. offsets: each unit's own host offset (bytes) where a host cluster
+    stands behind it, whatever the kind, else 0; for COMPRESSED, the L2 entry itself. copied: the entry's COPIED bit.
+    """
+
+    kinds: NDArray[np.uint8]
+    offsets: Words
+    copied: NDArray[np.bool_]
+
+
+def decode(raw: bytes) -> Words:
+    """The words of a table as it stands in a file, an array of one's own."""
+    return np.frombuffer(raw, ">u8").astype(np.uint64)
+
+
+def encode(words: Words) -> bytes:
+    """The bytes for the file."""
+    return words.astype(">u8").tobytes()
+
+
+def classify(
+    entries: Words, bitmaps: Words | None, geometry: Geometry, *, version: int, data_file: bool = False
+) -> Units:
+    """What the units of the clusters described by `entries` are.
+
+    entries: L2 entries of neighbouring clusters. bitmaps: their subcluster allocation bitmaps, where the geometry is
+    extended. data_file: guest data lies in an external data file, so that a host offset may be 0.
+    """
+    compressed = (entries & _COMPRESSED) != _NONE
+    offsets = entries & _OFFSET
+    copied = entries >= _COPIED
+    backed = offsets != _NONE
+    if data_file:
+        backed |= copied
+    bad = (entries & (_RESERVED | np.uint64(geometry.cluster - 1 & OFFSET_MASK))) != _NONE
+    zero = (entries & _ALL_ZERO) != _NONE
+    if bitmaps is None:
+        # What an entry is follows from four bits of it: one number, one look into a table of 16.
+        code = backed.view(np.uint8) | zero.view(np.uint8) << _SECOND
+        code |= bad.view(np.uint8) << _THIRD | compressed.view(np.uint8) << _FOURTH
+        kinds = _MEANINGS[version >= 3, data_file][code]
+        if compressed.any():
+            np.copyto(offsets, entries, where=compressed)
+        return Units(kinds, offsets, copied)
+    kinds = _subclusters(bitmaps, backed)
+    kinds[bad | zero] = Kind.INVALID
+    # All bits of a compressed cluster's descriptor have another meaning; none of the checks above holds.
+    kinds[compressed] = Kind.INVALID if data_file else Kind.COMPRESSED
+    steps = np.arange(SUBCLUSTERS, dtype=np.uint64) * np.uint64(geometry.unit)
+    places = np.where(backed[:, None], offsets[:, None] + steps, _NONE)
+    places[compressed] = entries[compressed, None]
+    return Units(kinds.reshape(-1), places.reshape(-1), np.repeat(copied, SUBCLUSTERS))
+
+
+def _subclusters(bitmaps: Words, backed: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """What the bitmaps alone say: shape (n, 32)."""
+    code = _bits(bitmaps & _LOW_HALF).view(np.uint8)
+    code |= _bits(bitmaps >> _HALF).view(np.uint8) << _SECOND
+    code |= backed.view(np.uint8)[:, None] << _THIRD
+    return _SUBCLUSTER_MEANINGS[code]
+
+
+def _meaning(code: int, *, version_3: bool, data_file: bool) -> Kind:
+    """code: of an entry that is backed (1), zero (2), bad (4), compressed (8)."""
+    if code & 8:
+        return Kind.INVALID if data_file else Kind.COMPRESSED
+    if code & 4 or (code & 2 and not version_3):
+        return Kind.INVALID
+    return Kind.ZERO if code & 2 else Kind.DATA if code & 1 else Kind.UNALLOCATED
+
+
+_MEANINGS: Final = {
+    (version_3, data_file): np.array(
+        [_meaning(code, version_3=version_3, data_file=data_file) for code in range(16)], np.uint8
+    )
+    for version_3 in (False, True)
+    for data_file in (False, True)
+}
+_SUBCLUSTER_MEANINGS: Final = np.array(
+    [
+        # allocated (1), zero (2), backed by a host cluster (4)
+        Kind.UNALLOCATED,
+        Kind.INVALID,
+        Kind.ZERO,
+        Kind.INVALID,
+        Kind.UNALLOCATED,
+        Kind.DATA,
+        Kind.ZERO,
+        Kind.INVALID,
+    ],
+    np.uint8,
+)
+
+
+def _bits(halves: Words) -> NDArray[np.bool_]:
+    """32 bits a word, bit 0 first: shape (n, 32)."""
+    little = halves.astype("<u4").view(np.uint8).reshape(-1, 4)
+    return np.unpackbits(little, axis=1, bitorder="little").view(np.bool_)
+
+
+def subcluster_bits(flags: NDArray[np.bool_]) -> Words:
+    """The other way: shape (n, 32) of bools as words whose low half they are."""
+    packed = np.packbits(flags, axis=1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u4").reshape(-1).astype(np.uint64)
+
+
+def compressed_place(entry: int, cluster_bits: int) -> tuple[HostOffset, int]:
+    """Where the compressed data of an L2 entry is: its first byte, and how many bytes it may have at most."""
+    shift = 62 - (cluster_bits - 8)
+    offset = entry & (1 << shift) - 1
+    sectors = (entry >> shift & (1 << cluster_bits - 8) - 1) + 1
+    return HostOffset(offset), sectors * 512 - offset % 512
+
+
+def compressed_places(entries: Words, cluster_bits: int) -> tuple[Words, Words]:
+    """`compressed_place` of many entries: offsets and lengths."""
+    shift = 62 - (cluster_bits - 8)
+    offsets = entries & np.uint64((1 << shift) - 1)
+    sectors = (entries >> np.uint64(shift) & np.uint64((1 << cluster_bits - 8) - 1)) + np.uint64(1)
+    return offsets, sectors * np.uint64(512) - offsets % np.uint64(512)

@@ -1,0 +1,310 @@
+"""An image that is written to: what the target calls when the engine asks.
+
+Needs no engine: it is given callables, so that tests may run it against a recording storage. Guest data goes straight
+from the engine to where the table says; here are the changes of the table, and what must be true before them.
+
+Obligations of the caller: all calls from one thread; `flush` when the engine's own files have been synced; `close`
+when no request is in flight. After `close` the image is exact and others may change it; make a new Image and Writer
+then. May fail: CorruptImage (the image is marked so, and only read from then on), OSError (ENOSPC).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import FaultError
+from blkloom.qcow2.ahead import Ahead
+from blkloom.qcow2.allocation import Allocator
+from blkloom.qcow2.bitmaps import Bitmaps, read_directory
+from blkloom.qcow2.cow import Below, Copier, Payload
+from blkloom.qcow2.discard import Discarder
+from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.flush import WriteBack
+from blkloom.qcow2.header import Autoclear, ExtensionKind, Incompatible, encode_fields
+from blkloom.qcow2.mapping import Install, Mapping
+from blkloom.qcow2.occupied import Occupied
+from blkloom.qcow2.preparing import Preparer
+from blkloom.qcow2.refcounts import Refcounts
+from blkloom.qcow2.repair import rebuild
+from blkloom.qcow2.snapshots import read_snapshots
+from blkloom.qcow2.tables import OFFSET_MASK, Kind
+from blkloom.qcow2.types import GuestOffset, HostOffset, Words
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.image import Image
+
+_log = logging.getLogger(__name__)
+
+_DIRTY_LIMIT: Final = 32 << 20
+"""Bytes of changed L2 tables at which they are written without being asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """preallocate: bytes around a write that may be given places with it, 0 for none. discard: whether discards free
+    clusters. compact_zeroes: writes of nothing but zeros, as far as they come here, free clusters too. dirty_limit:
+    bytes of changed L2 tables kept.
+    """
+
+    preallocate: int = 4 << 20
+    discard: bool = True
+    compact_zeroes: bool = False
+    dirty_limit: int = _DIRTY_LIMIT
+
+
+class Writer:
+    """Writes to `image`, which is open for that."""
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        read: Callable[[GuestOffset, int], bytes],
+        install: Install,
+        synchronize: Callable[[], None],
+        below: Below | None = None,
+        sync_data: Callable[[], None] | None = None,
+        options: Options | None = None,
+        reserve: Callable[[HostOffset, int], None] | None = None,
+        broke: Callable[[], None] | None = None,
+    ) -> None:
+        """Repairs refcounts if the image is dirty. Raises CorruptImage, OSError.
+
+        read: what the disk holds now, zeros past its end. install: tells the engine of entries, in units of the
+        image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. sync_data: makes guest data
+        durable, if it is in another file. reserve: see `Allocator`.
+        broke: the image was found corrupt; from then on all units are `guarded`, and the engine should know.
+        """
+        assert image.writable, "it was opened so"
+        self._image = image
+        self._options = options or Options()
+        self.broken: CorruptImage | None = None
+        """Why nothing is written any more."""
+        self._changed = False
+        self._broke = broke
+        self._lazy = image.lazy_refcounts and image.header.version >= 3
+        geometry, header = image.geometry, image.header
+        snapshots = read_snapshots(image.storage, header)
+        directory = header.extension(ExtensionKind.BITMAPS)
+        listed = []
+        if directory is not None and header.autoclear & Autoclear.BITMAPS:
+            listed = read_directory(image.storage, directory, cluster_bits=geometry.cluster_bits, disk_size=image.size)
+        self.bitmaps: Final = Bitmaps(
+            image.storage,
+            listed,
+            cluster_bits=geometry.cluster_bits,
+            unit_bits=geometry.unit_bits,
+            disk_size=image.size,
+        )
+        self._refcounts = Refcounts(
+            image.storage,
+            cluster_bits=geometry.cluster_bits,
+            order=header.refcount_order,
+            table_offset=header.refcount_table_offset,
+            table_clusters=header.refcount_table_clusters,
+        )
+        self._occupied = Occupied(
+            image, self._refcounts, snapshots, self.bitmaps, _directory_clusters(directory, geometry.cluster_bits)
+        )
+        self.allocator: Final = Allocator(
+            self._refcounts,
+            image.storage,
+            cluster_bits=geometry.cluster_bits,
+            metadata_in=self._occupied.at,
+            reserve=reserve,
+        )
+        external = image.data_storage is not image.storage
+        self._write_back = WriteBack(
+            image,
+            self._refcounts,
+            self.allocator,
+            lazy=self._lazy,
+            synchronize=synchronize,
+            sync_data=sync_data or (image.data_storage.sync if external else _nothing),
+        )
+        mapping = Mapping(
+            image,
+            self.allocator,
+            self._write_back,
+            below=below,
+            install=install,
+            guarded=self.guarded,
+            unseen=self.bitmaps.unseen if self.bitmaps.tracking else None,
+        )
+        self.copier: Final = Copier(image.data_storage, read)
+        self.ahead: Final = Ahead(mapping, self._options.preallocate)
+        self._preparer = Preparer(mapping, self.copier, self.ahead, self._occupied)
+        self._discarder = Discarder(mapping, self._preparer, self.ahead)
+        if image.needs_repair:
+            rebuild(image, self._refcounts, self._occupied, snapshots)
+            self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
+        self._attach()
+
+    # what the engine asks for
+
+    def prepare_write(self, offset: int, length: int, payload: Callable[[], bytes] | None = None) -> bool:
+        """Makes [offset, offset + length) writable where it is: the engine may look again. payload: fetches the
+        write's bytes; they are then written along with what is copied. Returns whether that was all of the write.
+        """
+        if payload and self._options.compact_zeroes:
+            data = payload()
+            if data.count(0) == length:
+                self.write_zeroes(offset, length, may_unmap=True)
+                return True
+        with self._changing(offset, length):
+            done = self._preparer.prepare(Payload(GuestOffset(offset), length, payload))
+        self._limit()
+        return done
+
+    def discard(self, offset: int, length: int) -> None:
+        """The contents are not needed any more."""
+        if self._options.discard:
+            with self._changing(offset, length):
+                self._discarder.discard(offset, length)
+            self._limit()
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast: bool = False) -> None:
+        """The range reads as zeros. Raises FaultError (EOPNOTSUPP) for what cannot be done fast."""
+        with self._changing(offset, length):
+            keep = not (may_unmap and self._options.discard)
+            self._discarder.write_zeroes(offset, length, keep=keep, fast=fast)
+        self._limit()
+
+    def flush(self) -> None:
+        """Everything that was written before is durable when this returns."""
+        if self.broken is None:
+            with self._finding_corruption():
+                self._write_back.write_back()
+
+    def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Of `count` units from `first` on, those that the engine may not write to by itself, though they are the
+        guest's own: a dirty bitmap would miss it, or metadata is there too.
+        """
+        found = self.bitmaps.unseen(first, count) if self.bitmaps.tracking else np.zeros(count, np.bool_)
+        if self.broken is not None:
+            found[:] = True
+        elif not self._image.header.has_data_file:
+            units = self._image.units(first, count)
+            data = units.kinds == Kind.DATA
+            found[data] |= self._occupied.collides(units.offsets[data] >> np.uint64(self._image.geometry.cluster_bits))
+        return found
+
+    def close(self) -> None:
+        """Writes everything, takes out what was given ahead in vain, cuts the file, and says that all is well."""
+        if self.broken is not None or not self._changed:
+            return
+        with self._finding_corruption():
+            self._write_back.write_back()
+            self.ahead.take_out()
+            self._write_back.write_back()
+            self._store_bitmaps()
+            self._write_back.write_all()
+            self.allocator.trim_file()
+            if self._image.header.incompatible & Incompatible.DIRTY:
+                self._set_header(incompatible=self._image.header.incompatible & ~Incompatible.DIRTY)
+            else:
+                self._image.storage.sync()
+        self._changed = False
+
+    def mark_corrupt(self, error: CorruptImage) -> None:
+        """The image's metadata is wrong: says so in the image, and only reads from now on."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        _log.error("%s; nothing is written to the image any more", error)
+        if self._image.header.version >= 3:
+            self._set_header(incompatible=self._image.header.incompatible | Incompatible.CORRUPT)
+        if self._broke:
+            self._broke()
+
+    # below: the beginning and the end
+
+    def _attach(self) -> None:
+        """What must be so before anybody writes anything."""
+        image = self._image
+        cluster = image.geometry.cluster
+        if image.storage is not image.data_storage:
+            if image.data_storage.size() < image.size:
+                image.data_storage.truncate(image.size)
+        elif image.storage.size() % cluster:  # the last cluster may be written to
+            image.storage.truncate(-(-image.storage.size() // cluster) * cluster)
+        if self.bitmaps.give_up():
+            image.storage.sync()
+        unknown = image.header.autoclear & ~sum(Autoclear)
+        if unknown:
+            self._set_header(autoclear=image.header.autoclear & ~unknown)
+
+    @contextmanager
+    def _changing(self, offset: int, length: int) -> Iterator[None]:
+        if self.broken is not None:
+            raise FaultError(errno.EIO, f"the image is corrupt and only read: {self.broken}")
+        with self._finding_corruption():
+            if not self._changed:
+                self._first_change()
+            if self.bitmaps.tracking:
+                self.bitmaps.mark(offset, length)
+            yield
+
+    def _first_change(self) -> None:
+        begun = self.bitmaps.begin()
+        if self._lazy:
+            self._set_header(incompatible=self._image.header.incompatible | Incompatible.DIRTY)
+        elif begun:
+            self._image.storage.sync()
+        self._changed = True
+
+    @contextmanager
+    def _finding_corruption(self) -> Iterator[None]:
+        try:
+            yield
+        except CorruptImage as error:
+            self.mark_corrupt(error)
+            raise
+
+    def _limit(self) -> None:
+        if self._write_back.held > self._options.dirty_limit:
+            self.flush()
+
+    def _store_bitmaps(self) -> None:
+        def allocate() -> HostOffset:
+            return HostOffset(self.allocator.take(1).first << self._image.geometry.cluster_bits)
+
+        write_tables = self.bitmaps.store_bits(allocate)
+        if write_tables is not None:
+            self._write_back.write_all()
+            self._image.storage.sync()
+            write_tables()
+            self._image.storage.sync()
+            self.bitmaps.end()
+
+    def _set_header(self, *, incompatible: int | None = None, autoclear: int | None = None) -> None:
+        """Fields only, in one sector; durable when it returns."""
+        header = self._image.header
+        self._image.header = replace(
+            header,
+            incompatible=header.incompatible if incompatible is None else incompatible,
+            autoclear=header.autoclear if autoclear is None else autoclear,
+        )
+        self._image.storage.write(HostOffset(0), encode_fields(self._image.header))
+        self._image.storage.sync()
+
+
+def _nothing() -> None:
+    """Guest data is in the image's own file."""
+
+
+def _directory_clusters(extension: bytes | None, cluster_bits: int) -> Words:
+    """Host clusters of the bitmap directory that a header extension names."""
+    if extension is None or len(extension) < 24:
+        return np.zeros(0, np.uint64)
+    size, offset = int.from_bytes(extension[8:16], "big"), int.from_bytes(extension[16:24], "big") & OFFSET_MASK
+    first = offset >> cluster_bits
+    return np.arange(first, first + min(-(-size >> cluster_bits), 1 << 20), dtype=np.uint64)

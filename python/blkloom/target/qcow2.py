@@ -1,0 +1,332 @@
+"""`qcow2`: a QCOW2 image, with its backing chain.
+
+Any segment: it is the image's disk from its first byte on, as far as the segment reaches. The format is understood in
+`blkloom.qcow2`; here are the arguments, and the life of an image: opened when the table loads, read anew at every
+resume, let go of at every suspend, so that qemu-img may work on it meanwhile. Source: dm-qcow2 (Tkhai 2020), QEMU
+docs/interop/qcow2.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+
+from typing_extensions import override
+
+from blkloom._engine import Extent
+from blkloom.errors import BackingError, FaultError
+from blkloom.gate import Gate
+from blkloom.target.base import RETRY, Mapped, Retry, Target
+from blkloom.target.limits import BlockLimits
+from blkloom.units import SECTOR, Bytes, parse_size, to_sectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Buffer
+
+    from blkloom.qcow2.attachment import Attachment
+    from blkloom.qcow2.chain import Chain
+    from blkloom.qcow2.writer import Writer
+    from blkloom.table.arguments import Arguments
+    from blkloom.target.live_segment import LiveSegment
+    from blkloom.target.opening import Opening
+
+CACHE: Final = Bytes(256 << 20)
+"""Bytes of decompressed clusters that are kept, unless the table says otherwise."""
+
+_CACHE_LIMIT: Final = Bytes(1 << 40)
+_LARGEST_OPTIMAL: Final = 1 << 21
+
+
+@dataclass
+class Qcow2(Target):
+    """path: of the image. snapshot: the id or name of an internal one to show instead. allow_backing: directories
+    (or files) that names in images may lead to, besides the image's own. lock: claim the files. cache: bytes of
+    decompressed clusters kept. preallocate: bytes around a first write that are given clusters with it, None for
+    what is best.
+    """
+
+    path: str
+    read_only: bool = False
+    snapshot: str = ""
+    allow_backing: tuple[str, ...] = ()
+    lock: bool = True
+    cache: Bytes = CACHE
+    discard_as: Literal["unmap", "ignore"] = "unmap"
+    on_enospc: Literal["fail", "park"] = "fail"
+    preallocate: Bytes | None = None
+    compact_zeroes: bool = False
+
+    name: ClassVar[str] = "qcow2"
+    syntax: ClassVar[str] = (
+        "<path> [<#opts> [read_only] [snapshot=<id|name>] [allow_backing=<dir>]... [lock=off] [cache=<size>] "
+        "[discard=unmap|ignore] [on_enospc=fail|park] [preallocate=<size>] [compact_zeroes]]"
+    )
+    summary: ClassVar[str] = "a QCOW2 image with its backing files"
+
+    @classmethod
+    @override
+    def parse(cls, arguments: Arguments) -> Self:
+        path = arguments.word("path")
+        found: dict[str, Any] = {}
+        for option in arguments.options():
+            word, _, value = option.partition("=")
+            reading = _OPTIONS.get(word)
+            if reading is None or (reading is not _flag) != ("=" in option):
+                known = ", ".join(word if reading is _flag else f"{word}=" for word, reading in _OPTIONS.items())
+                raise arguments.error("unknown option", value=option, cure=f"options are: {known}")
+            field = _FIELDS.get(word, word)
+            if field in found and word != "allow_backing":
+                raise arguments.error("option given twice", value=option, cure="give it once")
+            try:
+                read = reading(value)
+            except ValueError as error:
+                raise arguments.error(f"Invalid {word}: {error}", value=option) from error
+            found[field] = (*found.get(field, ()), read) if word == "allow_backing" else read
+        return cls(path, **found)
+
+    @override
+    def format(self) -> list[str]:
+        options = [
+            *(["read_only"] if self.read_only else []),
+            *([f"snapshot={self.snapshot}"] if self.snapshot else []),
+            *(f"allow_backing={path}" for path in self.allow_backing),
+            *([] if self.lock else ["lock=off"]),
+            *([f"cache={self.cache}"] if self.cache != CACHE else []),
+            *([f"discard={self.discard_as}"] if self.discard_as != "unmap" else []),
+            *([f"on_enospc={self.on_enospc}"] if self.on_enospc != "fail" else []),
+            *([f"preallocate={self.preallocate}"] if self.preallocate is not None else []),
+            *(["compact_zeroes"] if self.compact_zeroes else []),
+        ]
+        return [self.path, *([str(len(options)), *options] if options else [])]
+
+    # Life
+
+    @override
+    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
+        self._opening: Opening = opening
+        self._live: LiveSegment = opening.segment()
+        self._writable: bool = not (self.read_only or self.snapshot or opening.read_only)
+        self._attachment: Attachment | None = None
+        self._writer: Writer | None = None
+        chain = self._open()
+        if length > (room := chain.size // SECTOR * SECTOR):
+            raise opening.refuse(
+                "Target maps area after image end",
+                value=self.path,
+                cure=f"{to_sectors(Bytes(room))} sectors are there, not {to_sectors(length)}",
+            )
+        # What is all of an image stays that when the image grows.
+        self._whole: bool = opening.alone and length == room
+        self._length: Bytes = length
+        return self._attach(chain)
+
+    @override
+    def postsuspend(self) -> None:
+        if self._writer:
+            self._writer.close()
+        self._detach()
+        self._opening.lend()
+
+    @override
+    def preresume(self) -> Mapped:
+        self._opening.claim_again()
+        try:
+            self._detach()
+            chain = self._open()
+            room = Bytes(chain.size // SECTOR * SECTOR)
+            if room < (SECTOR if self._whole else self._length):
+                raise BackingError(
+                    f"the image has {to_sectors(room)} sectors now, and the table wants {to_sectors(self._length)}",
+                    path=self.path,
+                    errno=errno.EINVAL,
+                    cure="load a shorter table, or make the image larger (qemu-img resize)",
+                )
+            if self._whole:
+                self._length = room
+            mapped = self._attach(chain)
+            if self._writable:
+                self._begin_writing(chain)
+            return mapped
+        except BaseException:
+            self._opening.lend()
+            raise
+
+    @override
+    def close(self) -> None:
+        if not hasattr(self, "_attachment"):
+            return
+        try:
+            if self._writer:
+                self._writer.close()
+        finally:
+            self._detach()
+
+    def _open(self) -> Chain:
+        from blkloom.qcow2.chain import open_chain
+
+        gate = Gate.of_image(self.path, self.allow_backing)
+        return open_chain(
+            self.path, self._opening, gate, writable=self._writable, snapshot=self.snapshot, claimed=self.lock
+        )
+
+    def _attach(self, chain: Chain) -> Mapped:
+        from blkloom.qcow2.attachment import Attachment
+
+        self._attachment = Attachment(chain, self._length, cache=self.cache, synchronize=self._live.synchronize)
+        return [(Bytes(0), self._length, Extent.table(self._attachment.table))]
+
+    def _begin_writing(self, chain: Chain) -> None:
+        """Only what is about to go live may change the file: before, another table may be at it."""
+        from blkloom.qcow2.writer import Options, Writer
+
+        attachment, top = self._attached, chain.top
+        options = Options(discard=self.discard_as == "unmap", compact_zeroes=self.compact_zeroes)
+        if self.preallocate is not None:
+            options = replace(options, preallocate=self.preallocate)
+
+        def broke() -> None:
+            top.writable = False
+            attachment.forget()
+            self._live.event("the image is corrupt and only read from now on")
+
+        self._writer = Writer(
+            top.image,
+            read=chain.read,
+            install=attachment.install,
+            synchronize=self._live.synchronize,
+            below=chain if len(chain.layers) > 1 else None,
+            options=options,
+            broke=broke,
+        )
+        top.writable, top.guarded = True, self._writer.guarded
+
+    def _detach(self) -> None:
+        self._writer = None
+        attachment, self._attachment = self._attachment, None
+        if attachment:
+            attachment.forget()
+            attachment.close()
+
+    # Questions
+
+    @override
+    def limits(self) -> BlockLimits:
+        if self._attachment is None:
+            return BlockLimits()
+        return BlockLimits(optimal=min(max(self._attachment.chain.top.image.geometry.unit, 4096), _LARGEST_OPTIMAL))
+
+    @override
+    def status(self) -> str:
+        """`<clusters in use>/<clusters of the disk> <words>`; in use is what the image file takes in storage."""
+        if self._attachment is None:
+            return "-"
+        image, unpacked = self._attachment.chain.top.image, self._attachment.unpacked
+        file = os.fstat(self._attachment.chain.files[0].fileno())
+        bits = image.geometry.cluster_bits
+        words = [
+            f"{-(-file.st_blocks * 512 >> bits)}/{-(-image.size >> bits)}",
+            f"cluster_size={1 << bits}",
+            f"cache={unpacked.used}/{unpacked.slots}",
+            f"faults={self._attachment.faults}",
+            f"chain={len(self._attachment.chain.layers)}",
+            f"wants_check={int(image.wants_check)}",
+        ]
+        return " ".join(words)
+
+    # Faults
+
+    @override
+    def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
+        data = self._attached.read(offset, length)
+        return RETRY if data is None else data
+
+    @override
+    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
+        self._attached.prepare(offset, len(data))
+        return None if self._changing.prepare_write(offset, len(data), lambda: data) else RETRY
+
+    @override
+    def flush(self) -> None:
+        if self._writer:
+            self._writer.flush()
+
+    @override
+    def discard(self, offset: Bytes, length: Bytes) -> None:
+        self._changing.discard(offset, length)
+
+    @override
+    def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> None:
+        self._changing.write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
+
+    @override
+    def expect(self, reads: Sequence[tuple[Bytes, Bytes]]) -> None:
+        self._attached.expect(reads)
+
+    @override
+    def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
+        return [(Bytes(run), flags) for run, flags in self._attached.extents(offset, length)]
+
+    @property
+    def _changing(self) -> Writer:
+        if self._writer is None:
+            raise FaultError(errno.EROFS, f"{self.path} is attached to be read only")
+        return self._writer
+
+    @property
+    def _attached(self) -> Attachment:
+        assert self._attachment is not None, "nothing faults while it is suspended"
+        return self._attachment
+
+
+def _flag(_value: str) -> bool:
+    return True
+
+
+def _word(value: str) -> str:
+    if not value:
+        raise ValueError("nothing behind the =")
+    return value
+
+
+def _folder(value: str) -> str:
+    if not os.path.isabs(value):
+        raise ValueError("the path must begin with /")
+    return value
+
+
+def _off(value: str) -> bool:
+    return {"on": True, "off": False}[_one_of("on", "off")(value)]
+
+
+def _one_of(*values: str) -> Callable[[str], str]:
+    def reading(value: str) -> str:
+        if value not in values:
+            raise ValueError(f"must be {' or '.join(values)}")
+        return value
+
+    return reading
+
+
+def _size(value: str) -> Bytes:
+    size = parse_size(value)
+    if size > _CACHE_LIMIT:
+        raise ValueError("more than any machine has")
+    return size
+
+
+_OPTIONS: Final[dict[str, Callable[[str], object]]] = {
+    "read_only": _flag,
+    "snapshot": _word,
+    "allow_backing": _folder,
+    "lock": _off,
+    "cache": _size,
+    "discard": _one_of("unmap", "ignore"),
+    "on_enospc": _one_of("fail", "park"),
+    "preallocate": _size,
+    "compact_zeroes": _flag,
+}
+_FIELDS: Final = {"discard": "discard_as"}

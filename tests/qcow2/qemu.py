@@ -1,0 +1,74 @@
+"""QEMU's tools, as far as the tests ask them: make, write, check, read out. Their word is the truth.
+
+Source: qemu-img(1), qemu-io(1).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class QemuError(Exception):
+    """A tool of QEMU's refused; the text is its own."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `qemu-img check` counted."""
+
+    corruptions: int
+    leaks: int
+    errors: int
+    said: str
+
+    @property
+    def whole(self) -> bool:
+        """Nothing wrong, not even leaks."""
+        return not (self.corruptions or self.leaks or self.errors)
+
+
+def run(program: str, *arguments: str | Path, accept: tuple[int, ...] = (0,), cwd: Path | None = None) -> str:
+    """Its standard output. Raises QemuError."""
+    command = [program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cwd)
+    if done.returncode not in accept:
+        raise QemuError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def qemu_img(*arguments: str | Path, accept: tuple[int, ...] = (0,), cwd: Path | None = None) -> str:
+    return run("qemu-img", *arguments, accept=accept, cwd=cwd)
+
+
+def qemu_io(path: str | Path, *commands: str) -> None:
+    """Raises QemuError also where a command failed, which qemu-io may tell by words only."""
+    words = [word for command in commands for word in ("-c", command)]
+    said = run("qemu-io", "-f", "qcow2", path, *words)
+    if "failed" in said or "error" in said.lower():
+        raise QemuError(f"qemu-io {path} {commands}: {said}")
+
+
+def check(path: Path, *, repair: str = "") -> Checked:
+    """`qemu-img check`, or a repair (leaks, all) and what it found before it."""
+    words = ["check", "--output=json", *(["-r", repair] if repair else []), "-f", "qcow2", str(path)]
+    done = subprocess.run(["qemu-img", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if not done.stdout.startswith("{"):
+        raise QemuError(f"qemu-img {' '.join(words)}: {done.stderr.strip()}")
+    found = json.loads(done.stdout)
+    return Checked(
+        found.get("corruptions", 0), found.get("leaks", 0), found.get("check-errors", 0), done.stderr + done.stdout
+    )
+
+
+def content(path: Path, *, snapshot: str = "") -> bytes:
+    """What a guest reads of the whole image, or of an internal snapshot."""
+    out = path.with_name(path.name + ".content")
+    words = ["-l", snapshot] if snapshot else []
+    try:
+        qemu_img("convert", "-f", "qcow2", *words, "-O", "raw", path, out)
+        return out.read_bytes()
+    finally:
+        out.unlink(missing_ok=True)

@@ -1,0 +1,176 @@
+"""A disk that remembers everything done to it, and every state a crash could leave behind.
+
+A `Recorder` holds the bytes of some files and a log of all that changed them; `Watch` fills it from a
+live device. `after_crash` is what may be found when the power goes at a point of the log: everything up
+to the file's last sync before it, and of what came later any subset, sector by sector, since nothing
+orders writes that no sync parts. Storage that tears inside a sector of 512 bytes is not modelled; the
+format could not bear it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pytest
+
+from blkloom.qcow2.storage import FileStorage
+
+SECTOR = 512
+
+Kind = Literal["write", "zero", "punch", "truncate", "sync"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """offset: bytes; truncate's new length. data: a write's. length: bytes zeroed or punched."""
+
+    file: str
+    kind: Kind
+    offset: int = 0
+    data: bytes = b""
+    length: int = 0
+
+
+@dataclass
+class Recorder:
+    """files: their bytes now. log: what was done since `begin`. initial: the bytes at `begin`."""
+
+    files: dict[str, bytearray]
+    log: list[Event] = field(default_factory=list)
+    initial: dict[str, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """What is there now is durable; forget how it came."""
+        self.log.clear()
+        self.initial = {name: bytes(content) for name, content in self.files.items()}
+
+    def do(self, event: Event) -> None:
+        """Carry out and remember."""
+        self.log.append(event)
+        apply(self.files[event.file], event)
+
+    def after_crash(self, point: int, dice: random.Random | None) -> dict[str, bytes]:
+        """The files after a crash between events `point` - 1 and `point`. dice: chooses what of the
+        unsynced is lost; None loses nothing, as when only the process is killed.
+        """
+        found = {}
+        for name, initial in self.initial.items():
+            content = bytearray(initial)
+            events = [(at, event) for at, event in enumerate(self.log[:point]) if event.file == name]
+            synced = max((at for at, event in events if event.kind == "sync"), default=-1)
+            share = dice.choice([0.0, 0.1, 0.5, 0.9, 1.0]) if dice else 1.0
+            for at, event in events:
+                if at <= synced or dice is None:
+                    apply(content, event)
+                else:
+                    _apply_torn(content, event, dice, share)
+            found[name] = bytes(content)
+        return found
+
+
+def apply(content: bytearray, event: Event) -> None:
+    """What the event does to the bytes of its file. A punch never makes a file longer."""
+    if event.kind == "write":
+        _put(content, event.offset, event.data)
+    elif event.kind == "zero":
+        _put(content, event.offset, bytes(event.length))
+    elif event.kind == "punch":
+        end = min(event.offset + event.length, len(content))
+        if event.offset < end:
+            content[event.offset : end] = bytes(end - event.offset)
+    elif event.kind == "truncate":
+        if event.offset < len(content):
+            del content[event.offset :]
+        else:
+            content.extend(bytes(event.offset - len(content)))
+
+
+def _put(content: bytearray, offset: int, data: bytes) -> None:
+    if offset > len(content):
+        content.extend(bytes(offset - len(content)))
+    content[offset : offset + len(data)] = data
+
+
+def _apply_torn(content: bytearray, event: Event, dice: random.Random, share: float) -> None:
+    """share: how likely a sector of it reached the disk."""
+    if event.kind == "truncate":
+        if dice.random() < share:
+            apply(content, event)
+        return
+    if event.kind == "sync":
+        return
+    data = event.data if event.kind == "write" else bytes(event.length)
+    at = 0
+    while at < len(data):
+        count = min(SECTOR - (event.offset + at) % SECTOR, len(data) - at)
+        if dice.random() < share:
+            piece = Event(event.file, event.kind, event.offset + at, data[at : at + count], count)
+            apply(content, piece)
+        at += count
+
+
+class Watch:
+    """Records what a device does to its files. Metadata goes through FileStorage, whose methods are wrapped
+    while this is entered; what the engine writes by itself is found by looking at the files before each of
+    those calls and after each request. That is exact as long as one request is made at a time. The syncs of
+    the engine are the caller's to tell (`engine_syncs`).
+    """
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        self._paths = paths
+        self._names = {os.path.realpath(path): name for name, path in paths.items()}
+        self.recorder = Recorder({name: bytearray(path.read_bytes()) for name, path in paths.items()})
+
+    def __enter__(self) -> Self:
+        self._patch = pytest.MonkeyPatch()
+        for kind in ("write", "zero", "punch", "truncate", "sync"):
+            self._patch.setattr(FileStorage, kind, self._wrapped(kind, getattr(FileStorage, kind)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def look(self) -> None:
+        """Whatever the files hold and the recorder does not, the engine wrote."""
+        for name, path in self._paths.items():
+            found, known = path.read_bytes(), self.recorder.files[name]
+            if found == known:
+                continue
+            assert len(found) >= len(known), "the engine never makes a file shorter"
+            for at in range(0, len(found), SECTOR):
+                sector = found[at : at + SECTOR]
+                if sector != known[at : at + SECTOR]:
+                    self.recorder.do(Event(name, "write", at, sector))
+            if len(found) > len(known):
+                self.recorder.do(Event(name, "truncate", len(found)))
+
+    def engine_syncs(self) -> None:
+        """The engine is about to sync the files before it asks for a flush."""
+        self.look()
+        for name in self._paths:
+            self.recorder.do(Event(name, "sync"))
+
+    def _wrapped(self, kind: Kind, method: Callable[..., None]) -> Callable[..., None]:
+        def call(storage: FileStorage, *arguments: Any) -> None:
+            self.look()
+            method(storage, *arguments)
+            name = self._names[os.path.realpath(storage.path)]
+            self.recorder.do(_event(name, kind, *arguments))
+
+        return call
+
+
+def _event(name: str, kind: Kind, *arguments: Any) -> Event:
+    if kind == "write":
+        return Event(name, kind, arguments[0], bytes(arguments[1]))
+    if kind in ("zero", "punch"):
+        return Event(name, kind, arguments[0], length=arguments[1])
+    return Event(name, kind, *arguments)

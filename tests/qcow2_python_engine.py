@@ -1,0 +1,191 @@
+"""The engine's part of a QCOW2 image played in Python, so that a `Writer` can be tested without one, step by step.
+
+`Disk` is a storage in memory that logs and can be told to fail; `Guest` looks requests up in the entries it was given,
+as the engine does, and asks the writer when they fault.
+"""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blkloom.qcow2 import places
+from blkloom.qcow2.chain import Chain
+from blkloom.qcow2.image import Image
+from blkloom.qcow2.layers import ImageLayer, Layer, RawLayer
+from blkloom.qcow2.types import Words
+from blkloom.qcow2.writer import Options, Writer
+
+MOST_LOOKS = 8
+
+
+@dataclass(eq=False)
+class Disk:
+    """log: (what, offset, length) of all that changed it. full_at: bytes it may have. fails: how many changes still
+    succeed, None for all. holes: whether it can punch.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    path: str = "disk"
+    log: list[tuple[str, int, int]] = field(default_factory=list)
+    full_at: int = 1 << 62
+    fails: int | None = None
+    holes: bool = True
+
+    def _change(self, what: str, offset: int = 0, length: int = 0) -> None:
+        if self.fails is not None:
+            if self.fails == 0:
+                raise OSError(errno.EIO, "told to fail")
+            self.fails -= 1
+        self.log.append((what, offset, length))
+
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._change("write", offset, len(data))
+        self.data.extend(bytes(max(offset + len(data) - len(self.data), 0)))
+        self.data[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, length: int) -> None:
+        self._change("zero", offset, length)
+        self.data.extend(bytes(max(offset + length - len(self.data), 0)))
+        self.data[offset : offset + length] = bytes(length)
+
+    def punch(self, offset: int, length: int) -> None:
+        if not self.holes:
+            raise OSError(errno.EOPNOTSUPP, "no holes here")
+        self._change("punch", offset, length)
+        end = min(offset + length, len(self.data))
+        self.data[offset:end] = bytes(max(end - offset, 0))
+
+    def sync(self) -> None:
+        self._change("sync")
+
+    def truncate(self, size: int) -> None:
+        if size > max(self.full_at, len(self.data)):
+            raise OSError(errno.ENOSPC, "full")
+        self._change("truncate", size)
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
+
+    def data_runs(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        for at in range(offset, offset + length, 512):
+            if any(self.data[at : at + 512]):
+                yield at, at + 512
+
+
+def create(folder: Path, size: int, *options: str, name: str = "disk") -> Path:
+    """An image by qemu-img; options as for its -o."""
+    path = folder / f"{name}.qcow2"
+    words = ["-o", ",".join(options)] if options else []
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, str(path), str(size)], check=True)
+    return path
+
+
+class Guest:
+    """A disk over the bytes of an image. backing: of a raw file below."""
+
+    def __init__(
+        self, image: bytes, *, backing: bytes | None = None, options: Options | None = None, **arguments: Any
+    ) -> None:
+        self.disk = Disk(bytearray(image))
+        self.image = Image.open(self.disk, writable=True)  # type: ignore[arg-type]
+        top = ImageLayer(0, self.image)
+        layers: list[Layer] = [top]
+        if backing is not None:
+            layers.append(RawLayer(1, Disk(bytearray(backing), "backing")))  # type: ignore[arg-type]
+        self.chain = Chain(layers, [])
+        self.entries: dict[int, int] = {}
+        self.faults = 0
+        self.synchronized = 0
+        self.writer = Writer(
+            self.image,
+            read=self.chain.read,
+            install=self._install,
+            synchronize=self._synchronize,
+            below=self.chain if backing is not None else None,
+            options=options,
+            broke=self.entries.clear,
+            **arguments,
+        )
+        top.writable, top.guarded = True, self.writer.guarded
+        self._bits = self.image.geometry.unit_bits
+
+    @property
+    def size(self) -> int:
+        return self.image.size
+
+    def write(self, offset: int, data: bytes) -> None:
+        for _ in range(MOST_LOOKS):
+            at = 0
+            while at < len(data):
+                unit, within = divmod(offset + at, 1 << self._bits)
+                length = min((1 << self._bits) - within, len(data) - at)
+                entry = self._entry(unit)
+                if entry >> 61 != 1:
+                    break
+                host = ((entry & (1 << 49) - 1) << 9) + within
+                assert host + length <= self.disk.size(), "the engine finds no end of file where it is sent"
+                self.disk.write(host, data[at : at + length])
+                at += length
+            else:
+                return
+            self.faults += 1
+            if self.writer.prepare_write(offset, len(data), lambda: data):
+                return
+        raise AssertionError("it faults again and again")
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.chain.read(offset, length)
+
+    def flush(self) -> None:
+        self.disk.sync()
+        self.writer.flush()
+
+    def crash(self) -> bytes:
+        """The image as it is without anybody having closed it."""
+        return bytes(self.disk.data)
+
+    def close(self) -> bytes:
+        self.writer.close()
+        return bytes(self.disk.data)
+
+    def _entry(self, unit: int) -> int:
+        if unit not in self.entries:
+            self.entries[unit] = int(self.chain.places(unit, 1)[0])
+        return self.entries[unit]
+
+    def _install(self, first: int, entries: Words) -> None:
+        limit = -(-self.size >> self._bits)
+        self.entries.update((unit, entry) for unit, entry in enumerate(entries.tolist(), first) if unit < limit)
+        for unit in range(first, min(first + entries.size, limit)):
+            if self.entries[unit] == int(places.SHOWS_THROUGH):
+                del self.entries[unit]
+
+    def _synchronize(self) -> None:
+        self.synchronized += 1
+
+
+def check(image: bytes, folder: Path) -> str:
+    """What `qemu-img check` says against it, "" for nothing at all."""
+    path = folder / "checked.qcow2"
+    path.write_bytes(image)
+    done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def allocated(guest: Guest) -> int:
+    """Guest clusters that have a place."""
+    units = guest.image.units(0, -(-guest.size >> guest.image.geometry.unit_bits))
+    per = guest.image.geometry.units_a_cluster
+    return int(np.count_nonzero((units.offsets != 0)[::per]))

@@ -1,0 +1,105 @@
+"""The gate: where names found in images lead to, and where they do not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from blkloom.errors import BackingError
+from blkloom.gate import Gate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    inside = tmp_path / "images"
+    (inside / "below").mkdir(parents=True)
+    (tmp_path / "images-of-others").mkdir()
+    for path in ("images/base", "images/below/base", "images-of-others/base", "elsewhere"):
+        (tmp_path / path).write_bytes(b"x")
+    return inside
+
+
+def reach(folder: Path, name: bytes | Path, *allowed: Path) -> str:
+    gate = Gate.of_image(str(folder / "disk"), [str(path) for path in allowed])
+    raw = name if isinstance(name, bytes) else os.fsencode(name)
+    return gate.reach(raw, named_by=str(folder / "disk"), what="backing file")
+
+
+@pytest.mark.parametrize("name", [b"base", b"./base", b"below/base", b"below/../base"])
+def test_names_below_the_images_own_directory_lead_there(folder: Path, name: bytes) -> None:
+    assert reach(folder, name) == os.path.realpath(folder / name.decode())
+
+
+def test_an_absolute_name_below_the_directory_is_as_good(folder: Path) -> None:
+    assert reach(folder, folder / "base") == str(folder / "base")
+
+
+@pytest.mark.parametrize(
+    "name", [b"../elsewhere", b"../images-of-others/base", b"/etc/passwd", b"below/../../elsewhere"]
+)
+def test_names_outside_are_refused_and_the_error_says_how_to_allow_them(folder: Path, name: bytes) -> None:
+    with pytest.raises(BackingError) as refused:
+        reach(folder, name)
+    real = os.path.realpath(folder / name.decode())
+    assert f"allow_backing={os.path.dirname(real)}" in str(refused.value)
+    assert real in str(refused.value)
+
+
+def test_an_allowed_directory_or_file_is_reached(folder: Path) -> None:
+    others = folder.parent / "images-of-others"
+    assert reach(folder, others / "base", others) == str(others / "base")
+    assert reach(folder, others / "base", others / "base") == str(others / "base")
+    with pytest.raises(BackingError, match="outside"):
+        reach(folder, folder.parent / "elsewhere", others)
+
+
+def test_a_link_counts_where_it_leads(folder: Path) -> None:
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "good").symlink_to("below/base")
+    with pytest.raises(BackingError, match="outside"):
+        reach(folder, b"link")
+    assert reach(folder, b"good") == str(folder / "below" / "base")
+
+
+def test_the_image_may_be_named_by_a_link_and_its_own_directory_counts(folder: Path) -> None:
+    (folder / "disk").write_bytes(b"")
+    link = folder.parent / "link"
+    link.symlink_to(folder / "disk")
+    gate = Gate.of_image(str(link))
+    assert gate.reach(os.fsencode(folder / "base"), named_by=str(link), what="backing file") == str(folder / "base")
+
+
+@pytest.mark.parametrize(
+    "name", [b'json:{"driver":"file","filename":"base"}', b"nbd:unix:/x", b"nbd://h/x", b"file:base", b"base:1", b":"]
+)
+def test_protocols_are_not_followed(folder: Path, name: bytes) -> None:
+    with pytest.raises(BackingError, match="protocol"):
+        reach(folder, name, Path("/"))
+
+
+@pytest.mark.parametrize("name", [b"", b"\0", b"base\0", b"base\0.qcow2"])
+def test_what_is_no_path_is_refused(folder: Path, name: bytes) -> None:
+    with pytest.raises(BackingError, match="no path"):
+        reach(folder, name)
+
+
+@pytest.mark.parametrize("name", [b"nothing", b"base/x", b"x" * 1000, b"\xff\xfe"])
+def test_what_is_not_there_is_named_with_the_reason(folder: Path, name: bytes) -> None:
+    with pytest.raises(BackingError, match=r"No such file|Not a directory|too long"):
+        reach(folder, name)
+
+
+def test_directories_pipes_and_character_devices_are_refused(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    for name, allowed in ((b"below", folder), (b"pipe", folder), (b"/dev/zero", Path("/"))):
+        with pytest.raises(BackingError, match="neither a regular file nor a block device"):
+            reach(folder, name, allowed)
+
+
+def test_a_circle_of_links_ends_in_an_error(folder: Path) -> None:
+    (folder / "a").symlink_to("b")
+    (folder / "b").symlink_to("a")
+    with pytest.raises(BackingError, match="symbolic links"):
+        reach(folder, b"a")
