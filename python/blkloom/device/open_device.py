@@ -85,10 +85,11 @@ def whole_file(path: str | os.PathLike[str]) -> Table:
     finally:
         opening.close()
     if size < SECTOR:
+        command = f"qemu-img resize {Path(name).name} 1G" if image else f"truncate -s 1G {Path(name).name}"
         raise BackingError(
             "backing file cannot be less than one block in size" if size else "backing file is empty",
             path=name,
             errno=errno.EINVAL,
-            cure=f"give it a size first: truncate -s 1G {Path(name).name}",
+            cure=f"give it a size first: {command}",
         )
     return Table((Segment(Sectors(0), to_sectors(size), target, Place(name)),))

@@ -119,6 +119,8 @@ class Bitmaps:
         self.all: Final = bitmaps
         self._tracked: list[Bitmap] = []
         self._begun = False
+        self._placed: dict[tuple[str, int], HostOffset] = {}
+        """Clusters got for bits that no table names yet."""
         left = _MEMORY_LIMIT
         for bitmap in bitmaps:
             size = _bytes_of(disk_size, bitmap.granularity_bits)
@@ -213,8 +215,10 @@ class Bitmaps:
                     if not bits.any():
                         table[number] = 0
                         continue
-                    offset = allocate()
-                    table[number] = offset
+                    key = (bitmap.name, number)
+                    if key not in self._placed:
+                        self._placed[key] = allocate()
+                    table[number] = offset = self._placed[key]
                 self._storage.write(HostOffset(offset), bits.tobytes().ljust(cluster, b"\0"))
             tables.append((bitmap.table_offset, table.astype(">u8").tobytes()))
 
@@ -224,12 +228,19 @@ class Bitmaps:
 
         return write_tables
 
-    def end(self) -> None:
-        """What `store_bits` wrote is durable: the bitmaps are not in use any more. The caller syncs."""
+    def end(self) -> bool:
+        """What `store_bits` wrote is durable: the bitmaps are not in use any more. Returns whether there were any;
+        then the caller syncs.
+        """
+        if not self._begun:
+            return False
         for bitmap in self._tracked:
             self._set_flags(bitmap, bitmap.flags & ~IN_USE)
+        for bitmap in self._tracked:
             bitmap.bits = None
+        self._placed.clear()
         self._begun = False
+        return bool(self._tracked)
 
     def clusters(self) -> NDArray[np.uint64]:
         """Host clusters of tables and bits (the directory is the header's), once for each reference."""

@@ -130,11 +130,13 @@ def open_chain(
     writable: bool = False,
     snapshot: str = "",
     claimed: bool = True,
+    home: str = "",
 ) -> Chain:
-    """The image at `path` and all it stands on. writable: the top image is to be written to. Raises CorruptImage,
-    UnsupportedImage, BackingError, UsageError (no such snapshot).
+    """The image at `path` and all it stands on. writable: the top image is to be written to. home: its absolute path,
+    where `path` may be relative to somebody else's directory; relative names in it begin there. Raises
+    CorruptImage, UnsupportedImage, BackingError, UsageError (no such snapshot).
     """
-    return _Opener(files, gate, claimed).chain(path, writable=writable, snapshot=snapshot)
+    return _Opener(files, gate, claimed).chain(path, writable=writable, snapshot=snapshot, home=home)
 
 
 @dataclass(slots=True)
@@ -144,7 +146,7 @@ class _Opener:
     claimed: bool
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def chain(self, path: str, *, writable: bool, snapshot: str) -> Chain:
+    def chain(self, path: str, *, writable: bool, snapshot: str, home: str) -> Chain:
         layers: list[Layer] = []
         data: list[File] = []
         form = "qcow2"
@@ -158,24 +160,34 @@ class _Opener:
                 data.append(self._data(path, writable=False))
                 break
             header = read_header(storage)
-            layer, file = self._image(len(layers), path, storage, header, writable and top, snapshot if top else "")
+            named_by = home if top and home else path
+            layer, file = self._image(
+                len(layers), path, named_by, storage, header, writable and top, snapshot if top else ""
+            )
             layers.append(layer)
             data.append(file)
             if header.backing_name is None:
                 break
-            named_by, path = path, self.gate.reach(header.backing_name, named_by=path, what="backing file")
+            path = self.gate.reach(header.backing_name, named_by=named_by, what="backing file")
             form = self._form(header, path, named_by)
         return Chain(layers, data)
 
     def _image(
-        self, number: int, path: str, storage: FileStorage, header: Header, writable: bool, snapshot: str
+        self,
+        number: int,
+        path: str,
+        named_by: str,
+        storage: FileStorage,
+        header: Header,
+        writable: bool,
+        snapshot: str,
     ) -> tuple[Layer, File]:
         data_path, data_storage = path, storage
         if header.has_data_file:
             name = header.extension(ExtensionKind.DATA_FILE_NAME)
             if not name:
                 raise CorruptImage("it needs an external data file and names none", path=path)
-            data_path = self.gate.reach(name, named_by=path, what="data file")
+            data_path = self.gate.reach(name, named_by=named_by, what="data file")
             data_storage = self._storage(data_path, writable=writable, what="data file")
             self.files.warn(f"{path}: its data is in the external file {data_path}")
         chosen = find_snapshot(read_snapshots(storage, header), snapshot, path=path) if snapshot else None

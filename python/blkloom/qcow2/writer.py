@@ -212,6 +212,9 @@ class Writer:
                 self._set_header(incompatible=self._image.header.incompatible & ~Incompatible.DIRTY)
             else:
                 self._image.storage.sync()
+            # Last, for whoever may write on after a failure relies on them.
+            if self.bitmaps.end():
+                self._image.storage.sync()
         self._changed = False
 
     def mark_corrupt(self, error: CorruptImage) -> None:
@@ -282,8 +285,6 @@ class Writer:
             self._write_back.write_all()
             self._image.storage.sync()
             write_tables()
-            self._image.storage.sync()
-            self.bitmaps.end()
 
     def _set_header(self, *, incompatible: int | None = None, autoclear: int | None = None) -> None:
         """Fields only, in one sector; durable when it returns."""

@@ -168,9 +168,17 @@ class Qcow2(Target):
     def _open(self) -> Chain:
         from blkloom.qcow2.chain import open_chain
 
-        gate = Gate.of_image(self.path, self.allow_backing)
+        file = self._opening.file(self.path, read_only=not self._writable, claimed=self.lock)
+        # Where it is: the path may be relative to the directory of whoever opened it for us.
+        where = os.path.realpath(f"/proc/self/fd/{file.fileno()}")
         return open_chain(
-            self.path, self._opening, gate, writable=self._writable, snapshot=self.snapshot, claimed=self.lock
+            self.path,
+            self._opening,
+            Gate.of_image(where, self.allow_backing),
+            writable=self._writable,
+            snapshot=self.snapshot,
+            claimed=self.lock,
+            home=self.path if os.path.isabs(self.path) else where,
         )
 
     def _attach(self, chain: Chain) -> Mapped:

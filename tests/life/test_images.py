@@ -1,0 +1,142 @@
+"""QCOW2 images as devices that live: made from a path, worked on by qemu-img while suspended, gone on with
+after a worker's death; and the gate, wherever the image's path begins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from blkloom.errors import BusyError
+
+from .conftest import Life, until
+
+MiB = 1 << 20
+pytestmark = pytest.mark.timeout(120)
+
+Program = Callable[[str, str], str]
+
+
+@pytest.fixture
+def image(program: Program, tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    run(program("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", path, "16M")
+    return path
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def io(life: Life, *commands: str) -> None:
+    """qemu-io's commands on the device."""
+    uri = f"nbd+unix:///?socket={life.socket('disk')}"
+    words = [word for command in commands for word in ("-c", command)]
+    assert "failed" not in (said := run("qemu-io", "-f", "raw", *words, uri)), said
+
+
+def blkloom_create(blkloom: str, life: Life, *words: str | Path, cwd: Path) -> None:
+    subprocess.run([blkloom, "--run-dir", life.run_dir, "create", *words], check=True, cwd=cwd, timeout=60)
+
+
+def size(client: Client) -> int:
+    return client.info("disk")[0].size
+
+
+def test_an_image_is_maintained_while_its_device_is_suspended(blkloom: str, life: Life, image: Path) -> None:
+    blkloom_create(blkloom, life, "disk", image.name, cwd=image.parent)
+    io(life, "write -P 1 0 1M", "write -P 2 8M 64k", "flush")
+    refused = subprocess.run(["qemu-img", "snapshot", "-c", "no", image], capture_output=True, check=False, timeout=60)
+    assert refused.returncode
+    with life.client() as client:
+        client.suspend("disk")
+        run("qemu-img", "snapshot", "-c", "first", image)
+        run("qemu-img", "resize", "-q", image, "32M")
+        run("qemu-img", "check", image)
+        client.resume("disk")
+        assert size(client) == 32 * MiB
+        assert client.table("disk") == f"0 {32 * MiB // 512} qcow2 {image}"
+        io(life, "read -P 1 0 1M", "write -P 3 0 512k", "write -P 4 31M 1M", "flush")
+        client.suspend("disk")
+        run("qemu-img", "check", image)
+        client.resume("disk")
+        client.remove("disk", retry=True)
+    run("qemu-img", "check", image)
+    run("qemu-img", "snapshot", "-a", "first", image)
+    run("qemu-io", "-r", "-c", "read -P 1 0 1M", "-c", "read -P 2 8M 64k", image)
+
+
+def test_a_device_is_not_resumed_while_somebody_works_on_its_image(life: Life, image: Path) -> None:
+    with life.client() as client:
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        client.suspend("disk")
+        with subprocess.Popen(["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as somebody:
+            assert somebody.stdin is not None
+            assert somebody.stdout is not None
+            somebody.stdin.write("write -P 7 0 64k\n")
+            somebody.stdin.flush()
+            while "wrote" not in (line := somebody.stdout.readline()):
+                assert line, "qemu-io ended"
+            with pytest.raises(BusyError):
+                client.resume("disk")
+            assert client.info("disk")[0].state == "SUSPENDED"
+            somebody.stdin.close()
+            assert somebody.wait(60) == 0
+        client.resume("disk")
+        io(life, "read -P 7 0 64k")
+
+
+def test_a_killed_worker_loses_nothing_that_was_flushed(life: Life, image: Path) -> None:
+    with life.client() as client:
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        for turn in range(1, 6):
+            io(life, f"write -P {turn} {turn}M 1M", "flush")
+            worker = client.info("disk")[0].worker
+            os.kill(worker, signal.SIGKILL)
+            until(client, "disk", lambda info, worker=worker: info.worker not in (0, worker) and info.state == "ACTIVE")
+        io(life, *(f"read -P {turn} {turn}M 1M" for turn in range(1, 6)))
+        client.remove("disk", retry=True)
+    run("qemu-img", "check", image)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_gate_stands_at_the_image_wherever_its_path_begins(
+    blkloom: str, life: Life, image: Path, tmp_path_factory: pytest.TempPathFactory, *, relative: bool
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    secret = elsewhere / "secret"
+    secret.write_bytes(b"s" * MiB)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", image)
+    path = image.name if relative else str(image)
+    sectors = str(MiB // 512)
+    for allowed in ("", f" 1 allow_backing={elsewhere}"):
+        command = [
+            blkloom,
+            "--run-dir",
+            str(life.run_dir),
+            "create",
+            "disk",
+            "--table",
+            f"0 {sectors} qcow2 {path}{allowed}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=image.parent, timeout=60)
+        assert (done.returncode == 0) == bool(allowed), done.stderr
+        if not allowed:
+            assert "allow_backing" in done.stderr
+    io(life, "read -P 0x73 0 1M")
+
+
+def test_a_backing_file_beside_an_image_of_a_relative_path_is_found(blkloom: str, life: Life, tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"b" * MiB)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", tmp_path / "top.qcow2")
+    table = f"0 {MiB // 512} qcow2 top.qcow2"
+    blkloom_create(blkloom, life, "disk", "--table", table, cwd=tmp_path)
+    io(life, "read -P 0x62 0 1M")
