@@ -222,3 +222,20 @@ def test_stats_for_people_go_to_standard_error(serve: Serve, program: Program) -
     run(program("qemu-io", "qemu-utils"), "-f", "raw", "-c", "write 0 64k", server.uri)
     assert server.stop() == ""
     assert re.search(r"^write +1 +64 KiB +0 ", server.log.read_text(), re.MULTILINE)
+
+
+def test_an_image_is_served_as_what_it_is_said_to_be(serve: Serve, program: Program, tmp_path: Path) -> None:
+    qemu_img = program("qemu-img", "qemu-utils")
+    image, raw = tmp_path / "disk.qcow2", tmp_path / "other" / "base"
+    raw.parent.mkdir()
+    raw.write_bytes(b"r" * MiB)
+    subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", image], check=True)
+    for arguments, size in (
+        (["--format", "raw", image], image.stat().st_size // 512 * 512),
+        (["--format", "qcow2", "--allow-backing", raw.parent, image], MiB),
+        ([image], MiB),
+    ):
+        server = serve(*arguments)
+        said = subprocess.run([qemu_img, "info", "-f", "raw", server.uri], capture_output=True, text=True, check=True)
+        assert f"({size} bytes)" in said.stdout
+        server.stop()

@@ -83,6 +83,23 @@ def test_discarded_clusters_given_ahead_are_not_taken_out_twice(tmp_path: Path) 
     assert not check(guest.close(), tmp_path)
 
 
+@pytest.mark.parametrize("ahead", [0, 4 * MIB])
+def test_where_there_are_no_holes_old_data_is_cleared_before_its_place_is_used_again(
+    tmp_path: Path, ahead: int
+) -> None:
+    guest = Guest(create(tmp_path, 4 * MIB).read_bytes(), options=Options(preallocate=ahead))
+    guest.disk.holes = False
+    guest.write(0, b"secret" * 40000)
+    guest.writer.discard(0, 4 * MIB)
+    guest.flush()
+    assert b"secret" in guest.crash()
+    guest.write(MIB, b"x")
+    assert guest.read(0, 4 * MIB) == bytes(MIB) + b"x" + bytes(3 * MIB - 1)
+    image = guest.close()
+    assert not check(image, tmp_path)
+    assert Guest(image).read(0, 4 * MIB) == bytes(MIB) + b"x" + bytes(3 * MIB - 1)
+
+
 # Zeros and discards
 
 
@@ -193,6 +210,32 @@ def test_a_write_to_a_compressed_cluster_unpacks_it(tmp_path: Path, kind: str) -
     image = guest.close()
     assert not check(image, tmp_path)
     assert Guest(image).read(0, MIB) == expected
+
+
+def test_an_end_that_failed_can_be_tried_again(tmp_path: Path) -> None:
+    path = create(tmp_path, 4 * MIB, "lazy_refcounts=on")
+    subprocess.run(["qemu-img", "bitmap", "--add", str(path), "seen"], check=True)
+    fresh = path.read_bytes()
+    steps = 0
+    while True:
+        guest = Guest(fresh)
+        guest.write(MIB, b"x" * 512)
+        guest.disk.fails = steps
+        try:
+            guest.close()
+            break
+        except OSError:
+            guest.disk.fails = None
+        guest.write(2 * MIB, b"y" * 512)
+        image = guest.close()
+        assert not check(image, tmp_path), f"step {steps}"
+        again = Guest(image)
+        assert again.read(2 * MIB, 512) == b"y" * 512
+        bitmap = again.writer.bitmaps.all[0]
+        bits = int.from_bytes(again.writer.bitmaps.bits_of(bitmap).tobytes(), "little")
+        assert bits & (1 << 16 | 1 << 32) == 1 << 16 | 1 << 32, f"step {steps}"
+        steps += 1
+    assert steps > 8
 
 
 # The header

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from blkloom import _engine
 from blkloom.device import Device
@@ -35,8 +36,12 @@ def requested(
     ram: Bytes | None,
     named: Sequence[str],
     concise: str | None,
+    *,
+    image_format: Literal["auto", "raw", "qcow2"] = "auto",
+    allow_backing: Sequence[str] = (),
 ) -> list[DeviceRequest]:
-    """The devices in the order to open them. A single FILE, --table or --ram has the name "".
+    """The devices in the order to open them. A single FILE, --table or --ram has the name "". image_format,
+    allow_backing: of the files, as for `whole_file`.
 
     Raises TableError, BackingError, UsageError.
     """
@@ -51,10 +56,10 @@ def requested(
         found.append(DeviceRequest("", parse(_text_of(table_file), targets=targets, source=table_file)))
     elif ram is not None:
         found.append(DeviceRequest("", _ram(ram)))
-    elif len(files) == 1:
-        found.append(DeviceRequest("", whole_file(files[0])))
     else:
-        found += [DeviceRequest(Path(file).name, whole_file(file)) for file in files]
+        for file in files:
+            whole = whole_file(file, format=image_format, allow_backing=allow_backing)
+            found.append(DeviceRequest(Path(file).name if len(files) > 1 else "", whole))
     found += [_named(text, targets) for text in named]
     if concise is not None:
         devices = parse_concise(concise, targets=targets, source="--concise")

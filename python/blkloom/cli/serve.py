@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import click
 
@@ -42,7 +43,21 @@ def _size(text: str) -> Bytes:
 @click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")
 @click.option("--shared", is_flag=True, help="Do not lock files; others may change them meanwhile.")
-@click.option("--format", "image_format", type=click.Choice(["raw"]), default="raw", show_default=True)
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(["auto", "raw", "qcow2"]),
+    default="auto",
+    show_default=True,
+    help="What FILEs are; auto: qcow2 if they are named so.",
+)
+@click.option(
+    "--allow-backing",
+    multiple=True,
+    type=click.Path(readable=False),
+    metavar="DIR",
+    help="Where names in images may lead, besides the image's own directory.",
+)
 @click.option("--once", is_flag=True, help="Stop when the last client has left.")
 @click.option(
     "--stats",
@@ -71,7 +86,8 @@ def serve(
     read_only: bool,
     direct_io: bool,
     shared: bool,
-    image_format: str,
+    image_format: Literal["auto", "raw", "qcow2"],
+    allow_backing: Sequence[str],
     once: bool,
     stats: str | None,
     io: str,
@@ -89,6 +105,7 @@ def serve(
 
     \b
     blkloom serve disk.img
+    blkloom serve disk.qcow2
     blkloom serve --ram 1G --listen localhost:10809
     blkloom serve --table '0 2048 loop a.img
     2048 4096 loop b.img 1048576' --socket /tmp/d.sock
@@ -101,7 +118,17 @@ def serve(
         table, source = sys.stdin.read(), "standard input"
     else:
         source = "--table"
-    devices = requested(files, table, source, table_file, ram, named, concise)
+    devices = requested(
+        files,
+        table,
+        source,
+        table_file,
+        ram,
+        named,
+        concise,
+        image_format=image_format,
+        allow_backing=allow_backing,
+    )
     if export_name is not None:
         if len(devices) != 1:
             raise UsageError(f"--export names one device, there are {len(devices)}", cure="use --device NAME=TABLE")

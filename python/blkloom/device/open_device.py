@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from blkloom._engine import Engine
 from blkloom.device.device import Device
@@ -65,22 +66,30 @@ def is_table_text(text: str) -> bool:
     return "\n" in text or re.match(r"\s*[0-9]+\s", text) is not None
 
 
-def whole_file(path: str | os.PathLike[str]) -> Table:
-    """The table that serves the file or block device at `path` from its first sector to its last whole one: through
-    the qcow2 target if its name ends like an image's (`blkloom.qcow2.probing`), else as it is, through the loop
-    target. Raises BackingError.
+def whole_file(
+    path: str | os.PathLike[str],
+    *,
+    format: Literal["auto", "raw", "qcow2"] = "auto",
+    allow_backing: Iterable[str | os.PathLike[str]] = (),
+) -> Table:
+    """The table that serves the file or block device at `path` from its first sector to its last whole one.
+
+    format: raw: as it is, through the loop target; qcow2: the disk in the image; auto: qcow2 if its name ends like
+    an image's (`blkloom.qcow2.probing`). allow_backing: directories that names in the image may lead to
+    besides its own. Raises BackingError.
     """
     name = os.fspath(path)
-    image = is_image_name(name)
-    target = Qcow2(name) if image else Loop(name)
+    image = format == "qcow2" or (format == "auto" and is_image_name(name))
+    allowed = tuple(os.path.abspath(folder) for folder in allow_backing)
+    target = Qcow2(name, allow_backing=allowed) if image else Loop(name)
     opening = Opening(HeldFiles(), read_only=True, shared=True)
     try:
         file = opening.file(name)
         size = image_length(file.fileno(), name) if image else Bytes(file.size)
-        if not image and looks_like_image(file.fileno()):
+        if not image and format == "auto" and looks_like_image(file.fileno()):
             opening.warn(
                 f"{name} looks like a QCOW2 image and is served as it is (a guest could have written that); "
-                "name it .qcow2, or write a table with qcow2, if it is one"
+                "name it .qcow2, or say --format qcow2, if it is one"
             )
     finally:
         opening.close()
