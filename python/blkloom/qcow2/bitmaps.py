@@ -148,7 +148,8 @@ class Bitmaps:
         caller syncs.
         """
         for bitmap in self._tracked:
-            bitmap.bits = self.bits_of(bitmap)
+            if bitmap.bits is None:
+                bitmap.bits = self.bits_of(bitmap)
             self._set_flags(bitmap, bitmap.flags | IN_USE)
         self._begun = True
         return bool(self._tracked)

@@ -43,6 +43,10 @@ class Payload:
         self._bytes: bytes | None = None
         self.at_hand: Final = fetch is not None
 
+    def covers(self, low: int, high: int) -> bool:
+        """Whether all of guest range [low, high) is at hand."""
+        return self.at_hand and self.offset <= low and high <= self.end
+
     def part(self, low: int, high: int) -> bytes:
         """The bytes of [low, high), guest offsets within the write."""
         if self._bytes is None:
@@ -73,16 +77,27 @@ class Copier:
         read = below.read_below if below else self._read
         for start in range(low, high, _PIECE):
             end = min(start + _PIECE, high)
-            contents = self._contents(start, end, payload, read)
-            if not zeroed or any(contents[:_GLANCE]) or contents.count(0) != len(contents):
+            contents = (
+                payload.part(start, end)
+                if payload.covers(start, end)
+                else self._over(read(GuestOffset(start), end - start), start, payload)
+            )
+            if not (zeroed and is_zeros(contents)):
                 self._storage.write(HostOffset(host + start - low), contents)
 
-    def _contents(self, low: int, high: int, payload: Payload, read: Callable[[GuestOffset, int], bytes]) -> bytes:
-        start, end = max(low, payload.offset), min(high, payload.end)
-        if start == low and end == high and payload.at_hand:
-            return payload.part(start, end)
-        self.copied += high - low
-        old = read(GuestOffset(low), high - low)
+    def put(self, low: int, host: int, old: bytes, payload: Payload) -> None:
+        """`fill`, of what has been read already."""
+        self._storage.write(HostOffset(host), self._over(old, low, payload))
+
+    def _over(self, old: bytes, low: int, payload: Payload) -> bytes:
+        """The payload over what guest range [low, low + len(old)) holds."""
+        self.copied += len(old)
+        start, end = max(low, payload.offset), min(low + len(old), payload.end)
         if not payload.at_hand or start >= end:
             return old
         return b"".join((old[: start - low], payload.part(start, end), old[end - low :]))
+
+
+def is_zeros(data: bytes) -> bool:
+    """Whether there is nothing else in it."""
+    return not any(data[:_GLANCE]) and data.count(0) == len(data)

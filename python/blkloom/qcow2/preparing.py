@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from blkloom.qcow2 import placing
 from blkloom.qcow2.allocation import Run
+from blkloom.qcow2.cow import is_zeros
 from blkloom.qcow2.placing import ALL_ALLOCATED, place, runs_alike, touched_by
 from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, subcluster_bits
-from blkloom.qcow2.types import SUBCLUSTERS, L1Index, Words
+from blkloom.qcow2.types import SUBCLUSTERS, GuestOffset, L1Index, Words
 
 if TYPE_CHECKING:
     from blkloom.qcow2.ahead import Ahead
@@ -60,8 +61,7 @@ class Preparer:
     def _prepare(self, index: L1Index, low: int, high: int, payload: Payload) -> bool:
         """Entries [low, high) of one table."""
         table = self._mapping.own(index)
-        if self._only_below(table, low, high):
-            self._copy(table, low, high, payload)
+        if high - low == 1 and self._from_below(table, low, payload):
             return payload.at_hand
         start, end = (low, high) if self._mapping.below else self._ahead.around(index, low, high)
         places = self._places(table, start, end, payload)
@@ -91,14 +91,30 @@ class Preparer:
                 )
         return done
 
-    def _only_below(self, table: L2Table, low: int, high: int) -> bool:
-        """Whether it is one cluster of which the backing chain holds data and the image nothing: the usual case
-        there, decided without much ado.
+    def _from_below(self, table: L2Table, number: int, payload: Payload) -> bool:
+        """The usual case over a backing file, without much ado: a cluster of which only that has anything, and the
+        write covers a part. Returns False where that is not so.
         """
-        if high - low > 1 or table.bitmaps is not None or table.entries[low]:
+        below = self._mapping.below
+        if below is None or table.bitmaps is not None or table.entries[number]:
             return False
-        zeros = self._mapping.zeros_below(table.index, low, high)
-        return zeros is not None and not zeros[0]
+        cluster = table.index * self._per_table + number
+        start = cluster << self._bits
+        if payload.covers(start, start + (1 << self._bits)):
+            return False
+        old = below.read_below(GuestOffset(start), 1 << self._bits)
+        if is_zeros(old):
+            return False
+        run = self._mapping.take(cluster, 1)
+        host = run.first << self._bits
+        try:
+            self._copier.put(start, host, old, payload)
+        except OSError:
+            self._mapping.take_back(run)
+            raise
+        self._mapping.replace(table, number, number + 1, host | COPIED, None)
+        self._mapping.publish_run(table.index, number, 1, host)
+        return True
 
     def _places(self, table: L2Table, low: int, high: int, payload: Payload) -> NDArray[np.uint8]:
         bitmaps = None if table.bitmaps is None else table.bitmaps[low:high]

@@ -135,6 +135,12 @@ class Refcounts:
 
     def set(self, first: int, count: int, value: int) -> None:
         """Gives a run one count. All of it must be described."""
+        index, start = divmod(first, self.per_block)
+        if start + count <= self.per_block:
+            block = self._described(index)
+            block.counts[start : start + count] = value
+            self._touch(index, block, start, start + count)
+            return
         for index, start, end, _ in self._pieces(first, count):
             block = self._described(index)
             block.counts[start:end] = value

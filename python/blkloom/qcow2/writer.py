@@ -212,10 +212,10 @@ class Writer:
                 self._set_header(incompatible=self._image.header.incompatible & ~Incompatible.DIRTY)
             else:
                 self._image.storage.sync()
-            # Last, for whoever may write on after a failure relies on them.
+            # Last, for whoever writes on after a failure relies on them; from here on that begins anew.
+            self._changed = False
             if self.bitmaps.end():
                 self._image.storage.sync()
-        self._changed = False
 
     def mark_corrupt(self, error: CorruptImage) -> None:
         """The image's metadata is wrong: says so in the image, and only reads from now on."""

@@ -56,14 +56,13 @@ class Qcow2(Target):
     lock: bool = True
     cache: Bytes = CACHE
     discard_as: Literal["unmap", "ignore"] = "unmap"
-    on_enospc: Literal["fail", "park"] = "fail"
     preallocate: Bytes | None = None
     compact_zeroes: bool = False
 
     name: ClassVar[str] = "qcow2"
     syntax: ClassVar[str] = (
         "<path> [<#opts> [read_only] [snapshot=<id|name>] [allow_backing=<dir>]... [lock=off] [cache=<size>] "
-        "[discard=unmap|ignore] [on_enospc=fail|park] [preallocate=<size>] [compact_zeroes]]"
+        "[discard=unmap|ignore] [preallocate=<size>] [compact_zeroes]]"
     )
     summary: ClassVar[str] = "a QCOW2 image with its backing files"
 
@@ -97,7 +96,6 @@ class Qcow2(Target):
             *([] if self.lock else ["lock=off"]),
             *([f"cache={self.cache}"] if self.cache != CACHE else []),
             *([f"discard={self.discard_as}"] if self.discard_as != "unmap" else []),
-            *([f"on_enospc={self.on_enospc}"] if self.on_enospc != "fail" else []),
             *([f"preallocate={self.preallocate}"] if self.preallocate is not None else []),
             *(["compact_zeroes"] if self.compact_zeroes else []),
         ]
@@ -333,7 +331,6 @@ _OPTIONS: Final[dict[str, Callable[[str], object]]] = {
     "lock": _off,
     "cache": _size,
     "discard": _one_of("unmap", "ignore"),
-    "on_enospc": _one_of("fail", "park"),
     "preallocate": _size,
     "compact_zeroes": _flag,
 }
