@@ -82,8 +82,8 @@ def test_a_worker_leads_a_session_of_its_own_and_keeps_no_mounts_to_itself(worke
     """Its own mount namespace hears of unmounts outside; where mounts are private it would not, and has none."""
     assert os.getsid(worker.pid) == worker.pid == worker.greeting.pid
     theirs, ours = (os.readlink(f"/proc/{pid}/ns/mnt") for pid in (worker.pid, os.getpid()))
-    (root,) = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.split()[4] == "/"]
-    shared = any(word.startswith("shared:") for word in root[6 : root.index("-")])
+    mounts = [line.partition(" - ")[0].split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    shared = any(fields[4] == "/" and "shared:" in " ".join(fields[6:]) for fields in mounts)
     assert (theirs != ours) == (os.geteuid() == 0 and shared)
 
 

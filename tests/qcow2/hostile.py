@@ -8,6 +8,7 @@ outside the image's folder. A hang is for the caller to notice. Tests and the fu
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -22,7 +23,7 @@ import blkloom
 from blkloom.errors import BlkloomError
 
 MEMORY = 768 << 20
-"""Address space, which is more than the memory: rings, stacks and malloc's arenas count in full."""
+"""Beyond what the process had; stacks of threads and what malloc keeps for them count in full."""
 PIECE = 64 << 10
 _PIECES = 24
 _P = ParamSpec("_P")
@@ -98,14 +99,15 @@ def _try(call: Callable[_P, _R], *arguments: _P.args, **named: _P.kwargs) -> _R 
 
 @contextmanager
 def _bounded_memory() -> Iterator[None]:
+    gc.collect()  # devices of earlier cases
     with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, most))
+        used = int(statm.read().split()[5]) * resource.getpagesize()
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, most))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
 
 
 class _Openings:

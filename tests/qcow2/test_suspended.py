@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 
 import blkloom
 from blkloom.errors import BlkloomError
+from blkloom.qcow2.attachment import Attachment
+from blkloom.qcow2.image import Image
+from blkloom.qcow2.writer import Writer
 
 from . import qemu
 from .attached import attached, first_difference, read_all, table_of
@@ -87,6 +92,27 @@ def test_rebasing_committing_and_amending_while_suspended(tmp_path: Path) -> Non
     assert qemu.check(made.path).whole
 
 
+def test_memory_is_given_up_with_the_image_and_does_not_wait_for_a_collection(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, compressed=True, bitmap=True), size=MIB)
+    gc.collect()
+    gc.disable()
+    try:
+        with attached(made.path, made.size) as device:
+            for _ in range(3):
+                assert read_all(device)
+                device.pwrite(b"x" * 4096, 0)
+                device.suspend()
+                assert not _alive(Image, Writer, Attachment)
+                device.resume()
+        assert not _alive(Image, Writer, Attachment)
+    finally:
+        gc.enable()
+
+
+def _alive(*kinds: type) -> list[object]:
+    return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+
+
 def test_a_snapshot_taken_while_suspended_keeps_its_content(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12), size=MIB)
     with attached(made.path, made.size) as device:
@@ -103,8 +129,6 @@ def test_a_dirty_image_is_repaired_when_it_is_opened(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, lazy=True), size=MIB, steps=0)
     # qemu-io ends without closing the image: counts are behind, and the dirty bit says so.
     command = ["qemu-io", "-f", "qcow2", str(made.path), "-c", "write -P 5 0 128k", "-c", "flush", "-c", "abort"]
-    import subprocess
-
     subprocess.run(command, capture_output=True, check=False)
     assert SlowImage(made.path.read_bytes()).dirty
     with blkloom.open(table_of(made.path, made.size)) as device:

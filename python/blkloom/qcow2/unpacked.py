@@ -95,6 +95,7 @@ class Unpacked:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+        self._evicted = _nobody  # whom that tells has this one
 
     def _make_room(self, count: int) -> None:
         missing = count - len(self._free) - (self.slots - self._fresh)
@@ -105,3 +106,7 @@ class Unpacked:
         slots = [self._places.pop(key) for key in gone]
         self._evicted(gone)
         self._free += slots
+
+
+def _nobody(_keys: list[Key]) -> None:
+    """Is sent anywhere any more."""

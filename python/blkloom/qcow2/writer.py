@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -130,13 +131,14 @@ class Writer:
             synchronize=synchronize,
             sync_data=sync_data or (image.data_storage.sync if external else _nothing),
         )
+        me = weakref.proxy(self)  # in a circle all of this would outlive its use
         mapping = Mapping(
             image,
             self.allocator,
             self._write_back,
             below=below,
             install=install,
-            guarded=self.guarded,
+            guarded=lambda first, count: me.guarded(first, count),
             unseen=self.bitmaps.unseen if self.bitmaps.tracking else None,
         )
         self.copier: Final = Copier(image.data_storage, read)

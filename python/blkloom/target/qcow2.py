@@ -216,6 +216,7 @@ class Qcow2(Target):
         if attachment:
             attachment.forget()
             attachment.close()
+            attachment.chain.top.guarded = None  # the writer's; no circle shall keep all their memory
 
     # Questions
 
