@@ -110,6 +110,9 @@ def test_shared_writable_mappings_are_found_by_the_file_they_are_of(tmp_path: Pa
         "7f40-7f50 rw-s 00000000 00:00 0 \n"
     )
     (tmp_path / "13").mkdir()  # ended
+    (tmp_path / "14").mkdir()
+    (tmp_path / "14" / "comm").write_text("blkloom 0a1b2c3\n")  # a worker: maps no files
+    (tmp_path / "14" / "maps").write_text("7f00-7f10 rw-s 00000000 fd:01 104      /srv/not-looked-at\n")
     (tmp_path / "uptime").touch()
     assert mapped_to_write(tmp_path) == {(os.makedev(0xFD, 1), 102): 12, (os.makedev(0x103, 10), 103): 12}
     assert mapped_to_write(tmp_path / "nowhere") == {}

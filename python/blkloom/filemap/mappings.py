@@ -1,6 +1,7 @@
 """Which files processes have mapped into their memory to write to them: nothing tells when they do.
 
-One look at /proc, as far as we may look. Pure but for that. Source: proc_pid_maps(5).
+One look at /proc, as far as we may look. Pure but for that. Workers of blkloom's, of which there may be
+thousands, map no files, and their long maps are not read. Source: proc_pid_maps(5), proc_pid_comm(5).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def mapped_to_write(proc: Path = Path("/proc")) -> dict[tuple[int, int], int]:
     except OSError:
         return found
     for pid in pids:
+        if _is_worker(f"{proc}/{pid}"):
+            continue
         try:
             maps = (proc / str(pid) / "maps").read_bytes()
         except OSError:  # it has ended, or is not ours
@@ -32,3 +35,12 @@ def mapped_to_write(proc: Path = Path("/proc")) -> dict[tuple[int, int], int]:
         for major, minor, inode in _SHARED_TO_WRITE.findall(maps):
             found.setdefault((os.makedev(int(major, 16), int(minor, 16)), int(inode)), pid)
     return found
+
+
+def _is_worker(process: str) -> bool:
+    """By its name, which `worker.process` gives it: this is a courtesy to users, and nobody gains by pretending."""
+    try:
+        with open(f"{process}/comm", "rb", buffering=0) as name:
+            return name.read(8) == b"blkloom "
+    except OSError:
+        return False
