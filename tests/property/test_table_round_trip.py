@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from blkloom.errors import TableError
 from blkloom.table import ConciseDevice, Segment, Table, format_concise, format_table, parse, parse_concise
 from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
 from blkloom.target.error import Error
 from blkloom.target.linear import Linear
 from blkloom.target.loop import Loop
@@ -26,32 +25,11 @@ from blkloom.target.ram import Ram
 from blkloom.target.registry import all_targets
 from blkloom.target.zero import Zero
 from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors
-
-
-class Unmapped(Target):
-    def map(self, opening, start, length):
-        raise NotImplementedError
+from words_target import Blank, Words
 
 
 @dataclass(frozen=True)
-class Words(Unmapped):
-    """Takes any words."""
-
-    words: tuple[str, ...] = ()
-
-    name: ClassVar[str] = "words"
-    syntax: ClassVar[str] = "[<word>...]"
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls(tuple(arguments.word("word") for _ in range(arguments.remaining)))
-
-    def format(self) -> list[str]:
-        return list(self.words)
-
-
-@dataclass(frozen=True)
-class Number(Unmapped):
+class Number(Blank):
     number: int
 
     name: ClassVar[str] = "number"

@@ -2,35 +2,14 @@ r"""dmsetup's concise form: many devices in one line."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import replace
 
 import pytest
 
 from blkloom.errors import TableError
 from blkloom.table import ConciseDevice, format_concise, parse, parse_concise
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
 from blkloom.target.registry import Targets, builtin_targets
-
-
-@dataclass(frozen=True)
-class Words(Target):
-    words: tuple[str, ...] = ()
-
-    name: ClassVar[str] = "words"
-    syntax: ClassVar[str] = "[<word>...]"
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls(tuple(arguments.word("word") for _ in range(arguments.remaining)))
-
-    def format(self) -> list[str]:
-        return list(self.words)
-
-    def map(self, opening, start, length):
-        raise NotImplementedError
-
+from words_target import Words
 
 TARGETS = Targets([Words])
 

@@ -10,37 +10,26 @@ import pytest
 from blkloom.errors import Place, TableError, UnknownTarget
 from blkloom.table import Segment, Table, parse
 from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
 from blkloom.target.registry import Targets, builtin_targets
 from blkloom.units import DEVICE_LIMIT, SECTOR, Sectors
+from words_target import Blank
 
 MOST = (DEVICE_LIMIT - 1) // SECTOR
 
 
-class Bare(Target):
-    """Takes nothing."""
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls()
-
-    def map(self, opening, start, length):
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class Plain(Bare):
+class Plain(Blank):
     name: ClassVar[str] = "plain"
 
 
 @dataclass(frozen=True)
-class Alone(Bare):
+class Alone(Blank):
     name: ClassVar[str] = "alone"
     singleton: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class Two(Bare):
+class Two(Blank):
     name: ClassVar[str] = "two"
     syntax: ClassVar[str] = "<a> <b>"
 
@@ -52,7 +41,7 @@ class Two(Bare):
 
 
 @dataclass(frozen=True)
-class Broken(Bare):
+class Broken(Blank):
     name: ClassVar[str] = "broken"
     syntax: ClassVar[str] = "<key>"
 

@@ -3,40 +3,17 @@ r"""What a table's text means: lines, comments, escapes."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import replace
 
 import pytest
 
 from blkloom.errors import Place, TableError
 from blkloom.table import Segment, Table, format_table, parse
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
 from blkloom.target.loop import Loop
 from blkloom.target.registry import Targets, all_targets, builtin_targets
 from blkloom.target.zero import Zero
 from blkloom.units import Bytes, Sectors, to_bytes
-
-
-@dataclass(frozen=True)
-class Words(Target):
-    """Takes any words."""
-
-    words: tuple[str, ...] = ()
-
-    name: ClassVar[str] = "words"
-    syntax: ClassVar[str] = "[<word>...]"
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls(tuple(arguments.word("word") for _ in range(arguments.remaining)))
-
-    def format(self) -> list[str]:
-        return list(self.words)
-
-    def map(self, opening, start, length):
-        raise NotImplementedError
-
+from words_target import Words
 
 TARGETS = Targets([Words], installed=())
 
