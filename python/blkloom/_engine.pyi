@@ -135,6 +135,13 @@ class ClusterTable:
         """
     def fill(self, first: int, count: int, entry: int) -> None: ...
     def entry(self, cluster: int) -> int: ...
+    def copy(
+        self, first: int, count: int, file: File, offset: int, *, patch: Buffer | None = None, patch_at: int = 0
+    ) -> bool:
+        """Write what `count` clusters from `first` on hold to `offset` of `file`, with `patch` over it from byte
+        `patch_at` of it on; the disk's last cluster may be cut. False, with nothing done, where the table faults.
+        Raises OSError of the files.
+        """
     def drop(self, page: int) -> None:
         """Forget a page; the next request in its range faults."""
     @property

@@ -6,6 +6,7 @@
 //! call Python. Lookups take no lock; a device's `Epochs` say when an old map is out of use.
 
 mod call;
+mod copy;
 mod device;
 mod engine;
 mod epoch;
@@ -23,6 +24,7 @@ mod stats;
 mod turn;
 
 pub use call::{Batch, Direction, Transfer};
+pub use copy::copy;
 pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};
 pub use engine::{ConnectionHandle, Engine, EngineError, IoChoice, NbdSession};
 pub use fault::{Answer, Fault};

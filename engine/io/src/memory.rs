@@ -70,7 +70,7 @@ impl Slice {
         unsafe { self.ptr.copy_from_nonoverlapping(from.as_ptr(), self.len) }
     }
 
-    pub(crate) fn copy_from_slice(&self, from: Slice) {
+    pub fn copy_from_slice(&self, from: Slice) {
         assert_eq!(self.len, from.len, "lengths of a copy");
         // SAFETY: both promises; `copy_from` (memmove) allows overlap.
         unsafe { self.ptr.copy_from(from.ptr, self.len) }

@@ -184,6 +184,13 @@ impl<H: Handles> ClusterTable<H> {
         Ok(())
     }
 
+    /// The bytes (offset, length) of `count` clusters from `first` on; the last one may be cut.
+    pub fn range(&self, first: u64, count: u64) -> Result<(u64, u64), TableError> {
+        self.check(first, count)?;
+        let (low, high) = (first << self.shift, self.size.min((first + count) << self.shift));
+        Ok((low, high - low))
+    }
+
     pub fn drop_page(&self, page: u64) -> Result<(), TableError> {
         let slot = self
             .pages
@@ -193,7 +200,8 @@ impl<H: Handles> ClusterTable<H> {
         Ok(())
     }
 
-    pub(crate) fn at(&self, at: u64, len: u64) -> (Place<'_, H>, u64) {
+    /// What is at byte `at`, for up to `len` bytes (not 0, and not past the end), and for how many.
+    pub fn at(&self, at: u64, len: u64) -> (Place<'_, H>, u64) {
         let cluster = at >> self.shift;
         let within = at & ((1 << self.shift) - 1);
         let mut run = (1u64 << self.shift) - within;

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use blkloom_core::{Kinds, Mapping};
-use blkloom_io::InlinePolicy;
+use blkloom_io::{InlinePolicy, Slice};
 use blkloom_map::{Entry, Extent as Place, Segment};
 use pyo3::prelude::*;
 use pyo3::types::PyAny;
@@ -217,6 +217,28 @@ impl ClusterTable {
 
     fn entry(&self, cluster: u64) -> PyResult<u64> {
         self.0.entry(cluster).map(|entry| entry.0).map_err(value_error)
+    }
+
+    #[pyo3(signature = (first, count, file, offset, *, patch = None, patch_at = 0))]
+    #[allow(clippy::too_many_arguments, reason = "one call of Python's; keyword arguments there")]
+    fn copy(
+        &self,
+        py: Python<'_>,
+        first: u64,
+        count: u64,
+        file: &File,
+        offset: u64,
+        patch: Option<&Bound<'_, PyAny>>,
+        patch_at: usize,
+    ) -> PyResult<bool> {
+        let (at, len) = self.0.range(first, count).map_err(value_error)?;
+        let patch = patch.map(|patch| Bytes::of(patch, false)).transpose()?;
+        let over = patch.as_ref().map_or(Slice::empty(), Bytes::slice);
+        if patch_at.checked_add(over.len()).is_none_or(|end| end as u64 > len) {
+            return Err(value_error(format!("{} bytes at {patch_at} of a copy of {len}", over.len())));
+        }
+        py.detach(|| blkloom_core::copy(&self.0, (at, len), (&file.0, offset), (over, patch_at)))
+            .map_err(|errno| os_error(errno, file.0.label()))
     }
 
     fn drop(&self, page: u64) -> PyResult<()> {

@@ -197,7 +197,7 @@ def _ask(owner: Owner, fault: _engine.Fault) -> None:
                 return
             answer = data
         case "write":
-            answer = target.write(offset, fault.payload(), fua=fault.fua)
+            answer = target.write_lazily(offset, length, fault.payload, fua=fault.fua)
         case "discard":
             answer = target.discard(offset, length)
         case "write_zeroes":

@@ -37,6 +37,8 @@ _MOST_PAGES: Final = 1 << 24
 _TABLE_LIMIT: Final = 256 << 20
 """Bytes of entries kept in memory at most; 16 TiB of disk in clusters of 512 KiB, 2 TiB in 64 KiB."""
 
+_ONLY_READ: Final = int(places.READ_ONLY) >> places.KIND_SHIFT
+
 _AHEAD: Final = 4
 """Clusters a thread that are made ahead of a reader who reads on."""
 
@@ -134,6 +136,18 @@ class Attachment:
         shift = self.chain.top.unit_bits - self._bits
         spread = places.spread(entries, shift, self._bits)
         self.table.install(first << shift, spread[: self._units - (first << shift)].data)
+
+    def only_read(self, cluster: int) -> bool:
+        """See `Relocation.only_read`."""
+        bits = self.chain.top.cluster_bits
+        inside = cluster + 1 << bits <= self.size
+        return inside and self.table.entry(cluster << bits - self._bits) >> places.KIND_SHIFT == _ONLY_READ
+
+    def relocate(self, cluster: int, host: int, patch: bytes, patch_at: int) -> bool:
+        """See `Relocation.relocate`."""
+        shift = self.chain.top.cluster_bits - self._bits
+        file = self.chain.files[0]
+        return self.table.copy(cluster << shift, 1 << shift, file, host, patch=patch, patch_at=patch_at)
 
     def forget(self) -> None:
         """The engine asks again for everything."""

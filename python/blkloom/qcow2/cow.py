@@ -52,18 +52,36 @@ class Payload:
         if self._bytes is None:
             assert self._fetch is not None, "at_hand says so"
             self._bytes = self._fetch()
+        if (low, high) == (self.offset, self.end):
+            return self._bytes
         return self._bytes[low - self.offset : high - self.offset]
+
+
+class Relocation(Protocol):
+    """The quick way to copy a cluster, for what the engine reads and would not write to."""
+
+    def only_read(self, cluster: int) -> bool:
+        """Whether a guest cluster is that, its first unit at least."""
+
+    def relocate(self, cluster: int, host: int, patch: bytes, patch_at: int) -> bool:
+        """Copies it, with the patch over it from byte `patch_at` on, to `host` of the data's storage. False, with
+        nothing done, where some of it is anything else. Raises OSError.
+        """
 
 
 class Copier:
     """Copies old contents of guest ranges to host ranges of `storage`.
 
-    read: the guest's contents as they are now: (offset, length) to bytes, zeros past the end of the disk.
+    read: the guest's contents as they are now: (offset, length) to bytes, zeros past the end of the disk. relocation:
+    None for none.
     """
 
-    def __init__(self, storage: Storage, read: Callable[[GuestOffset, int], bytes]) -> None:
+    def __init__(
+        self, storage: Storage, read: Callable[[GuestOffset, int], bytes], relocation: Relocation | None = None
+    ) -> None:
         self._storage = storage
         self._read = read
+        self._relocation = relocation
         self.copied = 0
         """Bytes of old contents copied."""
 
@@ -85,9 +103,18 @@ class Copier:
             if not (zeroed and is_zeros(contents)):
                 self._storage.write(HostOffset(host + start - low), contents)
 
-    def put(self, low: int, host: int, old: bytes, payload: Payload) -> None:
-        """`fill`, of what has been read already."""
-        self._storage.write(HostOffset(host), self._over(old, low, payload))
+    def relocates(self, cluster: int) -> bool:
+        """Whether `relocate` may be tried."""
+        return self._relocation is not None and self._relocation.only_read(cluster)
+
+    def relocate(self, cluster: int, cluster_bits: int, host: int, payload: Payload) -> bool:
+        """`fill`, of one cluster and the quick way; False, with nothing done, where there is none."""
+        assert self._relocation is not None, "it relocates"
+        start = cluster << cluster_bits
+        low, high = max(payload.offset, start), min(payload.end, start + (1 << cluster_bits))
+        patch = payload.part(low, high) if payload.at_hand else b""
+        self.copied += 1 << cluster_bits
+        return self._relocation.relocate(cluster, host, patch, low - start)
 
     def _over(self, old: bytes, low: int, payload: Payload) -> bytes:
         """The payload over what guest range [low, low + len(old)) holds."""

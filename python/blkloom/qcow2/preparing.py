@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from blkloom.qcow2 import placing
 from blkloom.qcow2.allocation import Run
-from blkloom.qcow2.cow import is_zeros
 from blkloom.qcow2.placing import ALL_ALLOCATED, place, runs_alike, touched_by
 from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, subcluster_bits
-from blkloom.qcow2.types import SUBCLUSTERS, GuestOffset, L1Index, Words
+from blkloom.qcow2.types import SUBCLUSTERS, L1Index, Words
 
 if TYPE_CHECKING:
     from blkloom.qcow2.ahead import Ahead
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 _OFFSET: Final = np.uint64(OFFSET_MASK)
 _COPIED: Final = np.uint64(COPIED)
 _COMPRESSED: Final = np.uint64(COMPRESSED)
+_OWN_OR_MADE: Final = np.uint64(COPIED | COMPRESSED | ALL_ZERO)
 _NOT_ZERO: Final = ~np.uint64(ALL_ZERO)
 _NONE: Final = np.uint64(0)
 _HALF: Final = np.uint64(32)
@@ -61,7 +61,7 @@ class Preparer:
     def _prepare(self, index: L1Index, low: int, high: int, payload: Payload) -> bool:
         """Entries [low, high) of one table."""
         table = self._mapping.own(index)
-        if high - low == 1 and self._from_below(table, low, payload):
+        if high - low == 1 and self._relocated(table, low, payload):
             return payload.at_hand
         start, end = (low, high) if self._mapping.below else self._ahead.around(index, low, high)
         places = self._places(table, start, end, payload)
@@ -91,28 +91,29 @@ class Preparer:
                 )
         return done
 
-    def _from_below(self, table: L2Table, number: int, payload: Payload) -> bool:
-        """The usual case over a backing file, without much ado: a cluster of which only that has anything, and the
-        write covers a part. Returns False where that is not so.
+    def _relocated(self, table: L2Table, number: int, payload: Payload) -> bool:
+        """The usual copy, without much ado: of a cluster with data that is not its own, or not its own alone, of which
+        the write covers a part. Returns False where that is not so.
         """
-        below = self._mapping.below
-        if below is None or table.bitmaps is not None or table.entries[number]:
+        old = table.entries[number]
+        if table.bitmaps is not None or old & _OWN_OR_MADE or (old and self._mapping.layout.data_file):
             return False
         cluster = table.index * self._per_table + number
         start = cluster << self._bits
-        if payload.covers(start, start + (1 << self._bits)):
-            return False
-        old = below.read_below(GuestOffset(start), 1 << self._bits)
-        if is_zeros(old):
+        if payload.covers(start, start + (1 << self._bits)) or not self._copier.relocates(cluster):
             return False
         run = self._mapping.take(cluster, 1)
         host = run.first << self._bits
         try:
-            self._copier.put(start, host, old, payload)
+            relocated = self._copier.relocate(cluster, self._bits, host, payload)
         except OSError:
             self._mapping.take_back(run)
             raise
+        if not relocated:
+            self._mapping.take_back(run)
+            return False
         self._mapping.replace(table, number, number + 1, host | COPIED, None)
+        self._ahead.used(table.index, number, number + 1)
         self._mapping.publish_run(table.index, number, 1, host)
         return True
 

@@ -25,7 +25,7 @@ from blkloom.errors import FaultError
 from blkloom.qcow2.ahead import Ahead
 from blkloom.qcow2.allocation import Allocator
 from blkloom.qcow2.bitmaps import Bitmaps, read_directory
-from blkloom.qcow2.cow import Below, Copier, Payload
+from blkloom.qcow2.cow import Below, Copier, Payload, Relocation
 from blkloom.qcow2.discard import Discarder
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.flush import WriteBack
@@ -72,6 +72,7 @@ class Writer:
         install: Install,
         synchronize: Callable[[], None],
         below: Below | None = None,
+        relocation: Relocation | None = None,
         sync_data: Callable[[], None] | None = None,
         options: Options | None = None,
         reserve: Callable[[HostOffset, int], None] | None = None,
@@ -80,8 +81,9 @@ class Writer:
         """Repairs refcounts if the image is dirty. Raises CorruptImage, OSError.
 
         read: what the disk holds now, zeros past its end. install: tells the engine of entries, in units of the
-        image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. sync_data: makes guest data
-        durable, if it is in another file. reserve: see `Allocator`.
+        image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. relocation: how to
+        copy clusters quickly, if there is a way. sync_data: makes guest data durable, if it is in another file.
+        reserve: see `Allocator`.
         broke: the image was found corrupt; from then on all units are `guarded`, and the engine should know.
         """
         assert image.writable, "it was opened so"
@@ -141,7 +143,7 @@ class Writer:
             guarded=lambda first, count: me.guarded(first, count),
             unseen=self.bitmaps.unseen if self.bitmaps.tracking else None,
         )
-        self.copier: Final = Copier(image.data_storage, read)
+        self.copier: Final = Copier(image.data_storage, read, relocation)
         self.ahead: Final = Ahead(mapping, self._options.preallocate)
         self._preparer = Preparer(mapping, self.copier, self.ahead, self._occupied)
         self._discarder = Discarder(mapping, self._preparer, self.ahead)

@@ -29,7 +29,7 @@ from blkloom.target.limits import BlockLimits
 from blkloom.units import Bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
@@ -148,6 +148,10 @@ class Target(ABC):
         without one must make the data durable itself.
         """
         raise FaultError(errno.EROFS, f"target {self.name} is read-only here")
+
+    def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
+        """`write`, of bytes that are copied only if they are fetched: for those who mostly answer RETRY."""
+        return self.write(offset, fetch(), fua=fua)
 
     def flush(self) -> None:
         """Make durable what completed writes left in memory. Concurrent flushes share one call."""

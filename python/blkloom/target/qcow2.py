@@ -205,6 +205,7 @@ class Qcow2(Target):
             install=attachment.install,
             synchronize=self._live.synchronize,
             below=chain if len(chain.layers) > 1 else None,
+            relocation=attachment,
             options=options,
             broke=broke,
         )
@@ -252,9 +253,9 @@ class Qcow2(Target):
         return RETRY if data is None else data
 
     @override
-    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
-        self._attached.prepare(offset, len(data))
-        return None if self._changing.prepare_write(offset, len(data), lambda: data) else RETRY
+    def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
+        self._attached.prepare(offset, length)
+        return None if self._changing.prepare_write(offset, length, fetch) else RETRY
 
     @override
     def flush(self) -> None:

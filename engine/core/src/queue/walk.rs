@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use blkloom_io::{Slice, errno::EIO};
+use blkloom_io::{File, Inline, InlinePolicy, Slice, errno::EIO};
 use blkloom_map::Place;
 
 use super::{Inside, MOST_FOUND, MOST_TASKS, Queue, Walk};
@@ -120,16 +120,22 @@ impl Queue {
             }
             (Op::Cache, _) => {}
             (_, Place::Error(errno)) if op != Op::Extents => self.fail(walk.active, errno),
-            (Op::Read, Place::Data { file, offset, .. }) => {
-                if file.fits(offset, memory) {
+            (Op::Read, Place::Data { file, offset, .. }) => match read_in_place(file, offset, memory) {
+                Inline::Failed(errno) => self.fail(walk.active, errno),
+                Inline::Done => {}
+                Inline::Wait(_) if file.fits(offset, memory) => {
                     self.transfer(walk, file, offset, root, len, false, false, None);
-                } else {
-                    self.chore(walk, file, Chore::Read { offset, into: memory }, root, len);
                 }
-            }
+                Inline::Wait(_) => self.chore(walk, file, Chore::Read { offset, into: memory }, root, len),
+            },
             (Op::Read, Place::Memory { region, offset }) => region.read(offset, memory, Slice::empty()),
             (Op::Read, Place::Zero { .. }) => memory.zero(),
             (Op::Write, Place::Data { file, offset, writable: true, .. }) => {
+                match if durable { Inline::Wait(0) } else { write_in_place(file, offset, memory) } {
+                    Inline::Failed(errno) => return self.fail(walk.active, errno),
+                    Inline::Done => return,
+                    Inline::Wait(_) => {}
+                }
                 let share = file.fits(offset, memory).then(|| file.share_blocks(offset, len)).flatten();
                 match share {
                     Some(share) => self.transfer(walk, file, offset, root, len, true, durable, share),
@@ -171,5 +177,21 @@ impl Queue {
             }
             _ => self.fault(walk, owner, op, root, at, len),
         }
+    }
+}
+
+/// A file in memory is quicker read on the spot, after a fault too, than by way of the ring.
+fn read_in_place(file: &File, offset: u64, into: Slice) -> Inline {
+    match file.policy() {
+        InlinePolicy::Always => file.read_now(offset, into),
+        _ => Inline::Wait(0),
+    }
+}
+
+/// Likewise; and the ring's threads would be in the way of the loop's own writes to that file.
+fn write_in_place(file: &File, offset: u64, from: Slice) -> Inline {
+    match file.policy() {
+        InlinePolicy::Always => file.write_now(offset, from),
+        _ => Inline::Wait(0),
     }
 }
