@@ -9,7 +9,7 @@ out of the tables again. One thread (the mapper's). May fail: CorruptImage, OSEr
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +22,25 @@ if TYPE_CHECKING:
     from blkloom.qcow2.image import L2Table
     from blkloom.qcow2.mapping import Mapping
 
+_GROWN: Final = 16
+
 _OWN = np.uint64(COPIED)
 _OFFSET = np.uint64(OFFSET_MASK)
 
 
 class Ahead:
-    """Which entries of `mapping` were given ahead. window: bytes within which neighbours are given; 0 for none."""
+    """Which entries of `mapping` were given ahead. window: bytes within which neighbours are given, up to
+    `_GROWN` times as many for whoever writes on and on; 0 for none.
+    """
 
     def __init__(self, mapping: Mapping, window: int) -> None:
         geometry = mapping.layout.geometry
         self._mapping = mapping
-        self._window = min(max(window >> geometry.cluster_bits, 1), geometry.l2_entries)
+        self._least = min(max(window >> geometry.cluster_bits, 1), geometry.l2_entries)
+        self._most = min(self._least * _GROWN, geometry.l2_entries) if self._least > 1 else 1
+        self._window = self._least
+        self._next = 0
+        """The cluster where the last window ended: who faults there has written all of it."""
         self._given: dict[L1Index, NDArray[np.bool_]] = {}
         self.returned = 0
         """Clusters given ahead and taken out again."""
@@ -44,9 +52,13 @@ class Ahead:
 
     def around(self, index: L1Index, low: int, high: int) -> tuple[int, int]:
         """Entries within which neighbours of [low, high) may be given."""
-        window, geometry = self._window, self._mapping.layout.geometry
-        end = min(geometry.l2_entries, self._mapping.clusters - index * geometry.l2_entries)
-        return low // window * window, min(-(-high // window) * window, end)
+        geometry = self._mapping.layout.geometry
+        first = index * geometry.l2_entries
+        end = min(geometry.l2_entries, self._mapping.clusters - first)
+        self._window = min(self._window * 2, self._most) if first + low == self._next else self._least
+        start, stop = low // self._window * self._window, min(-(-high // self._window) * self._window, end)
+        self._next = first + stop
+        return start, stop
 
     def given(self, index: L1Index, low: int, high: int) -> None:
         """Entries [low, high) were given a place, and nobody asked for them."""

@@ -28,7 +28,10 @@ from blkloom.qcow2.types import Words
 from blkloom.qcow2.unpacked import Key, Unpacked
 from blkloom.units import format_size
 
-_STRETCH: Final = 4096
+_STRETCH: Final = 8192
+"""Units; as many as an L2 table of 64 KiB has entries."""
+_FEW: Final = 64
+"""Units that are quicker asked for one by one than looked up over all layers."""
 _PAGES_A_TABLE: Final = 1 << 20
 _LARGEST_PAGE: Final = 1 << 20
 """The engine's limit."""
@@ -50,7 +53,7 @@ EXTENT_HOLE: Final = 3
 @dataclass(slots=True)
 class _Look:
     """Where a range is: units from `first` on. around: the same from `low` on, in whole clusters of every layer. keys:
-    what of it must be made. filled: the engine was told of its whole stretch just now.
+    what of it must be made.
     """
 
     first: int
@@ -58,7 +61,6 @@ class _Look:
     low: int
     around: Words
     keys: list[Key]
-    filled: bool
 
 
 class Attachment:
@@ -99,9 +101,10 @@ class Attachment:
         if (offset, length) in self._ready:
             return self._ready.pop((offset, length))
         look = self._look(offset, length)
+        if look is None:
+            return None
         if not look.keys:
-            if not look.filled:
-                self.table.install(look.first, look.found.data)
+            self.table.install(look.first, look.found.data)
             return None
         made = self._make(look.keys)
         data = self._bytes(look, made, offset, length)
@@ -113,7 +116,12 @@ class Attachment:
     def expect(self, reads: Iterable[tuple[int, int]]) -> None:
         """These reads (offset, length) come next: makes what all of them need at once."""
         self._ready.clear()
-        looks = {read: self._look(*read) for read in reads}
+        looks: dict[tuple[int, int], _Look] = {}
+        for read in reads:
+            if (look := self._look(*read)) is None:
+                self._ready[read] = None
+            else:
+                looks[read] = look
         keys = list(dict.fromkeys(key for look in looks.values() for key in look.keys))
         made = self._make(keys, raises=False) if len(keys) > 1 else {}
         for (offset, length), look in looks.items():
@@ -187,14 +195,16 @@ class Attachment:
     def _range(self, offset: int, length: int) -> tuple[int, int]:
         return offset >> self._bits, min(-(-(offset + length) >> self._bits), self._units)
 
-    def _look(self, offset: int, length: int) -> _Look:
-        """Where the range is. The table is filled there, if it was not."""
+    def _look(self, offset: int, length: int) -> _Look | None:
+        """Where the range is. The table is filled there, if it was not; None where that tells the engine all."""
         first, end = self._range(offset, length)
-        filled = self._fill_missing(first, end)
+        self._fill_missing(first, end)
+        if end - first <= _FEW and all(self.table.entry(unit) for unit in range(first, end)):
+            return None
         low, high = self._whole_clusters(first, end)
         around = self.chain.places(low, high - low)
         found = around[first - low : end - low]
-        return _Look(first, found, low, around, self._keys(found, first), filled)
+        return _Look(first, found, low, around, self._keys(found, first))
 
     def _install(self, look: _Look) -> None:
         """Tells the engine, memory included."""
@@ -205,17 +215,14 @@ class Attachment:
         mask = (self.chain.largest_cluster >> self._bits) - 1
         return first & ~mask, min((end + mask) & ~mask, self._units)
 
-    def _fill_missing(self, first: int, end: int) -> bool:
-        """Fills the stretches that units [first, end) lie in and that are not; whether there were any."""
-        missing = False
+    def _fill_missing(self, first: int, end: int) -> None:
+        """Fills the stretches that units [first, end) lie in and that are not."""
         for stretch in range(first // _STRETCH, -(-end // _STRETCH)):
             page, low = stretch * _STRETCH // self._page, stretch * _STRETCH
             if stretch not in self._filled.get(page, ()):
-                missing = True
                 self.publish(low, min(low + _STRETCH, self._units))
                 self._filled.setdefault(page, set()).add(stretch)
                 self._drop_pages(page)
-        return missing
 
     def _drop_pages(self, newest: int) -> None:
         self._filled.move_to_end(newest)

@@ -10,6 +10,7 @@ Source: QEMU docs/interop/qcow2.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -162,8 +163,8 @@ class Image:
         self._l2.move_to_end(table.index)
         most = max(L2_CACHE >> self.geometry.cluster_bits, 2)
         if len(self._l2) > most:
-            clean = [index for index, kept in self._l2.items() if not kept.dirty and kept is not table]
-            for index in clean[: len(self._l2) - most]:
+            clean = (index for index, kept in self._l2.items() if not kept.dirty and kept is not table)
+            for index in list(itertools.islice(clean, len(self._l2) - most)):
                 del self._l2[index]
 
     def dirty_l2(self) -> list[L2Table]:
