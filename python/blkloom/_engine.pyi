@@ -205,6 +205,12 @@ class Fault:
     @property
     def length(self) -> int: ...
     @property
+    def context(self) -> str:
+        """extents: of which metadata context; "base:allocation" for what the range holds."""
+    @property
+    def one(self) -> bool:
+        """extents: whoever asks looks at the first run only."""
+    @property
     def fua(self) -> bool: ...
     @property
     def may_unmap(self) -> bool:
@@ -278,9 +284,12 @@ class Device:
     def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False
     ) -> None: ...
-    def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
-        """(offset, length, flags) covering the range; flags as NBD's base:allocation: 1 hole,
-        2 reads as zeros.
+    def extents(
+        self, offset: int = 0, length: int | None = None, *, context: str = "base:allocation"
+    ) -> list[tuple[int, int, int]]:
+        """(offset, length, flags) covering the range; flags as NBD's base:allocation: 1 hole, 2 reads as zeros.
+        Other metadata contexts are asked of the map's owners, in faults for as much of each segment as is in the range,
+        and their flags are what those say; EINVAL from one that does not know the context.
         """
     def batch(self, requests: Sequence[tuple[Literal["r", "w"], Buffer, int]]) -> list[int]:
         """Many reads into / writes from (buffer, offset) at once, in no order. Returns bytes moved or -errno, one a
@@ -300,6 +309,7 @@ class Device:
         fua: bool = False,
         unmap: bool = True,
         fast: bool = False,
+        context: str = "base:allocation",
     ) -> None: ...
     def stats(self) -> dict[str, Any]:
         """See `blkloom.stats.Stats`: counters and histograms; reading them costs the loops nothing."""
@@ -340,15 +350,15 @@ def serve_nbd(
     *,
     structured: bool = False,
     extended: bool = False,
-    allocation_context: int | None = None,
+    contexts: Sequence[tuple[int, str]] = (),
     initial: bytes = b"",
     max_payload: int = 33554432,
     stall_timeout: float = 60.0,
 ) -> Connection:
     """NBD's transmission phase on a connected stream socket, from here on the engine's (it owns
-    a duplicate of fd). allocation_context: the id given to base:allocation by the handshake, None
-    where not selected. initial: bytes received but not served: beyond the handshake, or
-    `Detached.initial`; as many as they may be.
+    a duplicate of fd). contexts: (id, name) of the metadata contexts selected in the handshake; a block
+    status answers for all of them, in this order (see `Device.extents`). initial: bytes received but not
+    served: beyond the handshake, or `Detached.initial`; as many as they may be.
     """
 
 @final

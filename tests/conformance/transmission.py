@@ -63,7 +63,7 @@ class Transmission:
             1,
             structured=style == "structured",
             extended=style == "extended",
-            allocation_context=None if style == "simple" else CONTEXT,
+            contexts=() if style == "simple" else [(CONTEXT, "base:allocation")],
             **options,  # type: ignore[arg-type]
         )
         theirs.close()

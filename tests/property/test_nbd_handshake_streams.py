@@ -15,11 +15,16 @@ from blkloom.export.nbd.handshake import OPTION_HEADER, OPTION_LIMIT, SKIP_LIMIT
 from blkloom.export.nbd.offer import Catalogue, Offer
 from blkloom.export.nbd.state import TRANSITIONS, ProtocolError, State
 
-CATALOGUE = Catalogue.of(Offer("disk", 1 << 30, "a disk"), Offer("ü", 512, read_only=True))
+CATALOGUE = Catalogue.of(
+    Offer("disk", 1 << 30, "a disk", contexts=("qemu:allocation-depth", "qemu:dirty-bitmap:b")),
+    Offer("ü", 512, read_only=True),
+)
 FLAGS = [struct.pack(">I", flags) for flags in range(4)]
 
 names = st.sampled_from(["disk", "ü", "", "nosuch", "x" * 5000])
-queries = st.sampled_from(["base:", "base:allocation", "base:x", "x-y:z", "nonsense", ""])
+queries = st.sampled_from(
+    ["base:", "base:allocation", "base:x", "x-y:z", "nonsense", "", "qemu:", "qemu:dirty-bitmap:b"]
+)
 
 
 def string(text: str) -> bytes:

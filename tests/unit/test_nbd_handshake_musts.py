@@ -78,7 +78,8 @@ MUSTS: dict[str, list[str]] = {
         "test_listing_contexts_matches_queries",
     ],
     "(namespace, colon, and leaf-name) MUST follow the restrictions for strings": [
-        "test_malformed_context_options_are_invalid_and_survived"
+        "test_malformed_context_options_are_invalid_and_survived",
+        "test_only_names_that_are_contexts_are_offered",
     ],
     "Namespaces MUST be consist of one of the following": ["test_listing_contexts_matches_queries"],
     "`base:` - the server MUST ignore this form during `NBD_OPT_SET_META_CONTEXT`": [
@@ -177,24 +178,34 @@ MUSTS: dict[str, list[str]] = {
         "test_listing_contexts_matches_queries"
     ],
     "If zero queries are sent, then the server MUST return all the metadata contexts": [
-        "test_listing_contexts_matches_queries"
+        "test_listing_contexts_matches_queries",
+        "test_listing_finds_contexts_by_name_namespace_and_kind",
     ],
     "If one or more queries are sent, then the server MUST return those metadata contexts": [
-        "test_listing_contexts_matches_queries"
+        "test_listing_contexts_matches_queries",
+        "test_listing_finds_contexts_by_name_namespace_and_kind",
     ],
-    "each namespace returned MUST begin with the relevant namespace": ["test_listing_contexts_matches_queries"],
+    "each namespace returned MUST begin with the relevant namespace": [
+        "test_listing_contexts_matches_queries",
+        "test_listing_finds_contexts_by_name_namespace_and_kind",
+        "test_only_names_that_are_contexts_are_offered",
+    ],
     "replaces all previously-set metadata contexts (including when this command fails)": [
         "test_every_selection_replaces_the_one_before_even_if_it_fails"
     ],
     "This option MUST NOT be requested unless structured replies have been negotiated first.": [
         "test_contexts_before_structured_replies_are_invalid"
     ],
-    "the final time it was sent, it referred to the same export name": ["test_selection_holds_only_for_its_export"],
+    "the final time it was sent, it referred to the same export name": [
+        "test_selection_holds_only_for_its_export",
+        "test_a_selection_for_one_export_is_none_for_another_that_has_the_same_contexts",
+    ],
     "If zero queries are sent, the server MUST select no metadata contexts.": [
         "test_queries_that_select_nothing_are_acknowledged"
     ],
     "Otherwise the server MUST reply with a number of `NBD_REP_META_CONTEXT` replies": [
-        "test_selected_context_gets_the_id_transmission_uses"
+        "test_selected_context_gets_the_id_transmission_uses",
+        "test_several_contexts_are_selected_at_once_each_with_an_id_of_its_own",
     ],
     "32 bits, length of name (unsigned); MUST be no larger than the reply packet header length - 4": [
         "test_list_names_every_export_and_ends_with_ack"

@@ -8,7 +8,7 @@ use blkloom_io::{Slice, errno::EINVAL, errno::ENOSPC, errno::ESHUTDOWN};
 use crate::device::{Device, SuspendError};
 use crate::engine::Engine;
 use crate::now::{self, Besides, Now, Patience};
-use crate::request::{Flags, Found, Memory, Owner, Request, Waiter};
+use crate::request::{Context, Flags, Found, Memory, Owner, Request, Waiter};
 use crate::stats::{Op, Shard};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,6 +69,7 @@ impl Transfer {
             memory: Memory::Borrowed(self.memory),
             owner,
             started,
+            context: None,
             done,
         }
     }
@@ -161,15 +162,8 @@ impl Engine {
         results
     }
 
-    /// A request without bytes of its own: flush, discard, write zeroes, extents.
-    pub fn command(
-        &self,
-        device: &Arc<Device>,
-        op: Op,
-        offset: u64,
-        len: u64,
-        flags: Flags,
-    ) -> Result<Vec<Found>, i32> {
+    /// A request without bytes of its own: flush, discard, write zeroes.
+    pub fn command(&self, device: &Arc<Device>, op: Op, offset: u64, len: u64, flags: Flags) -> Result<(), i32> {
         check(device, op, offset, len)?;
         let (shard, started) = (Shard::of_caller(), Instant::now());
         device.stats.start(shard, 1);
@@ -179,20 +173,38 @@ impl Engine {
             _ => Now::Later(0),
         };
         match attempt {
-            Now::Later(_) => {
-                let waiter = Waiter::new(1);
-                let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
-                let device = device.clone();
-                self.submit(Request { device, op, offset, len, flags, memory: Memory::None, owner, started, done: 0 });
-                let (errors, found) = waiter.wait();
-                if errors[0] == 0 { Ok(found) } else { Err(errors[0]) }
-            }
+            Now::Later(_) => self.ask(device, op, (offset, len), flags, None, started).map(drop),
             now => {
                 let errors = u64::from(matches!(now, Now::Failed(_)));
                 device.stats.end(shard, op, 1, if errors == 0 { len } else { 0 }, errors, nanoseconds(started));
-                if let Now::Failed(errno) = now { Err(errno) } else { Ok(Vec::new()) }
+                if let Now::Failed(errno) = now { Err(errno) } else { Ok(()) }
             }
         }
+    }
+
+    /// What a range holds, as far as one answer reaches.
+    pub fn extents(&self, device: &Arc<Device>, offset: u64, len: u64, context: Context) -> Result<Vec<Found>, i32> {
+        check(device, Op::Extents, offset, len)?;
+        device.stats.start(Shard::of_caller(), 1);
+        self.ask(device, Op::Extents, (offset, len), Flags::default(), context, Instant::now())
+    }
+
+    /// Gives a request to a loop and waits for its end.
+    fn ask(
+        &self,
+        device: &Arc<Device>,
+        op: Op,
+        (offset, len): (u64, u64),
+        flags: Flags,
+        context: Context,
+        started: Instant,
+    ) -> Result<Vec<Found>, i32> {
+        let waiter = Waiter::new(1);
+        let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
+        let (device, memory) = (device.clone(), Memory::None);
+        self.submit(Request { device, op, offset, len, flags, memory, owner, started, context, done: 0 });
+        let (errors, found) = waiter.wait();
+        if errors[0] == 0 { Ok(found) } else { Err(errors[0]) }
     }
 
     /// Starts a request whose end is a notice; the memory is the caller's until then.
@@ -227,6 +239,7 @@ impl Engine {
                 memory: Memory::None,
                 owner,
                 started: Instant::now(),
+                context: None,
                 done: 0,
             });
             let errors = match deadline {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use blkloom_io::{File, Region, errno::ESHUTDOWN};
-use blkloom_map::{Extent, Handles, Hint, Piece};
+use blkloom_map::{Extent, Handles, Hint, Piece, Place};
 
 use crate::epoch::{Epochs, Pin};
 use crate::fault::{Fault, FaultQueue};
@@ -71,6 +71,11 @@ impl Mapping {
             Some(hint) => self.map.lookup_near(hint, offset, len),
             None => self.map.lookup(offset, len),
         }
+    }
+
+    /// Whose range it is, as a piece that faults.
+    pub(crate) fn owned(&self, offset: u64, len: u64) -> Option<Piece<'_, Kinds>> {
+        self.map.owner(offset, len).map(|(owner, len)| Piece { owner, len, place: Place::Fault })
     }
 
     /// Whether `device` stands directly below this map.

@@ -9,7 +9,7 @@ use blkloom_io::{Buffer, errno::EIO};
 use crate::device::LONGEST_TIMEOUT;
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
-use crate::request::Flags;
+use crate::request::{Context, Flags};
 use crate::stats::Op;
 
 /// What the target says to a fault.
@@ -37,6 +37,8 @@ pub struct Fault {
     pub offset: u64,
     pub len: u64,
     pub flags: Flags,
+    /// Of extents.
+    pub context: Context,
     pub(crate) payload: Payload,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) task: TaskId,

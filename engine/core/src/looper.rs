@@ -367,11 +367,12 @@ impl Loop {
             let nobody = Owner::Nobody;
             match std::mem::replace(&mut request.owner, nobody) {
                 Owner::Connection(ticket) => {
-                    let member = self.members.get_mut(ticket.slot).filter(|m| m.connection.id == ticket.id);
+                    let slot = ticket.slot;
+                    let member = self.members.get_mut(slot).filter(|m| m.connection.id == ticket.id);
                     if let Some(member) = member {
-                        member.connection.finish(&ticket, ended, &mut self.bench);
-                        if !touched.contains(&ticket.slot) {
-                            touched.push(ticket.slot);
+                        member.connection.finish(ticket, ended, &mut self.bench);
+                        if !touched.contains(&slot) {
+                            touched.push(slot);
                         }
                     }
                 }

@@ -32,7 +32,7 @@ use crate::stats::{Op, Shard};
 
 const MOST_TASKS: u32 = 256;
 /// Extents a request gathers before it is cut short.
-const MOST_FOUND: usize = 16384;
+pub(crate) const MOST_FOUND: usize = 16384;
 
 /// A request that has ended.
 pub struct Ended {

@@ -47,7 +47,16 @@ impl Memory {
     }
 }
 
-/// A run of one status: flags as NBD's base:allocation (1 hole, 2 zero).
+/// What extents are asked for: the name of a metadata context that targets answer for, or None for NBD's
+/// base:allocation, which the engine finds itself.
+pub type Context = Option<Arc<str>>;
+
+/// What the name of a metadata context asks for.
+pub fn context(name: &str) -> Context {
+    (name != "base:allocation").then(|| name.into())
+}
+
+/// A run of one status: flags as NBD's base:allocation (1 hole, 2 zero), or of the context asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Found {
     pub offset: u64,
@@ -64,6 +73,8 @@ pub struct Request {
     pub memory: Memory,
     pub owner: Owner,
     pub started: Instant,
+    /// Of extents.
+    pub context: Context,
     /// Bytes from the start that were moved already, by `now`.
     pub done: u64,
 }

@@ -46,7 +46,7 @@ impl Host {
     }
 
     fn serve(&self, style: Style, fd: OwnedFd, initial: Vec<u8>, stall: Duration) -> ConnectionHandle {
-        let session = Session { style, context: None, initial, max_payload: MOST_PAYLOAD, stall };
+        let session = Session { style, contexts: Box::default(), initial, max_payload: MOST_PAYLOAD, stall };
         let (export, notices) = (self.export.clone(), self.notices.clone());
         self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
     }

@@ -451,6 +451,7 @@ fn io_that_was_submitted_comes_back_as_notices() {
                 memory: Memory::Owned(Arc::new(buffer)),
                 owner: Owner::Notice { notices: notices.clone(), token },
                 started: Instant::now(),
+                context: None,
                 done: 0,
             });
         };

@@ -208,7 +208,7 @@ impl Owned {
                 }
                 _ if random.one_in(2) => command(engine, device, Op::Flush, 0, 0, Flags::default()).unwrap(),
                 _ => {
-                    let found = engine.command(device, Op::Extents, offset, count as u64, Flags::default()).unwrap();
+                    let found = engine.extents(device, offset, count as u64, None).unwrap();
                     let mut at = offset;
                     for extent in found {
                         assert_eq!(extent.offset, at, "extents are in order and without gaps");

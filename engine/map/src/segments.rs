@@ -138,6 +138,15 @@ impl<H: Handles> Map<H> {
         Some(self.piece(index, offset, len))
     }
 
+    /// Whose segment `offset` is in, and for how many bytes from there on, `len` (> 0) at most, whatever its extent
+    /// says. None past the end.
+    pub fn owner(&self, offset: u64, len: u64) -> Option<(u32, u64)> {
+        (offset < self.size && len > 0).then(|| {
+            let segment = &self.segments[self.bisect(offset)];
+            (segment.owner, len.min(segment.end - offset))
+        })
+    }
+
     /// The segment `offset` is in, which is not past the end.
     fn bisect(&self, offset: u64) -> usize {
         if self.starts.len() == 1 { 0 } else { self.starts.partition_point(|&start| start <= offset) - 1 }

@@ -90,6 +90,12 @@ proptest! {
         }
         let map = Map::new(segments, vec![]).unwrap();
         prop_assert_eq!(map.size(), start);
+        for &(offset, len) in &queries {
+            // The segment as a whole, whatever its extent says.
+            let of = |at: u64| bytes.get(at as usize).map(|(owner, _)| *owner);
+            let owned = (offset..(offset + len).min(start)).take_while(|&at| of(at) == of(offset)).count() as u64;
+            prop_assert_eq!(map.owner(offset, len), of(offset).map(|owner| (owner, owned)));
+        }
         for (offset, len) in queries {
             match map.lookup(offset, len) {
                 None => prop_assert!(offset >= start),

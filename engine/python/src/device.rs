@@ -221,8 +221,15 @@ impl Device {
         self.command(py, Op::WriteZeroes, offset, length, Flags { fua, unmap, fast, ..Flags::default() })
     }
 
-    #[pyo3(signature = (offset = 0, length = None))]
-    fn extents(&self, py: Python<'_>, offset: u64, length: Option<u64>) -> PyResult<Vec<(u64, u64, u32)>> {
+    #[pyo3(signature = (offset = 0, length = None, *, context = "base:allocation"))]
+    fn extents(
+        &self,
+        py: Python<'_>,
+        offset: u64,
+        length: Option<u64>,
+        context: &str,
+    ) -> PyResult<Vec<(u64, u64, u32)>> {
+        let asked = blkloom_core::context(context);
         let end = match length {
             Some(length) => offset.saturating_add(length),
             None => self.inner.size().max(offset),
@@ -232,7 +239,7 @@ impl Device {
             let mut at = offset;
             while at < end {
                 let before = at;
-                for found in self.engine.command(&self.inner, Op::Extents, at, end - at, Flags::default())? {
+                for found in self.engine.extents(&self.inner, at, end - at, asked.clone())? {
                     if found.offset != at {
                         break; // a gap: the answer was cut short; ask again from here
                     }
@@ -280,7 +287,8 @@ impl Device {
         Ok(results.into_iter().zip(&held).map(answer).collect())
     }
 
-    #[pyo3(signature = (notices, token, operation, offset, length, buffer = None, *, fua = false, unmap = true, fast = false))]
+    #[pyo3(signature = (notices, token, operation, offset, length, buffer = None, *, fua = false, unmap = true, fast = false,
+        context = "base:allocation"))]
     #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
     fn submit(
         &self,
@@ -294,6 +302,7 @@ impl Device {
         fua: bool,
         unmap: bool,
         fast: bool,
+        context: &str,
     ) -> PyResult<()> {
         let op = self::operation(operation)?;
         let memory = match (op, buffer) {
@@ -323,6 +332,7 @@ impl Device {
             memory,
             owner: Owner::Notice { notices: notices.inner.clone(), token },
             started: Instant::now(),
+            context: blkloom_core::context(context),
             done: 0,
         };
         py.detach(|| self.engine.start(request));

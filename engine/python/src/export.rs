@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Session};
+use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Selected, Session};
 use blkloom_wire::Style;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -156,10 +156,10 @@ impl Detached {
 
 #[pyfunction]
 #[pyo3(signature = (
-    engine, export, fd, notices, token, *, structured = false, extended = false, allocation_context = None,
+    engine, export, fd, notices, token, *, structured = false, extended = false, contexts = vec![],
     initial = &b""[..], max_payload = 33_554_432, stall_timeout = 60.0,
 ), text_signature = "(engine, export, fd, notices, token, *, structured=False, extended=False, \
-    allocation_context=None, initial=b'', max_payload=33554432, stall_timeout=60.0)")]
+    contexts=(), initial=b'', max_payload=33554432, stall_timeout=60.0)")]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_nbd(
     py: Python<'_>,
@@ -170,7 +170,7 @@ pub fn serve_nbd(
     token: u64,
     structured: bool,
     extended: bool,
-    allocation_context: Option<u32>,
+    contexts: Vec<(u32, String)>,
     initial: &[u8],
     max_payload: u32,
     stall_timeout: f64,
@@ -181,7 +181,9 @@ pub fn serve_nbd(
         _ => Style::Simple,
     };
     let stall = Duration::try_from_secs_f64(stall_timeout).map_err(value_error)?;
-    let session = Session { style, context: allocation_context, initial: initial.to_vec(), max_payload, stall };
+    let contexts =
+        contexts.iter().map(|(id, name)| Selected { id: *id, context: blkloom_core::context(name) }).collect();
+    let session = Session { style, contexts, initial: initial.to_vec(), max_payload, stall };
     let (fd, export, notices) = (duplicate(fd)?, export.inner.clone(), notices.inner.clone());
     py.detach(|| engine.0.serve_nbd(NbdSession { export, fd, session, notices, token }))
         .map(Connection)

@@ -46,6 +46,16 @@ impl Fault {
     }
 
     #[getter]
+    fn context(&self) -> String {
+        self.with(|fault| fault.context.as_deref().unwrap_or("base:allocation").to_owned())
+    }
+
+    #[getter]
+    fn one(&self) -> bool {
+        self.with(|fault| fault.flags.one)
+    }
+
+    #[getter]
     fn fua(&self) -> bool {
         self.with(|fault| fault.flags.fua)
     }

@@ -135,12 +135,25 @@ pub fn hole(framing: &Framing, out: &mut impl Sink, offset: u64, length: u64, la
     out.put(&(length as u32).to_be_bytes());
 }
 
-/// One context's descriptors, (length, status) each; must not be empty. A structured reply cuts a
-/// run that does not fit 32 bits, and ends there.
-pub fn block_status(framing: &Framing, out: &mut impl Sink, context: u32, extents: &[(u64, u32)]) {
+/// What contexts say, each with its id: (length, status) descriptors that must not be empty. One chunk a context,
+/// and one context at least.
+pub fn block_status<E: AsRef<[(u64, u32)]>>(
+    framing: &Framing,
+    out: &mut impl Sink,
+    contexts: impl IntoIterator<Item = (u32, E)>,
+) {
+    let mut contexts = contexts.into_iter().peekable();
+    while let Some((context, extents)) = contexts.next() {
+        let flags = if contexts.peek().is_none() { DONE } else { 0 };
+        context_status(framing, out, flags, context, extents.as_ref());
+    }
+}
+
+/// One chunk. A structured reply cuts a run that does not fit 32 bits, and ends there.
+fn context_status(framing: &Framing, out: &mut impl Sink, flags: u16, context: u32, extents: &[(u64, u32)]) {
     let extents = &extents[..extents.len().min(MAX_DESCRIPTORS)];
     if framing.style == Style::Extended {
-        framing.chunk(out, DONE, BLOCK_STATUS_EXT, 8 + 16 * extents.len() as u64);
+        framing.chunk(out, flags, BLOCK_STATUS_EXT, 8 + 16 * extents.len() as u64);
         out.put(&context.to_be_bytes());
         out.put(&(extents.len() as u32).to_be_bytes());
         for &(length, status) in extents {
@@ -151,7 +164,7 @@ pub fn block_status(framing: &Framing, out: &mut impl Sink, context: u32, extent
     }
     const LONGEST: u64 = 0xffff_f000;
     let whole = extents.iter().position(|&(length, _)| length > LONGEST).map_or(extents.len(), |at| at + 1);
-    framing.chunk(out, DONE, BLOCK_STATUS, 4 + 8 * whole as u64);
+    framing.chunk(out, flags, BLOCK_STATUS, 4 + 8 * whole as u64);
     out.put(&context.to_be_bytes());
     for &(length, status) in &extents[..whole] {
         out.put(&(length.min(LONGEST) as u32).to_be_bytes());

@@ -67,6 +67,61 @@ proptest! {
     }
 }
 
+/// One chunk of block status, taken apart by hand: (flags, context, descriptors), and what follows it.
+type Status = (u16, u32, Vec<(u64, u64)>);
+
+fn take_status(style: Style, bytes: &[u8], (cookie, offset): (u64, u64)) -> (Status, &[u8]) {
+    let number = |at: usize, width: usize| bytes[at..at + width].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    let extended = style == Style::Extended;
+    assert_eq!((number(0, 4), number(6, 2)), if extended { (0x6e8a_278c, 6) } else { (0x668e_33ef, 5) });
+    assert_eq!(number(8, 8), cookie);
+    let (mut at, length) = if extended {
+        assert_eq!(number(16, 8), offset);
+        assert_eq!(number(24, 8), 8 + 16 * number(36, 4), "the count is what the length says");
+        (40, 32 + number(24, 8) as usize)
+    } else {
+        (24, 20 + number(16, 4) as usize)
+    };
+    let (context, width) = (number(if extended { 32 } else { 20 }, 4) as u32, if extended { 8 } else { 4 });
+    let mut descriptors = Vec::new();
+    while at < length {
+        descriptors.push((number(at, width), number(at + width, width)));
+        at += 2 * width;
+    }
+    assert_eq!(at, length);
+    ((number(4, 2) as u16, context, descriptors), &bytes[length..])
+}
+
+proptest! {
+    #[test]
+    fn every_context_gets_a_chunk_of_its_own_and_the_last_is_the_end(
+        cookie: u64,
+        offset: u64,
+        told in prop::collection::vec((any::<u32>(), prop::collection::vec((1u64..1 << 40, any::<u32>()), 1..5)), 1..6),
+    ) {
+        for style in [Style::Structured, Style::Extended] {
+            let mut out = Vec::new();
+            block_status(&Framing { style, cookie, offset }, &mut out, told.iter().map(|(id, runs)| (*id, runs)));
+            let mut rest = &out[..];
+            for (index, (id, runs)) in told.iter().enumerate() {
+                let ((flags, context, found), behind) = take_status(style, rest, (cookie, offset));
+                prop_assert_eq!((flags, context), (u16::from(index + 1 == told.len()), *id));
+                // Told truly from the first on; what does not fit 32 bits is cut, and nothing follows it.
+                prop_assert!(!found.is_empty());
+                for (&(length, status), &(wanted, flags)) in found.iter().zip(runs) {
+                    prop_assert_eq!(status, u64::from(flags));
+                    prop_assert!(length > 0 && length <= wanted);
+                }
+                let whole = found.iter().zip(runs).take_while(|((length, _), (wanted, _))| length == wanted).count();
+                prop_assert!(whole == runs.len() || style == Style::Structured && whole + 1 == found.len());
+                prop_assert!(whole == runs.len() || runs[whole].0 > u64::from(u32::MAX) - 4095);
+                rest = behind;
+            }
+            prop_assert!(rest.is_empty());
+        }
+    }
+}
+
 #[test]
 fn another_magic_is_malformed() {
     assert_eq!(Style::Simple.header(&[1; 28]).unwrap_err().magic, 0x0101_0101);
@@ -142,11 +197,13 @@ fn replies_are_laid_out_as_specified() {
         "6e8a278c0000000201020304050607080000000000001000000000000000000c000000000000120000000200"
     );
     assert_eq!(
-        built(&|out| block_status(&framing(Style::Structured), out, 1, &[(512, 3), (u64::MAX >> 1, 0), (1, 1)])),
+        built(&|out| {
+            block_status(&framing(Style::Structured), out, [(1, [(512, 3), (u64::MAX >> 1, 0), (1, 1)])]);
+        }),
         "668e33ef00010005010203040506070800000014000000010000020000000003fffff00000000000"
     );
     assert_eq!(
-        built(&|out| block_status(&framing(Style::Extended), out, 1, &[(1 << 40, 3)])),
+        built(&|out| block_status(&framing(Style::Extended), out, [(1, [(1 << 40, 3)])])),
         "6e8a278c000100060102030405060708000000000000100000000000000000180000000100000001\
          00000100000000000000000000000003"
     );

@@ -145,14 +145,14 @@ class ExportState(_Value):
 
 class ConnectionState(_Value):
     """A live NBD connection on its way to another worker. initial: base64 of bytes received and not
-    served. export: the `ExportState.id`.
+    served. export: the `ExportState.id`. contexts: (id, name) of the metadata contexts it selected.
     """
 
     export: str
     number: int
     structured: bool = False
     extended: bool = False
-    allocation_context: int | None = None
+    contexts: list[tuple[int, str]] = []
     max_payload: int = 32 << 20
     initial: str = ""
 

@@ -74,13 +74,17 @@ class AsyncDevice:
         """Makes the range read as zeros; unmap: it may become a hole; fast: or fail at once."""
         await self._submit("write_zeroes", offset, length, unmap=unmap, fast=fast, fua=fua)
 
-    async def extents(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int, int]]:
-        """(offset, length, flags) covering the range; flags 1 hole, 2 reads as zeros."""
+    async def extents(
+        self, offset: int = 0, length: int | None = None, *, context: str = "base:allocation"
+    ) -> list[tuple[int, int, int]]:
+        """(offset, length, flags) covering the range; flags 1 hole, 2 reads as zeros, or those of `context`."""
         end = self.device.size if length is None else offset + length
         all_found: list[tuple[int, int, int]] = []
         while not all_found or offset < end:
             # One answer may stop short of the range, or have a gap after which it counts no more.
-            found: list[tuple[int, int, int]] = await self._submit("extents", offset, max(end - offset, 0))
+            found: list[tuple[int, int, int]] = await self._submit(
+                "extents", offset, max(end - offset, 0), context=context
+            )
             before = offset
             for start, count, flags in found:
                 if start != offset:
@@ -128,7 +132,7 @@ class AsyncDevice:
         await self.aclose()
 
     async def _submit(
-        self, operation: _engine._Operation, offset: int, length: int, buffer: Buffer | None = None, **flags: bool
+        self, operation: _engine._Operation, offset: int, length: int, buffer: Buffer | None = None, **how: Any
     ) -> Any:
         if self._closed:
             raise RuntimeError("the asynchronous view of the device is closed")
@@ -136,7 +140,7 @@ class AsyncDevice:
         future: asyncio.Future[Any] = self._loop.create_future()
         self._waiting[token] = (future, buffer)
         try:
-            self.device.submit(self._notices, token, operation, offset, length, buffer, **flags)
+            self.device.submit(self._notices, token, operation, offset, length, buffer, **how)
         except BaseException:
             del self._waiting[token]
             raise

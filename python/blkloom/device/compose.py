@@ -39,7 +39,7 @@ Run = tuple[int, int, int, Extent]
 
 
 class LoadedTable:
-    """A table, its map, its targets by owner number (in order), and what was opened for it."""
+    """A table, its map, its targets by owner number (in order), what was opened for it, and its metadata contexts."""
 
     def __init__(self, table: Table, owners: dict[int, Owner], runs: dict[int, list[Run]], opening: Opening) -> None:
         self.table = table
@@ -47,6 +47,13 @@ class LoadedTable:
         self.opening = opening
         self._runs = runs
         self.map = self._whole(runs)
+        self.contexts: tuple[str, ...] = ()
+        self.ask_contexts()
+
+    def ask_contexts(self) -> None:
+        """Learns from the targets what `contexts` they have: those that all of them do, in the first one's order."""
+        first, *others = (owner.target.contexts() for owner in self.owners.values())
+        self.contexts = tuple(name for name in first if all(name in names for names in others))
 
     @property
     def read_only(self) -> bool:

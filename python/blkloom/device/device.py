@@ -139,6 +139,12 @@ class Device(_engine.Device):
         return loaded.limits if loaded else BlockLimits()
 
     @property
+    def contexts(self) -> tuple[str, ...]:
+        """Metadata contexts that `extents` can tell of besides `base:allocation`, as of the last `load` or `resume`."""
+        loaded = self._active
+        return loaded.contexts if loaded else ()
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -220,6 +226,7 @@ class Device(_engine.Device):
                 if mapped is not None:
                     loaded.remap(number, mapped)
                     super().swap(loaded.map)
+            self._mapper.ask(loaded.ask_contexts)
         super().resume()
 
     def resume(self, *, flush: bool = True, timeout: float | None = None, swap: bool = True) -> None:

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import islice
 from typing import Final, TypeVar
 
 from blkloom import _engine
@@ -24,6 +25,9 @@ from blkloom.units import Bytes
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
+_ALLOCATION: Final = "base:allocation"
+_MOST_RUNS: Final = 16384
+"""As many as the engine takes for one request."""
 
 
 class Mapper:
@@ -203,7 +207,13 @@ def _ask(owner: Owner, fault: _engine.Fault) -> None:
         case "write_zeroes":
             answer = target.write_zeroes(offset, length, may_unmap=fault.may_unmap, fast=fault.fast)
         case "extents":
-            fault.extents(target.extents(offset, length))
+            if fault.context == _ALLOCATION:
+                fault.extents(target.extents(offset, length))
+                return
+            runs = list(islice(target.block_status(fault.context, offset, length), 1 if fault.one else _MOST_RUNS))
+            if not runs:
+                raise ValueError(f"block_status handler of target {target.name} says nothing")
+            fault.extents(runs)
             return
         case other:
             raise FaultError(errno.EOPNOTSUPP, f"no handler for {other}")

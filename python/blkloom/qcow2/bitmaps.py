@@ -7,13 +7,16 @@ read-only until their bits are set. A bitmap in use already, disabled, of unknow
 kept stays as it is, except that a large enabled one is marked in_use too. One thread (the mapper's).
 May fail: CorruptImage, OSError.
 
+Whoever asks (`readable`, `runs`) is told what is true now, whether the bits are kept here or on disk.
+
 Source: QEMU docs/interop/qcow2, "Bitmaps extension" and "Bitmaps".
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -21,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.header import Autoclear, ExtensionKind
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
+    from blkloom.qcow2.image import Image
     from blkloom.qcow2.storage import Storage
 
 IN_USE: Final = 1
@@ -38,6 +43,8 @@ _DIRECTORY_LIMIT: Final = _MOST_BITMAPS * (_ENTRY.size + 1023)
 _TABLE_LIMIT: Final = 0x8000000 // 8
 _MEMORY_LIMIT: Final = 64 << 20
 """Bytes of bits kept in memory, all bitmaps together."""
+_MOST_LOOKED_AT: Final = 1 << 24
+"""Granules looked at for one question: others wait meanwhile."""
 
 _OFFSET: Final = np.uint64(0x00FFFFFFFFFFFE00)
 _ALL_ONES: Final = np.uint64(1)
@@ -106,8 +113,24 @@ def read_directory(storage: Storage, extension: bytes, *, cluster_bits: int, dis
     return found
 
 
+def open_bitmaps(image: Image) -> Bitmaps:
+    """Those of `image`; none where its header does not vouch for them. Raises CorruptImage, OSError."""
+    geometry, header = image.geometry, image.header
+    extension = header.extension(ExtensionKind.BITMAPS)
+    found = []
+    if extension is not None and header.autoclear & Autoclear.BITMAPS:
+        found = read_directory(image.storage, extension, cluster_bits=geometry.cluster_bits, disk_size=image.size)
+    return Bitmaps(
+        image.storage,
+        found,
+        cluster_bits=geometry.cluster_bits,
+        unit_bits=geometry.unit_bits,
+        disk_size=image.size,
+    )
+
+
 class Bitmaps:
-    """The bitmaps of an image that is written to, in units of `1 << unit_bits` bytes."""
+    """The bitmaps of an image, in units of `1 << unit_bits` bytes. They change once `begin` was called."""
 
     def __init__(
         self, storage: Storage, bitmaps: list[Bitmap], *, cluster_bits: int, unit_bits: int, disk_size: int
@@ -132,6 +155,42 @@ class Bitmaps:
     def tracking(self) -> bool:
         """Whether changes are recorded."""
         return bool(self._tracked)
+
+    @property
+    def readable(self) -> list[Bitmap]:
+        """Those that can be believed."""
+        return [bitmap for bitmap in self.all if bitmap.usable or bitmap.bits is not None]
+
+    def runs(self, bitmap: Bitmap, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(length, 1 where it is dirty) runs of a range of the disk, as it is now; neighbours may be alike. They end
+        early after _MOST_LOOKED_AT granules. Raises CorruptImage, OSError.
+        """
+        shift = bitmap.granularity_bits
+        first, end = offset >> shift, -(-(offset + length) >> shift)
+        end = min(end, first + _MOST_LOOKED_AT)
+        step = 8 << self._cluster_bits
+        at = offset
+        while first < end:
+            stop = min(first // step * step + step, end)
+            bits = self._window(bitmap, first >> 3, -(-stop // 8))
+            granules = np.unpackbits(bits, bitorder="little")[first & 7 :][: stop - first]
+            cuts = np.flatnonzero(granules[1:] != granules[:-1]) + 1
+            for low, high in itertools.pairwise([0, *cuts.tolist(), stop - first]):
+                until = min(first + high << shift, offset + length)
+                yield until - at, int(granules[low])
+                at = until
+            first = stop
+
+    def _window(self, bitmap: Bitmap, low: int, high: int) -> NDArray[np.uint8]:
+        """Bytes [low, high) of its bits as they are now, within one cluster of them."""
+        if bitmap.bits is not None:
+            return bitmap.bits[low:high]
+        number = low >> self._cluster_bits
+        entry = int(self._table(bitmap, number, number + 1)[0])
+        if not (offset := entry & int(_OFFSET)):
+            return np.full(high - low, 0xFF if entry else 0, np.uint8)
+        within = low - (number << self._cluster_bits)
+        return np.frombuffer(self._storage.read(HostOffset(offset + within), high - low), np.uint8)
 
     def give_up(self) -> bool:
         """Marks those in_use that record changes and are not kept here. Returns whether there were any; then the
@@ -255,8 +314,10 @@ class Bitmaps:
             found.append(offsets[offsets != 0] >> bits)
         return np.concatenate(found)
 
-    def _table(self, bitmap: Bitmap) -> NDArray[np.uint64]:
-        raw = self._storage.read(bitmap.table_offset, bitmap.table_size * 8)
+    def _table(self, bitmap: Bitmap, first: int = 0, end: int | None = None) -> NDArray[np.uint64]:
+        """Entries [first, end) of its table, checked."""
+        end = bitmap.table_size if end is None else end
+        raw = self._storage.read(HostOffset(bitmap.table_offset + first * 8), (end - first) * 8)
         table = np.frombuffer(raw, ">u8").astype(np.uint64)
         offsets = table & _OFFSET
         wrong = (table & ~(_OFFSET | _ALL_ONES)) != 0
@@ -266,7 +327,8 @@ class Bitmaps:
         if wrong.any():
             number = int(wrong.argmax())
             raise CorruptImage(
-                f"bitmap {bitmap.name!r}: table entry {number} is {int(table[number]):#x}", path=self._storage.path
+                f"bitmap {bitmap.name!r}: table entry {first + number} is {int(table[number]):#x}",
+                path=self._storage.path,
             )
         return table
 

@@ -54,6 +54,9 @@ class Layer(Protocol):
         show through. Raises CorruptImage, OSError.
         """
 
+    def holds(self, first: int, count: int, unit_bits: int) -> NDArray[np.bool_]:
+        """Of units as of `places`, those that it says something of, were it zeros: nothing below shows through."""
+
     def compressed(self, cluster: int) -> Job | None:
         """What makes the cluster, if it is compressed."""
 
@@ -86,6 +89,10 @@ class RawLayer:
             if low < end:
                 out[low - origin : end - origin] = self._storage.read(HostOffset(low), end - low)
         return []
+
+    def holds(self, first: int, count: int, unit_bits: int) -> NDArray[np.bool_]:
+        """See `Layer.holds`."""
+        return np.ones(count, np.bool_)
 
     def compressed(self, cluster: int) -> Job | None:
         """Nothing is."""
@@ -196,6 +203,13 @@ class ImageLayer:
             assert job is not None, "its entry says so"
             at, until = max(cluster << bits, low), min(cluster + 1 << bits, high)
             out[at - origin : until - origin] = job()[at - (cluster << bits) :][: until - at]
+
+    def holds(self, first: int, count: int, unit_bits: int) -> NDArray[np.bool_]:
+        """See `Layer.holds`."""
+        shift = self.unit_bits - unit_bits
+        low, high = first >> shift, -(-(first + count) >> shift)
+        own = self.image.units(low, high - low).kinds != _UNALLOCATED
+        return np.repeat(own, 1 << shift)[first - (low << shift) :][:count]
 
     def compressed(self, cluster: int) -> Job | None:
         """See `Layer.compressed`."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from blkloom.errors import FaultError
 from blkloom.qcow2.ahead import Ahead
 from blkloom.qcow2.allocation import Allocator
-from blkloom.qcow2.bitmaps import Bitmaps, read_directory
+from blkloom.qcow2.bitmaps import open_bitmaps
 from blkloom.qcow2.cow import Below, Copier, Payload, Relocation
 from blkloom.qcow2.discard import Discarder
 from blkloom.qcow2.errors import CorruptImage
@@ -98,16 +98,7 @@ class Writer:
         geometry, header = image.geometry, image.header
         snapshots = read_snapshots(image.storage, header)
         directory = header.extension(ExtensionKind.BITMAPS)
-        listed = []
-        if directory is not None and header.autoclear & Autoclear.BITMAPS:
-            listed = read_directory(image.storage, directory, cluster_bits=geometry.cluster_bits, disk_size=image.size)
-        self.bitmaps: Final = Bitmaps(
-            image.storage,
-            listed,
-            cluster_bits=geometry.cluster_bits,
-            unit_bits=geometry.unit_bits,
-            disk_size=image.size,
-        )
+        self.bitmaps: Final = open_bitmaps(image)
         self._refcounts = Refcounts(
             image.storage,
             cluster_bits=geometry.cluster_bits,

@@ -29,7 +29,7 @@ from blkloom.target.limits import BlockLimits
 from blkloom.units import Bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
@@ -179,6 +179,18 @@ class Target(ABC):
     def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
         """What the range holds: (length, flags) runs from `offset` on; flags of DATA, HOLE | ZERO."""
         return [(length, DATA)]
+
+    def contexts(self) -> Sequence[str]:
+        """Metadata contexts it can tell of, besides `base:allocation`: names as NBD writes them, `namespace:leaf`.
+        Asked after `map` and after each `preresume`. A device offers those that all of its segments have.
+        """
+        return ()
+
+    def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
+        """What `context` says of the range: (length, flags) runs from `offset` on, one at least; as many are taken
+        as are wanted, and they may end early. Names come that `contexts` does not have any more, and any others.
+        """
+        raise FaultError(errno.EINVAL, f"target {self.name} has no metadata context {context!r}")
 
     def close(self) -> None:
         """The table is gone. Files and memory from `opening` are closed by it."""

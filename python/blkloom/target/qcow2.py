@@ -23,12 +23,15 @@ from blkloom.target.limits import BlockLimits
 from blkloom.units import SECTOR, Bytes, parse_size, to_sectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
     from blkloom.qcow2.attachment import Attachment
+    from blkloom.qcow2.bitmaps import Bitmaps
+    from blkloom.qcow2.block_status import BlockStatus
     from blkloom.qcow2.chain import Chain
+    from blkloom.qcow2.image import Image
     from blkloom.qcow2.writer import Writer
     from blkloom.table.arguments import Arguments
     from blkloom.target.live_segment import LiveSegment
@@ -110,6 +113,7 @@ class Qcow2(Target):
         self._writable: bool = not (self.read_only or self.snapshot or opening.read_only)
         self._attachment: Attachment | None = None
         self._writer: Writer | None = None
+        self._block_status: BlockStatus | None = None
         chain = self._open()
         if length > (room := chain.size // SECTOR * SECTOR):
             raise opening.refuse(
@@ -181,12 +185,15 @@ class Qcow2(Target):
 
     def _attach(self, chain: Chain) -> Mapped:
         from blkloom.qcow2.attachment import Attachment
+        from blkloom.qcow2.block_status import BlockStatus
 
         self._attachment = Attachment(chain, self._length, cache=self.cache, synchronize=self._live.synchronize)
+        self._block_status = BlockStatus(chain, None if self.snapshot else _bitmaps_of(chain.top.image))
         return [(Bytes(0), self._length, Extent.table(self._attachment.table))]
 
     def _begin_writing(self, chain: Chain) -> None:
         """Only what is about to go live may change the file: before, another table may be at it."""
+        from blkloom.qcow2.block_status import BlockStatus
         from blkloom.qcow2.writer import Options, Writer
 
         attachment, top = self._attached, chain.top
@@ -210,9 +217,10 @@ class Qcow2(Target):
             broke=broke,
         )
         top.writable, top.guarded = True, self._writer.guarded
+        self._block_status = BlockStatus(chain, self._writer.bitmaps)
 
     def _detach(self) -> None:
-        self._writer = None
+        self._writer = self._block_status = None
         attachment, self._attachment = self._attachment, None
         if attachment:
             attachment.forget()
@@ -244,6 +252,10 @@ class Qcow2(Target):
             f"wants_check={int(image.wants_check)}",
         ]
         return " ".join(words)
+
+    @override
+    def contexts(self) -> Sequence[str]:
+        return self._block_status.contexts if self._block_status else ()
 
     # Faults
 
@@ -278,6 +290,11 @@ class Qcow2(Target):
     def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
         return [(Bytes(run), flags) for run, flags in self._attached.extents(offset, length)]
 
+    @override
+    def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
+        assert self._block_status is not None, "nothing faults while it is suspended"
+        return ((Bytes(run), flags) for run, flags in self._block_status.runs(context, offset, length))
+
     @property
     def _changing(self) -> Writer:
         if self._writer is None:
@@ -288,6 +305,18 @@ class Qcow2(Target):
     def _attached(self) -> Attachment:
         assert self._attachment is not None, "nothing faults while it is suspended"
         return self._attachment
+
+
+def _bitmaps_of(image: Image) -> Bitmaps | None:
+    """What is wrong with them is no reason not to read the disk; the log says it."""
+    from blkloom.qcow2.bitmaps import open_bitmaps
+    from blkloom.qcow2.errors import CorruptImage
+
+    try:
+        return open_bitmaps(image)
+    except CorruptImage as error:
+        image.report(error)
+        return None
 
 
 def _flag(_value: str) -> bool:

@@ -96,7 +96,7 @@ class ServedExport:
                     number=number,
                     structured=client.agreed.structured,
                     extended=client.agreed.extended,
-                    allocation_context=client.agreed.allocation_context,
+                    contexts=list(client.agreed.contexts),
                     max_payload=client.agreed.max_payload,
                     initial=base64.b64encode(client.initial).decode("ascii"),
                 ),
@@ -110,7 +110,7 @@ class ServedExport:
         self._server.go_on(
             Moving(
                 self._export.name,
-                Agreed(state.structured, state.extended, state.allocation_context, state.max_payload),
+                Agreed(state.structured, state.extended, tuple(state.contexts), state.max_payload),
                 descriptor,
                 base64.b64decode(state.initial),
             )

@@ -120,7 +120,7 @@ def _clients(stock: Stock, device: HostedDevice, state: DeviceState) -> list[tup
                 number=connection.number,
                 structured=connection.structured,
                 extended=connection.extended,
-                allocation_context=connection.allocation_context,
+                contexts=connection.contexts,
                 max_payload=connection.max_payload,
             )
     return found

@@ -29,19 +29,25 @@ use crate::engine::NbdSession;
 use crate::notice::{Notices, Outcome};
 use crate::now::{self, Now};
 use crate::queue::Queue;
-use crate::request::{Flags, Memory, Owner, Request};
+use crate::request::{Context, Flags, Memory, Owner, Request};
 use crate::stats::{Op, Shard};
 
 /// What the handshake settled.
 pub struct Session {
     pub style: Style,
-    /// The id of base:allocation, where it was selected.
-    pub context: Option<u32>,
+    /// The metadata contexts that were selected; a block status answers for all of them.
+    pub contexts: Box<[Selected]>,
     /// Bytes received beyond the handshake.
     pub initial: Vec<u8>,
     pub max_payload: u32,
     /// A client that stops in the middle of a request, or of taking replies, is dropped after this.
     pub stall: Duration,
+}
+
+/// A metadata context, with the number the client knows it by.
+pub struct Selected {
+    pub id: u32,
+    pub context: Context,
 }
 
 /// What a loop lends its connections.
@@ -61,6 +67,8 @@ pub struct Ticket {
     order: u64,
     header: Header,
     command: Command,
+    /// A block status: what the contexts say, in order, as far as they were asked.
+    told: Vec<Vec<(u64, u32)>>,
 }
 
 enum Input {
@@ -106,7 +114,7 @@ pub struct Connection {
     fd: OwnedFd,
     export: Arc<Export>,
     rules: Rules,
-    context: Option<u32>,
+    contexts: Box<[Selected]>,
     notices: Arc<Notices>,
     token: u64,
     pub stall: Duration,
@@ -142,7 +150,7 @@ impl Connection {
             style: session.style,
             size: export.device.size(),
             read_only: export.read_only,
-            block_status: session.context.is_some(),
+            block_status: !session.contexts.is_empty(),
             max_payload: u64::from(session.max_payload),
         };
         Connection {
@@ -150,7 +158,7 @@ impl Connection {
             fd,
             export,
             rules,
-            context: session.context,
+            contexts: session.contexts,
             notices,
             token,
             stall: session.stall.min(LONGEST_TIMEOUT),
@@ -451,7 +459,7 @@ impl Connection {
             return;
         };
         let (op, length) = (operation(command), header.length);
-        let ticket = Ticket { slot, id: self.id, order: self.queued, header: *header, command };
+        let ticket = Ticket { slot, id: self.id, order: self.queued, header: *header, command, told: Vec::new() };
         self.queued += 1;
         self.in_flight += 1;
         self.in_flight_bytes += if matches!(memory, Memory::None) { 0 } else { length };
@@ -464,6 +472,7 @@ impl Connection {
             len: length,
             flags: wanted(header.flags),
             memory,
+            context: self.next_context(&ticket),
             owner: Owner::Connection(ticket),
             started,
             done,

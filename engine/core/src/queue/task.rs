@@ -94,8 +94,9 @@ impl Queue {
             (Memory::Borrowed(slice), Op::Write) => Payload::Copied(slice.part(skip, len as usize).to_vec()),
             _ => Payload::None,
         };
-        let (flags, inbox) = (request.flags, self.inbox.clone());
-        device.faults.push(Fault { op, owner, offset: at, len, flags, payload, inbox, task: id, answered: false });
+        let (flags, context, inbox) = (request.flags, request.context.clone(), self.inbox.clone());
+        let fault = Fault { op, owner, offset: at, len, flags, context, payload, inbox, task: id, answered: false };
+        device.faults.push(fault);
     }
 
     pub(super) fn wait_at_gate(&mut self, walk: &Walk<'_>, device: &Arc<Device>, root: u64, len: u64) {

@@ -77,7 +77,12 @@ impl Queue {
                 self.rest_later(walk, root + done, len - done);
                 return len;
             }
-            let Some(mut piece) = mapping.lookup(self.shard, at + done, len - done) else {
+            let found = match active.request.context {
+                // What only targets know, and of their segments as a whole.
+                Some(_) => mapping.owned(at + done, len - done),
+                None => mapping.lookup(self.shard, at + done, len - done),
+            };
+            let Some(mut piece) = found else {
                 self.fail(walk.active, EIO);
                 return len;
             };

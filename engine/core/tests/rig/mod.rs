@@ -101,12 +101,12 @@ pub fn later(engine: &Engine, device: &Arc<Device>, op: Op, offset: u64, memory:
     let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
     let flags = Flags { fua, ..Flags::default() };
     let (device, started) = (device.clone(), Instant::now());
-    engine.start(Request { device, op, offset, len, flags, memory, owner, started, done: 0 });
+    engine.start(Request { device, op, offset, len, flags, memory, owner, started, context: None, done: 0 });
     waiter.wait().0[0]
 }
 
 pub fn command(engine: &Engine, device: &Arc<Device>, op: Op, offset: u64, len: u64, flags: Flags) -> Result<(), i32> {
-    engine.command(device, op, offset, len, flags).map(drop)
+    engine.command(device, op, offset, len, flags)
 }
 
 /// A cheap, seeded sequence.

@@ -18,6 +18,9 @@ STRING_LIMIT: Final = 4096
 DEFAULT_PORT: Final = 10809
 """TCP port assigned by IANA."""
 BASE_ALLOCATION: Final = "base:allocation"
+"""The metadata context that every export has."""
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+"""What the names of all of QEMU's dirty bitmaps begin with, and the query for all of them."""
 
 
 class HandshakeFlag(IntFlag):

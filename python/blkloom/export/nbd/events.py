@@ -40,14 +40,14 @@ class Transmission:
     """The handshake succeeded: send `data`, then transmission begins.
 
     structured, extended: which replies were agreed (extended implies structured).
-    allocation_context: the id of base:allocation where it was selected for this very export.
+    contexts: (id, name) of the metadata contexts selected for this very export.
     initial: bytes of the transmission phase that had already arrived.
     """
 
     offer: Offer
     structured: bool
     extended: bool
-    allocation_context: int | None
+    contexts: tuple[tuple[int, str], ...]
     data: bytes
     initial: bytes
 

@@ -43,10 +43,10 @@ from blkloom.export.nbd.offer import Catalogue, Offer
 from blkloom.export.nbd.options import (
     ExportRequest,
     MalformedOptionError,
+    find_contexts,
     parse_context_request,
     parse_export_name,
     parse_export_request,
-    selects_allocation,
 )
 from blkloom.export.nbd.state import TRANSITIONS, ProtocolError, State
 
@@ -58,8 +58,10 @@ SKIP_LIMIT: Final = 32 * 1024 * 1024
 """Bytes of option data skipped; whoever announces more is hung up on."""
 OPTION_COUNT: Final = 4096
 """Options one handshake may take before it counts as denial of service."""
-ALLOCATION_CONTEXT: Final = 1
-"""The id given to base:allocation; the engine repeats it in block-status replies."""
+CONTEXT_COUNT: Final = 64
+"""Metadata contexts one connection may select."""
+CONTEXT_BYTES: Final = 16 * 1024
+"""Bytes of names that these may have together: they move with the connection."""
 
 _WITH_DATA: Final = frozenset(
     {Option.EXPORT_NAME, Option.INFO, Option.GO, Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT}
@@ -81,7 +83,8 @@ class Handshake:
         self._flags = ClientFlag(0)
         self._structured = False
         self._extended = False
-        self._allocation_of: str | None = None
+        self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
+        """An export's name and the contexts selected for it, by id."""
         self._told: tuple[ExportRequest, Offer] | None = None
         self._refusal: tuple[Reply, str] | None = None
 
@@ -183,7 +186,7 @@ class Handshake:
     def _answer(self, option: int, length: int, data: bytes) -> Event:
         told, self._told = self._told, None
         if option == Option.SET_META_CONTEXT:
-            self._allocation_of = None  # "including when this command fails"
+            self._selected = ("", ())  # "including when this command fails"
         if option == Option.ABORT:
             return Aborted(replies.reply(option, Reply.ACK))
         if option == Option.EXPORT_NAME:
@@ -263,20 +266,23 @@ class Handshake:
         if offer is None:
             return _error(option, Reply.ERR_UNKNOWN, _unknown(request.name))
         listing = option == Option.LIST_META_CONTEXT
-        found = selects_allocation(request.queries, wildcard=listing) or (listing and not request.queries)
-        if not found:
-            return _done(option)
-        if not listing:
-            self._allocation_of = offer.name
-        number = 0 if listing else ALLOCATION_CONTEXT
-        return _done(option, replies.meta_context(option, number, BASE_ALLOCATION))
+        names = (BASE_ALLOCATION, *offer.contexts)
+        found = names if listing and not request.queries else find_contexts(request.queries, names, wildcards=listing)
+        if listing:
+            return _done(option, b"".join(replies.meta_context(option, 0, name) for name in found))
+        if len(found) > CONTEXT_COUNT or sum(len(name.encode()) for name in found) > CONTEXT_BYTES:
+            most = f"at most {CONTEXT_COUNT} contexts with {CONTEXT_BYTES} bytes of names can be selected"
+            return _error(option, Reply.ERR_TOO_BIG, f"{len(found)} contexts at once; {most}")
+        selected = tuple(enumerate(found, 1))
+        self._selected = (offer.name, selected)
+        return _done(option, b"".join(replies.meta_context(option, number, name) for number, name in selected))
 
     def _transmission(self, offer: Offer, data: bytes) -> Transmission:
         return Transmission(
             offer=offer,
             structured=self._structured,
             extended=self._extended,
-            allocation_context=ALLOCATION_CONTEXT if self._allocation_of == offer.name else None,
+            contexts=self._selected[1] if self._selected[0] == offer.name else (),
             data=data,
             initial=self._take(len(self._buffer)),
         )

@@ -7,14 +7,18 @@ device's size may change while the server runs. Source: proto.md "Size constrain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Final, Self
 
 from blkloom.errors import UsageError
 from blkloom.export.nbd.codes import STRING_LIMIT, TransmissionFlag
 from blkloom.units import DEVICE_LIMIT, SECTOR
+
+CONTEXT_OFFERS: Final = 1024
+"""Metadata contexts that an export offers at most, besides base:allocation; a list of them takes 4 MiB."""
 
 _MAXIMUM: Final = 32 << 20
 
@@ -66,8 +70,9 @@ class BlockSizes:
 class Offer:
     """One export: its canonical name (may be ""), size in bytes, and what it can do.
 
-    multi_conn: a flush on one connection covers writes completed on the others. Raises UsageError
-    for a name or description that is no NBD string, or an impossible size.
+    multi_conn: a flush on one connection covers writes completed on the others. contexts: metadata contexts it
+    has besides base:allocation, all of them `negotiable`. Raises UsageError for a name or description that is
+    no NBD string, or an impossible size.
     """
 
     name: str
@@ -76,6 +81,7 @@ class Offer:
     read_only: bool = False
     multi_conn: bool = True
     block_sizes: BlockSizes = field(default_factory=BlockSizes)
+    contexts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_string("export name", self.name)
@@ -133,6 +139,26 @@ def check_string(what: str, text: str) -> None:
         raise UsageError(f"{what} {text!r} contains a NUL character")
     if size > STRING_LIMIT:
         raise UsageError(f"{what} takes {size} bytes", cure=f"use at most {STRING_LIMIT}")
+
+
+def negotiable(names: Iterable[str]) -> tuple[str, ...]:
+    """Those metadata contexts that can be offered: `namespace:leaf` outside of `base:`, strings of the protocol, each
+    once, and CONTEXT_OFFERS at most.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        namespace, colon, leaf = name.partition(":")
+        if colon and leaf and namespace not in ("", "base") and _is_string(name):
+            found[name] = None
+    return tuple(islice(found, CONTEXT_OFFERS))
+
+
+def _is_string(text: str) -> bool:
+    try:
+        check_string("metadata context", text)
+    except UsageError:
+        return False
+    return True
 
 
 def _same(offer: Offer) -> Offer:

@@ -5,10 +5,10 @@ Pure functions of bytes. Source: proto.md "Option types".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from blkloom.export.nbd.codes import BASE_ALLOCATION, STRING_LIMIT
+from blkloom.export.nbd.codes import DIRTY_BITMAP, STRING_LIMIT
 
 
 class MalformedOptionError(ValueError):
@@ -63,18 +63,22 @@ def parse_context_request(data: bytes) -> ContextRequest:
     return ContextRequest(name, queries)
 
 
-def selects_allocation(queries: Iterable[str], *, wildcard: bool) -> bool:
-    """Whether one of the queries finds base:allocation.
+def find_contexts(queries: Iterable[str], names: Sequence[str], *, wildcards: bool) -> list[str]:
+    """Those of the metadata contexts `names` that a query finds, in their order, each once.
 
-    wildcard: `base:` stands for the whole namespace (when listing). Unknown namespaces and unknown
-    leaf names are ignored; a query without a colon is a MalformedOptionError.
+    wildcards: a namespace and its colon stand for all of it, and `qemu:dirty-bitmap:` for all bitmaps (when
+    listing). Unknown namespaces and unknown leaf names are ignored; a query without a colon is a
+    MalformedOptionError. Source: proto.md "Metadata querying", QEMU docs/interop/nbd.rst.
     """
-    found = False
+    exact: set[str] = set()
+    beginnings: set[str] = set()
     for query in queries:
         if ":" not in query:
             raise MalformedOptionError(f"query {query[:64]!r} has no namespace; write namespace:leaf")
-        found |= query == BASE_ALLOCATION or (wildcard and query == "base:")
-    return found
+        exact.add(query)
+        if wildcards and (query.index(":") == len(query) - 1 or query == DIRTY_BITMAP):
+            beginnings.add(query)
+    return [name for name in names if name in exact or name.startswith(tuple(beginnings))]
 
 
 class _Fields:

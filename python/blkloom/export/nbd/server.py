@@ -292,7 +292,7 @@ class NbdServer:
             session.token,
             structured=session.agreed.structured,
             extended=session.agreed.extended,
-            allocation_context=session.agreed.allocation_context,
+            contexts=session.agreed.contexts,
             initial=initial,
             max_payload=session.agreed.max_payload,
             stall_timeout=self._limits.stall,

@@ -15,12 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blkloom import _engine
-from blkloom.export.nbd.codes import BASE_ALLOCATION
 from blkloom.export.nbd.events import Aborted, Disconnected, Dropped, Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import peer_name
 from blkloom.export.nbd.negotiation import negotiate
-from blkloom.export.nbd.offer import BlockSizes, Offer, check_string
+from blkloom.export.nbd.offer import BlockSizes, Offer, check_string, negotiable
 from blkloom.export.nbd.state import ProtocolError
 
 
@@ -54,6 +53,7 @@ class NbdExport:
             read_only=self.export.read_only or bool(getattr(device, "read_only", False)),
             multi_conn=self.multi_conn,
             block_sizes=self.block_sizes or _sizes_for(device, size),
+            contexts=negotiable(getattr(device, "contexts", ())),
         )
 
 
@@ -63,7 +63,7 @@ class Agreed:
 
     structured: bool = False
     extended: bool = False
-    allocation_context: int | None = None
+    contexts: tuple[tuple[int, str], ...] = ()
     max_payload: int = 32 << 20
 
 
@@ -158,7 +158,7 @@ class Session:
                 self.agreed = Agreed(
                     outcome.structured,
                     outcome.extended,
-                    outcome.allocation_context,
+                    outcome.contexts,
                     outcome.offer.block_sizes.maximum,
                 )
                 self.connection = self._hand_over(self, outcome)
@@ -188,4 +188,4 @@ def _agreed(outcome: Transmission) -> str:
     replies = (
         "extended headers" if outcome.extended else "structured replies" if outcome.structured else "simple replies"
     )
-    return f"{replies}, {BASE_ALLOCATION}" if outcome.allocation_context is not None else replies
+    return ", ".join([replies, *(name for _, name in outcome.contexts)])

@@ -1,0 +1,114 @@
+"""What an attached image tells of itself beside its bytes: the metadata contexts of QEMU's NBD server.
+
+`qemu:allocation-depth`: which image of the chain says what a piece of the disk is, 1 for the top one; 0 for none, where
+it is unallocated everywhere and reads as zeros. An image that ends before the one above it says what is past its
+end: zeros. `qemu:dirty-bitmap:NAME`: 1 where the top image's bitmap of that name has a bit set. Both are of the
+moment, with what is only in memory yet. A question is answered as far as it takes no time in which other requests
+had better be served; the asker goes on from there. One thread (the mapper's). May fail: FaultError (EINVAL, no such
+context), CorruptImage, OSError.
+
+Source: QEMU docs/interop/nbd, "qemu namespace".
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.errors import FaultError
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.bitmaps import Bitmaps
+    from blkloom.qcow2.chain import Chain
+    from blkloom.qcow2.layers import Layer
+
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+
+_STRETCH: Final = 4096
+"""Units looked at together."""
+_MOST_LOOKS: Final = 1024
+"""Stretches looked at for one question, each image counting by itself."""
+_SECTOR_MASK: Final = 511
+
+
+class BlockStatus:
+    """Of `chain`. bitmaps: of its top image, as whoever writes to it has them; None: it shows no state they tell of."""
+
+    def __init__(self, chain: Chain, bitmaps: Bitmaps | None) -> None:
+        self._chain = chain
+        self._bitmaps = bitmaps
+
+    @property
+    def contexts(self) -> list[str]:
+        """Their names."""
+        readable = self._bitmaps.readable if self._bitmaps else []
+        return [ALLOCATION_DEPTH, *(DIRTY_BITMAP + bitmap.name for bitmap in readable)]
+
+    def runs(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(length, flags) runs from `offset` on, bytes; unlike their neighbours."""
+        if context == ALLOCATION_DEPTH:
+            return _joined(self._depths(offset, offset + length))
+        for bitmap in self._bitmaps.readable if self._bitmaps else ():
+            if context == DIRTY_BITMAP + bitmap.name:
+                assert self._bitmaps is not None, "it has just named one"
+                return _joined(self._bitmaps.runs(bitmap, offset, length))
+        raise FaultError(errno.EINVAL, f"{self._chain.top.path} has no metadata context {context!r}")
+
+    def _depths(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where no layer ends in between, the same layers stand above each other: so far at a time."""
+        bits, looks = self._chain.unit_bits, 0
+        ends = sorted({_end(layer) for layer in self._chain.layers[1:]})
+        ends = [*(until for until in ends if offset < until < end), end]
+        at = offset
+        for until in ends:
+            while at < until:
+                if looks >= _MOST_LOOKS:
+                    return
+                first = at >> bits
+                last = min(-(-until >> bits), first // _STRETCH * _STRETCH + _STRETCH)
+                depths, looked = self._depths_of(first, last - first, at)
+                looks += looked
+                cuts = (np.flatnonzero(depths[1:] != depths[:-1]) + 1).tolist()
+                for low, high in zip([0, *cuts], [*cuts, depths.size], strict=True):
+                    stop = min(first + high << bits, until)
+                    yield stop - at, int(depths[low])
+                    at = stop
+
+    def _depths_of(self, first: int, count: int, at: int) -> tuple[NDArray[np.uint32], int]:
+        """Of units from `first` on, as far as the layers go that do at byte `at`; and how many layers it looked at."""
+        depths = np.zeros(count, np.uint32)
+        looked = 0
+        for depth, layer in enumerate(self._chain.layers, 1):
+            unknown = np.flatnonzero(depths == 0)
+            if not unknown.size:
+                break
+            if depth > 1 and at >= _end(layer):
+                depths[unknown] = depth
+                break
+            low, high = int(unknown[0]), int(unknown[-1]) + 1
+            looked += 1
+            held = layer.holds(first + low, high - low, self._chain.unit_bits)
+            depths[low:high][held & (depths[low:high] == 0)] = depth
+        return depths, looked
+
+
+def _end(layer: Layer) -> int:
+    """Where it ends, in bytes: a sector that it begins is its own."""
+    return layer.size + _SECTOR_MASK & ~_SECTOR_MASK
+
+
+def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same, each run as long as it can be."""
+    length, flags = 0, 0
+    for more, value in runs:
+        if length and value != flags:
+            yield length, flags
+            length = 0
+        length, flags = length + more, value
+    if length:
+        yield length, flags
