@@ -165,9 +165,7 @@ def test_a_backing_file_beside_a_raw_data_file_is_refused() -> None:
 
 def test_a_file_shorter_than_a_header_is_no_image() -> None:
     for length in (0, 3, 4, 20, 71):
-        with pytest.raises(
-            (CorruptImage, UnsupportedImage), match=r"no QCOW2|version 0|clusters of 2\^0|header length 0"
-        ):
+        with pytest.raises(CorruptImage, match=f"no QCOW2 image: the file ends after {length} bytes"):
             read_header(MemoryFile(bytes(bytes_of(good()))[:length]))  # type: ignore[arg-type] # only reads
 
 

@@ -143,6 +143,8 @@ class Header:
 
 def read_header(storage: Storage) -> Header:
     """The header of the image in `storage`. Raises CorruptImage, UnsupportedImage, OSError."""
+    if (size := storage.size()) < _V2.size:
+        raise CorruptImage(f"header: no QCOW2 image: the file ends after {size} bytes", path=storage.path)
     start = storage.read(HostOffset(0), _V2.size)
     bits = _V2.unpack(start)[4]
     known = start[:4] == MAGIC and _CLUSTER_BITS[0] <= bits <= _CLUSTER_BITS[1]
