@@ -19,15 +19,18 @@ from typing import Any, Literal, Self
 import pytest
 
 from blkloom.qcow2.storage import FileStorage
+from blkloom.target.qcow2 import Qcow2
 
 SECTOR = 512
 
-Kind = Literal["write", "zero", "punch", "truncate", "sync"]
+Kind = Literal["write", "zero", "punch", "truncate", "sync", "replace"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """offset: bytes; truncate's new length. data: a write's. length: bytes zeroed or punched."""
+    """offset: bytes; truncate's new length. data: a write's. length: bytes zeroed or punched. A file that is replaced
+    holds data and nothing else, durably.
+    """
 
     file: str
     kind: Kind
@@ -65,7 +68,7 @@ class Recorder:
         for name, initial in self.initial.items():
             content = bytearray(initial)
             events = [(at, event) for at, event in enumerate(self.log[:point]) if event.file == name]
-            synced = max((at for at, event in events if event.kind == "sync"), default=-1)
+            synced = max((at for at, event in events if event.kind in ("sync", "replace")), default=-1)
             share = dice.choice([0.0, 0.1, 0.5, 0.9, 1.0]) if dice else 1.0
             for at, event in events:
                 if at <= synced or dice is None:
@@ -91,6 +94,8 @@ def apply(content: bytearray, event: Event) -> None:
             del content[event.offset :]
         else:
             content.extend(bytes(event.offset - len(content)))
+    elif event.kind == "replace":
+        content[:] = event.data
 
 
 def _put(content: bytearray, offset: int, data: bytes) -> None:
@@ -120,8 +125,8 @@ def _apply_torn(content: bytearray, event: Event, dice: random.Random, share: fl
 class Watch:
     """Records what a device does to its files. Metadata goes through FileStorage, whose methods are wrapped
     while this is entered; what the engine writes by itself is found by looking at the files before each of
-    those calls and after each request. That is exact as long as one request is made at a time. The syncs of
-    the engine are the caller's to tell (`engine_syncs`).
+    those calls and after each request. That is exact as long as one request is made at a time. The engine syncs
+    before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`).
     """
 
     def __init__(self, paths: dict[str, Path]) -> None:
@@ -133,6 +138,13 @@ class Watch:
         self._patch = pytest.MonkeyPatch()
         for kind in ("write", "zero", "punch", "truncate", "sync"):
             self._patch.setattr(FileStorage, kind, self._wrapped(kind, getattr(FileStorage, kind)))
+        flush = Qcow2.flush
+
+        def flushed(target: Qcow2) -> None:
+            self.engine_syncs()
+            flush(target)
+
+        self._patch.setattr(Qcow2, "flush", flushed)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,6 +156,8 @@ class Watch:
             found, known = path.read_bytes(), self.recorder.files[name]
             if found == known:
                 continue
+            while (again := path.read_bytes()) != found:  # it is at it: the rest of a request that faulted here
+                found = again
             assert len(found) >= len(known), "the engine never makes a file shorter"
             for at in range(0, len(found), SECTOR):
                 sector = found[at : at + SECTOR]
@@ -153,10 +167,16 @@ class Watch:
                 self.recorder.do(Event(name, "truncate", len(found)))
 
     def engine_syncs(self) -> None:
-        """The engine is about to sync the files before it asks for a flush."""
+        """The engine has synced the files, or is about to."""
         self.look()
         for name in self._paths:
             self.recorder.do(Event(name, "sync"))
+
+    def maintained(self) -> None:
+        """Somebody else, to whom the files had been left, is done with them, and what he did is durable."""
+        for name, path in self._paths.items():
+            if (found := path.read_bytes()) != self.recorder.files[name]:
+                self.recorder.do(Event(name, "replace", data=found))
 
     def _wrapped(self, kind: Kind, method: Callable[..., None]) -> Callable[..., None]:
         def call(storage: FileStorage, *arguments: Any) -> None:

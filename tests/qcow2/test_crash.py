@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import blkloom
 from blkloom.qcow2.writer import Writer
 
 from . import qemu
-from .attached import attached, read_all, table_of
-from .recording import SECTOR, Recorder, Watch
+from .attached import attached, first_difference, read_all
+from .recording import SECTOR, Recorder
 from .shapes import Made, Shape, make, shapes
 from .slow_image import SlowImage
+from .workload import Promise, Workload
 
 CUTS = int(os.environ.get("BLKLOOM_FUZZ_CASES", "0")) or 240
 """Crashes a workload."""
@@ -50,7 +50,16 @@ SHAPES = {
     "lazy": Shape(cluster_bits=12, lazy=True),
     "lazy, tiny, snapshot": Shape(cluster_bits=9, lazy=True, snapshots=1),
     "bitmap": Shape(cluster_bits=12, bitmap=True),
+    "bitmap, snapshot, lazy": Shape(cluster_bits=10, bitmap=True, snapshots=1, lazy=True),
+    "data file, extended, backed, lazy": Shape(
+        cluster_bits=14, data_file="cooked", extended=True, backing="raw", lazy=True
+    ),
+    "extended, compressed, lazy": Shape(
+        cluster_bits=14, extended=True, compressed=True, compression="zstd", lazy=True, snapshots=1
+    ),
+    "v2, backed, snapshot": Shape(version=2, cluster_bits=10, backing="raw", snapshots=1),
 }
+OPTIONS = ["preallocate=0", "compact_zeroes", "discard=ignore"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,128 +68,22 @@ def _tools(program: Callable[[str, str], str]) -> None:
         program(name, "qemu-utils")
 
 
-class Sectors:
-    """For each sector what a crash may leave: what the last flush covered, and all that was written since."""
-
-    def __init__(self, content: bytes) -> None:
-        self.allowed = [{content[at : at + SECTOR]} for at in range(0, len(content), SECTOR)]
-        self.now = [next(iter(values)) for values in self.allowed]
-        self.changed: set[int] = set()
-
-    def write(self, offset: int, data: bytes) -> None:
-        for at in range(0, len(data), SECTOR):
-            number = (offset + at) // SECTOR
-            self.now[number] = data[at : at + SECTOR]
-            self.allowed[number].add(self.now[number])
-            self.changed.add(number)
-
-    def flushed(self) -> None:
-        self.allowed = [{value} for value in self.now]
-
-    def frozen(self) -> list[frozenset[bytes]]:
-        return [frozenset(values) for values in self.allowed]
-
-
-class Workload:
-    """A guest's requests and what they promise. promises: from that point of the record on, what each sector
-    may hold, and which sectors had been changed since the beginning.
-    """
-
-    def __init__(self, made: Made, seed: int, *, longest: int = 0) -> None:
-        self.made = made
-        cluster = max(made.shape.cluster // SECTOR, 1)
-        self._lengths = [range(1, longest)] if longest else [[1, cluster, 2 * cluster], range(1, 3 * cluster + 1)]
-        self._dice = random.Random(seed)
-        self._sectors = Sectors(made.content)
-        paths = {"image": made.path} | ({"data": made.data_file} if made.shape.data_file else {})
-        self.watch = Watch(paths)
-        self.promises: list[tuple[int, list[frozenset[bytes]], frozenset[int]]] = []
-        self._promise()
-
-    def run(self, steps: int) -> None:
-        with self.watch:
-            device = blkloom.open(table_of(self.made.path, self.made.size))
-            for number in range(steps):
-                self._step(device, number)
-                if self._dice.random() < 0.04:
-                    self.watch.engine_syncs()
-                    device.suspend()
-                    self._settled()
-                    device.resume()
-            self.watch.engine_syncs()
-            device.close()
-            self._settled()
-
-    def _step(self, device: blkloom.Device, number: int) -> None:
-        kind = self._dice.choice(["write"] * 6 + ["zeroes", "unmap", "discard", "discard", "flush"])
-        if kind == "flush":
-            self.watch.engine_syncs()
-            device.flush()
-            self._settled()
-            return
-        count = self.made.size // SECTOR
-        cluster = max(self.made.shape.cluster // SECTOR, 1)
-        first = self._dice.choice([self._dice.randrange(count), self._dice.randrange(count) // cluster * cluster])
-        length = min(self._dice.choice(self._dice.choice(self._lengths)), count - first)
-        at, size = first * SECTOR, length * SECTOR
-        # A request under way may have happened in part when the power goes.
-        if kind == "write":
-            data = b"".join(_sector(number, first + n) for n in range(length))
-            self._sectors.write(at, data)
-            self._promise()
-            device.pwrite(data, at)
-        elif kind in ("zeroes", "unmap"):
-            self._sectors.write(at, bytes(size))
-            self._promise()
-            device.write_zeroes(at, size, unmap=kind == "unmap")
-        else:
-            before = list(self._sectors.now)
-            self._sectors.write(at, bytes(size))
-            self._promise()
-            device.discard(at, size)
-            found = device.pread(size, at)
-            for n in range(length):
-                piece = found[n * SECTOR : (n + 1) * SECTOR]
-                assert piece in (bytes(SECTOR), before[first + n]), "a discard made something up"
-                self._sectors.now[first + n] = piece
-        self.watch.look()
-
-    def _settled(self) -> None:
-        """A flush has completed."""
-        self.watch.look()
-        self._sectors.flushed()
-        self._promise()
-
-    def _promise(self) -> None:
-        at = len(self.watch.recorder.log)
-        self.promises.append((at, self._sectors.frozen(), frozenset(self._sectors.changed)))
-
-    def promised(self, point: int) -> tuple[list[frozenset[bytes]], frozenset[int]]:
-        """What holds after a crash right before event `point`: what was promised last when it happened."""
-        _, allowed, changed = [promise for promise in self.promises if promise[0] <= point][-1]
-        return allowed, changed
-
-
-def _sector(operation: int, number: int) -> bytes:
-    """Unlike any other."""
-    return (operation.to_bytes(4, "big") + number.to_bytes(4, "big")) * (SECTOR // 8)
-
-
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", SHAPES)
 def test_no_crash_corrupts_the_image_or_loses_what_was_flushed(tmp_path: Path, kind: str, seed: int) -> None:
     shape = SHAPES[kind]
     size = 96 * shape.cluster if shape.cluster < 4096 else 192 << 10
-    _crash(tmp_path, shape, seed=seed, steps=50, cuts=CUTS, size=size)
+    options = (random.Random(kind).choice(OPTIONS),) if seed else ()
+    _crash(tmp_path, shape, *options, seed=seed, steps=50, cuts=CUTS, size=size)
 
 
 def _crash(
-    folder: Path, shape: Shape, *, seed: int, steps: int, cuts: int, size: int = 192 << 10, longest: int = 0
+    folder: Path, shape: Shape, *options: str, seed: int, steps: int, cuts: int, size: int = 192 << 10, longest: int = 0
 ) -> Recorder:
-    """Runs a workload and crashes it. longest: sectors a request has at most, three clusters unless given."""
+    """Runs a workload and crashes it. options, longest: see `Workload`."""
     made = make(folder, shape, size=size, seed=seed, steps=4)
     below, before = _below(made), [made.content[at : at + SECTOR] for at in range(0, size, SECTOR)]
-    workload = Workload(made, seed, longest=longest)
+    workload = Workload(made, seed, longest=longest, options=options)
     workload.run(steps)
     recorder, dice = workload.watch.recorder, random.Random(seed)
     last = len(recorder.log)
@@ -188,7 +91,7 @@ def _crash(
         point = dice.randrange(last + 1)
         files = recorder.after_crash(point, dice if number % 8 else None)
         where = f"crash {number}, before event {point} of {last}"
-        image = _check(files, below, before, *workload.promised(point), where)
+        image = _check(files, below, before, workload.promised(point), where)
         if number % EVERY == 0:
             _show_others(made, files, image, where)
     return recorder
@@ -198,8 +101,7 @@ def _check(
     files: dict[str, bytes],
     below: bytes,
     before: list[bytes],
-    allowed: list[frozenset[bytes]],
-    changed: frozenset[int],
+    promise: Promise,
     where: str,
 ) -> SlowImage:
     image = SlowImage(files["image"], data_file=files.get("data"), backing=below)
@@ -207,16 +109,20 @@ def _check(
     assert not found.corruptions, f"{where}: {found.corruptions[:3]}"
     assert not found.shared, f"{where}: {found.shared[:3]}"
     content = image.content()
-    for number, values in enumerate(allowed):
+    for number, values in enumerate(promise.allowed):
         piece = content[number * SECTOR : (number + 1) * SECTOR]
         assert piece in values, (
             f"{where}: sector {number:#x} is {piece[:8].hex()}, and may be {sorted(v[:8].hex() for v in values)}"
         )
+    assert {snapshot.name for snapshot in image.snapshots()} == promise.snapshots.keys(), where
+    for snapshot in image.snapshots():
+        difference = first_difference(image.content(snapshot), promise.snapshots[snapshot.name])
+        assert not difference, f"{where}: snapshot {snapshot.name!r}: {difference}"
     for bitmap in image.bitmaps():
         if bitmap.flags & AUTO and not bitmap.flags & IN_USE and image.autoclear & 1:
             dirty = image.dirty_ranges(bitmap)
             per = (1 << bitmap.granularity) // SECTOR
-            missed = [n for n in changed if before[n] not in allowed[n] and not dirty[n // per]]
+            missed = [n for n in promise.changed if before[n] not in promise.allowed[n] and not dirty[n // per]]
             assert not missed, f"{where}: bitmap {bitmap.name!r} does not know of sectors {missed[:5]}"
     return image
 
