@@ -47,12 +47,14 @@ class Outcome:
 
 def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds: float | None) -> list[str]:
     """The command line. where: the words that name the engine and the data. seconds: how long;
-    None goes once over `size` bytes. The JSON goes to the file `output`.
+    None goes once over `size` bytes, all connections together. The JSON goes to the file `output`.
 
     norandommap keeps fio from remembering what it touched, which would slow the client and not
     the server; the sequence of offsets is fio's default and so the same in every run.
     """
-    timing = ["--time_based", f"--runtime={round(seconds * 1000)}ms"] if seconds is not None else []
+    until = [f"--io_size={size // job.connections}"]
+    if seconds is not None:
+        until = ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
     return [
         "fio",
         "--name=bench",
@@ -62,7 +64,7 @@ def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds
         f"--iodepth={job.depth}",
         f"--numjobs={job.connections}",
         f"--size={size}",
-        *timing,
+        *until,
         "--norandommap",
         "--thread",
         "--group_reporting",

@@ -6,18 +6,23 @@ The goals of the first rows are dm-qcow2's, whose own figures against qemu-nbd w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from jobs import Job, Pattern
 from measuring import Workload
-from peers import Blkloom
+from peers import Blkloom, NullServer
 from qcow2_images import Compression, Qcow2Image
 from qcow2_peers import BlkloomQcow2, OpenedQcow2, QemuNbdQcow2, qemu_nbd
 from results import Goal
 
 _OURS: Final = "blkloom qcow2"
 _QEMU: Final = "qemu-nbd"
+_EMPTY_FILE: Final = "blkloom loop, an empty file"
+_NULL: Final = NullServer()
+"""What this client and machine can do at all; beside the rows where that is the limit."""
+_LIMIT: Final = Goal(_OURS, _NULL.family)
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
 _SMALL: Final = 256 * _MIB
@@ -64,6 +69,7 @@ def _preallocated(blkloom: str) -> list[Workload]:
 
 
 def _empty(blkloom: str) -> list[Workload]:
+    """Beside them what the format cannot make faster: an empty file without it, and the client."""
     small, large = Qcow2Image(size=_SMALL), Qcow2Image()
     rows: tuple[tuple[str, Qcow2Image, Job, str, float], ...] = (
         ("randwrite-4k-q16", small, Job("randwrite", 4 * _KIB, depth=16), "4K randwrite, qd 16", 4.0),
@@ -75,8 +81,13 @@ def _empty(blkloom: str) -> list[Workload]:
             f"qcow2-empty-{name}",
             f"qcow2, {title}, once over an empty image{', 256 MiB' * (image.size == _SMALL)}",
             job,
-            (BlkloomQcow2(blkloom, _OURS, image, anew=True), *qemu_nbd(image, anew=True)),
-            (Goal(_OURS, _QEMU, at_least),),
+            (
+                BlkloomQcow2(blkloom, _OURS, image, anew=True),
+                *qemu_nbd(image, anew=True),
+                BlkloomQcow2(blkloom, _EMPTY_FILE, replace(image, raw=True), anew=True),
+                _NULL,
+            ),
+            (Goal(_OURS, _QEMU, at_least), Goal(_OURS, _EMPTY_FILE), _LIMIT),
         )
         for name, image, job, title, at_least in rows
     ]
@@ -86,11 +97,11 @@ def _backed(blkloom: str) -> list[Workload]:
     image = Qcow2Image(size=_SMALL, layers=1)
     return [
         Workload(
-            "qcow2-backed-randwrite-4k-q16",
-            "qcow2, 4K randwrite, qd 16, once over an empty image backed by a full one, 256 MiB",
-            Job("randwrite", 4 * _KIB, depth=16),
-            (BlkloomQcow2(blkloom, _OURS, image, anew=True), *qemu_nbd(image, anew=True)),
-            (Goal(_OURS, _QEMU, 2.0),),
+            "qcow2-backed-randwrite-4k-c2-q8",
+            "qcow2, 4K randwrite, 2 connections, qd 8, once over an empty image backed by a full one, 256 MiB",
+            Job("randwrite", 4 * _KIB, depth=8, connections=2),
+            (BlkloomQcow2(blkloom, _OURS, image, anew=True), *qemu_nbd(image, anew=True), _NULL),
+            (Goal(_OURS, _QEMU, 2.0), _LIMIT),
         )
     ]
 
@@ -136,21 +147,20 @@ def _compressed(blkloom: str) -> list[Workload]:
 
 
 def _huge(blkloom: str) -> list[Workload]:
-    """Its metadata is larger than any default cache, and all of it is needed. Nothing was written to the
-    clusters, so the data costs next to nothing.
-    """
-    image = Qcow2Image(size=_HUGE, mapped_only=True)
+    """Its metadata is larger than any default cache, and all of it is needed; what is read is data."""
+    image = Qcow2Image(size=_HUGE, shared=True)
     python = str(Path(blkloom).with_name("python"))
     return [
         Workload(
-            "qcow2-1t-randread-4k-q16",
-            "qcow2, 4K randread, qd 16, 1 TiB with every cluster allocated",
-            Job("randread", 4 * _KIB, depth=16),
+            "qcow2-1t-randread-4k-c2-q8",
+            "qcow2, 4K randread, 2 connections, qd 8, 1 TiB with every cluster allocated",
+            Job("randread", 4 * _KIB, depth=8, connections=2),
             (
                 BlkloomQcow2(blkloom, _OURS, image, weighed=True),
                 *qemu_nbd(image, l2_cache=_HUGE_METADATA, weighed=True),
+                _NULL,
             ),
-            (Goal(_OURS, _QEMU, 3.0),),
+            (Goal(_OURS, _QEMU, 3.0), _LIMIT),
         ),
         Workload(
             "qcow2-1t-open",
