@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -44,6 +45,8 @@ class Reply:
     holes: list[tuple[int, int]] = field(default_factory=list)
     extents: list[tuple[int, int]] = field(default_factory=list)
     """(length, flags) of base:allocation."""
+    statuses: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """The same of every context that was told of."""
 
 
 @dataclass
@@ -58,26 +61,37 @@ class _Pending:
 
 
 class NbdClient:
-    """A connection to one export. Raises ConnectionError when the server hangs up."""
+    """A connection to one export. contexts: to select, all of which must be there. Raises ConnectionError when the
+    server hangs up.
+    """
 
-    def __init__(self, connected: socket.socket, export: str, style: Style) -> None:
+    def __init__(
+        self, connected: socket.socket, export: str, style: Style, contexts: Sequence[str] = (CONTEXT,)
+    ) -> None:
         self.socket = connected
         self.style = style
         self.size = 0
         self.flags = 0
         self._cookie = 0
         self._pending: dict[int, _Pending] = {}
-        self._context: int | None = None
+        self._contexts: dict[int, str] = {}
+        self._wanted = contexts
         self._input = connected.makefile("rb")
         self._handshake(export)
 
     @classmethod
-    def unix(cls, path: str | os.PathLike[str], export: str = "", style: Style = Style.EXTENDED) -> NbdClient:
+    def unix(
+        cls,
+        path: str | os.PathLike[str],
+        export: str = "",
+        style: Style = Style.EXTENDED,
+        contexts: Sequence[str] = (CONTEXT,),
+    ) -> NbdClient:
         """Connects to a Unix socket."""
         connected = socket.socket(socket.AF_UNIX)
         connected.settimeout(60)
         connected.connect(os.fspath(path))
-        return cls(connected, export, style)
+        return cls(connected, export, style, contexts)
 
     # Handshake
 
@@ -88,11 +102,14 @@ class NbdClient:
         if self.style is not Style.SIMPLE:
             wanted = _OPT_EXTENDED_HEADERS if self.style is Style.EXTENDED else _OPT_STRUCTURED_REPLY
             assert self._option(wanted, b"") == [(_REP_ACK, b"")]
-            name, query = export.encode(), CONTEXT.encode()
-            request = struct.pack(">I", len(name)) + name + struct.pack(">II", 1, len(query)) + query
-            (kind, content), (last, _) = self._option(_OPT_SET_META_CONTEXT, request)
-            assert (kind, last, content[4:]) == (_REP_META_CONTEXT, _REP_ACK, query)
-            self._context = int.from_bytes(content[:4])
+            name, queries = export.encode(), [context.encode() for context in self._wanted]
+            request = struct.pack(">I", len(name)) + name + struct.pack(">I", len(queries))
+            request += b"".join(struct.pack(">I", len(query)) + query for query in queries)
+            *selected, (last, _) = self._option(_OPT_SET_META_CONTEXT, request)
+            assert last == _REP_ACK
+            assert all(kind == _REP_META_CONTEXT for kind, _ in selected)
+            self._contexts = {int.from_bytes(content[:4]): content[4:].decode() for _, content in selected}
+            assert sorted(self._contexts.values()) == sorted(self._wanted), "each has an id of its own"
         name = export.encode()
         for kind, content in self._option(_OPT_GO, struct.pack(">I", len(name)) + name + b"\0\0"):
             if kind == _REP_INFO and content[:2] == b"\0\0":
@@ -184,7 +201,11 @@ class NbdClient:
             reply.holes.append((at - offset, count))
         elif kind in (_STATUS, _STATUS_EXT):
             assert kind == (_STATUS_EXT if extended else _STATUS)
-            reply.extents = self._descriptors(content, extended=extended)
+            context, found = self._descriptors(content, extended=extended)
+            assert context not in reply.statuses, "one chunk a context"
+            reply.statuses[context] = found
+            if context == CONTEXT:
+                reply.extents = found
         else:
             assert (kind, content) == (_NONE, b"")
         if not flags & _CHUNK_DONE:
@@ -195,7 +216,7 @@ class NbdClient:
             assert len(pending.covered) <= 1 or not pending.flags & DF, "DF forbids more than one chunk"
             reply.data = bytes(pending.buffer)
         if pending.command == BLOCK_STATUS and not reply.error:
-            assert reply.extents
+            assert sorted(reply.statuses) == sorted(self._wanted)
         return int(cookie)
 
     @staticmethod
@@ -207,7 +228,7 @@ class NbdClient:
         assert all(at + count <= start or start + length <= at for start, length in pending.covered), "bytes told twice"
         pending.covered.append((at, count))
 
-    def _descriptors(self, content: bytes, *, extended: bool) -> list[tuple[int, int]]:
+    def _descriptors(self, content: bytes, *, extended: bool) -> tuple[str, list[tuple[int, int]]]:
         if extended:
             context, count = struct.unpack(">II", content[:8])
             found = list(struct.iter_unpack(">QQ", content[8:]))
@@ -215,9 +236,9 @@ class NbdClient:
         else:
             (context,) = struct.unpack(">I", content[:4])
             found = list(struct.iter_unpack(">II", content[4:]))
-        assert context == self._context
+        assert found
         assert all(length for length, _ in found)
-        return found
+        return self._contexts[context], found
 
     # End
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from blkloom.control.messages import (
 from blkloom.errors import BusyError, DrainError, UsageError
 from blkloom.target.claim import Claim
 
-from .nbd_client import FLUSH, READ, WRITE, NbdClient, Style
+from .nbd_client import BLOCK_STATUS, FLUSH, READ, WRITE, NbdClient, Style
 from .supervisor_by_hand import Store, Worker, Zygote, zygote
 
 SIZE = 1 << 20
@@ -193,6 +194,40 @@ def test_requests_that_wait_at_a_suspended_device_move_along_and_are_answered_th
     assert client.ask(READ, len(data), len(data)).data == data
     client.close()
     new.kill()
+
+
+@pytest.mark.parametrize("style", [Style.STRUCTURED, Style.EXTENDED])
+def test_clients_keep_all_their_metadata_contexts(
+    nursery: Zygote, store: Store, tmp_path: Path, style: Style, program: Callable[[str, str], str]
+) -> None:
+    image = tmp_path / "disk.qcow2"
+    qemu_img = program("qemu-img", "qemu-utils")
+    subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+    for name in ("b0", "b1"):
+        subprocess.run([qemu_img, "bitmap", "--add", "-g", "64k", image, name], check=True)
+    worker = nursery.fork("w0", store)
+    worker.create(1, "d", f"0 {SECTORS} qcow2 {image} 2 preallocate=0 cache=1M", load=1)
+    worker.serve(1, tmp_path / "s")
+    depth, first, second = "qemu:allocation-depth", "qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1"
+    clients = [
+        NbdClient.unix(tmp_path / "s", style=style, contexts=contexts)
+        for contexts in ([depth, "base:allocation", second], [first], ["base:allocation"])
+    ]
+    for number in range(3):
+        at = number * 2 << 16
+        assert clients[0].ask(WRITE, at, payload=b"x" * 4096).error == 0
+        worker = move(nursery, [worker], f"w{number + 1}")
+        told = [client.ask(BLOCK_STATUS, at, 2 << 16).statuses for client in clients]
+        assert told[0].keys() == {depth, "base:allocation", second}
+        assert told[0][depth] == told[0][second] == told[1][first] == [(1 << 16, 1), (1 << 16, 0)]
+        assert told[2] == {"base:allocation": told[0]["base:allocation"]}
+        new = NbdClient.unix(tmp_path / "s", style=style, contexts=[first, second])
+        assert new.ask(BLOCK_STATUS, at, 1 << 16).statuses == {first: [(1 << 16, 1)], second: [(1 << 16, 1)]}
+        new.close()
+    for client in clients:
+        client.close()
+    worker.call(Leave(flush=True))
+    worker.wait()
 
 
 def test_a_hand_over_that_fails_is_taken_back(nursery: Zygote, store: Store, tmp_path: Path) -> None:

@@ -163,3 +163,48 @@ def test_a_bitmap_table_that_leads_astray_is_corruption(tmp_path: Path, entry: i
     image[offset : offset + 8] = entry.to_bytes(8, "big")
     with pytest.raises(CorruptImage, match="table entry"):
         _dirty(bytes(image))
+
+
+@pytest.mark.parametrize("granularity", [512, 4 * KIB, 64 * KIB, MIB])
+@pytest.mark.parametrize("options", [[], ["extended_l2=on"]], ids=["plain", "extended"])
+def test_units_past_the_end_of_the_disk_or_cut_by_it_are_not_guarded_for_ever(
+    tmp_path: Path, options: list[str], granularity: int
+) -> None:
+    size = MIB + 512
+    guest = Guest(_with_bitmap(tmp_path, *options, granularity=granularity, size=size).read_bytes())
+    bits = guest.image.geometry.unit_bits
+    cluster = 1 << guest.image.geometry.cluster_bits
+    units = -(-size // cluster) * cluster >> bits
+    last = size - 1 >> bits
+    guest.write(size - 512, b"n" * 512)
+    found = guest.writer.bitmaps.unseen(0, units)
+    assert found.size == units
+    assert found[0]
+    assert not found[last:].any()
+    guest.writer.bitmaps.mark(0, size)
+    assert not guest.writer.bitmaps.unseen(0, units).any()
+
+
+@pytest.mark.parametrize("granularity", [512, 64 * KIB, MIB])
+def test_runs_are_those_of_the_bits_whether_they_are_on_disk_or_kept(tmp_path: Path, granularity: int) -> None:
+    size = 4 * MIB + 512
+    path = _with_bitmap(tmp_path, "cluster_size=512", granularity=granularity, size=size)
+    subprocess.run(["qemu-io", "-c", "write 100k 3k", "-c", "write 3M 512", str(path)], check=True, capture_output=True)
+    whole, bitmap = _listed(path.read_bytes())
+    pieces = [run for at in range(0, size, 512) for run in whole.runs(bitmap, at, 512)]
+    dirty = _dirty(path.read_bytes())
+    wanted = [int(at // granularity in dirty) for at in range(0, size, 512)]
+    for runs in (list(whole.runs(bitmap, 0, size)), pieces):
+        assert [flags for length, flags in runs for _ in range(0, length, 512)] == wanted
+        assert sum(length for length, _ in runs) == size
+    before = list(whole.runs(bitmap, 0, size))
+    bitmap.bits = whole.bits_of(bitmap)
+    assert list(whole.runs(bitmap, 0, size)) == before
+
+
+def test_bits_that_are_all_ones_without_a_cluster_are_dirty(tmp_path: Path) -> None:
+    image = bytearray(_with_bitmap(tmp_path, granularity=64 * KIB).read_bytes())
+    _, bitmap = _listed(bytes(image))
+    image[bitmap.table_offset : bitmap.table_offset + 8] = (1).to_bytes(8, "big")
+    whole, bitmap = _listed(bytes(image))
+    assert list(whole.runs(bitmap, 1000, 100 * KIB)) == [(100 * KIB, 1)]

@@ -222,7 +222,9 @@ class Bitmaps:
             _set_bits(bitmap.bits, start >> bitmap.granularity_bits, (end - 1 >> bitmap.granularity_bits) + 1)
 
     def unseen(self, first: int, count: int) -> NDArray[np.bool_]:
-        """Of `count` units from `first` on, those whose change must not go unnoticed."""
+        """Of `count` units from `first` on, those whose change must not go unnoticed. Nothing is missed past the disk's
+        end, where units of its last cluster or parts of its last unit may be.
+        """
         found = np.zeros(count, np.bool_)
         for bitmap in self._tracked:
             if bitmap.bits is None:
@@ -230,16 +232,21 @@ class Bitmaps:
                 continue
             shift = bitmap.granularity_bits - self._unit_bits
             if shift >= 0:
-                granules = np.arange(first, first + count, dtype=np.int64) >> shift
-                found |= bitmap.bits[granules >> 3] >> (granules & 7).astype(np.uint8) & 1 == 0
+                inside = min(count, max((self._granules(bitmap) << shift) - first, 0))
+                granules = np.arange(first, first + inside, dtype=np.int64) >> shift
+                found[:inside] |= bitmap.bits[granules >> 3] >> (granules & 7).astype(np.uint8) & 1 == 0
             else:
                 each = 1 << -shift
-                low, high = first * each, (first + count) * each
+                low, high = first * each, min((first + count) * each, self._granules(bitmap))
                 bits = np.unpackbits(bitmap.bits[low >> 3 : -(-high // 8)], bitorder="little")[low & 7 :]
-                whole = np.ones(count * each, np.uint8)  # past the disk's end nothing is missed
-                whole[: min(bits.size, count * each)] = bits[: count * each]
+                whole = np.ones(count * each, np.uint8)
+                whole[: max(high - low, 0)] = bits[: max(high - low, 0)]
                 found |= ~whole.reshape(count, each).astype(np.bool_).all(axis=1)
         return found
+
+    def _granules(self, bitmap: Bitmap) -> int:
+        """How many bits are about the disk."""
+        return -(-self._disk_size >> bitmap.granularity_bits)
 
     def bits_of(self, bitmap: Bitmap) -> NDArray[np.uint8]:
         """The bits on disk, eight granules a byte. Raises CorruptImage."""
