@@ -115,3 +115,15 @@ def test_allocation_over_nbd_is_what_qemu_sees_itself(serve: Serve, program: Pro
     ours = json.loads(qemu.run("nbdinfo", "--map", "--json", server.uri))
     data = [(run["offset"], run["length"]) for run in ours if not run["type"]]
     assert data == [(run["start"], run["length"]) for run in theirs if run["data"]]
+
+
+def test_clusters_given_ahead_of_writes_are_told_as_the_holes_they_are(
+    serve: Serve, program: Program, tmp_path: Path
+) -> None:
+    program("nbdinfo", "libnbd-bin")
+    made = make(tmp_path, Shape(), size=16 * MIB, steps=0)
+    server = serve(made.path)
+    qemu.run("qemu-io", "-f", "raw", server.uri, "-c", "write -P 1 5M 4k", "-c", "write -P 2 6M 4k")
+    ours = json.loads(qemu.run("nbdinfo", "--map", "--json", server.uri))
+    assert [(run["offset"], run["length"]) for run in ours if not run["type"]] == [(5 * MIB, 4096), (6 * MIB, 4096)]
+    server.stop()

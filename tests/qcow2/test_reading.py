@@ -41,15 +41,17 @@ def test_every_kind_of_image_reads_as_qemu_reads_it(shape: Shape, size: int, see
 
 @settings(max_examples=settings().max_examples // 4, deadline=None)
 @given(shape=shapes(), seed=st.integers(0, 1 << 16))
-def test_attaching_and_detaching_writable_leaves_a_clean_image_with_the_same_content(shape: Shape, seed: int) -> None:
+def test_attaching_for_writing_and_writing_nothing_changes_no_byte(shape: Shape, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = make(Path(folder), shape, size=300 * 512, seed=seed)
+        before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         with attached(made.path, made.size) as device:
             assert not first_difference(read_all(device), made.content)
-        checked = qemu.check(made.path)
-        assert not checked.corruptions, checked.said
-        assert not checked.errors, checked.said
-        assert qemu.content(made.path) == made.content
+            device.flush()
+            device.suspend()
+            device.resume()
+            assert not first_difference(read_all(device), made.content)
+        assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
 
 
 def test_a_segment_may_be_a_part_of_the_image_and_lie_anywhere_in_the_table(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class WriteBack:
         if not self.dirty:
             return
         if self._refcounts.dirty and (not self._lazy or self._refcounts.table_changed):
-            self._write_refcounts()
+            self.write_refcounts()
         elif self._filled:
             self._sync_all()
         self._filled = False
@@ -133,17 +133,10 @@ class WriteBack:
         """`write_back`, and all counts too, so that the image is exact."""
         self.write_back()
         if self._refcounts.dirty:
-            self._write_refcounts()
+            self.write_refcounts()
 
-    def _write_l2(self, table: L2Table) -> None:
-        low, high = self._l2[table.index]
-        words, each = table.entries[low:high], _WORD
-        if table.bitmaps is not None:
-            words, each = np.stack((words, table.bitmaps[low:high]), axis=1).reshape(-1), 2 * _WORD
-        self._storage.write(HostOffset(table.offset + low * each), encode(words))
-
-    def _write_refcounts(self) -> None:
-        """And syncs, the guest's data with it."""
+    def write_refcounts(self) -> None:
+        """All counts that are changed, and only them; syncs, the guest's data with it."""
         self._refcounts.write_blocks()
         if self._refcounts.table_changed:
             self._sync()
@@ -158,6 +151,13 @@ class WriteBack:
             self._storage.write(HostOffset(0), encode_fields(self._image.header))
         self._sync_all()
         self._refcounts.written()
+
+    def _write_l2(self, table: L2Table) -> None:
+        low, high = self._l2[table.index]
+        words, each = table.entries[low:high], _WORD
+        if table.bitmaps is not None:
+            words, each = np.stack((words, table.bitmaps[low:high]), axis=1).reshape(-1), 2 * _WORD
+        self._storage.write(HostOffset(table.offset + low * each), encode(words))
 
     def _sync_all(self) -> None:
         self._sync_data()

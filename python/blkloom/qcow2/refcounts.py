@@ -121,6 +121,16 @@ class Refcounts:
         return bool(self._dirty) or self.table_changed
 
     @property
+    def held(self) -> int:
+        """Bytes of memory that blocks take which must be written."""
+        return len(self._dirty) * self.block_memory
+
+    @property
+    def block_memory(self) -> int:
+        """Bytes of memory that a block takes."""
+        return self.per_block * self._widths.native.itemsize
+
+    @property
     def table_changed(self) -> bool:
         """Whether the table itself must be written."""
         return self.table_moved or self._table_low < self._table_high
@@ -215,15 +225,30 @@ class Refcounts:
             self._make_block(index, cluster)
             return 1
         blocks, tables = self._larger(cluster)
-        table = np.zeros((tables << self._cluster_bits) // _ENTRY, np.uint64)
-        table[: self.table.size] = self.table
-        self.table = table
-        self.table_offset = HostOffset((cluster + blocks) << self._cluster_bits)
-        self.table_moved = True
+        self._move_table(cluster + blocks, tables)
         for number in range(blocks):
             self._make_block(index + number, cluster + number, counted=False)
         self.set(cluster, blocks + tables, 1)
         return blocks + tables
+
+    def describe_all(self, indices: list[int], at: int) -> None:
+        """Makes the blocks of these numbers, which there are none of, those that what is made here needs itself, and if
+        need be a larger table: at cluster `at` and what follows it, which nobody uses. Nothing is counted yet.
+        """
+        wanted, tables = set(indices), 0
+        while True:
+            end = at + len(wanted) + tables
+            around = range(at // self.per_block, (end - 1) // self.per_block + 1)
+            more = {index for index in around if not self.described(index * self.per_block)} - wanted
+            last = max(wanted | more)
+            larger = max(tables, self._table_for(last)) if last >= self.table.size else tables
+            if not more and larger == tables:
+                break
+            wanted, tables = wanted | more, larger
+        if tables:
+            self._move_table(at + len(wanted), tables)
+        for number, index in enumerate(sorted(wanted)):
+            self._make_block(index, at + number, counted=False)
 
     def describing(self, cluster: int) -> int:
         """How many clusters `describe` would take."""
@@ -248,12 +273,16 @@ class Refcounts:
 
     def written(self) -> None:
         """What `write_blocks` and `write_table` wrote is durable, and the header names the table."""
+        self._table_low, self._table_high = 1 << 62, 0
+        self.table_moved = False
+        self.blocks_written()
+
+    def blocks_written(self) -> None:
+        """What `write_blocks` wrote need not be written again."""
         for index in self._dirty:
             block = self._blocks[index]
             block.low, block.high, block.new = block.counts.size, 0, False
         self._dirty.clear()
-        self._table_low, self._table_high = 1 << 62, 0
-        self.table_moved = False
         self._trim()
 
     def block_clusters(self) -> NDArray[np.uint64]:
@@ -326,24 +355,36 @@ class Refcounts:
         index, blocks, tables = cluster // self.per_block, 1, 1
         while True:
             last = (cluster + blocks + tables - 1) // self.per_block
-            entries = max(last + 1, self.table.size * 3 // 2)
-            wanted = (last - index + 1, -(-entries * _ENTRY // self._cluster))
-            if wanted[1] << self._cluster_bits > TABLE_LIMIT and last + 1 <= TABLE_LIMIT // _ENTRY:
-                wanted = (wanted[0], max(TABLE_LIMIT >> self._cluster_bits, 1))
-            if wanted[1] << self._cluster_bits > max(TABLE_LIMIT, self._cluster):
-                raise ResourceError(
-                    "the image's refcount table has reached 8 MiB, its limit",
-                    errno=errno.EFBIG,
-                    cure="convert the image to larger clusters or narrower refcounts (qemu-img convert)",
-                )
+            wanted = (last - index + 1, self._table_for(last))
             if wanted == (blocks, tables):
                 return wanted
             blocks, tables = max(blocks, wanted[0]), max(tables, wanted[1])
 
+    def _table_for(self, last: int) -> int:
+        """Clusters of a table that names block `last`, and has room for more if it can."""
+        entries = max(last + 1, self.table.size * 3 // 2)
+        clusters = -(-entries * _ENTRY // self._cluster)
+        if clusters << self._cluster_bits > TABLE_LIMIT and last + 1 <= TABLE_LIMIT // _ENTRY:
+            clusters = max(TABLE_LIMIT >> self._cluster_bits, 1)
+        if clusters << self._cluster_bits > max(TABLE_LIMIT, self._cluster):
+            raise ResourceError(
+                "the image's refcount table has reached 8 MiB, its limit",
+                errno=errno.EFBIG,
+                cure="convert the image to larger clusters or narrower refcounts (qemu-img convert)",
+            )
+        return clusters
+
+    def _move_table(self, cluster: int, clusters: int) -> None:
+        """To another place, where it is so long."""
+        table = np.zeros((clusters << self._cluster_bits) // _ENTRY, np.uint64)
+        table[: self.table.size] = self.table
+        self.table = table
+        self.table_offset = HostOffset(cluster << self._cluster_bits)
+        self.table_moved = True
+
     def _trim(self) -> None:
         """Drops the blocks used longest ago that need no writing, down to the limit."""
-        size = self.per_block * self._widths.native.itemsize
-        excess = len(self._blocks) - max(4, _CACHE_LIMIT // size)
+        excess = len(self._blocks) - max(4, _CACHE_LIMIT // self.block_memory)
         if excess > 0:
             for index in [index for index in self._blocks if index not in self._dirty][:excess]:
                 del self._blocks[index]

@@ -1,7 +1,8 @@
 """Puts refcounts right from what refers to clusters: what an image needs that was not closed while they were lazy.
 
 Every table is read once, however often it is referred to. Afterwards each count is exact, so what a crash leaked is
-free again. One thread, before anybody writes. May fail: CorruptImage (what refers past the end of the file), OSError.
+free again; refcount blocks that never reached the disk are made anew. One thread, before anybody writes. May fail:
+CorruptImage (what refers past the end of the file), OSError.
 
 Source: QEMU docs/interop/qcow2, "Dirty bit".
 """
@@ -9,7 +10,7 @@ Source: QEMU docs/interop/qcow2, "Dirty bit".
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -30,18 +31,26 @@ _OFFSET: Final = np.uint64(OFFSET_MASK)
 _ENOUGH: Final = 1 << 22
 """References collected before they are counted."""
 
+_HELD: Final = 64 << 20
+"""Bytes of counts kept before they are written, and of new blocks."""
 
-def rebuild(image: Image, refcounts: Refcounts, occupied: Occupied, snapshots: list[Snapshot]) -> int:
-    """Makes all counts exact on disk. Returns how many clusters had another count."""
+
+def rebuild(
+    image: Image, refcounts: Refcounts, occupied: Occupied, snapshots: list[Snapshot], write: Callable[[], None]
+) -> int:
+    """Makes all counts exact on disk, with blocks and a table for clusters that have no counts at all. write: of the
+    refcounts, in order, and durably. Returns how many clusters had another count.
+    """
     numbers, counts = _count(_references(image, occupied, snapshots))
     limit = -(-image.storage.size() >> image.geometry.cluster_bits)
     if numbers.size and int(numbers[-1]) >= limit:
         raise image.corrupt(f"cluster {int(numbers[-1])} is referred to, and the file has {limit}")
-    for number in np.unique(numbers // np.uint64(refcounts.per_block)).tolist():
-        if not refcounts.described(number * refcounts.per_block):
-            raise image.corrupt(
-                f"no refcount block describes cluster {number * refcounts.per_block} and its neighbours"
-            )
+    blocks = np.unique(numbers // np.uint64(refcounts.per_block)).tolist()
+    if missing := [index for index in blocks if not refcounts.described(index * refcounts.per_block)]:
+        if len(missing) * refcounts.block_memory > _HELD:
+            raise image.corrupt(f"{len(missing)} refcount blocks are missing, {missing[0]} first")
+        refcounts.describe_all(missing, limit)
+        numbers, counts = _count(_references(image, occupied, snapshots))
     changed = 0
     for index in np.flatnonzero(refcounts.table).tolist():
         first = index * refcounts.per_block
@@ -49,11 +58,11 @@ def rebuild(image: Image, refcounts: Refcounts, occupied: Occupied, snapshots: l
         wanted = np.zeros(refcounts.per_block, np.uint64)
         wanted[(numbers[low:high] - np.uint64(first)).astype(np.int64)] = counts[low:high]
         changed += refcounts.put(index, wanted)
-    refcounts.write_blocks()
-    image.storage.sync()
-    refcounts.write_table()
-    image.storage.sync()
-    refcounts.written()
+        if refcounts.held > _HELD:
+            # The image is dirty, so they may be on disk as they are; `write` syncs.
+            refcounts.write_blocks()
+            refcounts.blocks_written()
+    write()
     if changed:
         _log.warning("%s: was not closed; %d refcounts put right", image.path, changed)
     return changed

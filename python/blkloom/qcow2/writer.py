@@ -140,7 +140,7 @@ class Writer:
         self._preparer = Preparer(mapping, self.copier, self.ahead, self._occupied)
         self._discarder = Discarder(mapping, self._preparer, self.ahead)
         if image.needs_repair:
-            rebuild(image, self._refcounts, self._occupied, snapshots)
+            rebuild(image, self._refcounts, self._occupied, snapshots, self._write_back.write_refcounts)
             self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
         self._attach()
 
@@ -229,12 +229,6 @@ class Writer:
     def _attach(self) -> None:
         """What must be so before anybody writes anything."""
         image = self._image
-        cluster = image.geometry.cluster
-        if image.storage is not image.data_storage:
-            if image.data_storage.size() < image.size:
-                image.data_storage.truncate(image.size)
-        elif image.storage.size() % cluster:  # the last cluster may be written to
-            image.storage.truncate(-(-image.storage.size() // cluster) * cluster)
         if self.bitmaps.give_up():
             image.storage.sync()
         unknown = image.header.autoclear & ~sum(Autoclear)
@@ -253,12 +247,22 @@ class Writer:
             yield
 
     def _first_change(self) -> None:
+        self._lengthen()
         begun = self.bitmaps.begin()
         if self._lazy:
             self._set_header(incompatible=self._image.header.incompatible | Incompatible.DIRTY)
         elif begun:
             self._image.storage.sync()
         self._changed = True
+
+    def _lengthen(self) -> None:
+        """Data that the file ends in front of or within may be written to from now on."""
+        image, cluster = self._image, self._image.geometry.cluster
+        if image.storage is not image.data_storage:
+            if image.data_storage.size() < image.size:
+                image.data_storage.truncate(image.size)
+        elif image.storage.size() % cluster:
+            image.storage.truncate(-(-image.storage.size() // cluster) * cluster)
 
     @contextmanager
     def _finding_corruption(self) -> Iterator[None]:
