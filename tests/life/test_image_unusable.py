@@ -4,6 +4,7 @@ waits, and goes on when the image has been mended.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.errors import BackingError
-from conformance.nbd_client import READ, NbdClient
+from conformance.nbd_client import READ, WRITE, NbdClient
 from qcow2 import qemu
 from qcow2.shapes import Shape, make
 from qcow2.slow_image import CORRUPT
@@ -194,3 +195,39 @@ def test_another_table_may_take_the_place_of_an_image_that_became_unusable(
     one.path = copy
     one.write(3, 0, 4096)
     one.end()
+
+
+def test_metadata_found_wrong_under_a_live_device_wakes_who_waits_and_is_repaired_while_suspended(
+    disk: Callable[[Shape], Disk], life: Life
+) -> None:
+    one = disk(PLAIN)
+    with one.suspended() as image:
+        _without_counts(image)
+    with life.client() as client:
+        before = client.info(NAME)[0].event
+    reply = one.nbd.ask(WRITE, 0, payload=b"x" * SIZE)
+    assert reply.error == errno.EIO
+    with life.client() as client:
+        assert client.wait(NAME, before) > before
+    found = one.read(0, SIZE)
+    assert all(new in (old, ord("x")) for new, old in zip(found, one.content, strict=True))
+    one.content[:] = found
+    assert one.status["wants_check"] == "1"
+    assert one.nbd.ask(WRITE, SIZE // 2, payload=b"x" * 4096).error == errno.EIO
+    assert not one.command("suspend", NAME)
+    assert "marked corrupt" in one.command("resume", NAME)
+    qemu.check(one.path, repair="all")
+    assert not one.command("resume", NAME)
+    assert one.status["wants_check"] == "0"
+    one.write(4, 0, SIZE)
+    one.end()
+
+
+def _without_counts(path: Path) -> None:
+    """As if every cluster were free."""
+    with path.open("r+b") as file:
+        file.seek(48)
+        table = int.from_bytes(file.read(8), "big")
+        file.seek(table)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        file.write(bytes(1 << PLAIN.cluster_bits))

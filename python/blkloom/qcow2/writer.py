@@ -142,6 +142,7 @@ class Writer:
         if image.needs_repair:
             rebuild(image, self._refcounts, self._occupied, snapshots, self._write_back.write_refcounts)
             self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
+            image.wants_check = False
         self._attach()
 
     # what the engine asks for
@@ -218,6 +219,7 @@ class Writer:
         if self.broken is not None:
             return
         self.broken = error
+        self._image.wants_check = True
         _log.error("%s; nothing is written to the image any more", error)
         if self._image.header.version >= 3:
             self._set_header(incompatible=self._image.header.incompatible | Incompatible.CORRUPT)

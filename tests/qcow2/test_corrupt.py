@@ -1,0 +1,206 @@
+"""Metadata found wrong while an image is written to, and images that say so of themselves: as QEMU takes them, but that
+what can be read is read on.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import blkloom
+from blkloom import Device
+from blkloom.errors import BlkloomError
+from blkloom.qcow2.errors import CorruptImage
+
+from . import qemu
+from .attached import attached, first_difference, read_all, table_of
+from .shapes import Shape, make
+from .slow_image import COPIED, CORRUPT, DIRTY, OFFSET_MASK, SlowImage
+
+KIB = 1 << 10
+SIZE = 1 << 20
+DATA = 128 * KIB
+"""Bytes of data at the disk's start."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools(program: Callable[[str, str], str]) -> None:
+    for name in ("qemu-img", "qemu-io"):
+        program(name, "qemu-utils")
+
+
+def _word(data: bytearray, at: int, value: int | None = None) -> int:
+    """The big-endian 64 bits at `at`, which may be changed."""
+    if value is not None:
+        data[at : at + 8] = value.to_bytes(8, "big")
+    return int.from_bytes(data[at : at + 8], "big")
+
+
+def _l2(image: SlowImage) -> int:
+    return image.l1()[0] & OFFSET_MASK
+
+
+def _data_over_a_table(data: bytearray, image: SlowImage) -> None:
+    _word(data, _l2(image), image.l1_offset | COPIED)
+
+
+def _data_beside_its_cluster(data: bytearray, image: SlowImage) -> None:
+    _word(data, _l2(image), _word(data, _l2(image)) + 512)
+
+
+def _a_table_beside_its_cluster(data: bytearray, image: SlowImage) -> None:
+    _word(data, image.l1_offset, _word(data, image.l1_offset) + 512)
+
+
+def _a_block_beside_its_cluster(data: bytearray, image: SlowImage) -> None:
+    _word(data, image.table_offset, _word(data, image.table_offset) + 512)
+
+
+def _counts_of_nothing(data: bytearray, image: SlowImage) -> None:
+    block = _word(data, image.table_offset)
+    data[block : block + image.cluster] = bytes(image.cluster)
+
+
+HARMS = [
+    _data_over_a_table,
+    _data_beside_its_cluster,
+    _a_table_beside_its_cluster,
+    _a_block_beside_its_cluster,
+    _counts_of_nothing,
+]
+
+
+def _harmed(folder: Path, harm: Callable[[bytearray, SlowImage], None]) -> Path:
+    made = make(folder, Shape(cluster_bits=12), size=SIZE, steps=0)
+    qemu.qemu_io(made.path, f"write -P 1 0 {DATA}")
+    data = bytearray(made.path.read_bytes())
+    harm(data, SlowImage(bytes(data)))
+    made.path.write_bytes(data)
+    return made.path
+
+
+def _mark(path: Path, bits: int) -> None:
+    data = bytearray(path.read_bytes())
+    _word(data, 72, _word(data, 72) | bits)
+    path.write_bytes(data)
+
+
+def _is_marked(path: Path) -> bool:
+    return bool(SlowImage(path.read_bytes()).incompatible & CORRUPT)
+
+
+def _write(device: Device) -> int:
+    """The error number of a write to where there is data, and of one to where there is nothing yet."""
+    for at in (0, SIZE // 2):
+        try:
+            device.pwrite(b"w" * 4096, at)
+        except OSError as error:
+            return error.errno or -1
+    return 0
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_found_wrong_is_marked_told_and_only_read_from_then_on(
+    tmp_path: Path, harm: Callable[[bytearray, SlowImage], None]
+) -> None:
+    path = _harmed(tmp_path, harm)
+    theirs = shutil.copy(path, tmp_path / "theirs.qcow2")
+    with attached(path, SIZE) as device:
+        assert not _is_marked(path)
+        assert _write(device) == errno.EIO
+        assert _is_marked(path)
+        assert "wants_check=1" in device.status()[0][3]
+        before = path.read_bytes()
+        for _ in range(2):
+            assert _write(device) == errno.EIO
+            with pytest.raises(OSError, match="discard of") as failed:
+                device.discard(64 * KIB, 64 * KIB)
+            assert failed.value.errno == errno.EIO
+            device.flush()
+        if harm is not _a_table_beside_its_cluster:  # nothing else is known of the disk
+            assert device.pread(DATA - 4096, 4096) == b"\1" * (DATA - 4096), "what is all right is read on"
+            assert device.pread(4096, SIZE - 4096) == bytes(4096)
+    assert path.read_bytes() == before
+    qemu.run(
+        "qemu-io", "-f", "qcow2", theirs, "-c", "write -P 2 0 4k", "-c", f"write -P 2 {SIZE // 2} 4k", accept=(0, 1)
+    )
+    assert _is_marked(Path(theirs)), "QEMU takes the same for corruption"
+
+
+@pytest.mark.parametrize("harm", [_data_over_a_table, _counts_of_nothing])  # what QEMU repairs
+def test_a_device_whose_image_went_bad_goes_on_when_that_was_repaired(
+    tmp_path: Path, harm: Callable[[bytearray, SlowImage], None]
+) -> None:
+    path = _harmed(tmp_path, harm)
+    with attached(path, SIZE) as device:
+        assert _write(device) == errno.EIO
+        device.suspend()
+        with pytest.raises(BlkloomError, match=r"marked corrupt.*qemu-img check -r all"):
+            device.resume()
+        qemu.check(path, repair="all")
+        device.resume()
+        assert "wants_check=0" in device.status()[0][3]
+        assert not _write(device)
+        content = read_all(device)
+    assert content[:4096] == content[SIZE // 2 :][:4096] == b"w" * 4096
+    assert (checked := qemu.check(path)).whole, checked.said
+    assert qemu.content(path) == content
+
+
+def test_an_image_marked_corrupt_is_only_attached_to_be_read(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, snapshots=1), size=SIZE)
+    _mark(made.path, CORRUPT)
+    with pytest.raises(qemu.QemuError, match="corrupt"):
+        qemu.qemu_io(made.path, "read 0 512")
+    qemu.run("qemu-io", "-r", "-f", "qcow2", made.path, "-c", "read 0 512")
+    before = made.path.read_bytes()
+    with pytest.raises(CorruptImage, match=r"marked corrupt; .*qemu-img check -r all.*read_only"):
+        blkloom.open(table_of(made.path, SIZE))
+    for options, content in (("read_only",), made.content), (("snapshot=s1",), made.snapshots["s1"]):
+        with attached(made.path, SIZE, *options) as device:
+            assert not first_difference(read_all(device), content)
+            assert "wants_check=1" in device.status()[0][3]
+            with pytest.raises(OSError, match=r"read.only|Read-only"):
+                device.pwrite(b"x", 0)
+    assert made.path.read_bytes() == before
+
+
+def test_a_dirty_image_attached_to_be_read_stays_dirty_and_says_so(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, lazy=True), size=SIZE)
+    _mark(made.path, DIRTY)
+    before = made.path.read_bytes()
+    with attached(made.path, SIZE, "read_only") as device:
+        assert not first_difference(read_all(device), made.content)
+        assert "wants_check=1" in device.status()[0][3]
+    assert made.path.read_bytes() == before
+    with attached(made.path, SIZE) as device:
+        assert "wants_check=0" in device.status()[0][3], "attached to be written to it was repaired"
+        assert not first_difference(read_all(device), made.content)
+    assert (checked := qemu.check(made.path)).whole, checked.said
+
+
+def test_a_backing_file_marked_corrupt_is_read(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, backing="qcow2"), size=SIZE)
+    _mark(next(tmp_path.glob("disk-base.*")), CORRUPT)
+    with attached(made.path, SIZE) as device:
+        assert not first_difference(read_all(device), made.content)
+        device.pwrite(b"x" * 512, 0)
+    assert (checked := qemu.check(made.path)).whole, checked.said
+
+
+def test_version_2_has_no_bit_to_set_and_is_only_read_all_the_same(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(version=2, cluster_bits=12), size=SIZE, steps=0)
+    qemu.qemu_io(made.path, f"write -P 1 0 {DATA}")
+    data = bytearray(made.path.read_bytes())
+    _data_over_a_table(data, SlowImage(bytes(data)))
+    made.path.write_bytes(data)
+    with attached(made.path, SIZE) as device:
+        assert _write(device) == errno.EIO
+        assert _write(device) == errno.EIO
+        assert device.pread(4096, 4096) == b"\1" * 4096
+        assert "wants_check=1" in device.status()[0][3]
+    assert made.path.read_bytes() == data
