@@ -228,11 +228,7 @@ class Adoption:
 
     async def _revive(self, group: Group, entries: list[Entry]) -> None:
         try:
-            for entry in entries:
-                for export in entry.exports:
-                    if self._store.find(exporting.label(entry, export)) is not None:
-                        continue
-                    await exporting.listen(self._store, entry, export)
+            await exporting.listen_again(self._store, entries)
             await self._workers.restart(group, "it ended while there was no supervisor", opener=open_here)
         except (BlkloomError, OSError) as error:
             self._workers.fail(group, f"could not be started again: {error}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from typing import Final
 
 from blkloom.control import messages as m
@@ -71,6 +72,14 @@ async def listen(store: Store, entry: Entry, export: m.ExportState) -> int:
     descriptor = listening.detach()
     store.put(label(entry, export), descriptor)
     return descriptor
+
+
+async def listen_again(store: Store, entries: Iterable[Entry]) -> None:
+    """`listen`, for those of the entries' exports that do not."""
+    for entry in entries:
+        for export in entry.exports:
+            if store.find(label(entry, export)) is None:
+                await listen(store, entry, export)
 
 
 def stop_listening(store: Store, entry: Entry, export: m.ExportState) -> None:

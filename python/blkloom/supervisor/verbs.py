@@ -292,10 +292,7 @@ class Verbs:
         group.deaths.clear()
         entries = self._registry.lower_first(group.minors)
         try:
-            for other in entries:
-                for export in other.exports:
-                    if self._store.find(exporting.label(other, export)) is None:
-                        await exporting.listen(self._store, other, export)
+            await exporting.listen_again(self._store, entries)
         except OSError as error:  # those that listen already must not keep clients waiting
             self._workers.fail(group, str(error))
             raise

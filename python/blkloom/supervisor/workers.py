@@ -287,6 +287,13 @@ class Workers:
         return target
 
     async def _move(self, group: Group, target: Group) -> None:
+        await self._hand_over(group, target)
+        await self.end(group, flush=False)
+
+    async def _hand_over(self, group: Group, target: Group) -> None:
+        """The target's worker serves what the group's did, which has nothing left. Raises what went wrong; the
+        group's goes on then.
+        """
         frozen = await self._freeze(group)
         try:
             await self.hold(target, frozen)
@@ -297,7 +304,6 @@ class Workers:
             await group.call(m.Thaw())
             raise
         self._belong(group, target)
-        await self.end(group, flush=False)
 
     def _belong(self, former: Group, group: Group) -> None:
         """What `former` had is the group's from now on."""
@@ -327,19 +333,10 @@ class Workers:
         async with new.lock:
             await self.start(new)
             try:
-                frozen = await self._freeze(group)
-                try:
-                    await self.hold(new, frozen)
-                except BaseException as error:
-                    if isinstance(error, WorkerStuck):  # as in `_move`
-                        new.kill()
-                        await new.wait_for_end()
-                    await group.call(m.Thaw())
-                    raise
+                await self._hand_over(group, new)
             except BaseException:
                 await self.end(new, flush=False)
                 raise
-            self._belong(group, new)
         await self.end(group, flush=False)
 
     # coming back
