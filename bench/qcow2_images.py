@@ -38,7 +38,8 @@ class Qcow2Image:
     """size: bytes of the disk; 0 for as many as the run's files have. filled: every cluster has data from
     the start. layers: backing images below, each empty but the lowest, which has all the data. shared: every
     cluster is allocated, and many share what they hold, so that a disk of any size has all of its metadata and
-    little data. compression: of every cluster. raw: no image, a file with nothing in it.
+    little data. compression: of every cluster. raw: no image but a raw file,
+    with as much in it.
     """
 
     size: int = 0
@@ -65,8 +66,8 @@ class Qcow2Image:
                 options = f"compression_type={self.compression}"
                 _qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, str(source), str(path))
                 source.unlink()
-            elif self.filled and not self.layers:
-                _copy(source, path, ground.size)
+            elif self.filled:
+                _copy(source, path, ground.size, "raw" if self.raw else "qcow2")
             elif self.layers:
                 self._chain(Path(folder), source, path, ground.size)
             elif self.raw:
@@ -80,17 +81,17 @@ class Qcow2Image:
 
     def _chain(self, folder: Path, source: Path, path: Path, size: int) -> None:
         below = folder / "layer0.qcow2"
-        _copy(source, below, size)
+        _copy(source, below, size, "qcow2")
         for number in range(1, self.layers + 1):
             above = path if number == self.layers else folder / f"layer{number}.qcow2"
             _qemu_img("create", "-f", "qcow2", "-b", str(below), "-F", "qcow2", str(above))
             below = above
 
 
-def _copy(source: Path, path: Path, size: int) -> None:
+def _copy(source: Path, path: Path, size: int, form: Literal["qcow2", "raw"]) -> None:
     """The first `size` bytes of a file as an image with all clusters allocated, in order."""
     words = f"driver=raw,size={size},file.driver=file,file.filename={source}"
-    _qemu_img("convert", "--image-opts", "-S", "0", "-O", "qcow2", words, str(path))
+    _qemu_img("convert", "--image-opts", "-S", "0", "-O", form, words, str(path))
 
 
 def _shared(source: Path, path: Path, size: int) -> None:

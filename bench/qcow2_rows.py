@@ -12,7 +12,7 @@ from typing import Final
 
 from jobs import Job, Pattern
 from measuring import Workload
-from peers import Blkloom, NullServer
+from peers import NullServer
 from qcow2_images import Compression, Qcow2Image
 from qcow2_peers import BlkloomQcow2, OpenedQcow2, QemuNbdQcow2, qemu_nbd
 from results import Goal
@@ -179,6 +179,6 @@ def _against_raw(blkloom: str) -> Workload:
         "qcow2-against-raw-randread-4k-q16",
         "4K randread, qd 16, a qcow2 image against a raw file",
         Job("randread", 4 * _KIB, depth=16),
-        (BlkloomQcow2(blkloom, _OURS, _FILLED), Blkloom(blkloom, raw)),
+        (BlkloomQcow2(blkloom, _OURS, _FILLED), BlkloomQcow2(blkloom, raw, replace(_FILLED, raw=True))),
         (Goal(_OURS, raw, 0.95),),
     )
