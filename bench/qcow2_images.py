@@ -60,7 +60,7 @@ class Qcow2Image:
         """The path of a new one. ground: as `sized` gave it. Raises GroundError, OSError."""
         source = ground.tmpfs_file()
         with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=source.parent) as folder:
-            path = Path(folder) / "disk.qcow2"
+            path = Path(folder) / ("disk.raw" if self.raw else "disk.qcow2")
             if self.compression:
                 source = _compressible(Path(folder) / "source.raw", ground.size)
                 options = f"compression_type={self.compression}"
