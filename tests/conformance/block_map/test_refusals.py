@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +19,9 @@ from blkloom.filemap.fiemap import Extents
 from blkloom.filemap.immutable import hold, release, release_abandoned
 from blkloom.table import parse
 from blkloom.target.registry import all_targets
-
-from .backing_files import write_in_extents
-from .file_systems import EXT4, XFS, FileSystem, made_on_a_device, mounted
-
-SIZE = 1 << 20
-SECTORS = SIZE // 512
-Program = Callable[[str, str], str]
-
-
-@pytest.fixture(params=[EXT4, XFS], ids=lambda kind: kind.name, scope="module")
-def place(request: pytest.FixtureRequest, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    kind: FileSystem = request.param
-    with made_on_a_device(program, kind, 512, tmp_path_factory.mktemp("place")) as (mounted, _):
-        yield mounted
-
-
-@pytest.fixture
-def file(place: Path) -> Iterator[Path]:
-    """Every block written, in several extents."""
-    path = place / "f"
-    write_in_extents(str(path), os.urandom(SIZE), extents=5)
-    yield path
-    path.unlink()
+from conformance.backing_files import write_in_extents
+from conformance.block_map.conftest import SECTORS, SIZE, Program
+from conformance.file_systems import EXT4, made_on_a_device, mounted
 
 
 def mode(device: blkloom.Device) -> str:

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,29 +15,11 @@ import pytest
 import blkloom
 from blkloom.errors import BackingError, TableError
 from conformance.backing_files import write_in_extents
-from conformance.file_systems import EXT4, XFS, FileSystem, FileSystems, loop_device, made_on_a_device, mounted, run
+from conformance.block_map.conftest import SECTORS, SIZE, Program
+from conformance.file_systems import EXT4, FileSystems, loop_device, made_on_a_device, mounted, run
 from life.conftest import Life, a_life
 
-SIZE = 1 << 20
-SECTORS = SIZE // 512
-Program = Callable[[str, str], str]
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(params=[EXT4, XFS], ids=lambda kind: kind.name, scope="module")
-def place(request: pytest.FixtureRequest, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    kind: FileSystem = request.param
-    with made_on_a_device(program, kind, 512, tmp_path_factory.mktemp("place")) as (mounted_at, _):
-        yield mounted_at
-
-
-@pytest.fixture
-def file(place: Path) -> Iterator[Path]:
-    """Every block written, in several extents."""
-    path = place / "f"
-    write_in_extents(str(path), os.urandom(SIZE), extents=5)
-    yield path
-    path.unlink()
 
 
 def modes(device: blkloom.Device) -> list[str]:

@@ -1,0 +1,1 @@
+"""Files whose blocks are mapped."""
