@@ -71,7 +71,8 @@ def _use(path: Path, *, writable: bool) -> Examined:
         places = list(range(0, size, PIECE)) if whole else _here_and_there(size)
         pieces = [_try(device.pread, min(PIECE, size - at), at) for at in places]
         for at in places:
-            _try(device.extents, at, min(PIECE, size - at))
+            for context in ("base:allocation", *device.contexts[:4]):
+                _try(device.extents, at, min(PIECE, size - at), context=context)
         if writable:
             for at in places:
                 length = min(PIECE, size - at)

@@ -70,15 +70,18 @@ def find_contexts(queries: Iterable[str], names: Sequence[str], *, wildcards: bo
     listing). Unknown namespaces and unknown leaf names are ignored; a query without a colon is a
     MalformedOptionError. Source: proto.md "Metadata querying", QEMU docs/interop/nbd.rst.
     """
-    exact: set[str] = set()
-    beginnings: set[str] = set()
-    for query in queries:
+    asked = set(queries)  # a client may send thousands: each name is looked up, not each query
+    for query in asked:
         if ":" not in query:
             raise MalformedOptionError(f"query {query[:64]!r} has no namespace; write namespace:leaf")
-        exact.add(query)
-        if wildcards and (query.index(":") == len(query) - 1 or query == DIRTY_BITMAP):
-            beginnings.add(query)
-    return [name for name in names if name in exact or name.startswith(tuple(beginnings))]
+    if not wildcards:
+        return [name for name in names if name in asked]
+    bitmaps = DIRTY_BITMAP in asked
+    return [
+        name
+        for name in names
+        if name in asked or name[: name.index(":") + 1] in asked or (bitmaps and name.startswith(DIRTY_BITMAP))
+    ]
 
 
 class _Fields:
