@@ -134,6 +134,37 @@ def test_the_gate_stands_at_the_image_wherever_its_path_begins(
     io(life, "read -P 0x73 0 1M")
 
 
+def test_create_may_allow_backing_files_elsewhere(
+    blkloom: str, life: Life, image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "base").write_bytes(b"b" * MiB)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", elsewhere / "base", "-F", "raw", image)
+    command = [blkloom, "--run-dir", str(life.run_dir), "create", "disk", image.name]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, cwd=image.parent, timeout=60)
+    assert refused.returncode
+    assert f"--allow-backing {elsewhere}" in refused.stderr
+    allowed = os.path.relpath(elsewhere, image.parent)
+    blkloom_create(blkloom, life, "disk", image.name, "--allow-backing", allowed, cwd=image.parent)
+    io(life, "read -P 0x62 0 1M")
+    with life.client() as client:
+        assert client.table("disk").endswith(f" 1 allow_backing={elsewhere}")
+
+
+def test_an_image_not_named_like_one_is_no_table_and_the_error_says_what_to_do(
+    blkloom: str, life: Life, image: Path
+) -> None:
+    other = image.rename(image.with_name("disk.img"))
+    command = [blkloom, "--run-dir", str(life.run_dir), "create", "disk", str(other)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode
+    assert "name that ends in .qcow2" in refused.stderr
+    assert len(refused.stderr) < 1000
+    image.symlink_to(other.name)
+    blkloom_create(blkloom, life, "disk", image, cwd=image.parent)
+    io(life, "write -P 1 0 1M")
+
+
 def test_a_backing_file_beside_an_image_of_a_relative_path_is_found(blkloom: str, life: Life, tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"b" * MiB)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", tmp_path / "top.qcow2")

@@ -23,6 +23,13 @@ from blkloom.errors import BackingError, BlkloomError, TableError
 @click.option("-j", "--major", metavar="N", help="With -m; it must be there, and is not looked at.")
 @click.option("-m", "--minor", metavar="N", help="With -j: the device's number.")
 @click.option("--shared", is_flag=True, help="Do not lock files: others may write to them.")
+@click.option(
+    "--allow-backing",
+    multiple=True,
+    type=click.Path(readable=False),
+    metavar="DIR",
+    help="Where names in IMAGE.qcow2 may lead, besides its own directory.",
+)
 def create(
     session: Session,
     operands: tuple[str, ...],
@@ -34,6 +41,7 @@ def create(
     major: str | None,
     minor: str | None,
     shared: bool,
+    allow_backing: tuple[str, ...],
 ) -> None:
     """Make a device, and bring it to life with a table.
 
@@ -56,7 +64,8 @@ def create(
     if not operands:
         raise VerbFailed("Please provide a name for the new device.")
     device = _New(session, operands[0], uuid or "", None if minor is None else _minor(minor), readonly, shared)
-    text = None if notable else read_table(table, operands[1] if len(operands) == 2 else None)
+    file = operands[1] if len(operands) == 2 else None
+    text = None if notable else read_table(table, file, allow_backing=allow_backing)
     device.make(text)
 
 

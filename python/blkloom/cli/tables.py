@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from blkloom.dm.failing import VerbFailed
-from blkloom.qcow2.probing import is_image_name
+from blkloom.qcow2.probing import begins_like_image, is_image_name
 
+_LONGEST: Final = 64 << 20
+"""Bytes of a table file at most."""
+_SHOWN: Final = 100
 _LINE: Final = re.compile(r"\s*(?:#.*)?$|\s*\d+\s+\d+\s*\S")
 
 
@@ -27,12 +31,17 @@ class TableText:
         return all(not line.strip() or line.strip().startswith("#") for line in self.text.split("\n"))
 
 
-def read_table(option: str | None, file: str | None) -> TableText:
-    """--table, else the file, else standard input; a file named like a QCOW2 image is the image's disk. Raises
-    VerbFailed for a file that cannot be read and, with dmsetup's words, for a line that is none.
+def read_table(option: str | None, file: str | None, *, allow_backing: Sequence[str] = ()) -> TableText:
+    """--table, else the file, else standard input; a file named like a QCOW2 image is the image's disk, and names in
+    it may lead to allow_backing. Raises VerbFailed for a file that cannot be read and, with dmsetup's words, for a
+    line that is none.
     """
     if option is None and file is not None and is_image_name(file):
-        return _image(file)
+        return _image(file, allow_backing)
+    if allow_backing:
+        raise VerbFailed(
+            "--allow-backing is for an image given by its path.", what="in a table, say allow_backing=<dir> itself"
+        )
     if option is not None:
         table, called = TableText(option, "--table"), ""
     elif file is not None:
@@ -43,21 +52,36 @@ def read_table(option: str | None, file: str | None) -> TableText:
         if not _LINE.match(line):
             raise VerbFailed(
                 f"Invalid format on line {number} of table {called}.",
-                what=f"{table.source}:{number}: {line.strip()!r}: write: <start> <length> <target> <arguments>",
+                what=f"{table.source}:{number}: {_shown(line)!r}: write: <start> <length> <target> <arguments>",
             )
     return table
 
 
-def _image(path: str) -> TableText:
+def _shown(line: str) -> str:
+    """As much of it as a person reads."""
+    line = line.strip()
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+
+
+def _image(path: str, allow_backing: Sequence[str]) -> TableText:
     from blkloom.device.open_device import whole_file
     from blkloom.table import format_table
 
-    return TableText(format_table(whole_file(os.path.abspath(path))), path)
+    return TableText(format_table(whole_file(os.path.abspath(path), allow_backing=allow_backing)), path)
 
 
 def _read(path: str) -> str:
     try:
         with open(path, "rb") as file:
-            return os.fsdecode(file.read())
+            text = file.read(_LONGEST + 1)
     except OSError as error:
         raise VerbFailed(f"Couldn't open '{path}' for reading.", what=f"{path}: {error.strerror}") from error
+    if begins_like_image(text):
+        raise VerbFailed(
+            f"{path} is no table.",
+            what=f"{path}: it looks like a QCOW2 image; if it is to be one, give it a name that ends in .qcow2 (a link "
+            "will do), or say so in a table",
+        )
+    if len(text) > _LONGEST:
+        raise VerbFailed(f"{path} is no table.", what=f"{path}: it has more than {_LONGEST} bytes")
+    return os.fsdecode(text)

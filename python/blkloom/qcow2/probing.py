@@ -22,7 +22,12 @@ def is_image_name(path: str) -> bool:
 
 def looks_like_image(fd: int) -> bool:
     """Whether it begins like an image: worth a warning when it is served raw."""
-    return os.pread(fd, len(_MAGIC), 0) == _MAGIC
+    return begins_like_image(os.pread(fd, len(_MAGIC), 0))
+
+
+def begins_like_image(data: bytes) -> bool:
+    """Whether the bytes are those of an image's beginning."""
+    return data.startswith(_MAGIC)
 
 
 def image_length(fd: int, path: str) -> Bytes:
