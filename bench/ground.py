@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ class Ground:
         self._tmpfs, self._disk = tmpfs, disk
         self._files: dict[str, Path] = {}
         self._own_disk: OwnDisk | None = None
+        self._quick: Path | None = None
         self._undo = ExitStack()
         self.scratch = Path(tempfile.mkdtemp(prefix="blkloom-bench-"))
 
@@ -52,6 +54,19 @@ class Ground:
             raise GroundError(f"{self._tmpfs} is not on tmpfs; name a folder that is with --tmpfs-dir")
         return self._file("tmpfs", self._tmpfs)
 
+    def quick_folder(self) -> Path:
+        """A folder whose files cost as little to write as any: a tmpfs of the run's own with huge pages, where the run
+        may mount one. Raises GroundError, OSError.
+        """
+        if os.geteuid() != 0:
+            return self._tmpfs
+        if self._quick is None:
+            folder = self._undo.enter_context(tempfile.TemporaryDirectory(prefix="blkloom-bench-"))
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "blkloom-bench", folder], check=True)
+            self._undo.callback(subprocess.run, ["umount", folder], check=True)
+            self._quick = Path(folder)
+        return self._quick
+
     def disk_file(self) -> Path:
         """`size` bytes on the machine's disk, written through. Raises GroundError."""
         self._check_disk()
@@ -65,7 +80,7 @@ class Ground:
             with ExitStack() as undo:
                 folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=self._disk)))
                 self._own_disk = undo.enter_context(own_disk(folder, size=self.size))
-                self._undo = undo.pop_all()
+                self._undo.enter_context(undo.pop_all())
         return self._own_disk
 
     def _check_disk(self) -> None:

@@ -59,7 +59,7 @@ class Qcow2Image:
     def made(self, ground: Ground) -> Iterator[Path]:
         """The path of a new one. ground: as `sized` gave it. Raises GroundError, OSError."""
         source = ground.tmpfs_file()
-        with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=source.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=ground.quick_folder()) as folder:
             path = Path(folder) / ("disk.raw" if self.raw else "disk.qcow2")
             if self.compression:
                 source = _compressible(Path(folder) / "source.raw", ground.size)

@@ -19,6 +19,7 @@ from jobs import Job
 from measuring import Contender, FioSession, Meter, Session
 from peers import ProgramSession, need, socket_of
 from qcow2_images import Qcow2Image
+from reserve import reserved
 from results import Sample
 from servers import Server, activated, announcing
 
@@ -51,11 +52,17 @@ class _Filling:
     allocate until its end. How many seconds were asked for plays no part.
     """
 
-    def __init__(self, up: Callable[[], AbstractContextManager[_Session]]) -> None:
-        self._up = up
+    def __init__(
+        self, image: Qcow2Image, ground: Ground, serve: Callable[[Path], AbstractContextManager[_Session]]
+    ) -> None:
+        self._image, self._ground, self._serve = image, ground, serve
 
     def measure(self, seconds: float) -> Sample:
-        with self._up() as session:
+        with (
+            self._image.made(self._ground) as path,
+            reserved(path, self._ground.size),
+            self._serve(path) as session,
+        ):
             return session.once()
 
 
@@ -166,14 +173,14 @@ def _session(
     sized = image.sized(ground)
 
     @contextmanager
-    def one() -> Iterator[_Session]:
-        with image.made(sized) as path, up(path, ground, job) as server:
+    def serve(path: Path) -> Iterator[_Session]:
+        with up(path, ground, job) as server:
             yield _Session(sized, job, server=server, weighed=weighed)
 
     if anew:
-        yield _Filling(one)
+        yield _Filling(image, sized, serve)
     else:
-        with one() as session:
+        with image.made(sized) as path, serve(path) as session:
             yield session
 
 

@@ -73,8 +73,8 @@ def _empty(blkloom: str) -> list[Workload]:
     small, large = Qcow2Image(size=_SMALL), Qcow2Image()
     rows: tuple[tuple[str, Qcow2Image, Job, str, float], ...] = (
         ("randwrite-4k-q16", small, Job("randwrite", 4 * _KIB, depth=16), "4K randwrite, qd 16", 4.0),
-        ("write-64k", large, Job("write", 64 * _KIB, depth=4), "64K sequential write, qd 4", 3.0),
-        ("write-1m", large, Job("write", _MIB, depth=4), "1M sequential write, qd 4", 3.0),
+        ("write-64k", large, Job("write", 64 * _KIB, depth=16), "64K sequential write, qd 16", 3.0),
+        ("write-1m", large, Job("write", _MIB, depth=16), "1M sequential write, qd 16", 3.0),
     )
     return [
         Workload(

@@ -66,7 +66,7 @@ fn handshake(mut client: &UnixStream, size: u64) -> Result<()> {
 }
 
 fn transmission(mut client: &UnixStream) -> Result<()> {
-    let (mut input, mut have) = (vec![0; 256 << 10], 0);
+    let (mut input, mut have) = (vec![0; 4 << 20], 0);
     let mut output = Output { buffer: vec![0; 32 << 20], used: 0 };
     loop {
         have += receive(client, &mut input[have..])?;
