@@ -41,6 +41,8 @@ _FLAGS_AT: Final = 12
 _MOST_BITMAPS: Final = 65535
 _DIRECTORY_LIMIT: Final = _MOST_BITMAPS * (_ENTRY.size + 1023)
 _TABLE_LIMIT: Final = 0x8000000 // 8
+_TABLES_LIMIT: Final = 2 * 0x8000000
+"""Bytes of all tables; QEMU's limit is for each."""
 _MEMORY_LIMIT: Final = 64 << 20
 """Bytes of bits kept in memory, all bitmaps together."""
 _MOST_LOOKED_AT: Final = 1 << 24
@@ -90,7 +92,7 @@ def read_directory(storage: Storage, extension: bytes, *, cluster_bits: int, dis
         raise corrupt(f"directory at {offset:#x}")
     directory = storage.read(HostOffset(offset), size)
     found: list[Bitmap] = []
-    at = 0
+    at = tables = 0
     for _ in range(count):
         if at + _ENTRY.size > size:
             raise corrupt(f"the directory ends within entry {len(found)}")
@@ -106,6 +108,9 @@ def read_directory(storage: Storage, extension: bytes, *, cluster_bits: int, dis
             raise corrupt(f"{name!r} has a table of {table_size} entries at {table_offset:#x}")
         if table_offset + table_size * 8 > storage.size():
             raise corrupt(f"the table of {name!r} reaches past the end of the file")
+        tables += table_size * 8
+        if tables > _TABLES_LIMIT:
+            raise corrupt(f"the tables of the first {len(found) + 1} take {tables} bytes")
         if bitmap.usable and table_size << cluster_bits < _bytes_of(disk_size, granularity_bits):
             raise corrupt(f"{name!r} is too small for the disk")
         found.append(bitmap)

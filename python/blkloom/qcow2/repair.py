@@ -2,19 +2,21 @@
 
 Every table is read once, however often it is referred to. Afterwards each count is exact, so what a crash leaked is
 free again; refcount blocks that never reached the disk are made anew. One thread, before anybody writes. May fail:
-CorruptImage (what refers past the end of the file), OSError.
+CorruptImage (what refers past the end of the file), ResourceError (too much to be counted), OSError.
 
 Source: QEMU docs/interop/qcow2, "Dirty bit".
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from blkloom.errors import ResourceError
 from blkloom.qcow2.placing import Layout, host_clusters
 from blkloom.qcow2.tables import OFFSET_MASK, decode
 from blkloom.qcow2.types import HostOffset, Words
@@ -30,6 +32,12 @@ _log = logging.getLogger(__name__)
 _OFFSET: Final = np.uint64(OFFSET_MASK)
 _ENOUGH: Final = 1 << 22
 """References collected before they are counted."""
+
+_ARRAY: Final = 16
+"""References that take as much memory as an empty array of them."""
+
+_MOST_CLUSTERS: Final = 1 << 27
+_L1_LIMIT: Final = 256 << 20
 
 _HELD: Final = 64 << 20
 """Bytes of counts kept before they are written, and of new blocks."""
@@ -54,7 +62,8 @@ def rebuild(
     changed = 0
     for index in np.flatnonzero(refcounts.table).tolist():
         first = index * refcounts.per_block
-        low, high = np.searchsorted(numbers, [first, first + refcounts.per_block]).tolist()
+        bounds = np.array([first, first + refcounts.per_block], np.uint64)  # of another type, all would be converted
+        low, high = np.searchsorted(numbers, bounds).tolist()
         wanted = np.zeros(refcounts.per_block, np.uint64)
         wanted[(numbers[low:high] - np.uint64(first)).astype(np.int64)] = counts[low:high]
         changed += refcounts.put(index, wanted)
@@ -68,45 +77,63 @@ def rebuild(
     return changed
 
 
-def _references(image: Image, occupied: Occupied, snapshots: list[Snapshot]) -> Iterator[Words]:
-    """Host clusters, once for each reference."""
-    yield occupied.metadata()
+def _references(image: Image, occupied: Occupied, snapshots: list[Snapshot]) -> Iterator[tuple[Words, Words | int]]:
+    """(host clusters, how often each, or all, are referred to). A cluster may come again."""
+    for part in occupied.metadata():
+        yield part, 1
     layout = Layout(image.geometry, image.header.version, image.header.has_data_file)
-    tables = [image.l1]
-    for snapshot in snapshots:
-        tables.append(decode(image.storage.read(snapshot.l1_offset, snapshot.l1_size * 8)))
-    offsets = np.concatenate(tables) & _OFFSET
-    offsets, times = np.unique(offsets[offsets != 0], return_counts=True)
     bits, cluster = image.geometry.cluster_bits, image.geometry.cluster
-    yield np.repeat(offsets >> np.uint64(bits), times)
     size = image.storage.size()
+    offsets, times = np.unique(np.concatenate(_l2_offsets(image, snapshots)), return_counts=True)
+    yield offsets >> np.uint64(bits), times.astype(np.uint64)
+    data = 0  # what lies between a table and that is a hole
     for offset, count in zip(offsets.tolist(), times.tolist(), strict=True):
         if offset % cluster or offset >= size:
             raise image.corrupt(f"an L1 entry leads to {offset:#x}, which is no place of an L2 table")
+        if offset >= data:
+            data = next(image.storage.data_runs(HostOffset(offset), size - offset), (size, size))[0]
+        if offset + cluster <= data:
+            continue  # a hole: none of it refers to anything
         words = decode(image.storage.read(HostOffset(offset), cluster))
         hosts = host_clusters(layout, words[:: 2 if image.geometry.extended else 1])
         if hosts.size:
-            yield np.repeat(hosts, count)
+            yield hosts, count
 
 
-def _count(references: Iterator[Words]) -> tuple[Words, Words]:
+def _l2_offsets(image: Image, snapshots: list[Snapshot]) -> list[Words]:
+    """Of all L2 tables, once for each L1 entry that leads there."""
+    if (length := sum(snapshot.l1_size * 8 for snapshot in snapshots)) > _L1_LIMIT:
+        raise image.corrupt(f"L1 tables of {len(snapshots)} snapshots take {length} bytes, too many to be counted here")
+    tables = [image.l1, *(decode(image.storage.read(s.l1_offset, s.l1_size * 8)) for s in snapshots)]
+    offsets = [table & _OFFSET for table in tables]
+    return [part[part != 0] for part in offsets]
+
+
+def _count(references: Iterator[tuple[Words, Words | int]]) -> tuple[Words, Words]:
     """Sorted clusters, and how often each is referred to."""
     numbers, counts = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-    waiting: list[Words] = []
+    waiting: list[tuple[Words, Words | int]] = []
 
     def merge() -> tuple[Words, Words]:
-        new, times = np.unique(np.concatenate([np.zeros(0, np.uint64), *waiting]), return_counts=True)
-        every, where = np.unique(np.concatenate([numbers, new]), return_inverse=True)
+        new = [numbers, *(part for part, _ in waiting)]
+        times = [counts, *(np.broadcast_to(np.uint64(count), part.shape) for part, count in waiting)]
+        every, where = np.unique(np.concatenate(new), return_inverse=True)
         sums = np.zeros(every.size, np.uint64)
-        np.add.at(sums, where, np.concatenate([counts, times.astype(np.uint64)]))
+        np.add.at(sums, where, np.concatenate(times))
         return every, sums
 
     size = 0
-    for part in references:
-        waiting.append(part)
-        size += part.size
+    for part, count in references:
+        waiting.append((part, count))
+        size += part.size + _ARRAY
         if size > _ENOUGH:
             numbers, counts = merge()
+            if numbers.size > _MOST_CLUSTERS:
+                raise ResourceError(
+                    f"more than {_MOST_CLUSTERS} clusters are in use, too many to be counted here",
+                    errno=errno.EFBIG,
+                    cure="repair the image with qemu-img check -r all",
+                )
             waiting.clear()
             size = 0
     return merge()

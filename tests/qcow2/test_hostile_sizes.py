@@ -1,0 +1,114 @@
+"""Images whose few bytes name very many things, or one thing very often: that is no reason to take memory or time."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import qemu
+from .hostile import examine
+from .slow_image import BITMAPS, BITMAPS_CONSISTENT, COPIED, DIRTY
+
+MIB = 1 << 20
+L1_MOST = 32 * MIB
+"""Bytes of an L1 table at most."""
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools(program: Callable[[str, str], str]) -> None:
+    for name in ("qemu-img", "qemu-io"):
+        program(name, "qemu-utils")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """With data in it, and clusters of 512 bytes."""
+    path = tmp_path / "disk.qcow2"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    qemu.qemu_io(path, "write -P 1 0 64k")
+    return path
+
+
+def _put(path: Path, at: int, form: str, *values: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(struct.pack(form, *values))
+
+
+def _get(path: Path, at: int) -> int:
+    with path.open("rb") as file:
+        file.seek(at)
+        return int.from_bytes(file.read(8), "big")
+
+
+def _append(path: Path, data: bytes, *, room: int = 0) -> int:
+    """Where a cluster begins behind what is there; `room` bytes are made, as a hole."""
+    at = -(-path.stat().st_size // 65536) * 65536
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+        file.truncate(max(at + room, at + len(data)))
+    return at
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("step", [0, 512])
+def test_snapshots_without_number_with_the_largest_tables(image: Path, dirty: bool, step: int) -> None:
+    count = 60_000
+    l1 = _append(image, b"", room=L1_MOST + count * step)
+    entry = struct.Struct(">QIHHIIQII")
+    entries = b"".join(entry.pack(l1 + n * step, L1_MOST // 8, 0, 0, 0, 0, 0, 0, 0) for n in range(count))
+    _put(image, 60, ">IQ", count, _append(image, entries))
+    _put(image, 72, ">Q", DIRTY if dirty else 0)
+    found = examine(image, writable=True)
+    assert ("too many to be counted" in found.refused) == dirty, found
+
+
+def test_one_table_that_all_of_a_large_disk_leads_to(image: Path) -> None:
+    l2 = _get(image, _get(image, 40))
+    entries = struct.pack(">Q", l2) * (L1_MOST // 8)
+    _put(image, 24, ">Q", (L1_MOST // 8) * 64 * 512)
+    _put(image, 36, ">IQ", L1_MOST // 8, _append(image, entries))
+    _put(image, 72, ">Q", DIRTY)
+    found = examine(image, writable=True)
+    assert "referred to 4194304 times" in found.refused
+
+
+def test_a_refcount_table_that_names_one_block_without_end(tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    qemu.qemu_io(image, "write -P 1 0 64k")
+    block = _append(image, b"\0\1" * 32768)
+    first = _get(image, _get(image, 48))
+    table = struct.pack(">Q", first) + struct.pack(">Q", block) * (4 * MIB // 8 - 1)
+    _put(image, 48, ">QI", _append(image, table), len(table) // 65536)
+    _put(image, 72, ">Q", DIRTY)
+    examine(image, writable=True)
+
+
+def test_bitmaps_without_number_with_the_largest_tables(image: Path) -> None:
+    count = 60_000
+    table = _append(image, b"", room=128 * MIB)
+    entry = struct.pack(">QIIBBHI", table, 128 * MIB // 8, 0, 1, 16, 1, 0) + b"b".ljust(8, b"\0")
+    directory = _append(image, entry * count)
+    _put(image, 88, ">Q", BITMAPS_CONSISTENT)
+    _put(image, 112, ">IIIIQQQ", BITMAPS, 24, count, 0, len(entry) * count, directory, 0)
+    found = examine(image, writable=True)
+    assert "bitmaps: the tables of the first 3 take" in found.refused
+
+
+def test_a_dirty_image_of_holes_that_are_tables(image: Path) -> None:
+    """Their blocks of counts are missing, too."""
+    count = 1 << 16
+    tables = _append(image, b"", room=count * 512)
+    entries = b"".join(struct.pack(">Q", tables + n * 512 | COPIED) for n in range(count))
+    _put(image, 24, ">Q", count * 64 * 512)
+    _put(image, 36, ">IQ", count, _append(image, entries))
+    _put(image, 72, ">Q", DIRTY)
+    assert not examine(image, writable=True).refused, "refcount blocks for all of them are made"
+    assert (checked := qemu.check(image)).whole, checked.said
