@@ -7,8 +7,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from conformance.nbd_client import FLUSH, FUA, WRITE, NbdClient
 
 from . import qemu
 from .attached import first_difference
@@ -82,16 +85,23 @@ def test_qemu_copies_an_image_through_us_and_back(serve: Serve, tmp_path: Path, 
     assert not first_difference(qemu.content(made.path), source.content)
 
 
-def test_what_was_flushed_is_there_after_the_server_is_killed(serve: Serve, tmp_path: Path) -> None:
-    made = make(tmp_path, Shape(cluster_bits=12, lazy=True), size=4 * MIB, steps=0)
+@pytest.mark.parametrize("how", ["a flush", "FUA"])
+@pytest.mark.parametrize("kind", ["plain", "lazy", "backed", "extended", "data file"])
+def test_what_is_durable_is_there_after_the_server_is_killed(serve: Serve, tmp_path: Path, kind: str, how: str) -> None:
+    made = make(tmp_path, SHAPES[kind], size=4 * MIB, steps=0)
     server = serve(made.path)
-    writes = [f"write -P {number + 1} {number * 37 * 4096} 12k" for number in range(20)]
-    words = [word for command in [*writes, "flush"] for word in ("-c", command)]
-    qemu.run("qemu-io", "-f", "raw", server.uri, *words)
+    client = NbdClient.unix(parse_qs(urlsplit(server.uri).query)["socket"][0])
+    for number in range(20):
+        payload = bytes([number + 1]) * (12 << 10)
+        assert not client.ask(WRITE, number * 37 * 4096, flags=FUA if how == "FUA" else 0, payload=payload).error
+    if how == "a flush":
+        assert not client.ask(FLUSH).error
     server.process.kill()
     server.process.wait()
-    found = qemu.check(made.path, repair="all")
+    client.close()
+    found = qemu.check(made.path, repair="all" if made.shape.lazy else "")
     assert not found.errors, found.said
+    assert made.shape.lazy or not found.corruptions, found.said
     content = qemu.content(made.path)
     for number in range(20):
         assert content[number * 37 * 4096 :][: 12 << 10] == bytes([number + 1]) * (12 << 10)
