@@ -35,6 +35,8 @@ _GROWTH: Final = (4 << 20, 64 << 20)
 _HOST_LIMIT: Final = 1 << 56
 """Host offsets end here: bits 9 - 55 of an entry."""
 
+NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 
 
@@ -45,6 +47,9 @@ class Run:
     first: int
     count: int
     zeroed: bool
+
+
+_NOTHING: Final = Run(0, 0, False)
 
 
 class Allocator:
@@ -70,7 +75,9 @@ class Allocator:
         self._reserve = reserve
         self._punches = True
         self._hint = 0
-        self._run = Run(0, 0, False)
+        """Nothing below is free but what is at hand."""
+        self._run = _NOTHING
+        self._next = _NOTHING
         self._given_back: list[NDArray[np.uint64]] = []
         self.allocated = 0
         """Clusters handed out so far."""
@@ -90,10 +97,30 @@ class Allocator:
         return Run(run.first, count, run.zeroed)
 
     def at_hand(self, want: int) -> int:
-        """How many neighbouring clusters the next `take` can have, were it to want more than `want`."""
+        """How many of `want` clusters can be had in one piece, or with the next one in two. Raises CorruptImage, and
+        ENOSPC where there is none at all.
+        """
+        if not self._run.count:
+            self._run, self._next = self._next, _NOTHING
         if not self._run.count:
             self._run = self._find(want)
-        return self._run.count
+        if self._run.count < want and not self._next.count:
+            self._look_further(want - self._run.count)
+        return self._run.count + self._next.count
+
+    def _look_further(self, want: int) -> None:
+        """Finds what comes after the run at hand, and makes both one if they are."""
+        run = self._run
+        try:
+            found = self._find(want)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            return  # whoever wants it will hear of it
+        if (found.first, found.zeroed) == (run.first + run.count, run.zeroed):
+            self._run = Run(run.first, run.count + found.count, run.zeroed)
+        else:
+            self._next = found
 
     def give_back(self, clusters: NDArray[np.uint64]) -> None:
         """One reference to each cluster named is gone from memory (a cluster may be named twice)."""
@@ -103,7 +130,7 @@ class Allocator:
     def take_back(self, run: Run) -> None:
         """Undoes a `take` of which nobody has heard."""
         self._refcounts.set(run.first, run.count, 0)
-        self._hint = min(self._hint, run.first)
+        self._look_from(run.first)
         self.allocated -= run.count
 
     @property
@@ -122,15 +149,18 @@ class Allocator:
         self.freed += free.size
         if not free.size:
             return
-        if int(free[0]) < self._hint:  # the file's end can wait
-            self._hint, self._run = int(free[0]), Run(0, 0, False)
+        self._look_from(int(free[0]))  # the file's end can wait
         for first, count in runs_of(free):
             self._punch(first, count)
 
     def forget_run(self) -> None:
         """The run at hand is looked for anew: its clusters may be at the end of the file, which is to be cut."""
-        self._run = Run(0, 0, False)
-        self._hint = 0
+        self._look_from(0)
+
+    def _look_from(self, cluster: int) -> None:
+        """There may be free clusters from this one on, below those at hand."""
+        if cluster < self._hint:
+            self._hint, self._run, self._next = cluster, _NOTHING, _NOTHING
 
     def trim_file(self) -> None:
         """Cuts the file behind its last cluster in use."""

@@ -110,7 +110,7 @@ class Mapping:
         return table
 
     def room(self, want: int) -> int:
-        """How many of `want` guest clusters the next `take` can have."""
+        """How many of `want` guest clusters the next two `take`s can have."""
         return want if self.layout.data_file else min(want, self._allocator.at_hand(want))
 
     def take(self, cluster: int, want: int) -> Run:

@@ -7,7 +7,6 @@ a copy of its own. One thread (the mapper's). May fail: CorruptImage, OSError (E
 
 from __future__ import annotations
 
-import errno
 import itertools
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.qcow2 import placing
-from blkloom.qcow2.allocation import Run
+from blkloom.qcow2.allocation import NO_ROOM, Run
 from blkloom.qcow2.placing import ALL_ALLOCATED, place, runs_alike, touched_by
 from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, subcluster_bits
 from blkloom.qcow2.types import SUBCLUSTERS, L1Index, Words
@@ -34,7 +33,6 @@ _OWN_OR_MADE: Final = np.uint64(COPIED | COMPRESSED | ALL_ZERO)
 _NOT_ZERO: Final = ~np.uint64(ALL_ZERO)
 _NONE: Final = np.uint64(0)
 _HALF: Final = np.uint64(32)
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Preparer:
@@ -151,7 +149,7 @@ class Preparer:
                     return
                 run = self._mapping.take(table.index * self._per_table + at, far - at)
             except OSError as error:
-                if error.errno not in _FULL or (at, far) == (low, high):
+                if error.errno not in NO_ROOM or (at, far) == (low, high):
                     raise
                 # Never mind the neighbours.
                 if at >= high:
@@ -162,7 +160,7 @@ class Preparer:
             at += run.count
 
     def _in_crumbs(self, count: int) -> bool:
-        """Whether so many clusters would not even half be had in one piece: neighbours are not worth that."""
+        """Whether so many clusters would not even half be had in two pieces: neighbours are not worth that."""
         return self._mapping.room(count) * 2 < count
 
     def _give_run(self, table: L2Table, at: int, run: Run, low: int, high: int) -> None:
