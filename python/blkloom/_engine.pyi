@@ -218,6 +218,14 @@ class Fault:
     @property
     def fast(self) -> bool:
         """write_zeroes: only if faster than writing; ENOTSUP otherwise."""
+    @property
+    def again(self) -> bool:
+        """Its request was held before."""
+    @property
+    def full(self) -> int:
+        """A write that was sent where a cluster table says, and found no space there: the errno (ENOSPC, EDQUOT).
+        0: not so.
+        """
     def payload(self) -> bytes:
         """A write's data (a copy), length bytes."""
     def retry(self) -> None:
@@ -227,6 +235,11 @@ class Fault:
     def extents(self, extents: Sequence[tuple[int, int]]) -> None:
         """Answer of an `extents` fault: (length, flags) from its offset on."""
     def fail(self, errno: int) -> None: ...
+    def hold(self, errno: int) -> None:
+        """Not now. The request waits, and its time is not over: until `Device.retry_held`, when it faults anew; or at
+        the gate of its device, when that is suspended, to be looked up after the resume. After `Device.fail_held` it
+        fails with errno, as a flush always does.
+        """
 
 @disjoint_base
 class Device:
@@ -268,6 +281,12 @@ class Device:
         """
     def next_faults(self, timeout: float | None = None) -> list[Fault] | None:
         """All waiting faults, waiting for the first; [] after `timeout`; None once closed."""
+    @property
+    def held(self) -> int:
+        """How many requests wait because `Fault.hold` said so."""
+    def retry_held(self) -> None: ...
+    def fail_held(self) -> None:
+        """They fail, and from now on what would be held: the device is about to close."""
     def attach_mapper(self) -> None:
         """From now on faults wait for `next_faults` (before, they fail with EIO)."""
     def close(self) -> None:

@@ -8,6 +8,7 @@ one, so `except OSError` keeps working.
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -160,3 +161,14 @@ class NoSupervisor(ResourceError):
 
 class FaultError(OSError):
     """What a target's fault handler raises to fail a request with a particular errno."""
+
+
+class LaterError(FaultError):
+    """What a target's fault handler raises when it cannot do it now: the request waits, and the handler is asked again
+    after some seconds, when `LiveSegment.retry` says so, and after a suspend. errno: what the request fails with if
+    the device ends first. begins: called when nothing waited before, so that users may be told once.
+    """
+
+    def __init__(self, errno: int, what: str, *, begins: Callable[[], None]) -> None:
+        super().__init__(errno, what)
+        self.begins = begins

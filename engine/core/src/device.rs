@@ -10,6 +10,7 @@ use blkloom_map::{Extent, Handles, Hint, Piece, Place};
 
 use crate::epoch::{Epochs, Pin};
 use crate::fault::{Fault, FaultQueue};
+use crate::held::Held;
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
 use crate::stacking::{self, Users};
@@ -99,6 +100,7 @@ pub struct Device {
     pub(crate) epochs: Epochs,
     pub(crate) stats: Stats,
     pub(crate) faults: FaultQueue,
+    pub(crate) held: Arc<Held>,
     at_gate: Mutex<Vec<(Arc<Inbox>, TaskId)>>,
     /// One suspend, swap, resume or close at a time.
     control: Turn,
@@ -142,6 +144,7 @@ impl Device {
             epochs: Epochs::default(),
             stats: Stats::default(),
             faults: FaultQueue::default(),
+            held: Arc::default(),
             at_gate: Mutex::new(Vec::new()),
             control: Turn::default(),
             fault_timeout: fault_timeout.min(LONGEST_TIMEOUT),
@@ -169,6 +172,25 @@ impl Device {
 
     pub fn closed(&self) -> bool {
         self.gate.load(Ordering::SeqCst) == CLOSED
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        self.gate.load(Ordering::SeqCst) == LIVE
+    }
+
+    /// Requests whose target has them wait.
+    pub fn held(&self) -> usize {
+        self.held.count()
+    }
+
+    /// Has the targets asked again for them.
+    pub fn retry_held(&self) {
+        self.held.release();
+    }
+
+    /// They fail, and what a target has wait from now on: the device is about to end.
+    pub fn fail_held(&self) {
+        self.held.refuse();
     }
 
     pub fn stats(&self) -> &Stats {
@@ -208,6 +230,10 @@ impl Device {
             for (inbox, task) in waiting.drain(..) {
                 inbox.send(Message::GateOpened(task));
             }
+        }
+        drop(waiting);
+        if state != LIVE {
+            self.held.release();
         }
         true
     }

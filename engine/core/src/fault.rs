@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use blkloom_io::{Buffer, errno::EIO};
 
 use crate::device::LONGEST_TIMEOUT;
+use crate::held::{Held, Holding};
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
 use crate::request::{Context, Flags};
@@ -21,6 +22,8 @@ pub enum Answer {
     /// (length, flags) from the fault's offset on.
     Extents(Vec<(u64, u32)>),
     Fail(i32),
+    /// Not now: the request waits (see `held`). The errno it fails with, if it comes to that.
+    Hold(i32, Holding),
 }
 
 /// A write's bytes, kept alive however late the target looks.
@@ -39,6 +42,11 @@ pub struct Fault {
     pub flags: Flags,
     /// Of extents.
     pub context: Context,
+    /// It was held before.
+    pub again: bool,
+    /// A write that was sent where the map says, and refused there with this errno (no space); else 0.
+    pub full: i32,
+    pub(crate) held: Arc<Held>,
     pub(crate) payload: Payload,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) task: TaskId,
@@ -60,6 +68,12 @@ impl Fault {
             self.payload = Payload::None;
             self.inbox.send(Message::Answered(self.task, answer));
         }
+    }
+
+    /// See `Answer::Hold`.
+    pub fn hold(&mut self, errno: i32) {
+        let holding = self.held.hold();
+        self.answer(Answer::Hold(errno, holding));
     }
 }
 

@@ -31,6 +31,10 @@ pub enum Message {
     Answered(TaskId, Answer),
     /// The gate a task waited at has opened (or its device has closed).
     GateOpened(TaskId),
+    /// A held task is walked again.
+    Released(TaskId),
+    /// A held task fails.
+    HoldRefused(TaskId),
     Serve(Box<Connection>),
     CloseConnection(u64),
     DetachConnection(u64),

@@ -11,6 +11,7 @@ mod device;
 mod engine;
 mod epoch;
 mod fault;
+mod held;
 mod inbox;
 mod looper;
 mod nbd;

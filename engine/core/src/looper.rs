@@ -315,6 +315,8 @@ impl Loop {
             Message::Worked(task, work) => self.bench.queue.worked(task, work),
             Message::Answered(task, answer) => self.bench.queue.answered(task, answer),
             Message::GateOpened(task) => self.bench.queue.gate_opened(task),
+            Message::Released(task) => self.bench.queue.released(task),
+            Message::HoldRefused(task) => self.bench.queue.hold_refused(task),
             Message::Serve(connection) => self.serve(*connection),
             Message::CloseConnection(id) => {
                 if let Some((slot, _)) = self.members.iter().find(|(_, member)| member.connection.id == id) {

@@ -4,7 +4,7 @@
 //! queue. It stops at the first piece that would wait, fault or park, and says how far it came; the
 //! queue takes the request from there.
 
-use blkloom_io::{Busy, File, Inline, InlinePolicy, Slice, Stretch, errno::EIO};
+use blkloom_io::{Busy, File, Inline, InlinePolicy, Slice, Stretch, errno::EDQUOT, errno::EIO, errno::ENOSPC};
 use blkloom_map::Place;
 
 use crate::device::{Device, Kinds, Refused};
@@ -205,13 +205,14 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: 
         let part = from.part(at, len as usize);
         at += len as usize;
         match place {
-            Place::Data { file, offset, writable: true, .. } => match file.write_now(*offset, part) {
+            Place::Data { file, offset, writable: true, punch } => match file.write_now(*offset, part) {
                 Inline::Done => Now::Done,
-                Inline::Failed(errno) => Now::Failed(errno),
+                Inline::Failed(errno) => refused(errno, *punch),
                 Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
                 Inline::Wait(done) => {
                     let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
-                    Busy::new(&***file).write(offset, part, false).map_or_else(Now::Failed, |()| Now::Done)
+                    let written = Busy::new(&***file).write(offset, part, false);
+                    written.map_or_else(|errno| refused(errno, *punch), |()| Now::Done)
                 }
             },
             Place::Memory { region, offset } => {
@@ -223,6 +224,11 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: 
             _ => Now::Later(0),
         }
     })
+}
+
+/// A write that storage refused. Where a table sent it, its target may know what to do for want of space.
+fn refused(errno: i32, punch: bool) -> Now {
+    if !punch && matches!(errno, ENOSPC | EDQUOT) { Now::Later(0) } else { Now::Failed(errno) }
 }
 
 /// Discards or zeroes a range where that is quick: memory, and files on file systems that are.

@@ -1,8 +1,8 @@
 //! The queue: a loop's requests that could not be done at once.
 //!
 //! A request is walked piece by piece; each piece that takes time becomes a `Task`: an I/O in the
-//! ring, a chore in the pool, a fault at the mapper, or a wait at a suspended device's gate. The
-//! request ends when its last task has, with the first error. A task that uses what a map named
+//! ring, a chore in the pool, a fault at the mapper, a fault its target holds, or a wait at a suspended
+//! device's gate. The request ends when its last task has, with the first error. A task that uses what a map named
 //! holds pins of every device on its path; a parked one counts as parked there instead, so that the
 //! mapper may wait for the pins (see `epoch`). At most `MOST_TASKS` of a request run at once; what is
 //! left of its range waits in `todo`.
@@ -25,6 +25,7 @@ use self::flush::must_flush;
 use crate::device::Device;
 use crate::epoch::Pin;
 use crate::fault::Answer;
+use crate::held::Holding;
 use crate::inbox::{Inbox, TaskId};
 use crate::pool::{BlockShare, Pool, Work};
 use crate::request::{Found, Request};
@@ -77,7 +78,18 @@ struct Task {
     len: u64,
     path: Vec<Inside>,
     kind: Kind,
+    attempt: Attempt,
+}
+
+/// What became of a piece before.
+#[derive(Clone, Copy, Default)]
+struct Attempt {
+    /// Times a fault was answered "retry" since anything else happened.
     retries: u32,
+    /// Its target held it before.
+    again: bool,
+    /// Storage had no space for the write: the errno; the target is to see to it. Else 0.
+    full: i32,
 }
 
 enum Kind {
@@ -94,6 +106,10 @@ enum Kind {
     },
     Fault {
         deadline: Instant,
+    },
+    Held {
+        errno: i32,
+        holding: Holding,
     },
     Gate,
     /// The loop's next turn goes on with it.
@@ -121,7 +137,7 @@ struct Walk<'a> {
     path: &'a mut Vec<Inside>,
     /// Devices a retried task is inside of already: their gates do not stop it.
     inside: &'a [Arc<Device>],
-    retries: u32,
+    attempt: Attempt,
     pieces: u32,
 }
 
@@ -171,11 +187,11 @@ impl Queue {
         self.advance(active, false);
     }
 
-    /// Fails what waits at gates, now and from now on: the engine closes, and nobody may ever open them.
+    /// Fails what waits at gates or is held, now and from now on: the engine closes, and nobody may ever open them.
     pub fn stop(&mut self) {
         self.stopping = true;
-        let at_gates = self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate));
-        let ids: Vec<TaskId> = at_gates.map(|(slot, task)| TaskId { slot, generation: task.generation }).collect();
+        let waiting = self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate | Kind::Held { .. }));
+        let ids: Vec<TaskId> = waiting.map(|(slot, task)| TaskId { slot, generation: task.generation }).collect();
         ids.into_iter().for_each(|id| self.finish(id, Err(ESHUTDOWN)));
     }
 
@@ -191,7 +207,7 @@ impl Queue {
                 return;
             }
             if let Some((offset, len)) = active.todo.pop() {
-                self.walk(index, offset, len, &[], 0);
+                self.walk(index, offset, len, &[], Attempt::default());
                 continue;
             }
             if active.tasks > 0 {
@@ -311,6 +327,8 @@ impl Queue {
             Answer::Retry if op == Op::Flush => Ok(()),
             Answer::Retry => return self.retry(id),
             Answer::Fail(errno) => Err(errno),
+            Answer::Hold(errno, holding) if op != Op::Flush => return self.hold(id, errno, holding),
+            Answer::Hold(errno, _) => Err(errno),
             Answer::Done(bytes) if op == Op::Read => match bytes {
                 Some(bytes) if bytes.len() as u64 == task.len => {
                     let at = (task.offset - active.request.offset) as usize;

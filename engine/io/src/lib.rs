@@ -30,4 +30,5 @@ pub mod errno {
     pub const EOPNOTSUPP: i32 = 95;
     pub const ESHUTDOWN: i32 = 108;
     pub const ETIMEDOUT: i32 = 110;
+    pub const EDQUOT: i32 = 122;
 }

@@ -162,6 +162,19 @@ impl Device {
         Ok(faults.map(|faults| faults.into_iter().map(Fault::new).collect()))
     }
 
+    #[getter]
+    fn held(&self) -> usize {
+        self.inner.held()
+    }
+
+    fn retry_held(&self) {
+        self.inner.retry_held();
+    }
+
+    fn fail_held(&self) {
+        self.inner.fail_held();
+    }
+
     fn attach_mapper(&self) {
         self.inner.attach_mapper();
     }

@@ -70,6 +70,16 @@ impl Fault {
         self.with(|fault| fault.flags.fast)
     }
 
+    #[getter]
+    fn again(&self) -> bool {
+        self.with(|fault| fault.again)
+    }
+
+    #[getter]
+    fn full(&self) -> i32 {
+        self.with(|fault| fault.full)
+    }
+
     fn payload<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         self.with(|fault| PyBytes::new(py, fault.payload()))
     }
@@ -87,6 +97,10 @@ impl Fault {
 
     fn extents(&self, extents: Vec<(u64, u32)>) {
         self.with(|fault| fault.answer(Answer::Extents(extents)));
+    }
+
+    fn hold(&self, errno: i32) {
+        self.with(|fault| fault.hold(errno));
     }
 
     fn fail(&self, errno: i32) {

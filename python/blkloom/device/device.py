@@ -202,11 +202,16 @@ class Device(_engine.Device):
                 self._postsuspend()
 
     def _drain(self, *, flush: bool, timeout: float | None) -> None:
+        was_live = not self.suspended
         try:
             super().suspend(flush=flush, timeout=timeout)
         except TimeoutError as error:
             after = f" after {timeout:g} s" if timeout is not None else ""
             raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
+        except OSError:
+            if was_live:  # nothing was written back, and the targets have not let go of anything
+                super().resume()
+            raise
 
     def _postsuspend(self) -> None:
         """Tells the targets. Live again if one raises."""
@@ -375,6 +380,7 @@ class Device(_engine.Device):
             self._closed = True
             try:
                 if not self.suspended:
+                    self.fail_held()  # here they would wait for a resume that does not come
                     super().suspend(flush=flush, timeout=self._fault_timeout)
                     for owner in self._active.owners.values() if self._active and flush else ():
                         self._mapper.ask(owner.target.postsuspend)

@@ -2,8 +2,9 @@
 
 One thread a device, so a target's Python runs on one thread at a time; whoever closes a target
 from elsewhere takes the same turn (`retire`). Nothing a target does ends the thread: an `OSError`
-gives the request its errno, anything else EIO. It ends when the device has closed, and then closes
-what is still loaded.
+gives the request its errno, anything else EIO. What a target wants to be asked later (`LaterError`)
+waits in the engine, and every `RETRY_SECONDS` it is asked again. It ends when the device has closed, and
+then closes what is still loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
@@ -18,12 +20,15 @@ from typing import Final, TypeVar
 
 from blkloom import _engine
 from blkloom.device.compose import LoadedTable, Owner
-from blkloom.errors import FaultError
+from blkloom.errors import FaultError, LaterError
 from blkloom.target.base import RETRY, Target
 from blkloom.units import Bytes
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+RETRY_SECONDS: Final = 5.0
+"""How often what a target has wait is asked for again."""
+
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 _ALLOCATION: Final = "base:allocation"
 _MOST_RUNS: Final = 16384
@@ -40,6 +45,7 @@ class Mapper:
         self._turn = threading.Lock()
         self._tables: list[LoadedTable] = []
         self._owners: dict[int, Owner] = {}
+        self._retry_at: float | None = None
         self._reported: set[tuple[type[Target], str, type[BaseException], int]] = set()
         self._thread = threading.Thread(
             target=self._run, args=(device,), name=f"blkloom-map {device.name}".rstrip(), daemon=False
@@ -94,15 +100,28 @@ class Mapper:
         """Waits for a batch and answers it; False once the device has closed."""
         faults: list[_engine.Fault] | None = []
         try:
-            faults = device.next_faults()
+            faults = device.next_faults(self._until_retry(device))
             if faults:
                 with self._turn:
-                    self._answer_all(faults)
+                    self._answer_all(device, faults)
         except MemoryError:  # faults it cost us before we saw them have failed with EIO
             for fault in faults or ():
                 fault.fail(errno.ENOMEM)  # only the first answer counts
             _log.error("device %r: out of memory while answering faults", self._name)
         return faults is not None
+
+    def _until_retry(self, device: _engine.Device) -> float | None:
+        """Has what waits asked for again when it is time; seconds until it is, None while nothing waits."""
+        if not device.held:
+            self._retry_at = None
+            return None
+        now = time.monotonic()
+        if self._retry_at is not None and self._retry_at <= now:
+            device.retry_held()
+            self._retry_at = None
+        if self._retry_at is None:
+            self._retry_at = now + RETRY_SECONDS
+        return self._retry_at - now
 
     def _close_tables(self) -> None:
         with self._turn:
@@ -110,7 +129,7 @@ class Mapper:
             while self._tables:
                 self._tables.pop().close()
 
-    def _answer_all(self, faults: list[_engine.Fault]) -> None:
+    def _answer_all(self, device: _engine.Device, faults: list[_engine.Fault]) -> None:
         """Flushes last: they then cover the batch's other requests too, and share a call a target."""
         self._announce(faults)
         flushes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
@@ -118,9 +137,9 @@ class Mapper:
             if fault.operation == "flush":
                 flushes[fault.owner].append(fault)
             else:
-                self._answer([fault])
+                self._answer(device, [fault])
         for waiting in flushes.values():
-            self._answer(waiting)
+            self._answer(device, waiting)
 
     def _announce(self, faults: list[_engine.Fault]) -> None:
         """Tells a target of the reads that came for it together."""
@@ -137,7 +156,7 @@ class Mapper:
             except BaseException as error:  # it will come again, as the answer to one of them
                 self._errno_of(error, owner, waiting[0])
 
-    def _answer(self, faults: list[_engine.Fault]) -> None:
+    def _answer(self, device: _engine.Device, faults: list[_engine.Fault]) -> None:
         """Answers one fault, or flushes of one target with one call."""
         first = faults[0]
         owner = self._owners.get(first.owner)
@@ -152,10 +171,22 @@ class Mapper:
                     fault.done()
             else:
                 _ask(owner, first)
+        except LaterError as error:
+            first_of_all = not (first.again or device.held)
+            for fault in faults:
+                fault.hold(error.errno or errno.EIO)
+            if first_of_all:
+                self._say_that_it_waits(error, owner, first)
         except BaseException as error:  # not even SystemExit from a target may end the thread
             number = self._errno_of(error, owner, first)
             for fault in faults:
                 fault.fail(number)
+
+    def _say_that_it_waits(self, waits: LaterError, owner: Owner, fault: _engine.Fault) -> None:
+        try:
+            waits.begins()
+        except BaseException as error:
+            self._errno_of(error, owner, fault)
 
     def _errno_of(self, error: BaseException, owner: Owner, fault: _engine.Fault) -> int:
         """What the request fails with; what the user must know of it goes to the log, once."""
@@ -200,6 +231,8 @@ def _ask(owner: Owner, fault: _engine.Fault) -> None:
                 fault.done(data)
                 return
             answer = data
+        case "write" if fault.full:
+            answer = target.full(offset, length, fault.full)
         case "write":
             answer = target.write_lazily(offset, length, fault.payload, fua=fault.fua)
         case "discard":

@@ -13,7 +13,8 @@ Obligations.
   the start of the *segment*; a fault never reaches past it.
 - A handler answers by returning (the request is done), by returning `RETRY` (the map has changed,
   look again), or by raising: `FaultError` and any other `OSError` give the request their errno,
-  everything else is EIO and a traceback in the log. The rest of the device goes on working.
+  `LaterError` has it wait, everything else is EIO and a traceback in the log. The rest of the device goes
+  on working.
 - A handler must not do I/O on its own device: that would wait for itself.
 """
 
@@ -152,6 +153,12 @@ class Target(ABC):
     def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
         """`write`, of bytes that are copied only if they are fetched: for those who mostly answer RETRY."""
         return self.write(offset, fetch(), fua=fua)
+
+    def full(self, offset: Bytes, length: Bytes, number: int) -> Retry:
+        """A write was sent where a cluster table says, and found no space there. number: the errno (ENOSPC, EDQUOT).
+        RETRY: there is some now.
+        """
+        raise FaultError(number, "no space is left where the map leads")
 
     def flush(self) -> None:
         """Make durable what completed writes left in memory. Concurrent flushes share one call."""

@@ -1,7 +1,7 @@
 """A segment as it is loaded: how a target changes what it mapped without a fault having asked for it.
 
-A target gets it in `map` and keeps it. Any thread but the mapper's may use it; after the table has gone
-it does nothing any more.
+A target gets it in `map` and keeps it. Any thread may use it, the mapper's only what does not drain the device;
+after the table has gone it does nothing any more.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ class LiveSegment:
         """Something happened that its users should know: `wait` wakes them, and the log says what."""
         if self._device is not None:
             self._device.tell(what)
+
+    @property
+    def held(self) -> int:
+        """How many requests of the device wait because a handler raised LaterError."""
+        return 0 if self._device is None else self._device.held
+
+    def retry(self) -> None:
+        """What waits because of LaterError is asked for again now."""
+        if self._device is not None:
+            self._device.retry_held()
 
     def synchronize(self) -> None:
         """Waits until no request is in flight that looked the map up before. The mapper's thread may call it."""

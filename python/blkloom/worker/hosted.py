@@ -370,6 +370,7 @@ class HostedDevice:
         """Ends its exports, drains it, and flushes it if asked to; gives up its files and claims. Raises
         OSError of the last flush or DrainError; it is closed even so.
         """
+        self.device.fail_held()  # while its clients can still be told
         while self.exports:
             await self.exports.popitem()[1].end()
         self._devices.pop(self.name, None)

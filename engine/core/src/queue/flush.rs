@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use blkloom_io::File;
 
-use super::{Inside, Phase, Queue, Walk};
+use super::{Attempt, Inside, Phase, Queue, Walk};
 use crate::device::{Device, Refused};
 use crate::pool::Chore;
 use crate::request::Request;
@@ -19,7 +19,7 @@ impl Queue {
         let gate_open = self.actives[index].request.flags.through_gate || inside;
         let pin = if gate_open { Ok(device.epochs.pin(self.shard)) } else { device.enter(self.shard) };
         let mut path = Vec::new();
-        let walk = Walk { active: index, path: &mut path, inside: &[], retries: 0, pieces: 0 };
+        let walk = Walk { active: index, path: &mut path, inside: &[], attempt: Attempt::default(), pieces: 0 };
         match pin {
             Err(Refused::Suspended) => {
                 self.actives[index].phase = Phase::Main;
@@ -48,7 +48,7 @@ impl Queue {
         for (device, owner) in owners {
             let pin = device.epochs.pin(self.shard);
             let mut path = vec![Inside { device: device.clone(), pin: Some(pin) }];
-            let walk = Walk { active: index, path: &mut path, inside: &[], retries: 0, pieces: 0 };
+            let walk = Walk { active: index, path: &mut path, inside: &[], attempt: Attempt::default(), pieces: 0 };
             self.fault(&walk, owner, Op::Flush, 0, 0, 0);
             device.epochs.unpin(pin);
         }

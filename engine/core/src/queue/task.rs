@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Busy, File, errno::EIO, errno::ESHUTDOWN};
+use blkloom_io::{Busy, File, errno::EDQUOT, errno::EIO, errno::ENOSPC, errno::ESHUTDOWN};
 
-use super::{Inside, Kind, Phase, Queue, Task, Walk};
+use super::{Active, Attempt, Inside, Kind, Phase, Queue, Task, Walk};
 use crate::device::Device;
 use crate::fault::{Fault, Payload};
+use crate::held::Holding;
 use crate::inbox::{Message, TaskId};
 use crate::pool::{BlockShare, Chore};
 use crate::request::Memory;
@@ -22,7 +23,7 @@ impl Queue {
         self.generation = self.generation.wrapping_add(1);
         self.actives[walk.active].tasks += 1;
         let task =
-            Task { active: walk.active, generation: self.generation, offset, len, path, kind, retries: walk.retries };
+            Task { active: walk.active, generation: self.generation, offset, len, path, kind, attempt: walk.attempt };
         TaskId { slot: self.tasks.insert(task), generation: self.generation }
     }
 
@@ -79,7 +80,7 @@ impl Queue {
 
     pub(super) fn fault(&mut self, walk: &Walk<'_>, owner: u32, op: Op, root: u64, at: u64, len: u64) {
         let Some(last) = walk.path.last() else { return };
-        if walk.retries >= MOST_RETRIES {
+        if walk.attempt.retries >= MOST_RETRIES {
             return self.fail(walk.active, EIO);
         }
         let device = last.device.clone();
@@ -95,8 +96,23 @@ impl Queue {
             _ => Payload::None,
         };
         let (flags, context, inbox) = (request.flags, request.context.clone(), self.inbox.clone());
-        let fault = Fault { op, owner, offset: at, len, flags, context, payload, inbox, task: id, answered: false };
-        device.faults.push(fault);
+        let Attempt { again, full, .. } = walk.attempt;
+        let held = device.held.clone();
+        device.faults.push(Fault {
+            op,
+            owner,
+            offset: at,
+            len,
+            flags,
+            context,
+            again,
+            full,
+            held,
+            payload,
+            inbox,
+            task: id,
+            answered: false,
+        });
     }
 
     pub(super) fn wait_at_gate(&mut self, walk: &Walk<'_>, device: &Arc<Device>, root: u64, len: u64) {
@@ -117,13 +133,57 @@ impl Queue {
 
     pub(super) fn take(&mut self, id: TaskId) -> Option<Task> {
         match self.tasks.get(id.slot) {
-            Some(task) if task.generation == id.generation => self.tasks.try_remove(id.slot),
+            Some(task) if task.generation == id.generation => {
+                if let Kind::Held { .. } = task.kind {
+                    task.path.iter().for_each(|inside| inside.device.held.leave(&self.inbox, id));
+                }
+                self.tasks.try_remove(id.slot)
+            }
             _ => None,
+        }
+    }
+
+    /// Its target wants to be asked again, later.
+    pub(super) fn hold(&mut self, id: TaskId, errno: i32, holding: Holding) {
+        let task = &mut self.tasks[id.slot];
+        if let Kind::Fault { deadline } = task.kind {
+            self.deadlines.remove(&(deadline, id));
+        }
+        task.kind = Kind::Held { errno, holding };
+        let devices = || task.path.iter().map(|inside| &inside.device);
+        // All of them: whoever closes one of their gates must find it.
+        let refused = devices().filter(|device| !device.held.enter(&self.inbox, id)).count() > 0;
+        if refused || self.stopping {
+            self.finish(id, Err(errno));
+        } else if devices().any(|device| !device.is_live())
+            || matches!(&task.kind, Kind::Held { holding, .. } if holding.is_over())
+        {
+            self.released(id);
+        }
+    }
+
+    /// Walks a held task's range again, from its beginning and past no closed gate.
+    pub fn released(&mut self, id: TaskId) {
+        self.walk_again(id, Past::Nothing, |_| Attempt { again: true, ..Attempt::default() });
+    }
+
+    pub fn hold_refused(&mut self, id: TaskId) {
+        if let Some(Task { kind: Kind::Held { errno, .. }, generation, .. }) = self.tasks.get(id.slot)
+            && *generation == id.generation
+        {
+            let errno = *errno;
+            self.finish(id, Err(errno));
         }
     }
 
     /// A task has ended: lets go of its devices and goes on with its request.
     pub(super) fn finish(&mut self, id: TaskId, result: Result<(), i32>) {
+        if let Err(errno @ (ENOSPC | EDQUOT)) = result
+            && self.is_write_in_storage(id)
+        {
+            let full = |attempt: Attempt| Attempt { full: errno, retries: attempt.retries + 1, ..attempt };
+            return self.walk_again(id, Past::Gates, full);
+        }
         let Some(task) = self.take(id) else { return };
         if let Kind::Fault { deadline } = task.kind {
             self.deadlines.remove(&(deadline, id));
@@ -137,24 +197,51 @@ impl Queue {
         leave(task.path);
     }
 
+    fn is_write_in_storage(&self, id: TaskId) -> bool {
+        self.tasks.get(id.slot).is_some_and(|task| {
+            let Active { request, phase, .. } = &self.actives[task.active];
+            task.generation == id.generation
+                && request.op == Op::Write
+                && *phase == Phase::Main
+                && matches!(task.kind, Kind::Ring { .. } | Kind::Pool { .. })
+        })
+    }
+
     /// Walks a parked task's range again, past the gates of the devices it is inside of.
     pub(super) fn retry(&mut self, id: TaskId) {
+        let attempt = match self.tasks.get(id.slot).map(|task| &task.kind) {
+            Some(Kind::Fault { .. }) => |before: Attempt| Attempt { retries: before.retries + 1, full: 0, ..before },
+            // What was so before a device was suspended need not be so now.
+            Some(Kind::Gate) => |before: Attempt| Attempt { retries: before.retries, ..Attempt::default() },
+            _ => |before: Attempt| before,
+        };
+        self.walk_again(id, Past::Gates, attempt);
+    }
+
+    fn walk_again(&mut self, id: TaskId, past: Past, attempt: impl FnOnce(Attempt) -> Attempt) {
         let Some(task) = self.take(id) else { return };
-        let mut retries = task.retries;
         if let Kind::Fault { deadline } = task.kind {
             self.deadlines.remove(&(deadline, id));
-            retries += 1;
         }
         // First, so that a request of very many pieces has room for the one it walks again.
         self.actives[task.active].tasks -= 1;
         if self.actives[task.active].phase == Phase::Main {
-            let inside: Vec<Arc<Device>> = task.path.iter().map(|inside| inside.device.clone()).collect();
-            self.walk(task.active, task.offset, task.len, &inside, retries);
+            let path = if past == Past::Gates { &task.path[..] } else { &[] };
+            let inside: Vec<Arc<Device>> = path.iter().map(|inside| inside.device.clone()).collect();
+            self.walk(task.active, task.offset, task.len, &inside, attempt(task.attempt));
         }
         self.advance(task.active, !task.path.is_empty());
         // Only now: between park and pin the task must not be missing from both counts.
         leave(task.path);
     }
+}
+
+/// What may not stop a task that is walked again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Past {
+    /// The gates of devices it is inside of.
+    Gates,
+    Nothing,
 }
 
 /// The path for a task that uses what the map named: pinned once more.

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use blkloom_io::{File, Inline, InlinePolicy, Slice, errno::EIO};
+use blkloom_io::{File, Inline, InlinePolicy, Slice, errno::EDQUOT, errno::EIO, errno::ENOSPC};
 use blkloom_map::Place;
 
-use super::{Inside, MOST_FOUND, MOST_TASKS, Queue, Walk};
+use super::{Attempt, Inside, MOST_FOUND, MOST_TASKS, Queue, Walk};
 use crate::device::{Device, Kinds, Mapping, Refused};
 use crate::pool::Chore;
 use crate::request::Found;
@@ -19,10 +19,10 @@ const ZERO_COST: u32 = 1024;
 const MOST_PIECES: u32 = 4096;
 
 impl Queue {
-    pub(super) fn walk(&mut self, active: usize, offset: u64, len: u64, inside: &[Arc<Device>], retries: u32) {
+    pub(super) fn walk(&mut self, active: usize, offset: u64, len: u64, inside: &[Arc<Device>], attempt: Attempt) {
         let device = self.actives[active].request.device.clone();
         let mut path = Vec::new();
-        let mut walk = Walk { active, path: &mut path, inside, retries, pieces: 0 };
+        let mut walk = Walk { active, path: &mut path, inside, attempt, pieces: 0 };
         let done = self.descend(&mut walk, &device, offset, offset, len);
         if done < len {
             self.actives[active].todo.push((offset + done, len - done));
@@ -135,8 +135,18 @@ impl Queue {
             },
             (Op::Read, Place::Memory { region, offset }) => region.read(offset, memory, Slice::empty()),
             (Op::Read, Place::Zero { .. }) => memory.zero(),
-            (Op::Write, Place::Data { file, offset, writable: true, .. }) => {
+            // Only where a table sent it, which its target changes, can the target do anything.
+            (Op::Write, Place::Data { writable: true, punch: true, .. }) if walk.attempt.full != 0 => {
+                self.fail(walk.active, walk.attempt.full);
+            }
+            (Op::Write, Place::Data { file, offset, writable: true, punch }) if walk.attempt.full == 0 => {
                 match if durable { Inline::Wait(0) } else { write_in_place(file, offset, memory) } {
+                    Inline::Failed(errno @ (ENOSPC | EDQUOT)) if !punch => {
+                        walk.attempt.full = errno;
+                        self.fault(walk, owner, op, root, at, len);
+                        walk.attempt.full = 0;
+                        return;
+                    }
                     Inline::Failed(errno) => return self.fail(walk.active, errno),
                     Inline::Done => return,
                     Inline::Wait(_) => {}

@@ -1,4 +1,4 @@
-//! Taking requests back that only wait at gates: another process will serve them. Part of `queue`, whose
+//! Taking requests back that only wait, at gates or held: another process will serve them. Part of `queue`, whose
 //! invariants hold here.
 
 use std::collections::BTreeMap;
@@ -10,12 +10,12 @@ use crate::nbd::Ticket;
 use crate::request::{Owner, Request};
 
 impl Queue {
-    /// Forgets the connections' requests that are `wanted` and that do nothing but wait at gates. Parts
+    /// Forgets the connections' requests that are `wanted` and that do nothing but wait, at gates or held. Parts
     /// of them may be done: whoever serves them anew does those once more, which changes nothing for a
     /// client that has no answer yet.
     pub fn withdraw(&mut self, wanted: impl Fn(&Ticket) -> bool) -> Vec<Request> {
         let mut waiting: BTreeMap<usize, Vec<TaskId>> = BTreeMap::new();
-        for (slot, task) in self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate)) {
+        for (slot, task) in self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate | Kind::Held { .. })) {
             waiting.entry(task.active).or_default().push(TaskId { slot, generation: task.generation });
         }
         waiting.retain(|&index, ids| {
