@@ -62,6 +62,8 @@ class TestArguments:
             discard_as=st.sampled_from(["unmap", "ignore"]),
             preallocate=st.sampled_from([None, Bytes(0), Bytes(1 << 20)]),
             compact_zeroes=st.booleans(),
+            on_enospc=st.sampled_from(["fail", "park"]),
+            fault_injection=st.booleans(),
         )
     )
     def test_what_is_printed_is_read_again(self, target: Qcow2) -> None:
@@ -70,11 +72,11 @@ class TestArguments:
 
     def test_every_option_is_understood_as_people_write_it(self) -> None:
         line = (
-            "0 8 qcow2 d 9 read_only snapshot=s allow_backing=/a allow_backing=/b lock=off cache=1.5M discard=ignore "
-            "preallocate=64K compact_zeroes"
+            "0 8 qcow2 d 11 read_only snapshot=s allow_backing=/a allow_backing=/b lock=off cache=1.5M discard=ignore "
+            "preallocate=64K compact_zeroes on_enospc=park fault_injection"
         )
         assert target_of(line) == Qcow2(
-            "d", True, "s", ("/a", "/b"), False, Bytes(3 << 19), "ignore", Bytes(65536), True
+            "d", True, "s", ("/a", "/b"), False, Bytes(3 << 19), "ignore", Bytes(65536), True, "park", True
         )
 
     @pytest.mark.parametrize(
@@ -89,7 +91,8 @@ class TestArguments:
             ("cache=many", "is not a size"),
             ("cache=9P", "more than any machine has"),
             ("discard=yes", "must be unmap or ignore"),
-            ("on_enospc=wait", "unknown option"),
+            ("on_enospc=wait", "must be fail or park"),
+            ("on_error=wait", "unknown option"),
         ],
     )
     def test_an_option_that_cannot_be_is_named(self, option: str, says: str) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from blkloom.errors import BackingError
 from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.storage import NO_HOLES
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ _HOST_LIMIT: Final = 1 << 56
 """Host offsets end here: bits 9 - 55 of an entry."""
 
 NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-_UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +65,19 @@ class Allocator:
         cluster_bits: int,
         metadata_in: Callable[[int, int], str],
         reserve: Callable[[HostOffset, int], None] | None = None,
+        secure: Callable[[HostOffset, int], None] | None = None,
     ) -> None:
-        """reserve: takes space for a range from the file system, or raises ENOSPC."""
+        """reserve: called with what is about to be handed out; it may take space for it, or raise ENOSPC. secure: takes
+        space for a table from the file system before there is anything to be written to it, or raises ENOSPC; None:
+        what is written finds space or does not.
+        """
         self._refcounts = refcounts
         self._storage = storage
         self._bits = cluster_bits
         self._metadata_in = metadata_in
         self._reserve = reserve
+        self._take_space = secure
+        self._secured: set[int] = set()
         self._punches = True
         self._hint = 0
         """Nothing below is free but what is at hand."""
@@ -91,10 +96,31 @@ class Allocator:
         count = min(want, run.count)
         if self._reserve:
             self._reserve(HostOffset(run.first << self._bits), count << self._bits)
+        if self._take_space:
+            self.secure(self._refcounts.block_of(run.first))
         self._refcounts.set(run.first, count, 1)
         self._run = Run(run.first + count, run.count - count, run.zeroed)
         self.allocated += count
         return Run(run.first, count, run.zeroed)
+
+    def take_table(self) -> Run:
+        """One cluster, for a table: `secure`."""
+        run = self.take(1)
+        try:
+            self.secure(run.first << self._bits)
+        except OSError:
+            self.take_back(run)
+            raise
+        return run
+
+    def secure(self, offset: int) -> None:
+        """The cluster of metadata that the byte lies in is about to be changed in memory: a flush must not want for
+        space then. Raises ENOSPC.
+        """
+        cluster = offset >> self._bits
+        if self._take_space and cluster not in self._secured:
+            self._take_space(HostOffset(cluster << self._bits), 1 << self._bits)
+            self._secured.add(cluster)
 
     def at_hand(self, want: int) -> int:
         """How many of `want` clusters can be had in one piece, or with the next one in two. Raises CorruptImage, and
@@ -147,6 +173,8 @@ class Allocator:
         free = self._refcounts.add(np.concatenate(self._given_back), -1)
         self._given_back.clear()
         self.freed += free.size
+        if self._secured:
+            self._secured.difference_update(free.tolist())
         if not free.size:
             return
         self._look_from(int(free[0]))  # the file's end can wait
@@ -200,6 +228,10 @@ class Allocator:
         if self._extend(start, count) < count:
             raise self._full()
         before = self._refcounts.table_offset, self._refcounts.table_clusters
+        if self._take_space:
+            self._take_space(HostOffset(start << self._bits), count << self._bits)
+            if count == 1:
+                self.secure(self._refcounts.entry_of(start))
         self._refcounts.describe(start)
         self._hint = start + count
         if self._refcounts.table_offset != before[0]:
@@ -234,7 +266,7 @@ class Allocator:
             try:
                 self._storage.punch(HostOffset(first << self._bits), count << self._bits)
             except OSError as error:
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in NO_HOLES:
                     raise
                 self._punches = False
         return self._punches

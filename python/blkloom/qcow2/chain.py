@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,15 @@ class Files(Protocol):
         """As `Opening.warn`."""
 
 
+StorageOf = Callable[[int, str, Literal["metadata", "data"]], FileStorage]
+"""Makes the storage of a file open as a descriptor, whose path that is, for one role of it."""
+
+
+def plain(fd: int, path: str, role: Literal["metadata", "data"]) -> FileStorage:
+    """The same for every role."""
+    return FileStorage(fd, path)
+
+
 class Chain:
     """layers: from the top down. files: the engine's file of each. unit_bits: of the chain."""
 
@@ -62,6 +72,10 @@ class Chain:
     def size(self) -> int:
         """Bytes of the disk."""
         return self.top.size
+
+    def images(self) -> list[Image]:
+        """From the top down; a raw file at the bottom is none."""
+        return [layer.image for layer in self.layers if isinstance(layer, ImageLayer)]
 
     def places(self, first: int, count: int) -> Words:
         """Where units are: an entry each, none of which shows through."""
@@ -131,12 +145,13 @@ def open_chain(
     snapshot: str = "",
     claimed: bool = True,
     home: str = "",
+    storage: StorageOf = plain,
 ) -> Chain:
     """The image at `path` and all it stands on. writable: the top image is to be written to. home: its absolute path,
-    where `path` may be relative to somebody else's directory; relative names in it begin there. Raises
-    CorruptImage, UnsupportedImage, BackingError, UsageError (no such snapshot).
+    where `path` may be relative to somebody else's directory; relative names in it begin there. storage: what files are
+    read and written through. Raises CorruptImage, UnsupportedImage, BackingError, UsageError (no such snapshot).
     """
-    return _Opener(files, gate, claimed).chain(path, writable=writable, snapshot=snapshot, home=home)
+    return _Opener(files, gate, claimed, storage).chain(path, writable=writable, snapshot=snapshot, home=home)
 
 
 @dataclass(slots=True)
@@ -144,6 +159,7 @@ class _Opener:
     files: Files
     gate: Gate
     claimed: bool
+    storage: StorageOf
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def chain(self, path: str, *, writable: bool, snapshot: str, home: str) -> Chain:
@@ -154,7 +170,9 @@ class _Opener:
             if len(layers) == _MOST_LAYERS:
                 raise BackingError(f"a chain of more than {_MOST_LAYERS} images", path=path, errno=errno.ELOOP)
             top = not layers
-            storage = self._storage(path, writable=writable and top, what="image" if top else "backing file")
+            what = "image" if top else "backing file"
+            role: Literal["metadata", "data"] = "data" if form == "raw" else "metadata"
+            storage = self._storage(path, writable=writable and top, what=what, role=role)
             if form == "raw":
                 layers.append(RawLayer(len(layers), storage))
                 data.append(self._data(path, writable=False))
@@ -182,14 +200,16 @@ class _Opener:
         writable: bool,
         snapshot: str,
     ) -> tuple[Layer, File]:
-        data_path, data_storage = path, storage
+        data_path = path
         if header.has_data_file:
             name = header.extension(ExtensionKind.DATA_FILE_NAME)
             if not name:
                 raise CorruptImage("it needs an external data file and names none", path=path)
             data_path = self.gate.reach(name, named_by=named_by, what="data file")
-            data_storage = self._storage(data_path, writable=writable, what="data file")
+            data_storage = self._storage(data_path, writable=writable, what="data file", role="data")
             self.files.warn(f"{path}: its data is in the external file {data_path}")
+        else:
+            data_storage = self.storage(storage.fd, path, "data")
         chosen = find_snapshot(read_snapshots(storage, header), snapshot, path=path) if snapshot else None
         image = Image.open(storage, writable=writable, data_storage=data_storage, header=header, snapshot=chosen)
         return ImageLayer(number, image), self._data(data_path, writable=writable)
@@ -208,7 +228,7 @@ class _Opener:
                 path=named_by,
                 cure="qcow2 and raw are known; convert it with qemu-img",
             )
-        storage = FileStorage(self._open(path, writable=False).fileno(), path)
+        storage = self.storage(self._open(path, writable=False).fileno(), path, "data")
         form = "qcow2" if storage.read(HostOffset(0), 4) == MAGIC else "raw"
         self.files.warn(
             f"{named_by} does not say which format its backing file {path} has; it looks like {form} "
@@ -216,7 +236,9 @@ class _Opener:
         )
         return form
 
-    def _storage(self, path: str, *, writable: bool, what: str) -> FileStorage:
+    def _storage(
+        self, path: str, *, writable: bool, what: str, role: Literal["metadata", "data"] = "metadata"
+    ) -> FileStorage:
         """For metadata, buffered. Each file stands in a chain once."""
         file = self._open(path, writable=writable)
         status = os.fstat(file.fileno())
@@ -229,7 +251,7 @@ class _Opener:
                 errno=errno.ELOOP,
             )
         self.seen[identity] = path
-        return FileStorage(file.fileno(), path)
+        return self.storage(file.fileno(), path, role)
 
     def _open(self, path: str, *, writable: bool) -> File:
         return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -81,6 +81,8 @@ class Image:
         self.l1 = l1
         self._l2: OrderedDict[L1Index, L2Table] = OrderedDict()
         self._reports = 0
+        self.reported: Callable[[CorruptImage], None] | None = None
+        """Told of what was found wrong."""
         self.wants_check = bool(header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT))
         """Something is wrong with it, by its own word or by what was found."""
 
@@ -213,6 +215,8 @@ class Image:
         """Says in the log what was found wrong, the first times."""
         self._reports += 1
         self.wants_check = True
+        if self.reported:
+            self.reported(error)
         if self._reports <= _MOST_REPORTS:
             last = "; no more of this image will be logged" if self._reports == _MOST_REPORTS else ""
             _log.error("%s%s", error, last)

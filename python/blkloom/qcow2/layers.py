@@ -218,7 +218,7 @@ class ImageLayer:
         table = image.l2(L1Index(index)) if index < len(image.l1) else None
         if table is None or not (entry := int(table.entries[number])) & COMPRESSED or image.header.has_data_file:
             return None
-        storage, bits, compression = image.storage, geometry.cluster_bits, image.header.compression
+        storage, bits, compression = image.data_storage, geometry.cluster_bits, image.header.compression
         return lambda: read_compressed(storage, entry, bits, compression)
 
 

@@ -8,7 +8,6 @@ OSError (ENOSPC); then what had been changed until then holds, and nothing is ha
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +18,7 @@ from blkloom.qcow2 import places
 from blkloom.qcow2.allocation import Allocator, Run
 from blkloom.qcow2.image import Image, L2Table
 from blkloom.qcow2.placing import Layout, host_clusters
+from blkloom.qcow2.storage import NO_HOLES
 from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, classify
 from blkloom.qcow2.types import HostOffset, L1Index, Words
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from blkloom.qcow2.flush import WriteBack
 
 _READ_ONLY_BIT: Final = places.DATA ^ places.READ_ONLY
-_NO_HOLES: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 
 Install = Callable[[int, Words], None]
 """Stores consecutive entries of the engine's table: (first unit, an entry for each unit of the image)."""
@@ -92,8 +91,10 @@ class Mapping:
         entry = int(image.l1[index])
         table = image.l2(index)
         if table is not None and entry & COPIED:
+            self._allocator.secure(int(table.offset))
             return table
-        run = self._allocator.take(1)
+        self._allocator.secure(image.header.l1_offset + index * 8)
+        run = self._allocator.take_table()
         offset = HostOffset(run.first << self.layout.geometry.cluster_bits)
         count = self.layout.geometry.l2_entries
         if table is None:
@@ -129,7 +130,7 @@ class Mapping:
         try:
             self.data.punch(HostOffset(host), length)
         except OSError as error:
-            if error.errno not in _NO_HOLES:
+            if error.errno not in NO_HOLES:
                 raise
             self.data.zero(HostOffset(host), length)
 

@@ -216,6 +216,14 @@ class Refcounts:
         index = cluster // self.per_block
         return index < self.table.size and bool(self.table[index])
 
+    def block_of(self, cluster: int) -> int:
+        """Where the block is that counts it, which there is (bytes)."""
+        return int(self.table[cluster // self.per_block])
+
+    def entry_of(self, cluster: int) -> int:
+        """Where the table has its block's entry, if it is large enough (bytes)."""
+        return self.table_offset + cluster // self.per_block * _ENTRY
+
     def describe(self, cluster: int) -> int:
         """Makes the block for `cluster`, a cluster that no block describes, and if need be a larger table. They
         lie at `cluster` and what follows it, all of which must be free. Returns how many clusters that took.

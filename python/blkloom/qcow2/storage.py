@@ -14,6 +14,9 @@ from typing import Final, Protocol
 
 from blkloom.qcow2.types import HostOffset
 
+NO_HOLES: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
+"""What a file system says that cannot punch holes, or reserve space."""
+
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
@@ -48,6 +51,11 @@ class Storage(Protocol):
     def punch(self, offset: HostOffset, length: int) -> None:
         """The range becomes a hole and reads as zeros; the file keeps its length. Raises OSError (EOPNOTSUPP, or
         another the file system has for that) where there are no holes; then nothing has changed.
+        """
+
+    def reserve(self, offset: HostOffset, length: int) -> None:
+        """Takes space for a range of the file, so that writing to it needs none; its contents stay. Does nothing where
+        the file system cannot do that. Raises OSError (ENOSPC, EDQUOT).
         """
 
     def truncate(self, size: int) -> None:
@@ -114,6 +122,14 @@ class FileStorage:
     def punch(self, offset: HostOffset, length: int) -> None:
         """See `Storage.punch`."""
         self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def reserve(self, offset: HostOffset, length: int) -> None:
+        """See `Storage.reserve`."""
+        try:
+            self._fallocate(_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in NO_HOLES:
+                raise
 
     def truncate(self, size: int) -> None:
         """See `Storage.truncate`."""

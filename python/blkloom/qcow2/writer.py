@@ -77,6 +77,7 @@ class Writer:
         sync_data: Callable[[], None] | None = None,
         options: Options | None = None,
         reserve: Callable[[HostOffset, int], None] | None = None,
+        secure: Callable[[HostOffset, int], None] | None = None,
         broke: Callable[[], None] | None = None,
     ) -> None:
         """Repairs refcounts if the image is dirty. Raises CorruptImage, OSError.
@@ -84,7 +85,7 @@ class Writer:
         read: what the disk holds now, zeros past its end. install: tells the engine of entries, in units of the
         image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. relocation: how to
         copy clusters quickly, if there is a way. sync_data: makes guest data durable, if it is in another file.
-        reserve: see `Allocator`.
+        reserve, secure: see `Allocator`.
         broke: the image was found corrupt; from then on all units are `guarded`, and the engine should know.
         """
         assert image.writable, "it was opened so"
@@ -115,15 +116,15 @@ class Writer:
             cluster_bits=geometry.cluster_bits,
             metadata_in=self._occupied.at,
             reserve=reserve,
+            secure=secure,
         )
-        external = image.data_storage is not image.storage
         self._write_back = WriteBack(
             image,
             self._refcounts,
             self.allocator,
             lazy=self._lazy,
             synchronize=synchronize,
-            sync_data=sync_data or (image.data_storage.sync if external else _nothing),
+            sync_data=sync_data or (image.data_storage.sync if header.has_data_file else _nothing),
         )
         me = weakref.proxy(self)  # in a circle all of this would outlive its use
         mapping = Mapping(
@@ -260,7 +261,7 @@ class Writer:
     def _lengthen(self) -> None:
         """Data that the file ends in front of or within may be written to from now on."""
         image, cluster = self._image, self._image.geometry.cluster
-        if image.storage is not image.data_storage:
+        if image.header.has_data_file:
             if image.data_storage.size() < image.size:
                 image.data_storage.truncate(image.size)
         elif image.storage.size() % cluster:

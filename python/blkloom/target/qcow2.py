@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from typing_extensions import override
 
 from blkloom._engine import Extent
-from blkloom.errors import BackingError, FaultError
+from blkloom.errors import BackingError, FaultError, LaterError
 from blkloom.gate import Gate
 from blkloom.target.base import RETRY, Mapped, Retry, Target
 from blkloom.target.limits import BlockLimits
@@ -42,6 +43,7 @@ CACHE: Final = Bytes(256 << 20)
 
 _CACHE_LIMIT: Final = Bytes(1 << 40)
 _LARGEST_OPTIMAL: Final = 1 << 21
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Qcow2(Target):
     """path: of the image. snapshot: the id or name of an internal one to show instead. allow_backing: directories
     (or files) that names in images may lead to, besides the image's own. lock: claim the files. cache: bytes of
     decompressed clusters kept. preallocate: bytes around a first write that are given clusters with it, None for
-    what is best.
+    what is best. on_enospc: whether a write that finds no space fails or waits for some. fault_injection: messages
+    may make it fail.
     """
 
     path: str
@@ -61,11 +64,13 @@ class Qcow2(Target):
     discard_as: Literal["unmap", "ignore"] = "unmap"
     preallocate: Bytes | None = None
     compact_zeroes: bool = False
+    on_enospc: Literal["fail", "park"] = "fail"
+    fault_injection: bool = False
 
     name: ClassVar[str] = "qcow2"
     syntax: ClassVar[str] = (
         "<path> [<#opts> [read_only] [snapshot=<id|name>] [allow_backing=<dir>]... [lock=off] [cache=<size>] "
-        "[discard=unmap|ignore] [preallocate=<size>] [compact_zeroes]]"
+        "[discard=unmap|ignore] [preallocate=<size>] [compact_zeroes] [on_enospc=fail|park] [fault_injection]]"
     )
     summary: ClassVar[str] = "a QCOW2 image with its backing files"
 
@@ -101,6 +106,8 @@ class Qcow2(Target):
             *([f"discard={self.discard_as}"] if self.discard_as != "unmap" else []),
             *([f"preallocate={self.preallocate}"] if self.preallocate is not None else []),
             *(["compact_zeroes"] if self.compact_zeroes else []),
+            *(["on_enospc=park"] if self.on_enospc == "park" else []),
+            *(["fault_injection"] if self.fault_injection else []),
         ]
         return [self.path, *([str(len(options)), *options] if options else [])]
 
@@ -108,12 +115,15 @@ class Qcow2(Target):
 
     @override
     def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
+        from blkloom.qcow2.attendant import Attendant
+
         self._opening: Opening = opening
         self._live: LiveSegment = opening.segment()
         self._writable: bool = not (self.read_only or self.snapshot or opening.read_only)
         self._attachment: Attachment | None = None
         self._writer: Writer | None = None
         self._block_status: BlockStatus | None = None
+        self._attendant = Attendant(retry=self._live.retry, fault_injection=self.fault_injection)
         chain = self._open()
         if length > (room := chain.size // SECTOR * SECTOR):
             raise opening.refuse(
@@ -129,12 +139,14 @@ class Qcow2(Target):
     @override
     def postsuspend(self) -> None:
         if self._writer:
-            self._writer.close()
+            self._write_back(self._writer.close)
         self._detach()
         self._opening.lend()
 
     @override
-    def preresume(self) -> Mapped:
+    def preresume(self) -> Mapped | None:
+        if self._writer:  # what it has could not be written back, so that nothing was let go of
+            return None
         self._opening.claim_again()
         try:
             self._detach()
@@ -163,7 +175,7 @@ class Qcow2(Target):
             return
         try:
             if self._writer:
-                self._writer.close()
+                self._write_back(self._writer.close)
         finally:
             self._detach()
 
@@ -181,12 +193,14 @@ class Qcow2(Target):
             snapshot=self.snapshot,
             claimed=self.lock,
             home=self.path if os.path.isabs(self.path) else where,
+            storage=self._attendant.storage,
         )
 
     def _attach(self, chain: Chain) -> Mapped:
         from blkloom.qcow2.attachment import Attachment
         from blkloom.qcow2.block_status import BlockStatus
 
+        self._attendant.attend(chain)
         self._attachment = Attachment(chain, self._length, cache=self.cache, synchronize=self._live.synchronize)
         self._block_status = BlockStatus(chain, None if self.snapshot else _bitmaps_of(chain.top.image))
         return [(Bytes(0), self._length, Extent.table(self._attachment.table))]
@@ -204,6 +218,9 @@ class Qcow2(Target):
         def broke() -> None:
             top.writable = False
             attachment.forget()
+            if self._writer and self._writer.broken:
+                self._attendant.found_corrupt(self._writer.broken)
+            self._attendant.troubles.event("event_CORRUPT")
             self._live.event("the image is corrupt and only read from now on")
 
         self._writer = Writer(
@@ -214,6 +231,8 @@ class Qcow2(Target):
             below=chain if len(chain.layers) > 1 else None,
             relocation=attachment,
             options=options,
+            reserve=self._attendant.meeting_allocations(self.path),
+            secure=top.image.storage.reserve if self.on_enospc == "park" else None,
             broke=broke,
         )
         top.writable, top.guarded = True, self._writer.guarded
@@ -225,6 +244,7 @@ class Qcow2(Target):
         if attachment:
             attachment.forget()
             attachment.close()
+            self._attendant.attend(None)
             attachment.chain.top.guarded = None  # the writer's; no circle shall keep all their memory
 
     # Questions
@@ -249,6 +269,7 @@ class Qcow2(Target):
             f"cache={unpacked.used}/{unpacked.slots}",
             f"faults={self._attachment.faults}",
             f"chain={len(self._attachment.chain.layers)}",
+            f"parked={self._live.held}",
             f"wants_check={int(image.wants_check)}",
         ]
         return " ".join(words)
@@ -256,6 +277,10 @@ class Qcow2(Target):
     @override
     def contexts(self) -> Sequence[str]:
         return self._block_status.contexts if self._block_status else ()
+
+    @override
+    def message(self, words: list[str]) -> str | None:
+        return self._attendant.answer(words)
 
     # Faults
 
@@ -267,20 +292,33 @@ class Qcow2(Target):
     @override
     def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
         self._attached.prepare(offset, length)
-        return None if self._changing.prepare_write(offset, length, fetch) else RETRY
+        try:
+            return None if self._changing.prepare_write(offset, length, fetch) else RETRY
+        except OSError as error:
+            self._meet(error)
+            raise
+
+    @override
+    def full(self, offset: Bytes, length: Bytes, number: int) -> Retry:
+        error = FaultError(number, f"no space for {length} bytes at {offset} of the disk in {self.path}")
+        self._attendant.troubles.note("data_write", error)
+        self._meet(error)
+        raise error
 
     @override
     def flush(self) -> None:
         if self._writer:
-            self._writer.flush()
+            self._write_back(self._writer.flush)
 
     @override
     def discard(self, offset: Bytes, length: Bytes) -> None:
-        self._changing.discard(offset, length)
+        with self._freeing() as writer:
+            writer.discard(offset, length)
 
     @override
     def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> None:
-        self._changing.write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
+        with self._freeing() as writer:
+            writer.write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
 
     @override
     def expect(self, reads: Sequence[tuple[Bytes, Bytes]]) -> None:
@@ -294,6 +332,36 @@ class Qcow2(Target):
     def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
         assert self._block_status is not None, "nothing faults while it is suspended"
         return ((Bytes(run), flags) for run, flags in self._block_status.runs(context, offset, length))
+
+    def _meet(self, error: OSError) -> None:
+        """A change failed. Raises LaterError where it is to wait for space."""
+        if error.errno not in _FULL:
+            return
+        self._attendant.troubles.note("no_space", error)
+        if self.on_enospc == "park":
+            raise LaterError(error.errno, str(error), begins=self._begin_to_wait) from error
+
+    def _begin_to_wait(self) -> None:
+        self._attendant.troubles.event("event_ENOSPC")
+        self._live.event(f"{self.path}: no space; writes wait")
+
+    @contextmanager
+    def _freeing(self) -> Iterator[Writer]:
+        """While space may come to be free; what waits for some is asked for again."""
+        writer = self._changing
+        try:
+            yield writer
+            if self._live.held and writer.allocator.waiting:
+                self.flush()  # it is free when nothing on disk refers to it
+                self._live.retry()
+        except OSError as error:
+            self._meet(error)
+            raise
+
+    def _write_back(self, write: Callable[[], None]) -> None:
+        self._attendant.troubles.write_back_failed = True
+        write()
+        self._attendant.troubles.write_back_failed = False
 
     @property
     def _changing(self) -> Writer:
@@ -364,5 +432,7 @@ _OPTIONS: Final[dict[str, Callable[[str], object]]] = {
     "discard": _one_of("unmap", "ignore"),
     "preallocate": _size,
     "compact_zeroes": _flag,
+    "on_enospc": _one_of("fail", "park"),
+    "fault_injection": _flag,
 }
 _FIELDS: Final = {"discard": "discard_as"}
