@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.control.client import Client
-from blkloom.errors import BusyError
+from blkloom.errors import BackingError, BusyError
 
 from .conftest import Life, until
 
@@ -103,6 +103,65 @@ def test_a_killed_worker_loses_nothing_that_was_flushed(life: Life, image: Path)
             os.kill(worker, signal.SIGKILL)
             until(client, "disk", lambda info, worker=worker: info.worker not in (0, worker) and info.state == "ACTIVE")
         io(life, *(f"read -P {turn} {turn}M 1M" for turn in range(1, 6)))
+        client.remove("disk", retry=True)
+    run("qemu-img", "check", image)
+
+
+def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone(life: Life, image: Path) -> None:
+    with life.client() as client:
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        io(life, "write -P 1 0 1M", "flush")
+        client.suspend("disk")
+        # Whatever it is by then, its contents are nobody's business before the resume.
+        intact = image.read_bytes()
+        image.write_bytes(b"nothing")
+        for _ in range(2):
+            worker = client.info("disk")[0].worker
+            os.kill(worker, signal.SIGKILL)
+            until(client, "disk", lambda info, worker=worker: info.worker not in (0, worker))
+            assert client.info("disk")[0].state == "SUSPENDED"
+        with pytest.raises(BackingError):
+            client.resume("disk")
+        image.write_bytes(intact)
+        run("qemu-img", "snapshot", "-c", "first", image)
+        client.resume("disk")
+        io(life, "read -P 1 0 1M", "write -P 2 0 1M", "flush")
+        refused = subprocess.run(["qemu-img", "snapshot", "-c", "no", image], capture_output=True, timeout=60)
+        assert refused.returncode
+        client.suspend("disk")
+        client.upgrade()
+    with life.client() as client:
+        until(client, "disk", lambda info: info.worker != 0)
+        run("qemu-img", "resize", "-q", image, "32M")
+        client.resume("disk")
+        io(life, "read -P 2 0 1M")
+        client.remove("disk", retry=True)
+    run("qemu-img", "snapshot", "-a", "first", image)
+    run("qemu-io", "-r", "-c", "read -P 1 0 1M", image)
+
+
+def test_an_image_replaced_while_its_device_is_suspended_is_opened_by_who_resumes_it(
+    blkloom: str, life: Life, image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    blkloom_create(blkloom, life, "disk", "--table", f"0 {16 * MiB // 512} qcow2 {image.name}", cwd=image.parent)
+    io(life, "write -P 1 0 1M", "flush")
+    with life.client() as client:
+        for pattern in (2, 3):
+            client.suspend("disk")
+            other = image.with_name("other.qcow2")
+            run("qemu-img", "create", "-q", "-f", "qcow2", other, "16M")
+            run("qemu-io", "-c", f"write -P {pattern} 0 1M", other)
+            other.rename(image)
+            elsewhere = tmp_path_factory.mktemp("elsewhere")
+            run("qemu-img", "create", "-q", "-f", "qcow2", elsewhere / image.name, "1M")
+            subprocess.run(
+                [blkloom, "--run-dir", life.run_dir, "resume", "disk"], check=True, cwd=elsewhere, timeout=60
+            )
+            io(life, f"read -P {pattern} 0 1M", "write -P 9 1M 1M", "flush")
+            worker = client.info("disk")[0].worker
+            os.kill(worker, signal.SIGKILL)
+            until(client, "disk", lambda info, worker=worker: info.worker not in (0, worker) and info.state == "ACTIVE")
+            io(life, f"read -P {pattern} 0 1M", "read -P 9 1M 1M")
         client.remove("disk", retry=True)
     run("qemu-img", "check", image)
 

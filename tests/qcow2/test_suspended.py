@@ -74,6 +74,52 @@ def test_what_became_unusable_stays_suspended_until_it_is_mended(tmp_path: Path)
         assert not first_difference(read_all(device), made.content)
 
 
+@pytest.mark.parametrize("lock", ["lock=on", "lock=off"])
+def test_an_image_replaced_by_another_is_the_other_one_after_resuming(tmp_path: Path, lock: str) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12), size=MIB)
+    other = tmp_path / "other.qcow2"
+    with attached(made.path, made.size, lock) as device:
+        device.pwrite(b"x" * 4096, 0)
+        device.suspend()
+        qemu.qemu_img("convert", "-f", "qcow2", "-O", "qcow2", made.path, other)
+        qemu.qemu_io(other, "write -P 7 64k 64k")
+        made.path.rename(tmp_path / "former.qcow2")
+        with pytest.raises(BlkloomError, match="No such file"):
+            device.resume()
+        assert device.suspended
+        other.rename(made.path)
+        device.resume()
+        assert device.pread(4096, 0) == b"x" * 4096
+        assert device.pread(64 << 10, 64 << 10) == b"\7" * (64 << 10)
+        device.pwrite(b"y" * 4096, 0)
+        qemu.qemu_io(tmp_path / "former.qcow2", "write -P 8 0 4k")  # nobody's any more
+        device.suspend()
+        device.resume()
+        assert device.pread(4096, 0) == b"y" * 4096
+    assert qemu.check(made.path).whole
+
+
+def test_a_backing_file_replaced_or_left_while_suspended_is_not_held_any_longer(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, backing="qcow2"), size=MIB, steps=0)
+    (base,) = (path for path in tmp_path.iterdir() if path != made.path and path.suffix == ".qcow2")
+    again, elsewhere = tmp_path / "again.qcow2", tmp_path / "elsewhere.qcow2"
+    with attached(made.path, made.size) as device:
+        before = read_all(device)
+        device.suspend()
+        qemu.qemu_img("convert", "-f", "qcow2", "-O", "qcow2", base, again)
+        again.rename(base)
+        device.resume()
+        assert not first_difference(read_all(device), before)
+        with pytest.raises(qemu.QemuError, match="lock"):
+            qemu.qemu_io(base, "write -P 9 0 64k")
+        device.suspend()
+        qemu.qemu_img("convert", "-f", "qcow2", "-O", "qcow2", base, elsewhere)
+        qemu.qemu_img("rebase", "-u", "-b", elsewhere, "-F", "qcow2", made.path)
+        device.resume()
+        qemu.qemu_io(base, "write -P 9 0 64k")
+        assert not first_difference(read_all(device), before)
+
+
 def test_rebasing_committing_and_amending_while_suspended(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, backing="qcow2"), size=MIB)
     flat = tmp_path / "flat.raw"

@@ -337,6 +337,29 @@ def test_ten_thousand_segments_share_one_open_file(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) < before + 20
 
 
+def test_what_is_asked_for_anew_is_what_the_path_leads_to_and_the_rest_is_given_up(tmp_path: Path) -> None:
+    stays, goes, leaves = (file(tmp_path / name) for name in ("stays", "goes", "leaves"))
+    held = HeldFiles()
+    opening = Opening(held)
+    before = [opening.file(str(path)) for path in (stays, goes, leaves)]
+    opening.lend(opening.owner)
+    file(tmp_path / "new").rename(goes)
+    with blkloom.open(str(stays)), pytest.raises(BusyError), opening.anew(opening.owner):
+        opening.file(str(stays))
+    with opening.anew(opening.owner):
+        assert opening.file(str(stays)) is before[0]
+        after = opening.file(str(goes))
+    assert os.fstat(after.fileno()).st_ino == goes.stat().st_ino
+    assert opening.deps == [str(stays), str(goes)]
+    with blkloom.open(str(leaves)):
+        pass
+    for path in (stays, goes):
+        with pytest.raises(BusyError):
+            blkloom.open(str(path))
+    opening.close()
+    assert len(held) == 0
+
+
 def test_files_lent_while_suspended_can_be_had_by_others_and_are_claimed_again(tmp_path: Path) -> None:
     path = str(file(tmp_path / "f"))
     held = HeldFiles()
@@ -345,13 +368,15 @@ def test_files_lent_while_suspended_can_be_had_by_others_and_are_claimed_again(t
     opening.file(path, direct_io=True)
     with pytest.raises(BusyError):
         blkloom.open(path)
-    opening.lend()
-    with blkloom.open(path), pytest.raises(BusyError):
-        opening.claim_again()
+    opening.lend(opening.owner)
+    with blkloom.open(path), pytest.raises(BusyError), opening.anew(opening.owner):
+        opening.file(path)
     with blkloom.open(path):
         pass  # a refused claim leaves nothing behind
-    opening.claim_again()
-    opening.claim_again()
+    for _ in range(2):
+        with opening.anew(opening.owner):
+            opening.file(path)
+            opening.file(path, direct_io=True)
     with pytest.raises(BusyError):
         blkloom.open(path)
     opening.close()

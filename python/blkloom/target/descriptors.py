@@ -18,15 +18,22 @@ from typing import Protocol
 class Descriptors(Protocol):
     """One load's. Descriptors it returns belong to the caller; those it is told of stay the caller's. here: paths
     are this process's own; otherwise relative ones begin elsewhere. restored: a former process of the device had
-    the table loaded, so what it used must not be refused if there is another way.
+    the table loaded, so what it used must not be refused if there is another way. lent: the device was suspended
+    then, and what targets lend while it is must stay lent.
     """
 
     here: bool
     restored: bool
+    lent: bool
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """The file or block device at `path`, opened as `open_file` does. direct: O_DIRECT is on the
         descriptor only where the file system can do it. Raises OSError, or ValueError for no path.
+        """
+
+    def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
+        """What `path` leads to now, opened anew at `at`, which is that path or stands for it; from now on `open` gives
+        that. None where nobody can be asked. Raises OSError.
         """
 
     def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
@@ -47,10 +54,15 @@ class OwnDescriptors:
 
     here = True
     restored = False
+    lent = False
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """As `open_file`."""
         return open_file(path, writable=writable, direct=direct, exclusive=exclusive)
+
+    def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
+        """As `open_file`."""
+        return open_file(at, writable=writable, direct=direct)
 
     def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
         """Nobody needs to know."""

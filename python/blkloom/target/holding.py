@@ -54,16 +54,22 @@ class HeldFiles:
         self._claims_stay = False
 
     def take(
-        self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors
+        self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors, lent: bool = False
     ) -> tuple[Identity, File]:
-        """The file at `path`, one use of it counted. shared: without a claim. Raises BackingError."""
+        """The file at `path`, one use of it counted. shared: without a claim. lent: with one from `claim_again` on.
+        Raises BackingError.
+        """
         self.leases.make_way(path, here=descriptors.here)
         fd, direct = self._open(descriptors, path, writable=writable, direct=direct)
         try:
             identity = _identity(fd, path)
             held = self._held.get(identity)
-            if held is None:
+            if held is None and lent and not shared:
+                held = _Held(None, lent=(path, writable))
+            elif held is None:
                 held = _Held(None if shared else Claim(fd, path, writable=writable, descriptors=descriptors))
+            elif held.lent:
+                held.lent = (held.lent[0], writable or held.lent[1])
             elif held.claim is None:
                 held.claim = None if shared else Claim(fd, path, writable=writable, descriptors=descriptors)
             elif writable and not shared:
@@ -153,6 +159,23 @@ class HeldFiles:
             file = next(iter(held.files.values()))
             held.claim = Claim(file.fileno(), path, writable=writable, descriptors=descriptors)
         held.lent = None
+
+    def is_replaced(
+        self, identity: Identity, path: str, at: str, *, writable: bool, direct: bool, descriptors: Descriptors
+    ) -> bool:
+        """Whether the path leads elsewhere now. at: see `Descriptors.again`. Raises BackingError."""
+        try:
+            fd = descriptors.again(path, at, writable=writable, direct=direct)
+        except BackingError:
+            raise
+        except OSError as error:
+            raise _refused(path, error, writable=writable) from error
+        if fd is None:
+            return False
+        try:
+            return _identity(fd, path) != identity
+        finally:
+            os.close(fd)
 
     def _end(self, held: _Held) -> None:
         if held.claim and self._claims_stay:

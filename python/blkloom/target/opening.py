@@ -11,9 +11,10 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blkloom._engine import File, Region
 from blkloom.errors import Place, ResourceError, TableError
@@ -34,6 +35,10 @@ STACKED: Final = "blkloom:"
 
 _PAGE: Final = 4096
 _HUGE_PAGE: Final = 2 << 20
+
+
+_Way: TypeAlias = tuple[str, bool, bool, bool]
+"""How a file is asked for: path, writable, direct, shared."""
 
 
 class Opening:
@@ -73,7 +78,10 @@ class Opening:
         self._descriptors: Descriptors = descriptors or OwnDescriptors()
         self._held = held
         self._used: list[Identity] = []
-        self._files: dict[tuple[str, bool, bool, bool], tuple[Identity, File]] = {}
+        self._files: dict[_Way, tuple[Identity, File]] = {}
+        self._askers: dict[_Way, set[int]] = {}
+        self._places: dict[_Way, str] = {}
+        self._let_go: set[_Way] = set()
         self._by_blocks: dict[Identity, bool] = {}
 
     def file(
@@ -84,6 +92,7 @@ class Opening:
         direct_io: bool | None = None,
         claimed: bool = True,
         by_blocks: bool = False,
+        lent: bool = False,
     ) -> File:
         """The regular file or block device at `path`; the same File for the same question.
 
@@ -91,20 +100,28 @@ class Opening:
         opening's; where the file system refuses, the File is buffered and a warning says why.
         It is claimed against other devices and processes unless the opening is shared, or `claimed` is
         False. by_blocks: past its file system (`blkloom.filemap`), as then every segment of the table must
-        use it. Raises BackingError, BusyError, TableError.
+        use it. lent: as if it had been lent. Raises BackingError, BusyError, TableError.
         """
         shared = self._shared or not claimed
         key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io, shared)
         if key not in self._files:
             _, writable, direct, _ = key
             identity, file = self._held.take(
-                path, writable=writable, direct=direct, shared=shared, descriptors=self._descriptors
+                path, writable=writable, direct=direct, shared=shared, descriptors=self._descriptors, lent=lent
             )
             self._used.append(identity)
             self._files[key] = identity, file
+            # The path may be relative to somebody else's directory.
+            self._places[key] = path if os.path.isabs(path) else os.path.realpath(f"/proc/self/fd/{file.fileno()}")
             if path not in self.deps:
                 self.deps.append(path)
         identity, file = self._files[key]
+        self._askers.setdefault(key, set()).add(self.owner)
+        if lent:
+            self._let_go.add(key)
+        elif key in self._let_go:
+            self._held.claim_again(identity, self._descriptors)
+            self._let_go.discard(key)
         if self._by_blocks.setdefault(identity, by_blocks) != by_blocks:
             raise self.refuse(
                 "a file whose blocks are mapped cannot be used in another way too",
@@ -175,19 +192,64 @@ class Opening:
         """By which files of the device are kept from everybody else."""
         return self._held.leases
 
-    def lend(self) -> None:
-        """Gives up the claims on its files until `claim_again`, so that other programs may work on them."""
-        for identity in self._used:
-            self._held.lend(identity)
+    @property
+    def lent(self) -> bool:
+        """A former process of the device had lent what its targets lend: others may be at those files until `anew`."""
+        return self._descriptors.lent
 
-    def claim_again(self) -> None:
-        """After `lend`. Raises BusyError when another program still has one of the files; none is claimed then."""
+    def lend(self, owner: int) -> None:
+        """Gives up the claims on what the target with this number opened, until `anew`, so that other programs may
+        work on it.
+        """
+        for key in self._asked_by(owner):
+            self._let_go.add(key)
+            self._held.lend(self._files[key][0])
+
+    @contextmanager
+    def anew(self, owner: int) -> Iterator[None]:
+        """Around that target's asking for all its files again. What had been lent is claimed again when it is asked
+        for, and opened again if its path leads to another file now; what is not asked for any more is given up.
+        Raises BackingError, and BusyError while another program has one of the files; all is lent then.
+        """
+        self.owner = owner
+        former = self._asked_by(owner)
         try:
-            for identity in self._used:
-                self._held.claim_again(identity, self._descriptors)
+            for key in former:
+                if key in self._let_go and self._is_replaced(key):
+                    self._give_up(key)
+                else:
+                    self._askers[key].discard(owner)
+            yield
         except BaseException:
-            self.lend()
+            for key in former:
+                if key in self._files:
+                    self._askers[key].add(owner)
+            self.lend(owner)
             raise
+        for key in former:
+            if key in self._files and not self._askers[key]:
+                self._give_up(key)
+
+    def _asked_by(self, owner: int) -> list[_Way]:
+        return [key for key, askers in self._askers.items() if owner in askers]
+
+    def _is_replaced(self, key: _Way) -> bool:
+        path, writable, direct, _ = key
+        identity, _ = self._files[key]
+        return self._held.is_replaced(
+            identity, path, self._places[key], writable=writable, direct=direct, descriptors=self._descriptors
+        )
+
+    def _give_up(self, key: _Way) -> None:
+        identity, _ = self._files.pop(key)
+        del self._askers[key], self._places[key]
+        self._let_go.discard(key)
+        if all(key[0] != other[0] for other in self._files):
+            self.deps.remove(key[0])
+        self._used.remove(identity)
+        if identity not in self._used:
+            self._by_blocks.pop(identity, None)
+        self._held.release(identity)
 
     def segment(self) -> LiveSegment:
         """The segment being mapped, as it will be once loaded."""
@@ -204,6 +266,7 @@ class Opening:
     def close(self) -> None:
         """Gives everything up. Does no harm twice."""
         self._files.clear()
+        self._askers.clear()
         while self._used:
             self._held.release(self._used.pop())
 

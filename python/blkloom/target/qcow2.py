@@ -12,16 +12,17 @@ import errno
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self
 
 from typing_extensions import override
 
 from blkloom._engine import Extent
 from blkloom.errors import BackingError, FaultError, LaterError
 from blkloom.gate import Gate
+from blkloom.qcow2.table_options import read_options
 from blkloom.target.base import RETRY, Mapped, Retry, Target
 from blkloom.target.limits import BlockLimits
-from blkloom.units import SECTOR, Bytes, parse_size, to_sectors
+from blkloom.units import SECTOR, Bytes, to_sectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 CACHE: Final = Bytes(256 << 20)
 """Bytes of decompressed clusters that are kept, unless the table says otherwise."""
 
-_CACHE_LIMIT: Final = Bytes(1 << 40)
 _LARGEST_OPTIMAL: Final = 1 << 21
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
@@ -78,22 +78,7 @@ class Qcow2(Target):
     @override
     def parse(cls, arguments: Arguments) -> Self:
         path = arguments.word("path")
-        found: dict[str, Any] = {}
-        for option in arguments.options():
-            word, _, value = option.partition("=")
-            reading = _OPTIONS.get(word)
-            if reading is None or (reading is not _flag) != ("=" in option):
-                known = ", ".join(word if reading is _flag else f"{word}=" for word, reading in _OPTIONS.items())
-                raise arguments.error("unknown option", value=option, cure=f"options are: {known}")
-            field = _FIELDS.get(word, word)
-            if field in found and word != "allow_backing":
-                raise arguments.error("option given twice", value=option, cure="give it once")
-            try:
-                read = reading(value)
-            except ValueError as error:
-                raise arguments.error(f"Invalid {word}: {error}", value=option) from error
-            found[field] = (*found.get(field, ()), read) if word == "allow_backing" else read
-        return cls(path, **found)
+        return cls(path, **read_options(arguments))
 
     @override
     def format(self) -> list[str]:
@@ -124,6 +109,13 @@ class Qcow2(Target):
         self._writer: Writer | None = None
         self._block_status: BlockStatus | None = None
         self._attendant = Attendant(retry=self._live.retry, fault_injection=self.fault_injection)
+        self._length: Bytes = length
+        self._owner = opening.owner
+        self._alone = opening.alone
+        self._whole: bool | None = None
+        if opening.lent:  # whatever the image is just now, what counts is what it is when the device is resumed
+            opening.file(self.path, read_only=not self._writable, claimed=self.lock, lent=True)
+            return [(Bytes(0), length, Extent.fault())]
         chain = self._open()
         if length > (room := chain.size // SECTOR * SECTOR):
             raise opening.refuse(
@@ -132,8 +124,7 @@ class Qcow2(Target):
                 cure=f"{to_sectors(Bytes(room))} sectors are there, not {to_sectors(length)}",
             )
         # What is all of an image stays that when the image grows.
-        self._whole: bool = opening.alone and length == room
-        self._length: Bytes = length
+        self._whole = self._alone and length == room
         return self._attach(chain)
 
     @override
@@ -141,17 +132,18 @@ class Qcow2(Target):
         if self._writer:
             self._write_back(self._writer.close)
         self._detach()
-        self._opening.lend()
+        self._opening.lend(self._owner)
 
     @override
     def preresume(self) -> Mapped | None:
         if self._writer:  # what it has could not be written back, so that nothing was let go of
             return None
-        self._opening.claim_again()
-        try:
+        with self._opening.anew(self._owner):
             self._detach()
             chain = self._open()
             room = Bytes(chain.size // SECTOR * SECTOR)
+            if self._whole is None:
+                self._whole = self._alone and room == self._length
             if room < (SECTOR if self._whole else self._length):
                 raise BackingError(
                     f"the image has {to_sectors(room)} sectors now, and the table wants {to_sectors(self._length)}",
@@ -165,9 +157,6 @@ class Qcow2(Target):
             if self._writable:
                 self._begin_writing(chain)
             return mapped
-        except BaseException:
-            self._opening.lend()
-            raise
 
     @override
     def close(self) -> None:
@@ -385,54 +374,3 @@ def _bitmaps_of(image: Image) -> Bitmaps | None:
     except CorruptImage as error:
         image.report(error)
         return None
-
-
-def _flag(_value: str) -> bool:
-    return True
-
-
-def _word(value: str) -> str:
-    if not value:
-        raise ValueError("nothing behind the =")
-    return value
-
-
-def _folder(value: str) -> str:
-    if not os.path.isabs(value):
-        raise ValueError("the path must begin with /")
-    return value
-
-
-def _off(value: str) -> bool:
-    return {"on": True, "off": False}[_one_of("on", "off")(value)]
-
-
-def _one_of(*values: str) -> Callable[[str], str]:
-    def reading(value: str) -> str:
-        if value not in values:
-            raise ValueError(f"must be {' or '.join(values)}")
-        return value
-
-    return reading
-
-
-def _size(value: str) -> Bytes:
-    size = parse_size(value)
-    if size > _CACHE_LIMIT:
-        raise ValueError("more than any machine has")
-    return size
-
-
-_OPTIONS: Final[dict[str, Callable[[str], object]]] = {
-    "read_only": _flag,
-    "snapshot": _word,
-    "allow_backing": _folder,
-    "lock": _off,
-    "cache": _size,
-    "discard": _one_of("unmap", "ignore"),
-    "preallocate": _size,
-    "compact_zeroes": _flag,
-    "on_enospc": _one_of("fail", "park"),
-    "fault_injection": _flag,
-}
-_FIELDS: Final = {"discard": "discard_as"}

@@ -147,7 +147,8 @@ class HostedDevice:
         labels: list[Label] = []
         self._awaited = state.inactive
         if state.active is not None:
-            _, labels = await self._load(state.active, f"table of {state.name}", ask, restored=True)
+            source = f"table of {state.name}"
+            _, labels = await self._load(state.active, source, ask, restored=True, lent=state.suspended)
             await in_thread(self._thread_name, self.device.activate)
             self._swapped()
             if not state.suspended:
@@ -168,9 +169,9 @@ class HostedDevice:
         return {**_shape(table), "deps": self._deps[loaded.load], "size": to_bytes(table.length)}, labels
 
     async def _load(
-        self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False
+        self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False, lent: bool = False
     ) -> tuple[Table, list[Label]]:
-        descriptors = LoadDescriptors(self._stock, self.minor, loaded.load, ask, restored=restored)
+        descriptors = LoadDescriptors(self._stock, self.minor, loaded.load, ask, restored=restored, lent=lent)
 
         def work() -> Table:
             try:

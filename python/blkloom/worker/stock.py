@@ -72,12 +72,15 @@ class LoadDescriptors:
 
     here = False
 
-    def __init__(self, stock: Stock, device: int, load: int, ask: Ask, *, restored: bool = False) -> None:
+    def __init__(
+        self, stock: Stock, device: int, load: int, ask: Ask, *, restored: bool = False, lent: bool = False
+    ) -> None:
         self._stock = stock
         self._device = device
         self._load = load
         self._ask: Ask | None = ask
         self.restored = restored
+        self.lent = lent
         self._new: dict[Label, int] = {}
         self._memories = 0
 
@@ -96,6 +99,27 @@ class LoadDescriptors:
             what = "its descriptor was lost with the process that had it"
             raise BackingError(what, path=path, errno=errno.ESTALE, cure="load the table again") from error
         if not exclusive:
+            self._keep(label, fd)
+        return fd
+
+    def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
+        """As the protocol says. What is another file now takes the place of what there was, of a claim too."""
+        if self._ask is None:
+            return None
+        try:
+            fd = self._ask(at, writable=writable, direct=direct, exclusive=False)
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return None
+            raise
+        label = self._file(path, writable=writable, direct=direct)
+        kept = self._find(label)
+        if kept is None or not os.path.samestat(os.fstat(kept), os.fstat(fd)):
+            claim = self._label("claim", path)
+            self._stock.discard([claim])
+            for former in (label, claim):
+                if (old := self._new.pop(former, None)) is not None:
+                    os.close(old)
             self._keep(label, fd)
         return fd
 
