@@ -131,6 +131,26 @@ def test_what_is_found_wrong_is_marked_told_and_only_read_from_then_on(
     assert _is_marked(Path(theirs)), "QEMU takes the same for corruption"
 
 
+def test_a_flush_does_not_say_that_what_is_lost_is_durable(tmp_path: Path) -> None:
+    path = _harmed(tmp_path, _data_over_a_table)
+    with attached(path, SIZE) as device:
+        device.pwrite(b"w" * 4096, SIZE // 2)
+        with pytest.raises(OSError, match="write of"):
+            device.pwrite(b"w" * 4096, 0)
+        assert _is_marked(path)
+        for _ in range(2):
+            with pytest.raises(OSError, match="flush of") as failed:
+                device.flush()
+            assert failed.value.errno == errno.EIO
+        with pytest.raises(OSError, match="flush on suspend"):
+            device.suspend()
+        device.suspend(flush=False)
+        qemu.check(path, repair="all")
+        device.resume()
+        device.flush()
+        assert device.pread(4096, SIZE // 2) in (bytes(4096), b"w" * 4096)
+
+
 @pytest.mark.parametrize("harm", [_data_over_a_table, _counts_of_nothing])  # what QEMU repairs
 def test_a_device_whose_image_went_bad_goes_on_when_that_was_repaired(
     tmp_path: Path, harm: Callable[[bytearray, SlowImage], None]

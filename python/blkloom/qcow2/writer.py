@@ -177,10 +177,14 @@ class Writer:
         self._limit()
 
     def flush(self) -> None:
-        """Everything that was written before is durable when this returns."""
+        """Everything that was written before is durable when this returns. Raises FaultError (EIO) when some of it
+        never will be.
+        """
         if self.broken is None:
             with self._finding_corruption():
                 self._write_back.write_back()
+        elif self._write_back.dirty:
+            raise FaultError(errno.EIO, f"what was written before the image was found corrupt is lost: {self.broken}")
 
     def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
         """Of `count` units from `first` on, those that the engine may not write to by itself, though they are the
@@ -222,10 +226,12 @@ class Writer:
         self.broken = error
         self._image.wants_check = True
         _log.error("%s; nothing is written to the image any more", error)
-        if self._image.header.version >= 3:
-            self._set_header(incompatible=self._image.header.incompatible | Incompatible.CORRUPT)
-        if self._broke:
-            self._broke()
+        try:
+            if self._image.header.version >= 3:
+                self._set_header(incompatible=self._image.header.incompatible | Incompatible.CORRUPT)
+        finally:
+            if self._broke:
+                self._broke()
 
     # below: the beginning and the end
 
