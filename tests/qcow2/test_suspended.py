@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +139,41 @@ def test_rebasing_committing_and_amending_while_suspended(tmp_path: Path) -> Non
         assert not first_difference(read_all(device), made.content)
         device.pwrite(b"z" * 4096, 0)
     assert qemu.check(made.path).whole
+
+
+def test_what_an_image_does_not_stand_on_any_more_is_let_go_of(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, backing="qcow2"), size=MIB)
+    below = Path(json.loads(qemu.qemu_img("info", "--output=json", made.path))["full-backing-filename"])
+    with attached(made.path, made.size) as device:
+        device.suspend()
+        qemu.qemu_img("rebase", "-b", "", made.path)
+        device.resume()
+        qemu.qemu_io(below, "write -P 9 0 64k")
+        assert not first_difference(read_all(device), made.content)
+
+
+@pytest.mark.parametrize(("step", "flush"), [("flush", True), ("close", True), ("close", False)])
+def test_what_could_not_be_written_back_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, flush: bool
+) -> None:
+    def full(_writer: Writer) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = make(tmp_path, Shape(cluster_bits=12), size=MIB, steps=0)
+    with attached(made.path, made.size) as device:
+        device.pwrite(b"a" * 70000, 1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, step, full)
+            with pytest.raises(OSError, match="No space"):
+                device.suspend(flush=flush)
+            assert not device.suspended
+        assert device.pread(70000, 1000) == b"a" * 70000
+        device.pwrite(b"b" * 4096, MIB - 4096)
+        device.suspend()
+        assert qemu.check(made.path).whole
+        device.resume()
+        assert device.pread(70000, 1000) == b"a" * 70000
+    assert qemu.content(made.path)[1000:71000] == b"a" * 70000
 
 
 def test_memory_is_given_up_with_the_image_and_does_not_wait_for_a_collection(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def compose(table: Table, opening: Opening, numbers: Iterator[int]) -> LoadedTab
             owners[number] = owner
             opening.place, opening.owner = segment.place, number
             runs[number] = _checked(_map(owner, opening, segment), owner, number, segment)
+        opening.owner = -1
         return LoadedTable(table, owners, runs, opening)
     except BaseException:
         _close_targets(owners)

@@ -205,13 +205,13 @@ class Device(_engine.Device):
         was_live = not self.suspended
         try:
             super().suspend(flush=flush, timeout=timeout)
-        except TimeoutError as error:
+        except OSError as error:
+            if was_live and self.suspended:  # the flush failed, and no target has been told yet
+                super().resume()
+            if not isinstance(error, TimeoutError):
+                raise
             after = f" after {timeout:g} s" if timeout is not None else ""
             raise self.stuck(f"device {self.name!r}: requests in flight had not ended{after}") from error
-        except OSError:
-            if was_live:  # nothing was written back, and the targets have not let go of anything
-                super().resume()
-            raise
 
     def _postsuspend(self) -> None:
         """Tells the targets. Live again if one raises."""

@@ -40,7 +40,15 @@ _MOST_LAYERS: Final = places.MOST_FILES - 1
 class Files(Protocol):
     """Who opens files: `target.opening.Opening`."""
 
-    def file(self, path: str, *, read_only: bool, direct_io: bool | None = None, claimed: bool = True) -> File:
+    def file(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        direct_io: bool | None = None,
+        claimed: bool = True,
+        exclusive: bool = False,
+    ) -> File:
         """As `Opening.file`."""
 
     def warn(self, what: str) -> None:
@@ -254,8 +262,8 @@ class _Opener:
         return self.storage(file.fileno(), path, role)
 
     def _open(self, path: str, *, writable: bool) -> File:
-        return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed)
+        return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed, exclusive=writable)
 
     def _data(self, path: str, *, writable: bool) -> File:
         """For guest data, direct if the device is."""
-        return self.files.file(path, read_only=not writable, claimed=self.claimed)
+        return self.files.file(path, read_only=not writable, claimed=self.claimed, exclusive=writable)

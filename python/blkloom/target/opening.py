@@ -46,8 +46,8 @@ class Opening:
 
     read_only: nothing may be opened for writing; extents that writes could change must not be
     given out. direct_io: what `file` does unless told. place: where the segment being mapped
-    stands, for errors; owner: its number; alone: it is the only one of its table. device_folder:
-    paths in it name devices (`device_name`). deps: what was asked for so far: paths, and devices as
+    stands, for errors; owner: its number, negative while none is; alone: it is the only one of its table.
+    device_folder: paths in it name devices (`device_name`). deps: what was asked for so far: paths, and devices as
     `blkloom:NAME`, each once. below: those devices. above: the device the table is for; none that
     stands on it is given out.
     """
@@ -83,6 +83,7 @@ class Opening:
         self._places: dict[_Way, str] = {}
         self._let_go: set[_Way] = set()
         self._by_blocks: dict[Identity, bool] = {}
+        self._segments: dict[Identity, dict[int, bool]] = {}
 
     def file(
         self,
@@ -93,6 +94,7 @@ class Opening:
         claimed: bool = True,
         by_blocks: bool = False,
         lent: bool = False,
+        exclusive: bool = False,
     ) -> File:
         """The regular file or block device at `path`; the same File for the same question.
 
@@ -100,7 +102,8 @@ class Opening:
         opening's; where the file system refuses, the File is buffered and a warning says why.
         It is claimed against other devices and processes unless the opening is shared, or `claimed` is
         False. by_blocks: past its file system (`blkloom.filemap`), as then every segment of the table must
-        use it. lent: as if it had been lent. Raises BackingError, BusyError, TableError.
+        use it. lent: as if it had been lent. exclusive: no other segment of the table may use it at all. Raises
+        BackingError, BusyError, TableError.
         """
         shared = self._shared or not claimed
         key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io, shared)
@@ -128,6 +131,15 @@ class Opening:
                 value=path,
                 cure="say block_map in all segments of the table that use the file, or in none",
             )
+        if self.owner >= 0:
+            users = self._segments.setdefault(identity, {})
+            users[self.owner] = exclusive or users.get(self.owner, False)
+            if len(users) > 1 and any(users.values()):
+                raise self.refuse(
+                    "an image that is written to cannot be used by two segments",
+                    value=path,
+                    cure="give it one segment, and others parts of that device (linear)",
+                )
         return file
 
     def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
@@ -213,6 +225,8 @@ class Opening:
         """
         self.owner = owner
         former = self._asked_by(owner)
+        for key in former:
+            self._segments[self._files[key][0]].pop(owner, None)
         try:
             for key in former:
                 if key in self._let_go and self._is_replaced(key):

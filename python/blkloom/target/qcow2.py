@@ -139,24 +139,32 @@ class Qcow2(Target):
         if self._writer:  # what it has could not be written back, so that nothing was let go of
             return None
         with self._opening.anew(self._owner):
-            self._detach()
-            chain = self._open()
-            room = Bytes(chain.size // SECTOR * SECTOR)
-            if self._whole is None:
-                self._whole = self._alone and room == self._length
-            if room < (SECTOR if self._whole else self._length):
-                raise BackingError(
-                    f"the image has {to_sectors(room)} sectors now, and the table wants {to_sectors(self._length)}",
-                    path=self.path,
-                    errno=errno.EINVAL,
-                    cure="load a shorter table, or make the image larger (qemu-img resize)",
-                )
-            if self._whole:
-                self._length = room
-            mapped = self._attach(chain)
-            if self._writable:
-                self._begin_writing(chain)
-            return mapped
+            try:
+                return self._go_on()
+            except BaseException:
+                self._detach()
+                raise
+
+    def _go_on(self) -> Mapped:
+        """With the image as it is now."""
+        self._detach()
+        chain = self._open()
+        room = Bytes(chain.size // SECTOR * SECTOR)
+        if self._whole is None:
+            self._whole = self._alone and room == self._length
+        if room < (SECTOR if self._whole else self._length):
+            raise BackingError(
+                f"the image has {to_sectors(room)} sectors now, and the table wants {to_sectors(self._length)}",
+                path=self.path,
+                errno=errno.EINVAL,
+                cure="load a shorter table, or make the image larger (qemu-img resize)",
+            )
+        if self._whole:
+            self._length = room
+        mapped = self._attach(chain)
+        if self._writable:
+            self._begin_writing(chain)
+        return mapped
 
     @override
     def close(self) -> None:
@@ -171,8 +179,7 @@ class Qcow2(Target):
     def _open(self) -> Chain:
         from blkloom.qcow2.chain import open_chain
 
-        file = self._opening.file(self.path, read_only=not self._writable, claimed=self.lock)
-        # Where it is: the path may be relative to the directory of whoever opened it for us.
+        file = self._opening.file(self.path, read_only=not self._writable, claimed=self.lock, exclusive=self._writable)
         where = os.path.realpath(f"/proc/self/fd/{file.fileno()}")
         return open_chain(
             self.path,
