@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import blkloom
 from blkloom import Device
-from blkloom.errors import BackingError, BusyError
+from blkloom.errors import BackingError, BusyError, TableError
 
 from . import qemu
 from .attached import attached, first_difference, read_all, table_of
@@ -175,3 +176,44 @@ def test_compact_zeroes_keeps_zeros_out_of_the_image(tmp_path: Path) -> None:
         device.pwrite(bytes(256 * KIB), 512 * KIB)
     assert _data(made.path)[0][0] == 0, "unless it was asked for, what is written is written"
     assert qemu.content(made.path) == bytes(768 * KIB) + made.content[768 * KIB :]
+
+
+def test_a_table_that_ends_before_the_image_is_written_to_its_end(tmp_path: Path) -> None:
+    path, cluster = tmp_path / "i.qcow2", 64 * KIB
+    qemu.qemu_img("create", "-f", "qcow2", path, str(SIZE))
+    # Half of what a write is given at once is free in one piece, the rest elsewhere: places past the table's end.
+    qemu.qemu_io(path, "write 8M 2M")
+    qemu.run("qemu-io", "-d", "unmap", "-c", "write 12M 64k", "-c", "discard 8M 2M", path)
+    with attached(path, 2 * cluster) as device:
+        device.pwrite(b"w" * 4096, cluster)
+        assert device.pread(4096, cluster) == b"w" * 4096
+    assert qemu.check(path).whole
+    assert qemu.content(path)[cluster : cluster + 4096] == b"w" * 4096
+
+
+@pytest.mark.parametrize("second", ["qcow2 {}", "qcow2 {} 1 read_only", "loop {}"])
+def test_an_image_that_is_written_to_is_one_segments_alone(tmp_path: Path, second: str) -> None:
+    path = _empty(tmp_path).path
+    lines = [f"qcow2 {path}", second.format(path)]
+    for one, other in (lines, lines[::-1]):
+        with pytest.raises(TableError, match="two segments"):
+            blkloom.open(f"0 8 {one}\n8 8 {other}")
+    with blkloom.open(f"0 8 qcow2 {path} 1 read_only\n8 8 qcow2 {path} 1 read_only") as device:
+        assert read_all(device) == bytes(8 * KIB)
+
+
+@pytest.mark.parametrize("short", [0, 512], ids=["a whole data file", "a data file cut short"])
+def test_a_raw_data_files_ragged_end_is_what_was_written_last(tmp_path: Path, short: int) -> None:
+    path, data, size = tmp_path / "i.qcow2", tmp_path / "i.raw", MIB + 3 * 512
+    qemu.qemu_img("create", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", path, str(size))
+    qemu.qemu_io(path, f"write -P 5 0 {size - short}")
+    os.truncate(data, size - short)
+    with attached(path, size) as device:
+        assert device.pread(512, MIB) == b"\5" * 512
+        device.write_zeroes(MIB, size - MIB)
+        assert device.pread(size - MIB, MIB) == bytes(size - MIB)
+        device.pwrite(b"w" * 512, size - 512)
+        assert device.pread(512, size - 512) == b"w" * 512
+        device.discard(MIB, size - MIB)
+        wanted = device.pread(size - MIB, MIB)
+    assert data.read_bytes() == b"\5" * MIB + wanted

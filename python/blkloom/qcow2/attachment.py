@@ -143,7 +143,9 @@ class Attachment:
         """Tells the engine where units of the *top image* are from `first` on: entries of its table."""
         shift = self.chain.top.unit_bits - self._bits
         spread = places.spread(entries, shift, self._bits)
-        self.table.install(first << shift, spread[: self._units - (first << shift)].data)
+        room = self._units - (first << shift)  # the table may end before the image does
+        if room > 0:
+            self.table.install(first << shift, spread[:room].data)
 
     def only_read(self, cluster: int) -> bool:
         """See `Relocation.only_read`."""

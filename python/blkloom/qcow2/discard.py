@@ -227,3 +227,11 @@ class Discarder:
             self._mapping.filled()
         else:
             self._mapping.clear(start, end - start)
+        self._publish(low, high)
+
+    def _publish(self, low: int, high: int) -> None:
+        """Units [low, high), for what the engine has of them may be a copy in memory."""
+        per = self._geometry.units_a_cluster
+        for index, first, end in self._mapping.pieces(low // per, -(-high // per)):
+            if table := self._mapping.image.l2(index):
+                self._mapping.publish(table, first, end)

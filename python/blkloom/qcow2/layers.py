@@ -151,7 +151,13 @@ class ImageLayer:
         """Data that the file does not have, or not all of."""
         image = self.image
         size = image.data_storage.size()
-        cut = data & (units.offsets + np.uint64(self.image.geometry.unit) > size)
+        ends = units.offsets + np.uint64(image.geometry.unit)
+        if self.number == 0:
+            # The guest cannot ask past the disk's end, and a raw data file has nothing there.
+            whole, rest = divmod(self.size, image.geometry.unit)
+            if rest and 0 <= whole - low < ends.size:
+                ends[whole - low] -= np.uint64(image.geometry.unit - rest)
+        cut = data & (ends > size)
         if not cut.any():
             return
         past = cut & (units.offsets >= size)
