@@ -226,6 +226,9 @@ class Fault:
         """A write that was sent where a cluster table says, and found no space there: the errno (ENOSPC, EDQUOT).
         0: not so.
         """
+    @property
+    def expired(self) -> bool:
+        """Its time is over: the request has failed, and what it asks for must not be begun any more."""
     def payload(self) -> bytes:
         """A write's data (a copy), length bytes."""
     def retry(self) -> None:

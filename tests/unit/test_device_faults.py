@@ -233,6 +233,32 @@ def test_a_handler_that_never_returns_fails_its_requests_after_the_bound_not_the
     assert device._mapper.ended(20), "the thread ends when the handler does"
 
 
+def test_changes_whose_time_was_over_before_their_turn_are_never_made() -> None:
+    log: list[tuple[Any, ...]] = []
+    go_on = threading.Event()
+    first = iter([go_on.wait])
+
+    def act(operation: str) -> None:
+        if operation == "read":
+            next(first, lambda _: True)(20)
+
+    with blkloom.Device(table(Scripted(log, act)), fault_timeout=0.2) as device:
+        with failing(errno.ETIMEDOUT):
+            device.pread(512, 0)
+        for change in (
+            lambda: device.discard(0, 512),
+            lambda: device.write_zeroes(0, 512),
+            lambda: device.pwrite(b"w" * 512, 0),
+        ):
+            with failing(errno.ETIMEDOUT):
+                change()
+        go_on.set()
+        assert device.pread(512, 0) == b"r" * 512, "the device goes on"
+        device.discard(512, 512)
+    changes = [entry for entry in log if entry[0] in ("discard", "write_zeroes", "write")]
+    assert changes == [("discard", 512, 512)]
+
+
 def test_flushes_that_wait_together_share_one_call() -> None:
     log: list[tuple[Any, ...]] = []
     entered, go_on = threading.Event(), threading.Event()

@@ -50,10 +50,17 @@ pub struct Fault {
     pub(crate) payload: Payload,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) task: TaskId,
+    pub(crate) deadline: Instant,
     pub(crate) answered: bool,
 }
 
 impl Fault {
+    /// Its request has failed, or is about to: what it asks for must not be begun any more, for whoever asked
+    /// may have gone on.
+    pub fn expired(&self) -> bool {
+        self.deadline <= Instant::now()
+    }
+
     pub fn payload(&self) -> &[u8] {
         match &self.payload {
             Payload::None => &[],

@@ -80,6 +80,11 @@ impl Fault {
         self.with(|fault| fault.full)
     }
 
+    #[getter]
+    fn expired(&self) -> bool {
+        self.with(|fault| fault.expired())
+    }
+
     fn payload<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         self.with(|fault| PyBytes::new(py, fault.payload()))
     }

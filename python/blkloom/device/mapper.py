@@ -164,6 +164,10 @@ class Mapper:
             for fault in faults:
                 fault.retry()
             return
+        if first.operation in _CHANGES and first.expired:
+            # Whoever asked has been told that it failed, and may have written there since.
+            first.fail(errno.ETIMEDOUT)
+            return
         try:
             if first.operation == "flush":
                 owner.target.flush()

@@ -111,6 +111,7 @@ impl Queue {
             payload,
             inbox,
             task: id,
+            deadline,
             answered: false,
         });
     }
