@@ -230,3 +230,27 @@ def test_a_backing_file_beside_an_image_of_a_relative_path_is_found(blkloom: str
     table = f"0 {MiB // 512} qcow2 top.qcow2"
     blkloom_create(blkloom, life, "disk", "--table", table, cwd=tmp_path)
     io(life, "read -P 0x62 0 1M")
+
+
+def test_what_images_need_is_imported_once_for_all_workers_and_only_for_images(life: Life, image: Path) -> None:
+    def zygote() -> Path:
+        (found,) = (
+            Path(f"/proc/{pid}")
+            for pid in life.processes()
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1] == str(life.process.pid)
+        )
+        return found
+
+    with life.client() as client:
+        client.create("plain", table="0 8 zero")
+        assert "numpy" not in (zygote() / "maps").read_text()
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        io(life, "write -P 1 0 1M", "flush")
+        assert "numpy" in (zygote() / "maps").read_text()
+        assert len(list((zygote() / "task").iterdir())) == 1
+        worker = client.info("disk")[0].worker
+        os.kill(worker, signal.SIGKILL)
+        until(client, "disk", lambda info: info.worker not in (0, worker) and info.state == "ACTIVE")
+        io(life, "read -P 1 0 1M")
+        client.remove("disk", retry=True)
+        client.remove("plain")

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from blkloom.control.async_channel import AsyncChannel
@@ -22,6 +22,11 @@ from blkloom.errors import ResourceError
 from blkloom.worker.zygote import Exited, Fork, Forked, ForkRefused, FromZygote
 
 _log = logging.getLogger(__name__)
+_NO_THREADS: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""For the zygote, which must have one thread: NumPy's linear algebra, which nobody needs, would start some as soon as
+it is imported.
+"""
+
 _FORK_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
 
@@ -38,15 +43,16 @@ class Forker:
         self._listener: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def fork(self, worker: str) -> tuple[int, int, socket.socket]:
-        """Its pid, a pidfd, and this end of its channel. Raises ResourceError."""
+    async def fork(self, worker: str, targets: Collection[str] = ()) -> tuple[int, int, socket.socket]:
+        """Its pid, a pidfd, and this end of its channel. targets: that it is wanted for. Raises ResourceError."""
         channel = await self._reach()
         ours, theirs = socket.socketpair()
         forked: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         self._waiting[worker] = forked
         try:
             with theirs:
-                await channel.send(Fork(worker=worker, run_dir=str(self._run_dir.path)), [theirs.fileno()])
+                order = Fork(worker=worker, run_dir=str(self._run_dir.path), targets=sorted(targets))
+                await channel.send(order, [theirs.fileno()])
             async with asyncio.timeout(_FORK_SECONDS):
                 pid, pidfd = await forked
         except BaseException as error:
@@ -79,6 +85,7 @@ class Forker:
                 level,
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | _NO_THREADS,
                 start_new_session=True,
                 cwd="/",
             )

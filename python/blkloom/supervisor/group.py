@@ -50,6 +50,8 @@ class Group:
     forked: bool = False
     """The zygote there is forked its worker, and will say how it ended."""
     restarting: asyncio.Task[None] | None = None
+    targets: frozenset[str] = frozenset()
+    """That tables of its devices named when its worker was forked."""
     arriving: set[int] = field(default_factory=set)
     """Devices that another group hands over to it: what its worker says of them counts already."""
 

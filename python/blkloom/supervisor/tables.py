@@ -21,10 +21,11 @@ _MEMORY: Final = "ram"
 
 @dataclass(frozen=True)
 class Read:
-    """below: minors of the devices it stands on. memory: bytes."""
+    """below: minors of the devices it stands on. memory: bytes. targets: their names."""
 
     below: frozenset[int]
     memory: int
+    targets: frozenset[str]
 
 
 class Tables:
@@ -75,7 +76,7 @@ class Tables:
                 below.add(lower.minor)
             if segment.target.name == _MEMORY:
                 memory += to_bytes(segment.length)
-        return Read(frozenset(below), memory)
+        return Read(frozenset(below), memory, frozenset(segment.target.name for segment in table.segments))
 
     def parsed(self, text: str) -> Table:
         """A table that was loaded once."""

@@ -121,6 +121,7 @@ class Verbs:
         export = exporting.automatic(self._run_dir, entry.name)
         await exporting.listen(self._store, entry, export)
         entry.exports.append(export)
+        entry.group.targets = found.targets if found else frozenset()
         await self._workers.start(entry.group)
         await self._workers.hold(entry.group, [entry.state()])
         if found is not None and call.table is not None:

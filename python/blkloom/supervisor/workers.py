@@ -104,7 +104,7 @@ class Workers:
 
     async def start(self, group: Group) -> None:
         """Forks its worker. Raises ResourceError."""
-        pid, pidfd, connected = await self._forker.fork(group.id)
+        pid, pidfd, connected = await self._forker.fork(group.id, group.targets)
         group.forked = True
         await self._attach(group, pid, pidfd, connected)
 
@@ -330,6 +330,7 @@ class Workers:
         wrong; the old one goes on then.
         """
         new = self.new_group()
+        new.targets = group.targets
         async with new.lock:
             await self.start(new)
             try:

@@ -74,6 +74,10 @@ class Target(ABC):
     """One line for `blkloom targets`."""
     singleton: ClassVar[bool] = False
     """It must be the only line of its table."""
+    modules: ClassVar[tuple[str, ...]] = ()
+    """What `map` imports when it first runs and takes long: blkloom's own targets have it imported once for all worker
+    processes. Importing it must start no thread.
+    """
 
     @classmethod
     @abstractmethod

@@ -73,6 +73,9 @@ class Qcow2(Target):
         "[discard=unmap|ignore] [preallocate=<size>] [compact_zeroes] [on_enospc=fail|park] [fault_injection]]"
     )
     summary: ClassVar[str] = "a QCOW2 image with its backing files"
+    modules: ClassVar[tuple[str, ...]] = tuple(
+        f"blkloom.qcow2.{name}" for name in ("attachment", "attendant", "block_status", "chain", "writer")
+    )
 
     @classmethod
     @override

@@ -6,11 +6,15 @@ with the worker's end of its channel, the zygote answers `Forked` with a pidfd (
 can be reaped) or `ForkRefused`, and says `Exited` when one has ended. At end of file the zygote ends;
 its workers go on. It has one thread, always: a fork copies no other, and a lock another held stays
 locked. SIGCHLD does nothing but wake it.
+
+What targets import late (`Target.modules`) it imports when the first worker is wanted for one of them: those that
+follow have it at once, and share its memory.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import resource
@@ -40,10 +44,11 @@ class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=Tru
 
 
 class Fork(_Message, tag="fork"):
-    """To the zygote: a worker for `run_dir`, on the channel that rides along."""
+    """To the zygote: a worker for `run_dir`, on the channel that rides along. targets: that its tables will name."""
 
     worker: str
     run_dir: str
+    targets: list[str] = []
     fds: int = 1
 
 
@@ -81,6 +86,7 @@ class Zygote:
         self._channel = channel
         self._targets = targets
         self._workers: dict[int, str] = {}
+        self._prepared: set[str] = set()
 
     def serve(self) -> Callable[[], int] | None:
         """Forks until the supervisor has gone: None then; in a new worker, the rest of its life."""
@@ -119,7 +125,24 @@ class Zygote:
                 return life
             connection.close()
 
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Imports what targets of blkloom's own need; code of others runs in workers only."""
+        new = [name for name in names if name in BUILTIN and name not in self._prepared]
+        self._prepared.update(new)
+        modules = [module for name in new for module in self._targets.find(name).modules]
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except Exception:  # a worker will say so to whom it concerns
+                _log.exception("%s cannot be imported", module)
+        if modules:
+            gc.collect()
+            gc.freeze()
+            if (threads := len(os.listdir("/proc/self/task"))) > 1:
+                _log.error("importing %s has started threads (%d): workers are without them", modules, threads - 1)
+
     def _fork(self, asked: Fork, connection: socket.socket) -> Callable[[], int] | None:
+        self._prepare(asked.targets)
         try:
             pid = os.fork()
         except OSError as error:
