@@ -53,8 +53,13 @@ class WatchedStorage(FileStorage):
 
     @override
     def write(self, offset: HostOffset, data: bytes) -> None:
-        with self._doing(*self._writes, offset, len(data)):
+        try:  # as `_doing`, for what copies on write do often
+            if self._injection:
+                self._injection.meet(self._writes[1], self.path)
             super().write(offset, data)
+        except OSError as error:
+            self._troubles.note(self._writes[0], error, f"{len(data)} bytes at {offset:#x} of {self.path}")
+            raise
 
     @override
     def zero(self, offset: HostOffset, length: int) -> None:
