@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blkloom import Device
+from blkloom._engine import ClusterTable
+from blkloom.target.qcow2 import Qcow2
+
 from . import qemu
+from .attached import attached
 from .hostile import examine
 from .slow_image import BITMAPS, BITMAPS_CONSISTENT, COPIED, DIRTY
 
@@ -112,3 +118,32 @@ def test_a_dirty_image_of_holes_that_are_tables(image: Path) -> None:
     _put(image, 72, ">Q", DIRTY)
     assert not examine(image, writable=True).refused, "refcount blocks for all of them are made"
     assert (checked := qemu.check(image)).whole, checked.said
+
+
+def _table(device: Device) -> ClusterTable:
+    """The engine's, of the image that is the whole device."""
+    assert device._active
+    (owner,) = device._active.owners.values()
+    assert isinstance(owner.target, Qcow2)
+    assert owner.target._attachment
+    return owner.target._attachment.table
+
+
+def test_discards_over_a_chain_of_unlike_clusters_take_memory_for_what_is_read_and_no_more(tmp_path: Path) -> None:
+    below, path, size = tmp_path / "below.qcow2", tmp_path / "disk.qcow2", 4 << 30
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", below, str(size))
+    qemu.qemu_io(below, "write -P 3 1G 64k")
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "-b", below, "-F", "qcow2", path)
+    with attached(path, size) as device:
+        assert device.pread(512, 0) == bytes(512)
+        table = _table(device)
+        tracemalloc.start()
+        try:
+            device.discard(0, size)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 4 * (8 << 20), "a piece of 2^20 entries at a time"
+        assert table.pages == 1
+        assert device.pread(512, 1 << 30) == bytes(512)
+        assert table.pages == 2

@@ -122,7 +122,7 @@ class Attachment:
                 self._ready[read] = None
             else:
                 looks[read] = look
-        keys = list(dict.fromkeys(key for look in looks.values() for key in look.keys))
+        keys = list(dict.fromkeys(key for look in looks.values() for key in look.keys))[: self.unpacked.slots]
         made = self._make(keys, raises=False) if len(keys) > 1 else {}
         for (offset, length), look in looks.items():
             if all(key in made or self.unpacked.place(key) is not None for key in look.keys):
@@ -140,12 +140,16 @@ class Attachment:
             self.table.install(first, self._for_engine(self.chain.places(first, end - first), first).data)
 
     def install(self, first: int, entries: Words) -> None:
-        """Tells the engine where units of the *top image* are from `first` on: entries of its table."""
+        """Tells the engine where units of the *top image* are from `first` on: entries of its table. What is not filled
+        stays so, for nothing is led there, and memory for it is not counted.
+        """
         shift = self.chain.top.unit_bits - self._bits
-        spread = places.spread(entries, shift, self._bits)
-        room = self._units - (first << shift)  # the table may end before the image does
-        if room > 0:
-            self.table.install(first << shift, spread[:room].data)
+        low, end = first << shift, min(first + entries.size << shift, self._units)  # the table may end before the image
+        for stretch in range(low // _STRETCH, -(-end // _STRETCH) if low < end else 0):
+            if stretch in self._filled.get(stretch * _STRETCH // self._page, ()):
+                start, stop = max(low, stretch * _STRETCH), min(end, (stretch + 1) * _STRETCH)
+                part = entries[start - low >> shift : -(-(stop - low) >> shift)]
+                self.table.install(start, places.spread(part, shift, self._bits)[: stop - start].data)
 
     def only_read(self, cluster: int) -> bool:
         """See `Relocation.only_read`."""
@@ -349,7 +353,8 @@ class Attachment:
     def _evicted(self, keys: list[Key]) -> None:
         """They are faults again, and nobody reads there."""
         for first, end in map(self._units_of, keys):
-            self.table.fill(first, end - first, int(places.SHOWS_THROUGH))
+            if first // self._page in self._filled:
+                self.table.fill(first, end - first, int(places.SHOWS_THROUGH))
         self._synchronize()
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS: Final = places.MOST_FILES - 1
 """The engine's table has one file a layer, and one for what is made in memory."""
+_AT_ONCE: Final = 1 << 20
+"""Units looked up at once; the top image's may be many of the chain's."""
 
 
 class Files(Protocol):
@@ -95,9 +97,12 @@ class Chain:
         held nothing there.
         """
         shift = self.top.unit_bits - self.unit_bits
-        found = np.zeros(count << shift, np.uint64)
-        found = self._below(found, first << shift, self.layers[1:])
-        zeros: NDArray[np.bool_] = (found == places.ZERO).reshape(count, 1 << shift).all(axis=1)
+        zeros = np.empty(count, np.bool_)
+        step = max(_AT_ONCE >> shift, 1)
+        for low in range(0, count, step):
+            part = zeros[low : low + step]
+            found = self._below(np.zeros(part.size << shift, np.uint64), first + low << shift, self.layers[1:])
+            np.all((found == places.ZERO).reshape(part.size, 1 << shift), axis=1, out=part)
         return zeros
 
     def _below(self, found: Words, first: int, layers: list[Layer]) -> Words:
