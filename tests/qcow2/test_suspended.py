@@ -176,6 +176,29 @@ def test_what_could_not_be_written_back_is_still_there(
     assert qemu.content(made.path)[1000:71000] == b"a" * 70000
 
 
+def test_what_is_written_after_suspending_failed_at_the_last_step_is_announced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, lazy=True), size=MIB, steps=0)
+    with attached(made.path, made.size) as device:
+        device.pwrite(b"a" * 4096, 0)
+        assert SlowImage(made.path.read_bytes()).dirty
+        set_header = Writer._set_header
+
+        def half(writer: Writer, **fields: int) -> None:
+            set_header(writer, **fields)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "_set_header", half)
+            with pytest.raises(OSError, match="Input/output"):
+                device.suspend()
+        device.pwrite(b"b" * 4096, MIB // 2)
+        assert SlowImage(made.path.read_bytes()).dirty
+    assert qemu.check(made.path).whole
+    assert qemu.content(made.path) == b"a" * 4096 + bytes(MIB // 2 - 4096) + b"b" * 4096 + bytes(MIB // 2 - 4096)
+
+
 def test_memory_is_given_up_with_the_image_and_does_not_wait_for_a_collection(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, compressed=True, bitmap=True), size=MIB)
     gc.collect()

@@ -94,6 +94,9 @@ class Writer:
         self.broken: CorruptImage | None = None
         """Why nothing is written any more."""
         self._changed = False
+        """Something may have to be written."""
+        self._said_so = False
+        """The image says that it is being changed."""
         self._broke = broke
         self._lazy = image.lazy_refcounts and image.header.version >= 3
         geometry, header = image.geometry, image.header
@@ -203,6 +206,7 @@ class Writer:
         """Writes everything, takes out what was given ahead in vain, cuts the file, and says that all is well."""
         if self.broken is not None or not self._changed:
             return
+        self._said_so = False  # nor, for certain, if this fails half-way
         with self._finding_corruption():
             self._write_back.write_back()
             self.ahead.take_out()
@@ -249,7 +253,7 @@ class Writer:
         if self.broken is not None:
             raise FaultError(errno.EIO, f"the image is corrupt and only read: {self.broken}")
         with self._finding_corruption():
-            if not self._changed:
+            if not self._said_so:
                 self._first_change()
             if self.bitmaps.tracking:
                 self.bitmaps.mark(offset, length)
@@ -262,7 +266,7 @@ class Writer:
             self._set_header(incompatible=self._image.header.incompatible | Incompatible.DIRTY)
         elif begun:
             self._image.storage.sync()
-        self._changed = True
+        self._changed = self._said_so = True
 
     def _lengthen(self) -> None:
         """Data that the file ends in front of or within may be written to from now on."""
