@@ -58,12 +58,13 @@ class Gate:
             ) from error
         listed = any(_lies_below(real, allowed) for allowed in self._allowed)
         if not listed and not _lies_below(real, self._home):
+            # Of devices that one: next to it are all others.
+            allow = real if stat.S_ISBLK(status.st_mode) else os.path.dirname(real)
             raise self._refused(
                 f"its {what} {shown!r} is {real}, outside of what may be reached ({self._home})",
                 named_by,
                 errno.EPERM,
-                f"if the image is to be trusted with it, allow_backing={os.path.dirname(real)} "
-                f"(--allow-backing {os.path.dirname(real)}) allows it",
+                f"if the image is to be trusted with it, allow_backing={allow} (--allow-backing {allow}) allows it",
             )
         if stat.S_ISBLK(status.st_mode) and not listed:
             raise self._refused(

@@ -103,3 +103,11 @@ def test_a_circle_of_links_ends_in_an_error(folder: Path) -> None:
     (folder / "b").symlink_to("a")
     with pytest.raises(BackingError, match="symbolic links"):
         reach(folder, b"a")
+
+
+def test_of_a_block_device_elsewhere_nothing_but_that_is_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    monkeypatch.setattr("blkloom.gate.stat.S_ISBLK", lambda mode: True)
+    with pytest.raises(BackingError, match=f"allow_backing={elsewhere} "):
+        reach(folder, elsewhere)
+    assert reach(folder, elsewhere, elsewhere) == str(elsewhere)
