@@ -228,7 +228,8 @@ class Verbs:
         async with self._held(entry):
             if entry.failed:
                 await self._revive(entry, caller)
-                return
+                if not entry.suspended:
+                    return
             await self._resume_one(entry, flush=call.flush, timeout=call.timeout, opener=caller.opener)
             entry.suspended_for = None
             self._save(entry)
