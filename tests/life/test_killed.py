@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from .conftest import Life
+import blkloom
+from conformance.nbd_client import NbdClient
+from qcow2 import qemu
+from qcow2.shapes import Shape, make
+
+from .conftest import Life, read, until
 from .reconnecting import BLOCK, ReconnectingWriter
 
 KILLS = int(os.environ.get("BLKLOOM_KILLS", "100"))
@@ -98,3 +105,24 @@ def test_a_worker_that_dies_while_there_is_no_supervisor_is_started_by_the_next(
         (info,) = client.info("file")
         assert info.state == "ACTIVE"
         assert info.worker != worker
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["nobody has the image", "somebody has the image"])
+def test_an_image_is_lent_out_even_if_the_worker_dies_while_its_device_is_suspended(
+    life: Life, connect: Callable[[str], NbdClient], tmp_path: Path, program: Callable[[str, str], str], busy: bool
+) -> None:
+    program("qemu-img", "qemu-utils")
+    path = make(tmp_path, Shape(), size=1 << 20).path
+    with life.client() as client:
+        client.create("disk", table=f"0 2048 qcow2 {path}")
+        client.suspend("disk")
+        (before,) = client.info("disk")
+        with blkloom.open(str(path)) if busy else nullcontext():
+            os.kill(before.worker, signal.SIGKILL)
+            until(client, "disk", lambda found: found.worker not in (0, before.worker))
+            client.status("disk")  # which the new one answers when it has the table
+            assert client.info("disk")[0].state == "SUSPENDED"
+        qemu.qemu_io(path, "write -P 9 0 64k")
+        client.resume("disk")
+        assert client.info("disk")[0].state == "ACTIVE"
+        assert read(connect("disk")) == b"\x09" * 512
