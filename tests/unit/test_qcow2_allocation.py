@@ -160,6 +160,15 @@ def test_the_file_ends_behind_its_last_cluster_in_use() -> None:
     assert alloc.take(1).first == 9
 
 
+def test_what_the_file_had_is_not_cut_off_even_if_nothing_counts_it() -> None:
+    disk = Disk()
+    counts, alloc = allocator(disk)
+    before = disk.size()
+    counts.set(counts.last_used(), 1, 0)
+    alloc.trim_file()
+    assert disk.size() == before
+
+
 def test_space_is_reserved_where_that_is_asked_for() -> None:
     def reserve(offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "full")

@@ -79,6 +79,7 @@ class Allocator:
         self._take_space = secure
         self._secured: set[int] = set()
         self._punches = True
+        self._first_size = storage.size()
         self._hint = 0
         """Nothing below is free but what is at hand."""
         self._run = _NOTHING
@@ -191,8 +192,10 @@ class Allocator:
             self._hint, self._run, self._next = cluster, _NOTHING, _NOTHING
 
     def trim_file(self) -> None:
-        """Cuts the file behind its last cluster in use."""
-        end = self._refcounts.last_used() + 1 << self._bits
+        """Cuts the file behind its last cluster in use, but nothing that it had before: were a count too low, that
+        might be somebody's.
+        """
+        end = max(self._refcounts.last_used() + 1 << self._bits, self._first_size)
         try:
             if end < self._storage.size():
                 self._storage.truncate(end)
