@@ -59,9 +59,17 @@ test-tools: $(VENV)/.test-tools ## what the tests need: Debian packages, and a k
 	@$(VENV)/bin/python scripts/debian.py install $(TEST_PACKAGES) $(KERNEL_PACKAGES)
 	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
 
+# The virtual machines take one processor and minutes; the other tests run beside them. (What a shell starts in
+# the background ignores Ctrl-C unless told otherwise.)
 test: setup test-tools ## the engine's tests, then the others
 	$(CARGO) test $(ENGINE_TESTS)
-	$(VENV)/bin/python -m pytest
+	@log=$$(mktemp); others=0; booted=0; \
+	env --default-signal=INT $(VENV)/bin/python -m pytest -m kernel -o cache_dir=.pytest_cache/kernel \
+		>$$log 2>&1 & kernel=$$!; \
+	$(VENV)/bin/python -m pytest -m "not kernel" || others=$$?; \
+	echo "waiting for the tests in virtual machines"; \
+	wait $$kernel || booted=$$?; cat $$log; rm $$log; \
+	exit $$((others ? others : booted))
 
 # mypy reads what the code imports.
 lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages
