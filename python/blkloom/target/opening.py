@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from blkloom._engine import File, Region
-from blkloom.errors import Place, ResourceError, TableError
+from blkloom.errors import BackingError, Place, ResourceError, TableError
 from blkloom.filemap.lease import Leases
 from blkloom.filemap.mappings import mapped_to_write
 from blkloom.target.descriptors import Descriptors, OwnDescriptors
@@ -82,6 +82,7 @@ class Opening:
         self._askers: dict[_Way, set[int]] = {}
         self._places: dict[_Way, str] = {}
         self._let_go: set[_Way] = set()
+        self._unreachable: dict[_Way, BackingError] = {}
         self._by_blocks: dict[Identity, bool] = {}
         self._segments: dict[Identity, dict[int, bool]] = {}
 
@@ -107,6 +108,8 @@ class Opening:
         """
         shared = self._shared or not claimed
         key = (path, not (read_only or self.read_only), self.direct_io if direct_io is None else direct_io, shared)
+        if key in self._unreachable:
+            raise self._unreachable[key]
         if key not in self._files:
             _, writable, direct, _ = key
             identity, file = self._held.take(
@@ -229,10 +232,13 @@ class Opening:
             self._segments[self._files[key][0]].pop(owner, None)
         try:
             for key in former:
-                if key in self._let_go and self._is_replaced(key):
-                    self._give_up(key)
-                else:
-                    self._askers[key].discard(owner)
+                try:
+                    if key in self._let_go and self._is_replaced(key):
+                        self._give_up(key)
+                        continue
+                except BackingError as error:  # nobody need mind, unless it is asked for
+                    self._unreachable[key] = error
+                self._askers[key].discard(owner)
             yield
         except BaseException:
             for key in former:
@@ -240,6 +246,8 @@ class Opening:
                     self._askers[key].add(owner)
             self.lend(owner)
             raise
+        finally:
+            self._unreachable.clear()
         for key in former:
             if key in self._files and not self._askers[key]:
                 self._give_up(key)
