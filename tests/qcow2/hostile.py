@@ -65,24 +65,31 @@ def examine(path: Path, *, writable: bool) -> Examined:
 
 
 def _use(path: Path, *, writable: bool) -> Examined:
-    with blkloom.open(path, read_only=not writable) as device:
-        size = device.size
-        whole = size <= _PIECES * PIECE
-        places = list(range(0, size, PIECE)) if whole else _here_and_there(size)
-        pieces = [_try(device.pread, min(PIECE, size - at), at) for at in places]
+    device = blkloom.open(path, read_only=not writable)
+    try:
+        return _use_device(device, writable=writable)
+    finally:
+        _try(device.close)  # its flush fails where the image was found corrupt after it was written to
+
+
+def _use_device(device: blkloom.Device, *, writable: bool) -> Examined:
+    size = device.size
+    whole = size <= _PIECES * PIECE
+    places = list(range(0, size, PIECE)) if whole else _here_and_there(size)
+    pieces = [_try(device.pread, min(PIECE, size - at), at) for at in places]
+    for at in places:
+        for context in ("base:allocation", *device.contexts[:4]):
+            _try(device.extents, at, min(PIECE, size - at), context=context)
+    if writable:
         for at in places:
-            for context in ("base:allocation", *device.contexts[:4]):
-                _try(device.extents, at, min(PIECE, size - at), context=context)
-        if writable:
-            for at in places:
-                length = min(PIECE, size - at)
-                _try(device.pwrite, b"\xa5" * min(1024, length), at)
-                _try(device.write_zeroes, at + length // 2, min(4096, length - length // 2))
-                _try(device.discard, at, length)
-            _try(device.flush)
-        if whole and None not in pieces:
-            return Examined(size=size, content=b"".join(piece for piece in pieces if piece is not None))
-        return Examined(size=size)
+            length = min(PIECE, size - at)
+            _try(device.pwrite, b"\xa5" * min(1024, length), at)
+            _try(device.write_zeroes, at + length // 2, min(4096, length - length // 2))
+            _try(device.discard, at, length)
+        _try(device.flush)
+    if whole and None not in pieces:
+        return Examined(size=size, content=b"".join(piece for piece in pieces if piece is not None))
+    return Examined(size=size)
 
 
 def _here_and_there(size: int) -> list[int]:

@@ -229,7 +229,7 @@ class Opening:
         self.owner = owner
         former = self._asked_by(owner)
         for key in former:
-            self._segments[self._files[key][0]].pop(owner, None)
+            self._segments.get(self._files[key][0], {}).pop(owner, None)
         try:
             for key in former:
                 try:
