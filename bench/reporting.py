@@ -82,6 +82,9 @@ def _notes(run: Run) -> str:
     contests = [(workload, contest) for workload in run.workloads for contest in workload.contests]
     lines = [note for workload, contest in contests for note in _remarks(workload, contest)]
     for workload in run.workloads:
+        rounds = max((len(contest.samples) for contest in workload.contests), default=0)
+        if rounds not in (0, run.rounds):
+            lines.append(f"{workload.name}: measured in {rounds} rounds.")
         if (share := _disturbance(workload, run)) > _DISTURBED:
             lines.append(f"⚠ {workload.name}: up to {share:.0%} of the CPU time went to others or was stolen.")
     if not any(contest.errors for _, contest in contests):
