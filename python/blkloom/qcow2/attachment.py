@@ -40,6 +40,7 @@ _MOST_PAGES: Final = 1 << 24
 _TABLE_LIMIT: Final = 256 << 20
 """Bytes of entries kept in memory at most; 16 TiB of disk in clusters of 512 KiB, 2 TiB in 64 KiB."""
 
+_DATA: Final = int(places.DATA) >> places.KIND_SHIFT
 _ONLY_READ: Final = int(places.READ_ONLY) >> places.KIND_SHIFT
 
 _AHEAD: Final = 4
@@ -128,6 +129,15 @@ class Attachment:
             if all(key in made or self.unpacked.place(key) is not None for key in look.keys):
                 self._ready[offset, length] = self._bytes(look, made, offset, length)
                 self._install(look)
+
+    def leads_to_data(self, offset: int, length: int) -> bool:
+        """Whether the engine may write to all of the range by itself: a fault before in line has seen to it."""
+        first, end = self._range(offset, length)
+        data = end - first <= _FEW and all(
+            self.table.entry(unit) >> places.KIND_SHIFT == _DATA for unit in range(first, end)
+        )
+        self.faults += data
+        return data
 
     def prepare(self, offset: int, length: int) -> None:
         """Fills the table where a write faulted, so that the writes around it need not."""

@@ -290,6 +290,8 @@ class Qcow2(Target):
 
     @override
     def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
+        if self._attached.leads_to_data(offset, length):
+            return RETRY
         self._attached.prepare(offset, length)
         try:
             return None if self._changing.prepare_write(offset, length, fetch) else RETRY
