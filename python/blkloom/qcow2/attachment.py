@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +24,7 @@ from blkloom.errors import ResourceError
 from blkloom.qcow2 import places
 from blkloom.qcow2.chain import Chain
 from blkloom.qcow2.layers import Job
+from blkloom.qcow2.placing import joined, runs_alike
 from blkloom.qcow2.types import Words
 from blkloom.qcow2.unpacked import Key, Unpacked
 from blkloom.units import format_size
@@ -40,8 +41,9 @@ _MOST_PAGES: Final = 1 << 24
 _TABLE_LIMIT: Final = 256 << 20
 """Bytes of entries kept in memory at most; 16 TiB of disk in clusters of 512 KiB, 2 TiB in 64 KiB."""
 
-_DATA: Final = int(places.DATA) >> places.KIND_SHIFT
-_ONLY_READ: Final = int(places.READ_ONLY) >> places.KIND_SHIFT
+_KIND_SHIFT: Final = int(places.KIND_SHIFT)
+_DATA: Final = int(places.DATA) >> _KIND_SHIFT
+_ONLY_READ: Final = int(places.READ_ONLY) >> _KIND_SHIFT
 
 _AHEAD: Final = 4
 """Clusters a thread that are made ahead of a reader who reads on."""
@@ -133,9 +135,7 @@ class Attachment:
     def leads_to_data(self, offset: int, length: int) -> bool:
         """Whether the engine may write to all of the range by itself: a fault before in line has seen to it."""
         first, end = self._range(offset, length)
-        data = end - first <= _FEW and all(
-            self.table.entry(unit) >> places.KIND_SHIFT == _DATA for unit in range(first, end)
-        )
+        data = end - first <= _FEW and all(kind == _DATA for kind in self._kinds(first, end))
         self.faults += data
         return data
 
@@ -165,7 +165,8 @@ class Attachment:
         """See `Relocation.only_read`."""
         bits = self.chain.top.cluster_bits
         inside = cluster + 1 << bits <= self.size
-        return inside and self.table.entry(cluster << bits - self._bits) >> places.KIND_SHIFT == _ONLY_READ
+        unit = cluster << bits - self._bits
+        return inside and next(self._kinds(unit, unit + 1)) == _ONLY_READ
 
     def relocate(self, cluster: int, host: int, patch: bytes, patch_at: int) -> bool:
         """See `Relocation.relocate`."""
@@ -182,22 +183,17 @@ class Attachment:
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """(length, flags) runs of the range, flags EXTENT_DATA or EXTENT_HOLE."""
         self.faults += 1
-        found: list[tuple[int, int]] = []
+        return list(joined(self._extents(offset, length)))
+
+    def _extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         first, end = self._range(offset, length)
         at = offset
         for low in range(first, end, _STRETCH):
             high = min(low + _STRETCH, end)
-            hole = self.chain.places(low, high - low) == places.ZERO
-            cuts = (np.flatnonzero(hole[1:] != hole[:-1]) + 1).tolist()
-            for start, stop in zip([0, *cuts], [*cuts, hole.size], strict=True):
+            for hole, _, stop in runs_alike(self.chain.places(low, high - low) == places.ZERO):
                 until = min(low + stop << self._bits, offset + length)
-                flags = EXTENT_HOLE if hole[start] else EXTENT_DATA
-                if found and found[-1][1] == flags:
-                    found[-1] = (found[-1][0] + until - at, flags)
-                else:
-                    found.append((until - at, flags))
+                yield until - at, EXTENT_HOLE if hole else EXTENT_DATA
                 at = until
-        return found
 
     def close(self) -> None:
         """Ends its threads and gives its memory up."""
@@ -215,12 +211,16 @@ class Attachment:
         """Where the range is. The table is filled there, if it was not; None where that tells the engine all."""
         first, end = self._range(offset, length)
         self._fill_missing(first, end)
-        if end - first <= _FEW and all(self.table.entry(unit) for unit in range(first, end)):
+        if end - first <= _FEW and all(self._kinds(first, end)):
             return None
         low, high = self._whole_clusters(first, end)
         around = self.chain.places(low, high - low)
         found = around[first - low : end - low]
         return _Look(first, found, low, around, self._keys(found, first))
+
+    def _kinds(self, first: int, end: int) -> Iterator[int]:
+        """As the engine knows units [first, end), 0 for those it asks about."""
+        return (self.table.entry(unit) >> _KIND_SHIFT for unit in range(first, end))
 
     def _install(self, look: _Look) -> None:
         """Tells the engine, memory included."""

@@ -10,7 +10,7 @@ Source: dm-qcow2 (Tkhai 2020), drivers/md/dm-qcow2-cmd.c.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from blkloom.errors import UsageError
 from blkloom.qcow2.injection import INJECTED, Injection, errno_named
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from blkloom.qcow2.chain import Chain
     from blkloom.qcow2.errors import CorruptImage
+    from blkloom.qcow2.storage import Role
     from blkloom.qcow2.types import HostOffset
 
 _SYNTAX: Final = (
@@ -45,7 +46,7 @@ class Attendant:
         self._chain: Chain | None = None
         self._wanted_check = False
 
-    def storage(self, fd: int, path: str, role: Literal["metadata", "data"]) -> WatchedStorage:
+    def storage(self, fd: int, path: str, role: Role) -> WatchedStorage:
         """As `chain.StorageOf`."""
         return WatchedStorage(fd, path, role, self.troubles, self._injection)
 

@@ -14,7 +14,6 @@ Source: QEMU docs/interop/qcow2, "Bitmaps extension" and "Bitmaps".
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.header import Autoclear, ExtensionKind
+from blkloom.qcow2.placing import runs_alike
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
@@ -179,10 +179,9 @@ class Bitmaps:
             stop = min(first // step * step + step, end)
             bits = self._window(bitmap, first >> 3, -(-stop // 8))
             granules = np.unpackbits(bits, bitorder="little")[first & 7 :][: stop - first]
-            cuts = np.flatnonzero(granules[1:] != granules[:-1]) + 1
-            for low, high in itertools.pairwise([0, *cuts.tolist(), stop - first]):
+            for bit, _, high in runs_alike(granules):
                 until = min(first + high << shift, offset + length)
-                yield until - at, int(granules[low])
+                yield until - at, bit
                 at = until
             first = stop
 

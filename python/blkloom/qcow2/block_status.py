@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.errors import FaultError
+from blkloom.qcow2.placing import joined, runs_alike
 
 if TYPE_CHECKING:
     from blkloom.qcow2.bitmaps import Bitmaps
@@ -52,11 +53,11 @@ class BlockStatus:
     def runs(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(length, flags) runs from `offset` on, bytes; unlike their neighbours."""
         if context == ALLOCATION_DEPTH:
-            return _joined(self._depths(offset, offset + length))
+            return joined(self._depths(offset, offset + length))
         for bitmap in self._bitmaps.readable if self._bitmaps else ():
             if context == DIRTY_BITMAP + bitmap.name:
                 assert self._bitmaps is not None, "it has just named one"
-                return _joined(self._bitmaps.runs(bitmap, offset, length))
+                return joined(self._bitmaps.runs(bitmap, offset, length))
         raise FaultError(errno.EINVAL, f"{self._chain.top.path} has no metadata context {context!r}")
 
     def _depths(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
@@ -73,10 +74,9 @@ class BlockStatus:
                 last = min(-(-until >> bits), first // _STRETCH * _STRETCH + _STRETCH)
                 depths, looked = self._depths_of(first, last - first, at)
                 looks += looked
-                cuts = (np.flatnonzero(depths[1:] != depths[:-1]) + 1).tolist()
-                for low, high in zip([0, *cuts], [*cuts, depths.size], strict=True):
+                for depth, _, high in runs_alike(depths):
                     stop = min(first + high << bits, until)
-                    yield stop - at, int(depths[low])
+                    yield stop - at, depth
                     at = stop
 
     def _depths_of(self, first: int, count: int, at: int) -> tuple[NDArray[np.uint32], int]:
@@ -100,15 +100,3 @@ class BlockStatus:
 def _end(layer: Layer) -> int:
     """Where it ends, in bytes: a sector that it begins is its own."""
     return layer.size + _SECTOR_MASK & ~_SECTOR_MASK
-
-
-def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The same, each run as long as it can be."""
-    length, flags = 0, 0
-    for more, value in runs:
-        if length and value != flags:
-            yield length, flags
-            length = 0
-        length, flags = length + more, value
-    if length:
-        yield length, flags

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from blkloom.qcow2.header import MAGIC, ExtensionKind, Header, read_header
 from blkloom.qcow2.image import Image
 from blkloom.qcow2.layers import ImageLayer, Job, Layer, RawLayer
 from blkloom.qcow2.snapshots import find_snapshot, read_snapshots
-from blkloom.qcow2.storage import FileStorage
+from blkloom.qcow2.storage import FileStorage, Role
 from blkloom.qcow2.types import HostOffset, Words
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ class Files(Protocol):
         """As `Opening.warn`."""
 
 
-StorageOf = Callable[[int, str, Literal["metadata", "data"]], FileStorage]
+StorageOf = Callable[[int, str, Role], FileStorage]
 """Makes the storage of a file open as a descriptor, whose path that is, for one role of it."""
 
 
-def plain(fd: int, path: str, role: Literal["metadata", "data"]) -> FileStorage:
+def plain(fd: int, path: str, role: Role) -> FileStorage:
     """The same for every role."""
     return FileStorage(fd, path)
 
@@ -184,7 +184,7 @@ class _Opener:
                 raise BackingError(f"a chain of more than {_MOST_LAYERS} images", path=path, errno=errno.ELOOP)
             top = not layers
             what = "image" if top else "backing file"
-            role: Literal["metadata", "data"] = "data" if form == "raw" else "metadata"
+            role: Role = "data" if form == "raw" else "metadata"
             storage = self._storage(path, writable=writable and top, what=what, role=role)
             if form == "raw":
                 layers.append(RawLayer(len(layers), storage))
@@ -249,9 +249,7 @@ class _Opener:
         )
         return form
 
-    def _storage(
-        self, path: str, *, writable: bool, what: str, role: Literal["metadata", "data"] = "metadata"
-    ) -> FileStorage:
+    def _storage(self, path: str, *, writable: bool, what: str, role: Role = "metadata") -> FileStorage:
         """For metadata, buffered. Each file stands in a chain once."""
         file = self._open(path, writable=writable)
         status = os.fstat(file.fileno())

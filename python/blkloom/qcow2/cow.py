@@ -113,8 +113,9 @@ class Copier:
         start = cluster << cluster_bits
         low, high = max(payload.offset, start), min(payload.end, start + (1 << cluster_bits))
         patch = payload.part(low, high) if payload.at_hand else b""
-        self.copied += 1 << cluster_bits
-        return self._relocation.relocate(cluster, host, patch, low - start)
+        done = self._relocation.relocate(cluster, host, patch, low - start)
+        self.copied += done << cluster_bits
+        return done
 
     def _over(self, old: bytes, low: int, payload: Payload) -> bytes:
         """The payload over what guest range [low, low + len(old)) holds."""

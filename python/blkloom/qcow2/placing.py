@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,8 +111,20 @@ def host_clusters(layout: Layout, entries: Words) -> Words:
     return found
 
 
-def runs_alike(values: NDArray[np.uint8]) -> Iterator[tuple[int, int, int]]:
+def runs_alike(values: NDArray[Any]) -> Iterator[tuple[int, int, int]]:
     """(value, from, to) of neighbours that are equal."""
     cuts = (np.flatnonzero(np.diff(values)) + 1).tolist()
     for low, high in zip([0, *cuts], [*cuts, values.size], strict=True):
         yield int(values[low]), low, high
+
+
+def joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same, each run as long as it can be."""
+    length, flags = 0, 0
+    for more, value in runs:
+        if length and value != flags:
+            yield length, flags
+            length = 0
+        length, flags = length + more, value
+    if length:
+        yield length, flags

@@ -146,15 +146,16 @@ class Refcounts:
     def set(self, first: int, count: int, value: int) -> None:
         """Gives a run one count. All of it must be described."""
         index, start = divmod(first, self.per_block)
-        if start + count <= self.per_block:
-            block = self._described(index)
-            block.counts[start : start + count] = value
-            self._touch(index, block, start, start + count)
+        if start + count <= self.per_block:  # nearly always
+            self._set_in_block(index, start, start + count, value)
             return
         for index, start, end, _ in self._pieces(first, count):
-            block = self._described(index)
-            block.counts[start:end] = value
-            self._touch(index, block, start, end)
+            self._set_in_block(index, start, end, value)
+
+    def _set_in_block(self, index: int, start: int, end: int, value: int) -> None:
+        block = self._described(index)
+        block.counts[start:end] = value
+        self._touch(index, block, start, end)
 
     def put(self, index: int, counts: NDArray[np.uint64]) -> int:
         """Gives all that one block describes these counts. Returns how many were others."""

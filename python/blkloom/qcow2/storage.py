@@ -10,12 +10,15 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 from blkloom.qcow2.types import HostOffset
 
 NO_HOLES: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 """What a file system says that cannot punch holes, or reserve space."""
+
+Role: TypeAlias = Literal["metadata", "data"]
+"""What of a file goes through one storage."""
 
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2

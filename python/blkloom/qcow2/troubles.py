@@ -11,22 +11,13 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 Kind = Literal[
     "metadata_read", "metadata_write", "sync", "allocation", "data_read", "data_write", "no_space", "corrupt"
 ]
 
-KINDS: Final[tuple[Kind, ...]] = (
-    "metadata_read",
-    "metadata_write",
-    "sync",
-    "allocation",
-    "data_read",
-    "data_write",
-    "no_space",
-    "corrupt",
-)
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 """metadata_*: reads and writes of tables. allocation: space that could not be had, for clusters or tables. data_*: data
 that Python moved (copy on write, compressed clusters), or that the engine found no space for. no_space: requests that
 found none. corrupt: metadata that cannot be.

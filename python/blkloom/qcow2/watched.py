@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from blkloom.qcow2.storage import NO_HOLES, FileStorage
+from blkloom.qcow2.storage import NO_HOLES, FileStorage, Role
 
 if TYPE_CHECKING:
     from blkloom.qcow2.injection import Injected, Injection
     from blkloom.qcow2.troubles import Kind, Troubles
     from blkloom.qcow2.types import HostOffset
-
-Role = Literal["metadata", "data"]
 
 _READS: Final[dict[Role, tuple[Kind, Injected]]] = {
     "metadata": ("metadata_read", "metadata_reads"),
