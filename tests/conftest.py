@@ -46,6 +46,13 @@ def program() -> Callable[[str, str], str]:
 
 
 @pytest.fixture(scope="session")
+def qemu_tools(program: Callable[[str, str], str]) -> None:
+    """QEMU's tools for images are there, or what needs them is skipped."""
+    for name in ("qemu-img", "qemu-io"):
+        program(name, "qemu-utils")
+
+
+@pytest.fixture(scope="session")
 def blkloom() -> str:
     """The path of the `blkloom` command of this very environment."""
     path = Path(sys.executable).with_name("blkloom")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,9 @@ from blkloom.errors import BackingError
 from qcow2 import qemu
 from qcow2.attached import first_difference, read_all
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def source(folder: Path, size: int, seed: int = 1) -> Path:

@@ -13,6 +13,8 @@ import pytest
 
 import blkloom
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 KIB = 1 << 10
 MIB = 1 << 20
 KINDS = {
@@ -24,12 +26,6 @@ KINDS = {
     "lazy": ["lazy_refcounts=on"],
     "preallocated": ["preallocation=metadata"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def _qemu_img(*words: str | Path) -> str:

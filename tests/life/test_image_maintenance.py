@@ -19,7 +19,7 @@ from qcow2.slow_image import SlowImage
 from .conftest import Life
 from .maintained import MIB, NAME, Disk
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("qemu_tools")]
 KIB = 1 << 10
 SIZE = 4 * MIB
 GRANULE = 64 * KIB
@@ -51,12 +51,6 @@ WRITERS = [
     "convert -n -O qcow2 {other} {image}",
 ]
 READERS = ["snapshot -l {image}", "info {image}", "map {image}", "check {image}", "measure -O raw {image}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Program) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @pytest.fixture

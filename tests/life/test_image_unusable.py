@@ -22,17 +22,11 @@ from qcow2.slow_image import CORRUPT
 from .conftest import Life
 from .maintained import MIB, NAME, Disk
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("qemu_tools")]
 SIZE = MIB
 
 Program = Callable[[str, str], str]
 Harm = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Program) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @pytest.fixture

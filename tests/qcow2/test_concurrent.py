@@ -16,6 +16,8 @@ from . import qemu
 from .attached import first_difference, read_all, table_of
 from .shapes import Shape, make
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 CLIENTS = 4
 BLOCK = 2048
 STEPS = 400
@@ -29,12 +31,6 @@ SHAPES = {
     "bitmap": Shape(cluster_bits=16, bitmap=True),
     "raw data file": Shape(cluster_bits=12, data_file="raw"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 class Client(threading.Thread):

@@ -21,16 +21,12 @@ from .attached import attached, first_difference, read_all, table_of
 from .shapes import Shape, make
 from .slow_image import COPIED, CORRUPT, DIRTY, OFFSET_MASK, SlowImage
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 KIB = 1 << 10
 SIZE = 1 << 20
 DATA = 128 * KIB
 """Bytes of data at the disk's start."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def _word(data: bytearray, at: int, value: int | None = None) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,8 @@ from .recording import SECTOR, Recorder
 from .shapes import Made, Shape, make, shapes
 from .slow_image import SlowImage
 from .workload import Promise, Workload
+
+pytestmark = pytest.mark.usefixtures("qemu_tools")
 
 CUTS = int(os.environ.get("BLKLOOM_FUZZ_CASES", "0")) or 240
 """Crashes a workload."""
@@ -60,12 +61,6 @@ SHAPES = {
     "v2, backed, snapshot": Shape(version=2, cluster_bits=10, backing="raw", snapshots=1),
 }
 OPTIONS = ["preallocate=0", "compact_zeroes", "discard=ignore"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,10 @@ from .mutations import NAMES, mutate
 from .shapes import Shape, make
 from .slow_image import CORRUPT, SlowImage
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 CORPUS = stored()
 WHOLE = unharmed()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def test_the_corpus_is_there() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,7 @@ MIB = 1 << 20
 L1_MOST = 32 * MIB
 """Bytes of an L1 table at most."""
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("qemu_tools")]
 
 
 @pytest.fixture

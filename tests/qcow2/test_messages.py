@@ -13,6 +13,7 @@ from blkloom.errors import UsageError
 from . import qemu
 from .full_disk import KIB, MIB, Attached, attached, image
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
 SIZE = 8 * MIB
 CLEAN = """wants_check=0
 md_writeback_error=0
@@ -26,12 +27,6 @@ data_write=0
 no_space=0
 corrupt=0
 """
-
-
-@pytest.fixture(autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def errors(it: Attached) -> dict[str, str]:

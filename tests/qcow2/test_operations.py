@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,13 @@ from .operations import Model, Operation, operations
 from .shapes import Made, Shape, make, shapes
 from .slow_image import SlowImage
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 SIZES = st.sampled_from([64 << 10, 300 * 512, 1 << 20])
 AUTO, IN_USE = 2, 1
 SEARCH = settings(
     max_examples=settings().max_examples // 2, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 class Keeper:

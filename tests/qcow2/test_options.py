@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,11 @@ from . import qemu
 from .attached import attached, first_difference, read_all, table_of
 from .shapes import Made, Shape, make
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 KIB = 1 << 10
 MIB = 1 << 20
 SIZE = 16 * MIB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 def _empty(folder: Path) -> Made:

@@ -17,6 +17,8 @@ from . import qemu
 from .attached import first_difference
 from .shapes import Shape, make
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 Program = Callable[[str, str], str]
 Serve = Callable[..., Any]
 MIB = 1 << 20
@@ -32,12 +34,6 @@ SHAPES = {
     "lazy": Shape(cluster_bits=12, lazy=True),
     "one bit": Shape(cluster_bits=9, refcount_bits=1),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Program) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @pytest.fixture

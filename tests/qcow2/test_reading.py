@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,9 @@ from .attached import attached, first_difference, read_all
 from .shapes import Shape, make, shapes
 from .slow_image import SlowImage
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 SIZES = st.sampled_from([64 << 10, 300 * 512, 1 << 20, (1 << 20) + 512])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @settings(max_examples=settings().max_examples // 2, deadline=None)

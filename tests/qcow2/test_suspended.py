@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,9 @@ from .attached import attached, first_difference, read_all, table_of
 from .shapes import Shape, make
 from .slow_image import SlowImage
 
+pytestmark = pytest.mark.usefixtures("qemu_tools")
+
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tools(program: Callable[[str, str], str]) -> None:
-    for name in ("qemu-img", "qemu-io"):
-        program(name, "qemu-utils")
 
 
 @pytest.mark.parametrize("shape", [Shape(), Shape(cluster_bits=12, lazy=True), Shape(cluster_bits=14, extended=True)])
