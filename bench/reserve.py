@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 _HUGE_PAGE: Final = 2 << 20
-_AHEAD: Final = 16 << 20
+_AHEAD: Final = 64 << 20
 """Bytes let go of ahead: little enough to be used before the host has it."""
-_METADATA: Final = 128 << 20
+_METADATA: Final = 32 << 20
+"""Bytes that a file takes beyond what is in it."""
 _TURN_SECONDS: Final = 0.003
 
 
@@ -28,7 +29,8 @@ def reserved(growing: Path, size: int) -> Iterator[None]:
     path = growing.with_name("reserve")
     with path.open("xb", buffering=0) as file:
         whole = size + _METADATA
-        os.posix_fallocate(file.fileno(), 0, whole)
+        for _ in range(0, whole, _HUGE_PAGE):  # written, not only allocated: else it may still be the host's
+            file.write(bytes(_HUGE_PAGE))
         over = threading.Event()
         thread = threading.Thread(target=_let_go, args=(file.fileno(), growing, whole, over))
         thread.start()

@@ -33,6 +33,8 @@ ALL_ZEROS: Final = np.uint64(0xFFFF_FFFF_0000_0000)
 _COMPRESSED: Final = np.uint64(COMPRESSED)
 _OFFSET: Final = np.uint64(OFFSET_MASK)
 _NONE: Final = np.uint64(0)
+_ZEROS: Final = np.uint8(ZEROS)
+_COPY: Final = np.uint8(COPY)
 # Plain numbers: looking an enum's member up costs more than comparing a window of clusters with it.
 _UNALLOCATED: Final = int(Kind.UNALLOCATED)
 _ZERO: Final = int(Kind.ZERO)
@@ -62,6 +64,8 @@ def place(
     bitmaps, touched: extended images only; touched, of shape (clusters, 32), says which subclusters are written.
     zeros_below: for each unit, whether it would read as zeros were it unallocated (None: all would).
     """
+    if bitmaps is None and not entries.any():  # the usual case of an image that fills up
+        return np.full(entries.size, ZEROS, np.uint8) if zeros_below is None else np.where(zeros_below, _ZEROS, _COPY)
     units = classify(entries, bitmaps, layout.geometry, version=layout.version, data_file=layout.data_file)
     kinds = units.kinds
     found = np.full(entries.size, COPY, np.uint8)
