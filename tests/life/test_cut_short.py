@@ -148,6 +148,21 @@ def test_memory_without_a_worker_outlives_an_upgrade() -> None:
             nbd.close()
 
 
+def test_a_suspended_device_that_failed_is_live_once_it_is_resumed(file: Path) -> None:
+    with a_life("--max-deaths=0") as life, life.client() as client:
+        client.create("disk", table=f"0 16 loop {file}")
+        client.suspend("disk")
+        event = info(client, "disk").event
+        os.kill(info(client, "disk").worker, 9)
+        while info(client, "disk").state != "FAILED":
+            event = client.wait("disk", event)
+        client.resume("disk")
+        assert info(client, "disk").state == "ACTIVE"
+        nbd = NbdClient.unix(life.socket("disk"))
+        assert read(nbd) == b"f" * 512
+        nbd.close()
+
+
 def test_memory_in_a_table_nobody_used_takes_no_device_along(life: Life, connect: Connect, file: Path) -> None:
     with life.client() as client:
         client.create("disk", table=f"0 16 loop {file}")

@@ -235,6 +235,21 @@ class TestTable:
             assert attached.table.entry(0) == 0
             assert attached.table.entry(9) != 0
 
+    def test_reads_announced_together_make_no_more_than_there_is_room_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, content = full(tmp_path, 64)
+        told = Told(path, cache=4 * CLUSTER)
+        made: list[tuple[int, int]] = []
+        making = told.chain.making
+        monkeypatch.setattr(told.chain, "making", lambda *key: made.append(key) or making(*key))
+        with told as attached:
+            reads = [(number * CLUSTER, CLUSTER) for number in range(0, 64, 2)]
+            attached.expect(reads)
+            assert len(made) == 4
+            for offset, length in reads:
+                assert attached.read(offset, length) == content[offset : offset + length]
+
     def test_pages_are_forgotten_beyond_the_limit_and_come_back(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

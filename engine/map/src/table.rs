@@ -1,13 +1,14 @@
 //! The cluster table: a mapping that grows while it is read.
 //!
-//! Two levels: pages of atomic u64 entries behind an atomically swapped pointer. A lookup is two
-//! loads, an install is a store. A page that is not there faults. Dropping a page is safe at any
-//! time: readers that hold it finish with it, later ones fault, and a fault can always rebuild it.
-//! What a *changed* entry needs beyond that (no request still using the old place) is the device's
-//! epochs' business, not the table's.
+//! Pages of atomic u64 entries, each behind an atomically swapped pointer. A lookup is three loads, an
+//! install is a store. A page that is not there faults. The pointers lie in groups that are made with
+//! their first page: a table of any size costs what is in it, to make, to keep and to drop. Dropping a
+//! page is safe at any time: readers that hold it finish with it, later ones fault, and a fault can
+//! always rebuild it. What a *changed* entry needs beyond that (no request still using the old place)
+//! is the device's epochs' business, not the table's.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
 
@@ -48,12 +49,15 @@ impl Entry {
 }
 
 type Page = Box<[AtomicU64]>;
+type Group = Box<[ArcSwapOption<Page>]>;
+const GROUP_SHIFT: u32 = 8;
 
 pub struct ClusterTable<H: Handles> {
     size: u64,
     shift: u32,
     page_shift: u32,
-    pages: Box<[ArcSwapOption<Page>]>,
+    /// Of `1 << GROUP_SHIFT` pages each.
+    groups: Box<[OnceLock<Group>]>,
     files: Box<[H::File]>,
 }
 
@@ -117,7 +121,7 @@ impl<H: Handles> ClusterTable<H> {
             size,
             shift: cluster.trailing_zeros(),
             page_shift: page.trailing_zeros(),
-            pages: (0..pages).map(|_| ArcSwapOption::empty()).collect(),
+            groups: (0..pages.div_ceil(1 << GROUP_SHIFT)).map(|_| OnceLock::new()).collect(),
             files: files.into(),
         })
     }
@@ -135,15 +139,14 @@ impl<H: Handles> ClusterTable<H> {
     }
 
     pub fn pages_held(&self) -> usize {
-        self.pages.iter().filter(|page| page.load().is_some()).count()
+        let groups = self.groups.iter().filter_map(OnceLock::get);
+        groups.flat_map(|pages| pages.iter()).filter(|page| page.load().is_some()).count()
     }
 
     pub fn entry(&self, cluster: u64) -> Result<Entry, TableError> {
         self.check(cluster, 1)?;
-        Ok(match &*self.pages[(cluster >> self.page_shift) as usize].load() {
-            Some(page) => Entry(page[self.slot(cluster)].load(Ordering::Acquire)),
-            None => Entry::FAULT,
-        })
+        let page = self.pointer(cluster >> self.page_shift).and_then(|pointer| pointer.load_full());
+        Ok(page.map_or(Entry::FAULT, |page| Entry(page[self.slot(cluster)].load(Ordering::Acquire))))
     }
 
     /// Stores consecutive entries from cluster `first` on. All are checked before the first is stored.
@@ -192,11 +195,12 @@ impl<H: Handles> ClusterTable<H> {
     }
 
     pub fn drop_page(&self, page: u64) -> Result<(), TableError> {
-        let slot = self
-            .pages
-            .get(page as usize)
-            .ok_or(TableError::OutOfRange { cluster: page << self.page_shift, clusters: self.clusters() })?;
-        slot.store(None);
+        if page >= self.clusters().div_ceil(1 << self.page_shift) {
+            return Err(TableError::OutOfRange { cluster: page << self.page_shift, clusters: self.clusters() });
+        }
+        if let Some(pointer) = self.pointer(page) {
+            pointer.store(None);
+        }
         Ok(())
     }
 
@@ -205,8 +209,8 @@ impl<H: Handles> ClusterTable<H> {
         let cluster = at >> self.shift;
         let within = at & ((1 << self.shift) - 1);
         let mut run = (1u64 << self.shift) - within;
-        let page = self.pages[(cluster >> self.page_shift) as usize].load();
-        let Some(page) = page.as_ref() else {
+        let page = self.pointer(cluster >> self.page_shift).map(|pointer| pointer.load());
+        let Some(page) = page.as_ref().and_then(|page| page.as_ref()) else {
             let span = 1u64 << (self.shift + self.page_shift);
             return (Place::Fault, len.min(span - (at & (span - 1))));
         };
@@ -241,9 +245,17 @@ impl<H: Handles> ClusterTable<H> {
         (cluster & ((1 << self.page_shift) - 1)) as usize
     }
 
+    /// Where the page's pointer is, if there was ever a page nearby.
+    fn pointer(&self, page: u64) -> Option<&ArcSwapOption<Page>> {
+        let group = self.groups[(page >> GROUP_SHIFT) as usize].get()?;
+        Some(&group[(page & ((1 << GROUP_SHIFT) - 1)) as usize])
+    }
+
     /// The page, made of faults if it was not there. Two installers may race: one page wins.
     fn page(&self, index: u64) -> Arc<Page> {
-        let slot = &self.pages[index as usize];
+        let group = self.groups[(index >> GROUP_SHIFT) as usize]
+            .get_or_init(|| (0..1 << GROUP_SHIFT).map(|_| ArcSwapOption::empty()).collect());
+        let slot = &group[(index & ((1 << GROUP_SHIFT) - 1)) as usize];
         if let Some(page) = slot.load_full() {
             return page;
         }

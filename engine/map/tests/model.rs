@@ -147,31 +147,37 @@ proptest! {
         }
     }
 
+    /// Pages of one entry, so that there are several groups of them, and of eight.
     #[test]
     fn a_cluster_table_is_the_list_of_its_entries(
-        installs in prop::collection::vec((0u64..60, prop::collection::vec((0u64..5, 0u64..3, 0u64..8), 1..20)), 0..20),
-        drops in prop::collection::vec(0u64..8, 0..3),
-        queries in prop::collection::vec((0u64..64 * 1024, 1u64..9000), 1..40),
+        page in prop::sample::select(vec![1u64, 8]),
+        installs in prop::collection::vec((0u64..590, prop::collection::vec((0u64..5, 0u64..3, 0u64..8), 1..20)), 0..20),
+        drops in prop::collection::vec(0u64..600, 0..30),
+        queries in prop::collection::vec((0u64..600 * 1024, 1u64..9000), 1..40),
     ) {
         const CLUSTER: u64 = 1024;
-        let table = Arc::new(ClusterTable::<Numbers>::new(64 * CLUSTER, CLUSTER, 8, vec![7, 8, 9]).unwrap());
-        let mut model = [0u64; 64];
+        const CLUSTERS: u64 = 600;
+        let table = Arc::new(ClusterTable::<Numbers>::new(CLUSTERS * CLUSTER, CLUSTER, page, vec![7, 8, 9]).unwrap());
+        let mut model = [0u64; CLUSTERS as usize];
         for (first, entries) in installs {
             let entries: Vec<u64> = entries.iter().map(|(kind, file, at)| kind << 61 | file << 49 | (at * 2)).collect();
             let installed = table.install(first, &entries);
-            if first as usize + entries.len() <= 64 {
+            if first as usize + entries.len() <= CLUSTERS as usize {
                 installed.unwrap();
                 model[first as usize..][..entries.len()].copy_from_slice(&entries);
             } else {
                 prop_assert!(installed.is_err(), "past the end");
             }
         }
-        for page in drops {
-            table.drop_page(page).unwrap();
-            model[page as usize * 8..][..8].fill(0);
+        for number in drops {
+            let dropped = table.drop_page(number);
+            prop_assert_eq!(dropped.is_ok(), number < CLUSTERS / page);
+            if dropped.is_ok() {
+                model[(number * page) as usize..][..page as usize].fill(0);
+            }
         }
         let extent = Extent::Table(table.clone());
-        let map = Map::new(vec![Segment { start: 0, end: 64 * CLUSTER, owner: 0, extent }], vec![]).unwrap();
+        let map = Map::new(vec![Segment { start: 0, end: CLUSTERS * CLUSTER, owner: 0, extent }], vec![]).unwrap();
         for (offset, len) in queries {
             let piece = map.lookup(offset, len).unwrap();
             for i in [0, piece.len / 2, piece.len - 1] {
