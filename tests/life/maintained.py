@@ -5,14 +5,15 @@ must read.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conformance.nbd_client import FLUSH, READ, WRITE, NbdClient
 from qcow2 import qemu
 from qcow2.attached import first_difference
+from qcow2.shapes import Shape, make
 
 from .conftest import Life
 
@@ -103,3 +104,17 @@ class Disk:
     def _ask(self, command: int, offset: int = 0, *, payload: bytes = b"") -> None:
         reply = self.nbd.ask(command, offset, payload=payload)
         assert reply.error == 0, reply.message
+
+
+@contextmanager
+def disks(blkloom: str, life: Life, folder: Path, *, size: int) -> Iterator[Callable[..., Disk]]:
+    """`made(shape)`: a device on an image of that shape, with data everywhere in it; its client leaves at the end."""
+    with ExitStack() as stack:
+
+        def made(shape: Shape | None = None, **below: str) -> Disk:
+            path = make(folder, shape or Shape(cluster_bits=12), size=size, **below).path
+            disk = Disk(blkloom, life, path)
+            stack.callback(disk.nbd.close)
+            return disk
+
+        yield made

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from conformance.nbd_client import READ, NbdClient
 from qcow2 import qemu
-from qcow2.shapes import Shape, make
+from qcow2.shapes import Shape
 from qcow2.slow_image import SlowImage
 
 from .conftest import Life
-from .maintained import MIB, NAME, Disk
+from .maintained import MIB, NAME, Disk, disks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("qemu_tools")]
 KIB = 1 << 10
@@ -60,15 +60,7 @@ def life(shared: Life) -> Life:
 
 @pytest.fixture
 def disk(blkloom: str, life: Life, tmp_path: Path) -> Iterator[Make]:
-    """`disk(shape)`: a device on an image of that shape, with data everywhere in it; whole at the end of the test."""
-    with ExitStack() as stack:
-
-        def made(shape: Shape | None = None, **below: str) -> Disk:
-            path = make(tmp_path, shape or Shape(cluster_bits=12), size=SIZE, **below).path
-            disk = Disk(blkloom, life, path)
-            stack.callback(disk.nbd.close)
-            return disk
-
+    with disks(blkloom, life, tmp_path, size=SIZE) as made:
         yield made
 
 

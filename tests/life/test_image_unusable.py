@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from qcow2.shapes import Shape, make
 from qcow2.slow_image import CORRUPT
 
 from .conftest import Life
-from .maintained import MIB, NAME, Disk
+from .maintained import MIB, NAME, Disk, disks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("qemu_tools")]
 SIZE = MIB
@@ -36,13 +36,7 @@ def life(shared: Life) -> Life:
 
 @pytest.fixture
 def disk(blkloom: str, life: Life, tmp_path: Path) -> Iterator[Callable[[Shape], Disk]]:
-    with ExitStack() as stack:
-
-        def made(shape: Shape) -> Disk:
-            disk = Disk(blkloom, life, make(tmp_path, shape, size=SIZE).path)
-            stack.callback(disk.nbd.close)
-            return disk
-
+    with disks(blkloom, life, tmp_path, size=SIZE) as made:
         yield made
 
 

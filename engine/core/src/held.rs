@@ -3,8 +3,9 @@
 //! there), or until they are to fail (`Device::fail_held`).
 //!
 //! A loop enters its task here first, and looks at the gates and at `Holding::is_over` after that; who closes a gate or
-//! asks again looks here after that: one of the two sees the other. `count` is what `Device::held` tells; it grows with the target's word, not with
-//! the loop's hearing of it, and falls when the request has got further: never too low, too high for moments.
+//! asks again looks here after that: one of the two sees the other. `count` is what `Device::held` tells; it grows with
+//! the target's word, not with the loop's hearing of it, and falls when the request has got further: never too low, too
+//! high for moments.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

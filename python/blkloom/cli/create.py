@@ -9,7 +9,7 @@ import click
 
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Named, Session
-from blkloom.cli.tables import TableText, read_table
+from blkloom.cli.tables import TableText, allow_backing_option, read_table
 from blkloom.dm.failing import VerbFailed
 from blkloom.errors import BackingError, BlkloomError, TableError
 
@@ -23,13 +23,7 @@ from blkloom.errors import BackingError, BlkloomError, TableError
 @click.option("-j", "--major", metavar="N", help="With -m; it must be there, and is not looked at.")
 @click.option("-m", "--minor", metavar="N", help="With -j: the device's number.")
 @click.option("--shared", is_flag=True, help="Do not lock files: others may write to them.")
-@click.option(
-    "--allow-backing",
-    multiple=True,
-    type=click.Path(readable=False),
-    metavar="DIR",
-    help="Where names in IMAGE.qcow2 may lead, besides its own directory.",
-)
+@allow_backing_option
 def create(
     session: Session,
     operands: tuple[str, ...],

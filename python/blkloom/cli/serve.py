@@ -14,6 +14,7 @@ from blkloom import _engine
 from blkloom.cli.addresses import host_port
 from blkloom.cli.devices import DeviceRequest, open_devices, requested
 from blkloom.cli.serving import Listening, Report, run
+from blkloom.cli.tables import allow_backing_option
 from blkloom.errors import ResourceError, UsageError
 from blkloom.export.nbd.server import ServerLimits
 from blkloom.units import Bytes, parse_size
@@ -51,13 +52,7 @@ def _size(text: str) -> Bytes:
     show_default=True,
     help="What FILEs are; auto: qcow2 if they are named so.",
 )
-@click.option(
-    "--allow-backing",
-    multiple=True,
-    type=click.Path(readable=False),
-    metavar="DIR",
-    help="Where names in images may lead, besides the image's own directory.",
-)
+@allow_backing_option
 @click.option("--once", is_flag=True, help="Stop when the last client has left.")
 @click.option(
     "--stats",

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import click
+
 from blkloom.dm.failing import VerbFailed
 from blkloom.qcow2.probing import begins_like_image, is_image_name
 
@@ -16,6 +18,14 @@ _LONGEST: Final = 64 << 20
 """Bytes of a table file at most."""
 _SHOWN: Final = 100
 _LINE: Final = re.compile(r"\s*(?:#.*)?$|\s*\d+\s+\d+\s*\S")
+
+allow_backing_option: Final = click.option(
+    "--allow-backing",
+    multiple=True,
+    type=click.Path(readable=False),
+    metavar="DIR",
+    help="Where names in an image may lead, besides its own directory.",
+)
 
 
 @dataclass(frozen=True, slots=True)
