@@ -25,6 +25,7 @@ KERNEL_PACKAGES := qemu-system-x86 kmod
 CARGO := cargo --config term.quiet=true
 # The glue to Python has no logic to test, and would need libpython's development files to link.
 ENGINE_TESTS := --manifest-path engine/Cargo.toml --workspace --exclude blkloom-python
+BESIDE := tests/kernel tests/unit tests/property tests/qcow2
 FUZZ_CASES ?= 2000
 
 .PHONY: help setup demo test test-tools lint bench fuzz clean
@@ -59,17 +60,17 @@ test-tools: $(VENV)/.test-tools ## what the tests need: Debian packages, and a k
 	@$(VENV)/bin/python scripts/debian.py install $(TEST_PACKAGES) $(KERNEL_PACKAGES)
 	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
 
-# The virtual machines take one processor and minutes; the other tests run beside them. (What a shell starts in
-# the background ignores Ctrl-C unless told otherwise.)
+# Two lines of tests, about as long as each other: those in virtual machines and those of one process first of all,
+# and beside them those that start many. (What a shell starts in the background ignores Ctrl-C unless told otherwise.)
 test: setup test-tools ## the engine's tests, then the others
 	$(CARGO) test $(ENGINE_TESTS)
-	@log=$$(mktemp); others=0; booted=0; \
-	env --default-signal=INT $(VENV)/bin/python -m pytest -m kernel -o cache_dir=.pytest_cache/kernel \
-		>$$log 2>&1 & kernel=$$!; \
-	$(VENV)/bin/python -m pytest -m "not kernel" || others=$$?; \
-	echo "waiting for the tests in virtual machines"; \
-	wait $$kernel || booted=$$?; cat $$log; rm $$log; \
-	exit $$((others ? others : booted))
+	@log=$$(mktemp); here=0; beside=0; \
+	env --default-signal=INT $(VENV)/bin/python -m pytest -o cache_dir=.pytest_cache/beside $(BESIDE) \
+		>$$log 2>&1 & other=$$!; \
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(BESIDE)) || here=$$?; \
+	echo "waiting for the tests in virtual machines, and for those of one process"; \
+	wait $$other || beside=$$?; cat $$log; rm $$log; \
+	exit $$((here ? here : beside))
 
 # mypy reads what the code imports.
 lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages

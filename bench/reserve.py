@@ -1,9 +1,8 @@
 """Memory that files on tmpfs can have at once.
 
 A virtual machine may give free memory back to its host within a tenth of a second, and a page that has to be fetched
-from there again costs several times what writing to it does: filling a file would measure that, whoever fills it. So
-a reserve is kept from the free memory, as a file, and let go of just ahead of the file that grows. What it lets go of
-is the size of what has grown, whoever serves it.
+from there again costs up to forty times what writing to it does: filling a file would measure that. So a reserve is
+written beside the file that is to grow, and let go of just ahead of it, from when it begins to.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Final
 
 _HUGE_PAGE: Final = 2 << 20
-_AHEAD: Final = 64 << 20
-"""Bytes let go of ahead: little enough to be used before the host has it."""
+_AHEAD: Final = 128 << 20
+"""Bytes let go of ahead: enough for whoever fills gigabytes a second, and soon enough used for the host not to have
+them before.
+"""
 _METADATA: Final = 32 << 20
 """Bytes that a file takes beyond what is in it."""
 _TURN_SECONDS: Final = 0.003
@@ -46,6 +47,8 @@ def _let_go(reserve: int, growing: Path, left: int, over: threading.Event) -> No
     before = growing.stat().st_blocks
     while not over.wait(_TURN_SECONDS):
         grown = (growing.stat().st_blocks - before) * 512
+        if not grown:
+            continue
         rest = max(left - grown - _AHEAD, 0) // _HUGE_PAGE * _HUGE_PAGE
         if rest < os.fstat(reserve).st_size:
             os.ftruncate(reserve, rest)
