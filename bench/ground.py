@@ -30,6 +30,8 @@ class Ground:
 
     def __init__(self, *, size: int, tmpfs: Path, disk: Path) -> None:
         self.size = size
+        self._most = size
+        """Of the files that all share, whatever size a copy of this is given."""
         self._tmpfs, self._disk = tmpfs, disk
         self._files: dict[str, Path] = {}
         self._own_disk: OwnDisk | None = None
@@ -89,13 +91,13 @@ class Ground:
 
     def _file(self, kind: str, folder: Path) -> Path:
         if kind not in self._files:
-            _check_space(folder, self.size)
+            _check_space(folder, self._most)
             handle, name = tempfile.mkstemp(prefix="blkloom-bench-", suffix=".img", dir=folder)
             self._files[kind] = Path(name)
             with os.fdopen(handle, "wb", buffering=0) as file:
                 piece = os.urandom(_PIECE)
-                for position in range(0, self.size, _PIECE):
-                    file.write(piece[: self.size - position])
+                for position in range(0, self._most, _PIECE):
+                    file.write(piece[: self._most - position])
                 os.fsync(file.fileno())
         return self._files[kind]
 
