@@ -71,7 +71,7 @@ def _preallocated(blkloom: str) -> list[Workload]:
 def _empty(blkloom: str) -> list[Workload]:
     """Beside them what the format cannot make faster: the client, and an empty file without the format. The null
     server takes no memory, and a virtual machine's host may take some meanwhile: whoever comes after it finds colder
-    pages, which shall be neither of the two that a goal compares.
+    pages. That is the empty file, whose figures are only reported and may read too low, and no peer with a goal.
     """
     image = Qcow2Image(size=_SMALL)
     rows = (

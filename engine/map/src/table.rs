@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 
 use crate::extent::{Handles, Place};
 
@@ -145,8 +145,10 @@ impl<H: Handles> ClusterTable<H> {
 
     pub fn entry(&self, cluster: u64) -> Result<Entry, TableError> {
         self.check(cluster, 1)?;
-        let page = self.pointer(cluster >> self.page_shift).and_then(|pointer| pointer.load_full());
-        Ok(page.map_or(Entry::FAULT, |page| Entry(page[self.slot(cluster)].load(Ordering::Acquire))))
+        Ok(match self.loaded(cluster).as_deref() {
+            Some(Some(page)) => Entry(page[self.slot(cluster)].load(Ordering::Acquire)),
+            _ => Entry::FAULT,
+        })
     }
 
     /// Stores consecutive entries from cluster `first` on. All are checked before the first is stored.
@@ -209,8 +211,8 @@ impl<H: Handles> ClusterTable<H> {
         let cluster = at >> self.shift;
         let within = at & ((1 << self.shift) - 1);
         let mut run = (1u64 << self.shift) - within;
-        let page = self.pointer(cluster >> self.page_shift).map(|pointer| pointer.load());
-        let Some(page) = page.as_ref().and_then(|page| page.as_ref()) else {
+        let page = self.loaded(cluster);
+        let Some(Some(page)) = page.as_deref() else {
             let span = 1u64 << (self.shift + self.page_shift);
             return (Place::Fault, len.min(span - (at & (span - 1))));
         };
@@ -245,17 +247,22 @@ impl<H: Handles> ClusterTable<H> {
         (cluster & ((1 << self.page_shift) - 1)) as usize
     }
 
+    /// The page that a cluster's entry is on, without counting a reference to it.
+    fn loaded(&self, cluster: u64) -> Option<Guard<Option<Arc<Page>>>> {
+        self.pointer(cluster >> self.page_shift).map(|pointer| pointer.load())
+    }
+
     /// Where the page's pointer is, if there was ever a page nearby.
     fn pointer(&self, page: u64) -> Option<&ArcSwapOption<Page>> {
-        let group = self.groups[(page >> GROUP_SHIFT) as usize].get()?;
-        Some(&group[(page & ((1 << GROUP_SHIFT) - 1)) as usize])
+        let (group, within) = grouped(page);
+        Some(&self.groups[group].get()?[within])
     }
 
     /// The page, made of faults if it was not there. Two installers may race: one page wins.
     fn page(&self, index: u64) -> Arc<Page> {
-        let group = self.groups[(index >> GROUP_SHIFT) as usize]
-            .get_or_init(|| (0..1 << GROUP_SHIFT).map(|_| ArcSwapOption::empty()).collect());
-        let slot = &group[(index & ((1 << GROUP_SHIFT) - 1)) as usize];
+        let (group, within) = grouped(index);
+        let made = || (0..1 << GROUP_SHIFT).map(|_| ArcSwapOption::empty()).collect();
+        let slot = &self.groups[group].get_or_init(made)[within];
         if let Some(page) = slot.load_full() {
             return page;
         }
@@ -283,4 +290,9 @@ impl<H: Handles> ClusterTable<H> {
         }
         Ok(())
     }
+}
+
+/// Which group a page's pointer is in, and where in it.
+fn grouped(page: u64) -> (usize, usize) {
+    ((page >> GROUP_SHIFT) as usize, (page & ((1 << GROUP_SHIFT) - 1)) as usize)
 }
