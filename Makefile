@@ -85,7 +85,7 @@ lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and typ
 
 bench: setup ## against peers on this machine; needs fio and the peers
 	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
-	$(CARGO) build --release --quiet --manifest-path engine/Cargo.toml --package blkloom-core --example null_server
+	$(CARGO) build --release --quiet --manifest-path engine/Cargo.toml --package blkloom-core --examples
 	$(VENV)/bin/python bench/run.py
 
 fuzz: setup $(VENV)/.test-tools ## the property tests, at length: make fuzz FUZZ_CASES=100000

@@ -20,7 +20,7 @@ import kernel_loop
 import own_disk
 from ground import Ground
 from jobs import Job
-from measuring import FioSession
+from measuring import ClientSession
 from peers import ProgramSession, need, socket_of
 from servers import announcing
 
@@ -101,11 +101,11 @@ class Served:
         return own_disk.lack() or need(self.command, "blkloom: `make setup` builds it, --blkloom names another")
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket, log = ground.scratch / "blkloom.sock", ground.scratch / "blkloom.log"
         command = [self.command, "serve", "--table", "-", "--socket", str(socket)]
         with self.place.table(ground) as text, announcing(command, ready="nbd", log=log, text=text) as server:
-            yield FioSession(ground, job, socket_of(socket), who="server", server=server)
+            yield ClientSession(ground, job, socket_of(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class Driven:
         return own_disk.lack()
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         with self.place.device(ground) as device:
             where = ["--ioengine=io_uring", "--direct=1", f"--filename={device}"]
-            yield FioSession(ground, job, where, who="kernel")
+            yield ClientSession(ground, job, where, who="kernel")
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,33 @@
 """Jobs: what the load generator is asked to do, and what it said it did.
 
-Pure: builds fio's arguments and reads fio's JSON; nothing is started here. Every contender of a
-workload gets the same job; only the words that say where the data is differ. Source: fio(1).
+Pure: builds command lines and reads JSON; nothing is started here. Every contender of a workload gets
+the same job; only the words that say where the data is differ. Source: fio(1), and
+engine/core/examples/nbd_load.rs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
 
 Pattern = Literal["randrw", "randread", "randwrite", "write"]
 
 
 class JobError(Exception):
-    """fio failed or did not say what it did; the text is for a person."""
+    """The load generator failed or did not say what it did; the text is for a person."""
 
 
 @dataclass(frozen=True)
 class Job:
     """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
     connections: fio threads, each with a connection of its own. batch: requests a call, for the
-    in-process contenders, which have neither depth nor connections.
+    in-process contenders, which have neither depth nor connections. client: fio sends and receives request by
+    request; `nbd_load`, which only writes, all that it can together.
     """
 
     pattern: Pattern
@@ -29,11 +35,12 @@ class Job:
     depth: int = 1
     connections: int = 1
     batch: int = 1
+    client: Literal["fio", "nbd_load"] = "fio"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What fio did. seconds: the time it measured. p50_us and p99_us: latency over reads and writes.
+    """What was done. seconds: the time that was measured. p50_us and p99_us: latency over reads and writes.
     busy: the share of that time its threads spent on a CPU, 1.0 when the client is the limit.
     """
 
@@ -45,7 +52,7 @@ class Outcome:
     busy: float = 0.0
 
 
-def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds: float | None) -> list[str]:
+def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, seconds: float | None) -> list[str]:
     """The command line. where: the words that name the engine and the data. seconds: how long;
     None goes once over `size` bytes, all connections together. The JSON goes to the file `output`.
 
@@ -74,7 +81,24 @@ def fio_arguments(job: Job, where: list[str], *, size: int, output: str, seconds
     ]
 
 
-def read_outcome(text: str) -> Outcome:
+def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
+    """The same job for nbd_load. where: fio's words; their URI tells the socket. Its JSON comes on its output."""
+    if job.connections != 1 or job.pattern not in ("write", "randwrite"):
+        raise JobError(f"nbd_load has one connection and writes; the job is {job}")
+    (uri,) = [word.removeprefix("--uri=") for word in where if word.startswith("--uri=")]
+    (socket,) = parse_qs(urlsplit(uri).query)["socket"]
+    return [program, socket, job.pattern, *(f"{number}" for number in (job.block, job.depth, size, seconds or 0))]
+
+
+def nbd_load_outcome(text: str) -> Outcome:
+    """Read what nbd_load said. Raises JobError."""
+    try:
+        return msgspec.json.decode(text, type=Outcome)
+    except msgspec.DecodeError as error:
+        raise JobError(f"nbd_load's output makes no sense ({error}): {text[:200]!r}") from error
+
+
+def fio_outcome(text: str) -> Outcome:
     """Read fio's JSON (with --group_reporting: one job) as an Outcome. Raises JobError."""
     try:
         (job,) = json.loads(text[text.index("{") :])["jobs"]

@@ -1,25 +1,28 @@
-"""Measuring: fio against a contender with the CPU accounts read before and after, and the rounds.
+"""Measuring: a client against a contender with the CPU accounts read before and after, and the rounds.
 
 A `Session` is a contender that is up and can be measured; a `Contender` knows how to bring it up.
-Rounds are interleaved (A B C A B C ...), one contender up at a time and started anew every time, so
-that a machine whose speed drifts does it to everybody. One thread; the processes measured are
+Rounds are interleaved (A B C B A C ...), in an order that is another every round, and the same in every run: a
+machine whose speed drifts does it to everybody, and nobody is always the one who comes after another. One contender is
+up at a time and started anew every time. One thread; the processes measured are
 others. A contender that fails is reported with its reason and left out of later rounds.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
+import client
 from ground import Ground, GroundError
-from jobs import Job, JobError, Outcome, fio_arguments, read_outcome
+from jobs import Job, JobError, Outcome
 from results import Contest, Goal, Missing, Sample, WorkloadResult
 from servers import Server, ServerError
 
@@ -136,8 +139,8 @@ class Meter:
         )
 
 
-class FioSession:
-    """Measured with fio. where: fio's words for the engine and the data; extra: figures that every
+class ClientSession:
+    """Measured with the job's client. where: fio's words for the engine and the data; extra: figures that every
     sample of this session carries.
     """
 
@@ -156,26 +159,19 @@ class FioSession:
 
     def fill(self) -> None:
         """Write the whole device once, so that memory that is given out late is there."""
-        self._fio(Job("write", 1 << 20, depth=4), seconds=None)
+        self._run(Job("write", 1 << 20, depth=4), seconds=None)
 
     def measure(self, seconds: float) -> Sample:
         meter = Meter(self._server, self._who)
-        return meter.sample(self._fio(self._job, seconds), extra=self._extra)
+        return meter.sample(self._run(self._job, seconds), extra=self._extra)
 
-    def _fio(self, job: Job, seconds: float | None) -> Outcome:
-        output = self._ground.scratch / "fio.json"
-        output.unlink(missing_ok=True)
-        command = fio_arguments(job, self._where, size=self._ground.size, output=str(output), seconds=seconds)
-        done = subprocess.run(
-            command, cwd=self._ground.scratch, capture_output=True, text=True, timeout=(seconds or 60) + 120
-        )
-        said = " ".join((done.stderr + done.stdout).split())
-        if not output.exists():
-            raise JobError(f"fio ended with {done.returncode} and no result: {said[-400:]}")
-        outcome = read_outcome(output.read_text())
-        if not outcome.operations:
-            raise JobError(f"fio did nothing: {said[-400:]}")
-        return replace(outcome, errors=max(outcome.errors, int(done.returncode != 0)))
+    def once(self) -> Sample:
+        """The job over the whole disk, once, however long that takes."""
+        meter = Meter(self._server, self._who)
+        return meter.sample(self._run(self._job, None), extra=self._extra)
+
+    def _run(self, job: Job, seconds: float | None) -> Outcome:
+        return client.run(job, self._where, size=self._ground.size, scratch=self._ground.scratch, seconds=seconds)
 
 
 def measure(
@@ -192,8 +188,9 @@ def measure(
     """
     trouble = {contender: contender.missing() for contender in workload.contenders}
     samples: dict[Contender, list[Sample]] = {contender: [] for contender in workload.contenders}
+    shuffled = random.Random(workload.name)
     for number in range(effort.rounds):
-        for contender in workload.contenders:
+        for contender in shuffled.sample(workload.contenders, len(workload.contenders)):
             report(f"{workload.name} · {_label(contender)} · {number + 1}/{effort.rounds}")
             if trouble[contender]:
                 continue

@@ -23,7 +23,7 @@ import kernel_loop
 from ground import Ground
 from idle import idle_connections
 from jobs import Job, JobError, Outcome
-from measuring import FioSession, Meter
+from measuring import ClientSession, Meter
 from results import Sample
 from servers import Server, activated, announcing
 from tables import table_text
@@ -64,7 +64,7 @@ class Blkloom:
         return f"{self.command} does not exist; `make setup` builds it, --blkloom names another"
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket = ground.scratch / "blkloom.sock"
         connections = str(max(1024, self.idle + job.connections + _SLACK))
         command = [self.command, "serve", "--table", "-", "--socket", str(socket), "--max-connections", connections]
@@ -85,7 +85,7 @@ class Blkloom:
                     "idle_connections": float(self.idle),
                     "threads": float(server.status("Threads")),
                 }
-            session = FioSession(ground, job, socket_of(socket, export), who="server", server=server, extra=extra)
+            session = ClientSession(ground, job, socket_of(socket, export), who="server", server=server, extra=extra)
             if self.target == "ram":
                 session.fill()
             yield session
@@ -113,13 +113,13 @@ class QemuNbd:
         return need("qemu-nbd", "qemu-utils")
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket = ground.scratch / "qemu-nbd.sock"
         command = ["qemu-nbd", "-t", "-f", "raw"]
         command += ["-e", str(job.connections + _SLACK), f"--aio={self.aio}", "--cache=writeback"]
         command += [str(ground.tmpfs_file())]
         with activated(command, path=socket, log=ground.scratch / "qemu-nbd.log") as server:
-            yield FioSession(ground, job, socket_of(socket), who="server", server=server)
+            yield ClientSession(ground, job, socket_of(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Nbdkit:
         return "" if known.returncode == 0 else f"nbdkit has no plugin {self.plugin}"
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket = ground.scratch / "nbdkit.sock"
         command = ["nbdkit", "-t", str(self.threads), self.plugin]
         if self.plugin == "file":
@@ -153,7 +153,7 @@ class Nbdkit:
         else:
             command += [str(ground.size), f"allocator={self.allocator}"]
         with activated(command, path=socket, log=ground.scratch / "nbdkit.log") as server:
-            session = FioSession(ground, job, socket_of(socket), who="server", server=server)
+            session = ClientSession(ground, job, socket_of(socket), who="server", server=server)
             if self.plugin == "memory":
                 session.fill()
             yield session
@@ -172,12 +172,12 @@ class NullServer:
         return "" if _NULL_SERVER.exists() else f"{_NULL_SERVER} is not built; `make bench` builds it"
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket = ground.scratch / "null.sock"
         command = [str(_NULL_SERVER), str(ground.size)]
         log = ground.scratch / "null.log"
         with activated(command, path=socket, log=log, status=-signal.SIGTERM) as server:
-            yield FioSession(ground, job, socket_of(socket), who="server", server=server)
+            yield ClientSession(ground, job, socket_of(socket), who="server", server=server)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,10 @@ class KernelLoop:
         return kernel_loop.lack()
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         with kernel_loop.attached(ground.tmpfs_file(), direct=self.direct) as device:
             where = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
-            yield FioSession(ground, job, where, who="kernel")
+            yield ClientSession(ground, job, where, who="kernel")
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ class FioOnFile:
         return ""
 
     @contextmanager
-    def session(self, ground: Ground, job: Job) -> Iterator[FioSession]:
+    def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         where = ["--ioengine=io_uring", "--direct=1", f"--filename={ground.disk_file()}"]
-        yield FioSession(ground, job, where, who="nobody")
+        yield ClientSession(ground, job, where, who="nobody")
 
 
 @dataclass(frozen=True)

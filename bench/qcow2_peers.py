@@ -16,10 +16,10 @@ from typing import Final, Literal
 
 from ground import Ground
 from jobs import Job
-from measuring import Contender, FioSession, Meter, Session
+from measuring import ClientSession, Contender, Session
 from peers import ProgramSession, need, socket_of
 from qcow2_images import Qcow2Image
-from reserve import reserved
+from reserve import reserve
 from results import Sample
 from servers import Server, activated, announcing
 
@@ -28,7 +28,7 @@ _OPENING: Final = Path(__file__).with_name("qcow2_opening.py")
 _QEMU: Final = "qemu-nbd"
 
 
-class _Session(FioSession):
+class _Session(ClientSession):
     """Measured with fio. weighed: every sample also has the server's memory, in bytes."""
 
     def __init__(self, ground: Ground, job: Job, *, server: Server, weighed: bool) -> None:
@@ -40,11 +40,6 @@ class _Session(FioSession):
         if not self._weighed:
             return found
         return replace(found, extra={**found.extra, "memory": self._process.status("VmRSS") * 1024.0})
-
-    def once(self) -> Sample:
-        """The job over the whole disk, once, however long that takes."""
-        meter = Meter(self._process, "server")
-        return meter.sample(self._fio(self._job, None))
 
 
 class _Filling:
@@ -58,12 +53,10 @@ class _Filling:
         self._image, self._ground, self._serve = image, ground, serve
 
     def measure(self, seconds: float) -> Sample:
-        with (
-            self._image.made(self._ground) as path,
-            reserved(path, self._ground.size),
-            self._serve(path) as session,
-        ):
-            return session.once()
+        with self._image.made(self._ground) as path:
+            reserve(path, self._ground.size)
+            with self._serve(path) as session:
+                return session.once()
 
 
 @dataclass(frozen=True)

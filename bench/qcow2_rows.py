@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from jobs import Job, Pattern
 from measuring import Workload
@@ -69,9 +69,8 @@ def _preallocated(blkloom: str) -> list[Workload]:
 
 
 def _empty(blkloom: str) -> list[Workload]:
-    """Beside them what the format cannot make faster: the client, and an empty file without the format. The null
-    server takes no memory, and a virtual machine's host may take some meanwhile: whoever comes after it finds colder
-    pages. That is the empty file, whose figures are only reported and may read too low, and no peer with a goal.
+    """Beside them what the format cannot make faster: the client, and an empty file without the format. With fio the
+    client is the limit of most of them, so each is measured with a client that is not, too.
     """
     image = Qcow2Image(size=_SMALL)
     rows = (
@@ -79,11 +78,15 @@ def _empty(blkloom: str) -> list[Workload]:
         ("write-64k", Job("write", 64 * _KIB, depth=16), "64K sequential write, qd 16", 3.0),
         ("write-1m", Job("write", _MIB, depth=16), "1M sequential write, qd 16", 3.0),
     )
+    clients: tuple[tuple[Literal["fio", "nbd_load"], str, str], ...] = (
+        ("fio", "", ""),
+        ("nbd_load", "-batched", ", a client that sends together what it can"),
+    )
     return [
         Workload(
-            f"qcow2-empty-{name}",
-            f"qcow2, {title}, once over an empty image, 256 MiB",
-            job,
+            f"qcow2-empty-{name}{suffix}",
+            f"qcow2, {title}, once over an empty image, 256 MiB{remark}",
+            replace(job, client=client),
             (
                 BlkloomQcow2(blkloom, _OURS, image, anew=True),
                 *qemu_nbd(image, anew=True),
@@ -93,6 +96,7 @@ def _empty(blkloom: str) -> list[Workload]:
             (Goal(_OURS, _QEMU, at_least), Goal(_OURS, _EMPTY_FILE), _LIMIT),
         )
         for name, job, title, at_least in rows
+        for client, suffix, remark in clients
     ]
 
 

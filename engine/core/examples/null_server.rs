@@ -3,7 +3,7 @@
 //! What a client reaches against it is what the client, the socket and this machine can do at all, so
 //! `make bench` measures it beside the others: no server with a disk behind it can be faster than one
 //! without. It drains, answers everything in one send and polls before it sleeps, as the engine does,
-//! and speaks structured replies, as all contenders do. A thread a connection; takes a listening Unix
+//! and speaks structured replies to who asks for them, as all contenders do. A thread a connection; takes a listening Unix
 //! socket as descriptor 3 (sd_listen_fds(3)). Argument: the size of the disk in bytes.
 
 use std::io::{Error, ErrorKind, Read, Result, Write};
@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let listener = unsafe { UnixListener::from_raw_fd(3) };
     for client in listener.incoming() {
         let client = client?;
-        std::thread::spawn(move || handshake(&client, size).and_then(|()| transmission(&client)));
+        std::thread::spawn(move || handshake(&client, size).and_then(|style| transmission(&client, style)));
     }
     Ok(())
 }
@@ -38,7 +38,8 @@ fn number<const N: usize>(mut from: &UnixStream) -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-fn handshake(mut client: &UnixStream, size: u64) -> Result<()> {
+fn handshake(mut client: &UnixStream, size: u64) -> Result<Style> {
+    let mut style = Style::Simple;
     client.write_all(&[b"NBDMAGIC".as_slice(), &OPTION_MAGIC.to_be_bytes(), &3u16.to_be_bytes()].concat())?;
     number::<4>(client)?;
     loop {
@@ -56,22 +57,25 @@ fn handshake(mut client: &UnixStream, size: u64) -> Result<()> {
                 reply(3, &[&0u16.to_be_bytes()[..], &size.to_be_bytes(), &flags].concat())?;
                 reply(1, &[])?;
                 if option == 7 {
-                    return Ok(());
+                    return Ok(style);
                 }
             }
-            8 => reply(1, &[])?,
+            8 => {
+                reply(1, &[])?;
+                style = Style::Structured;
+            }
             _ => reply(1 << 31 | 1, &[])?,
         }
     }
 }
 
-fn transmission(mut client: &UnixStream) -> Result<()> {
+fn transmission(mut client: &UnixStream, style: Style) -> Result<()> {
     let (mut input, mut have) = (vec![0; 4 << 20], 0);
     let mut output = Output { buffer: vec![0; 32 << 20], used: 0 };
     loop {
         have += receive(client, &mut input[have..])?;
         let mut at = 0;
-        while let Ok(Some(header)) = Style::Structured.header(&input[at..have]) {
+        while let Ok(Some(header)) = style.header(&input[at..have]) {
             let payload = if header.kind == 1 { header.length as usize } else { 0 };
             if header.kind == 2 {
                 return Ok(());
@@ -83,7 +87,7 @@ fn transmission(mut client: &UnixStream) -> Result<()> {
                 break;
             }
             at += 28 + payload;
-            let framing = Framing { style: Style::Structured, cookie: header.cookie, offset: header.offset };
+            let framing = Framing { style, cookie: header.cookie, offset: header.offset };
             if header.kind == 0 {
                 read_data(&framing, &mut output, header.offset, header.length, true);
                 output.used += header.length as usize;

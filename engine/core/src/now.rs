@@ -199,6 +199,16 @@ fn note_unwritten(region: &blkloom_io::Region, offset: u64, len: u64, at: u64, z
     }
 }
 
+/// Whether a write there would be no more than a copy, to memory or to a file in memory.
+pub fn is_copied(device: &Device, shard: Shard, range: (u64, u64)) -> bool {
+    let copied = visit(device, shard, range, true, &mut |place, _| match place {
+        Place::Data { file, writable: true, .. } if file.policy() == InlinePolicy::Always => Now::Done,
+        Place::Memory { .. } | Place::Zero { discard_writes: true } => Now::Done,
+        _ => Now::Later(0),
+    });
+    copied == Now::Done
+}
+
 pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: Patience) -> Now {
     let mut at = 0usize;
     visit(device, shard, (offset, from.len() as u64), true, &mut |place, len| {

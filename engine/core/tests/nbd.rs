@@ -9,8 +9,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, NbdSession, Notices, Outcome, Session};
+use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, NbdSession, Notices, Op, Outcome, Session};
 use blkloom_map::Extent;
 use blkloom_wire::Style;
 use rig::*;
@@ -236,24 +237,30 @@ fn what_the_handshake_received_too_early_is_served_however_much_it_is() {
 
 #[test]
 fn writes_arrive_whole_however_they_are_cut() {
-    for (_, engine) in engines() {
-        let place = file(1 << 20, true);
-        let device = device(mapping(vec![(1 << 20, data(&place, 0))], vec![]));
+    const COUNT: u64 = 40;
+    // Direct I/O takes a write whole, memory and files in memory a large one in parts.
+    let places = [
+        (data(&file(1 << 20, true), 0), 25_000),
+        (memory(&region(1 << 24), 0), 400_000),
+        (data(&file_in_memory(1 << 24), 0), 400_000),
+    ];
+    for ((place, most), (_, engine)) in places.iter().flat_map(|place| engines().into_iter().map(move |e| (place, e))) {
+        let size = COUNT * most;
+        let device = device(mapping(vec![(size, place.clone())], vec![]));
         let server = Server::new(engine, &device);
         let mut client = server.connect(Vec::new());
-        let (mut random, mut model, mut all) = (Random::new(3), vec![0u8; 1 << 20], Vec::new());
-        const COUNT: u64 = 40;
+        let (mut random, mut model, mut all) = (Random::new(3), vec![0u8; size as usize], Vec::new());
         for cookie in 0..COUNT {
             // Disjoint, for requests under way have no order.
-            let (offset, len) = (cookie * 25_000, 1 + random.below(25_000));
+            let (offset, len) = (cookie * most, 1 + random.below(*most));
             all.extend(request(WRITE, cookie, offset, len as u32));
-            let bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            let bytes = random_bytes(cookie, len as usize);
             model[offset as usize..(offset + len) as usize].copy_from_slice(&bytes);
             all.extend(bytes);
         }
         let mut rest = &all[..];
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(rest.len().min(1 + random.below(9000) as usize));
+            let (now, later) = rest.split_at(rest.len().min(1 + random.below(most / 3) as usize));
             client.socket.write_all(now).unwrap();
             rest = later;
         }
@@ -266,9 +273,114 @@ fn writes_arrive_whole_however_they_are_cut() {
             .collect();
         open.sort_unstable();
         assert!(open.into_iter().eq(0..COUNT));
-        client.socket.write_all(&request(READ, 9, 0, 1 << 20)).unwrap();
+        client.socket.write_all(&request(READ, 9, 0, size as u32)).unwrap();
         assert_eq!(client.reply(), (0, 9));
-        assert!(client.data(1 << 20) == model);
+        assert!(client.data(size as usize) == model);
+    }
+}
+
+/// A device of memory but for a range that faults, and what of a payload a large write brings.
+const LARGE: usize = 1 << 20;
+
+fn gapped(faults: std::ops::Range<u64>) -> Arc<Device> {
+    let place = region(4 << 20);
+    let parts = vec![
+        (faults.start, memory(&place, 0)),
+        (faults.end - faults.start, Extent::Fault),
+        ((4 << 20) - faults.end, memory(&place, faults.end)),
+    ];
+    let device = device(mapping(parts, vec![]));
+    device.attach_mapper();
+    device
+}
+
+fn random_bytes(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random::new(seed);
+    (0..len).map(|_| random.next() as u8).collect()
+}
+
+/// Waits until the device holds this.
+fn until_there(engine: &Engine, device: &Arc<Device>, offset: u64, bytes: &[u8]) {
+    let (mut there, since) = (vec![0; bytes.len()], Instant::now());
+    while there != bytes {
+        assert!(since.elapsed() < PATIENT, "{} bytes at {offset} never came", bytes.len());
+        std::thread::yield_now();
+        read(engine, device, offset, &mut there).unwrap();
+    }
+}
+
+#[test]
+fn a_large_write_to_memory_is_done_while_it_comes() {
+    for (_, engine) in engines() {
+        let device = gapped((2 << 20)..(3 << 20));
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        let (offset, payload) = (12_345, random_bytes(1, LARGE));
+        client.socket.write_all(&request(WRITE, 1, offset, LARGE as u32)).unwrap();
+        client.socket.write_all(&payload[..LARGE / 2]).unwrap();
+        until_there(&server.engine, &device, offset, &payload[..LARGE / 4]);
+        client.socket.write_all(&payload[LARGE / 2..]).unwrap();
+        assert_eq!(client.reply(), (0, 1));
+        until_there(&server.engine, &device, offset, &payload);
+        let totals = || server.export.stats.totals().ops.into_iter().find(|op| op.op == Op::Write).unwrap();
+        while totals().count == 0 {
+            std::thread::yield_now(); // what a turn served is counted after it was answered
+        }
+        assert_eq!((totals().count, totals().bytes), (1, LARGE as u64));
+    }
+}
+
+#[test]
+fn of_a_large_write_that_comes_to_a_fault_the_rest_waits_for_all_of_it() {
+    for (_, engine) in engines() {
+        let gap = 500_000..600_000;
+        let device = gapped(gap.clone());
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        let payload = random_bytes(2, LARGE);
+        client.socket.write_all(&request(WRITE, 1, 0, LARGE as u32)).unwrap();
+        let (most, last) = payload.split_at(LARGE - 1);
+        client.socket.write_all(most).unwrap();
+        until_there(&server.engine, &device, 0, &payload[..128 << 10]);
+        assert_eq!(device.next_faults(Some(Duration::ZERO)).unwrap().len(), 0);
+        client.socket.write_all(last).unwrap();
+        let mut faults = device.next_faults(Some(PATIENT)).unwrap();
+        assert_eq!((faults[0].offset, faults[0].len), (gap.start, gap.end - gap.start));
+        assert!(faults[0].payload() == &payload[gap.start as usize..gap.end as usize]);
+        faults[0].answer(Answer::Done(None));
+        assert_eq!(client.reply(), (0, 1));
+        until_there(&server.engine, &device, 0, &payload[..gap.start as usize]);
+        until_there(&server.engine, &device, gap.end, &payload[gap.end as usize..]);
+    }
+}
+
+#[test]
+fn a_large_write_is_held_up_by_a_suspension_and_holds_up_none() {
+    for (_, engine) in engines() {
+        let device = gapped((2 << 20)..(3 << 20));
+        let server = Server::new(engine, &device);
+        let mut client = server.connect(Vec::new());
+        let (first, second) = (random_bytes(3, LARGE), random_bytes(4, LARGE));
+        client.socket.write_all(&request(WRITE, 1, 0, LARGE as u32)).unwrap();
+        client.socket.write_all(&first[..LARGE / 2]).unwrap();
+        until_there(&server.engine, &device, 0, &first[..LARGE / 4]);
+        server.engine.suspend(&device, false, Some(Instant::now() + PATIENT)).unwrap();
+        client.socket.write_all(&first[LARGE / 2..]).unwrap();
+        while device.stats().totals().in_flight == 0 {
+            std::thread::yield_now(); // until the rest waits at the gate
+        }
+        device.resume();
+        assert_eq!(client.reply(), (0, 1));
+        until_there(&server.engine, &device, 0, &first);
+        // And of one that never comes whole, what came is all there ever is.
+        client.socket.write_all(&request(WRITE, 2, 0, LARGE as u32)).unwrap();
+        client.socket.write_all(&second[..LARGE / 2]).unwrap();
+        until_there(&server.engine, &device, 0, &second[..LARGE / 4]);
+        drop(client);
+        server.ends(1);
+        let mut there = vec![0; LARGE];
+        read(&server.engine, &device, 0, &mut there).unwrap();
+        assert!(there[LARGE / 2..] == first[LARGE / 2..]);
     }
 }
 

@@ -51,6 +51,11 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
     }
 
+    /// Makes it no longer than `len`.
+    pub fn shorten(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     /// The memory for an I/O that outlives this borrow.
     ///
     /// # Safety

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from blkloom.qcow2.image import L2Table
     from blkloom.qcow2.mapping import Mapping
 
-_GROWN: Final = 16
+_GROWN: Final = 64
+_FASTER: Final = 4
 
 _OWN = np.uint64(COPIED)
 _OFFSET = np.uint64(OFFSET_MASK)
@@ -55,7 +56,7 @@ class Ahead:
         geometry = self._mapping.layout.geometry
         first = index * geometry.l2_entries
         end = min(geometry.l2_entries, self._mapping.clusters - first)
-        self._window = min(self._window * 2, self._most) if first + low == self._next else self._least
+        self._window = min(self._window * _FASTER, self._most) if first + low == self._next else self._least
         start, stop = low // self._window * self._window, min(-(-high // self._window) * self._window, end)
         self._next = first + stop
         return start, stop

@@ -74,7 +74,9 @@ pub struct Ticket {
 enum Input {
     Header,
     Payload {
+        /// Of what is left of the write, where parts of it are written already.
         header: Header,
+        /// For all of that, or for a part at a time.
         buffer: Buffer,
         have: usize,
     },
@@ -300,14 +302,14 @@ impl Connection {
     /// Receives once. A payload under way is filled first.
     fn receive(&mut self, into: &mut Buffer) -> Result<Received, Errno> {
         let mut filled = false;
-        if let Input::Payload { buffer, have, .. } = &mut self.input {
+        if let Input::Payload { header, buffer, have } = &mut self.input {
             let want = buffer.len() - *have;
             match receive(&self.fd, &mut buffer.bytes_mut()[*have..]) {
                 Ok(0) => return Ok(Received::End),
                 Ok(count) => {
                     *have += count;
                     filled = true;
-                    if count < want {
+                    if count < want || (buffer.len() as u64) < header.length {
                         return Ok(Received::Payload);
                     }
                 }
@@ -368,12 +370,20 @@ impl Connection {
         }
     }
 
-    /// Serves a write whose payload has come whole.
+    /// Serves a write whose payload has come whole, or what has come of one that is written in parts.
     fn finish_payload(&mut self, slot: usize, bench: &mut Workbench, started: Instant) {
-        if !matches!(&self.input, Input::Payload { buffer, have, .. } if *have == buffer.len()) {
+        let Input::Payload { header, buffer, have } = &self.input else {
+            return;
+        };
+        let in_parts = (buffer.len() as u64) < header.length;
+        if *have < buffer.len() && !in_parts {
             return;
         }
-        if let Input::Payload { header, buffer, .. } = std::mem::replace(&mut self.input, Input::Header) {
+        if let Input::Payload { header, buffer, have } = std::mem::replace(&mut self.input, Input::Header) {
+            if in_parts {
+                self.input = self.next_part(header, buffer, have, bench);
+                return;
+            }
             // SAFETY: the buffer lives to the end of this block; the write happens in `write_now`.
             let memory = unsafe { buffer.slice() };
             match self.write_now(&header, memory, bench) {
@@ -507,7 +517,7 @@ impl Connection {
         let latency = nanoseconds(started);
         for (op, tally) in Op::ALL.into_iter().zip(&mut self.tally) {
             let (count, bytes, errors) = std::mem::take(tally);
-            if count > 0 {
+            if count > 0 || bytes > 0 {
                 for stats in [&self.export.stats, &self.export.device.stats] {
                     stats.start(bench.shard, count);
                     stats.end(bench.shard, op, count, bytes, errors, latency);

@@ -61,6 +61,14 @@ pub fn file(size: u64, direct: bool) -> Arc<File> {
     Arc::new(File::new(fd.into(), true, direct, "test".into()).unwrap())
 }
 
+/// A file on tmpfs.
+pub fn file_in_memory(size: u64) -> Arc<File> {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let fd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, size).unwrap();
+    Arc::new(File::new(fd, true, false, "test".into()).unwrap())
+}
+
 pub fn data(file: &Arc<File>, offset: u64) -> Extent<Kinds> {
     Extent::Data { file: file.clone(), offset, writable: true }
 }

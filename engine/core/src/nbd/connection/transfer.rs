@@ -4,13 +4,30 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::Slice;
+use blkloom_io::{Buffer, Slice};
 use blkloom_wire::{Framing, Header, Sink, Style, flags};
 
 use super::{Connection, HEAD, Input, THROUGH_ARENA, Workbench};
 use crate::now::{self, Besides, Now, Patience};
 use crate::request::Memory;
 use crate::stats::Op;
+
+/// Larger writes to memory are done in parts of up to this size, while the rest is still coming: the client can go on
+/// sending meanwhile, and what is copied is still in the processor's cache.
+const PART: u64 = 256 << 10;
+/// Less than this waits for more to come.
+const LEAST: u64 = 128 << 10;
+/// What ends between two pages would have the second part write one of them again.
+const PAGE: u64 = 4096;
+
+/// Of the bytes of a write that have come: how many to write now.
+fn part(header: &Header, have: u64) -> u64 {
+    match have < header.length {
+        true if have < LEAST => 0,
+        true => (header.offset + have) / PAGE * PAGE - header.offset,
+        false => have,
+    }
+}
 
 impl Connection {
     pub(super) fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
@@ -131,9 +148,7 @@ impl Connection {
             return 0;
         }
         if rest.len() < length {
-            let mut buffer = bench.buffers.take(length);
-            buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
-            self.input = Input::Payload { header: *header, buffer, have: rest.len() };
+            self.input = self.payload(*header, rest, bench);
             return rest.len();
         }
         // SAFETY: `rest` is borrowed for the whole call; `write_now` only reads from the memory.
@@ -144,6 +159,60 @@ impl Connection {
             self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
         }
         length
+    }
+
+    /// A write whose payload has only begun to come.
+    fn payload(&mut self, mut header: Header, mut rest: &[u8], bench: &mut Workbench) -> Input {
+        let (device, range) = (&self.export.device, (header.offset, header.length.min(PART)));
+        let mut size = header.length;
+        if size > PART && now::is_copied(device, bench.shard, range) {
+            let first = part(&header, rest.len() as u64) as usize;
+            // SAFETY: `rest` is borrowed for the whole call; `write_part` only reads from the memory.
+            let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), first) };
+            if self.write_part(&mut header, memory, bench) {
+                rest = &rest[first..];
+                size = header.length.min(PART);
+            }
+        }
+        let mut buffer = bench.buffers.take(size as usize);
+        buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
+        Input::Payload { header, buffer, have: rest.len() }
+    }
+
+    /// More of a payload that is written in parts has come. What cannot be written so waits until all of it is there.
+    pub(super) fn next_part(
+        &mut self,
+        mut header: Header,
+        mut buffer: Buffer,
+        mut have: usize,
+        bench: &mut Workbench,
+    ) -> Input {
+        let count = part(&header, have as u64) as usize;
+        // SAFETY: the buffer lives to the end of this function; `write_part` only reads from the memory.
+        if self.write_part(&mut header, unsafe { buffer.slice() }.part(0, count), bench) {
+            buffer.bytes_mut().copy_within(count..have, 0);
+            have -= count;
+            buffer.shorten(header.length.min(PART) as usize);
+        } else {
+            let mut whole = bench.buffers.take(header.length as usize);
+            whole.bytes_mut()[..have].copy_from_slice(&buffer.bytes()[..have]);
+            bench.buffers.put(std::mem::replace(&mut buffer, whole));
+        }
+        Input::Payload { header, buffer, have }
+    }
+
+    /// Writes the beginning of a write at once and makes the header that of the rest; false if it cannot. Until the
+    /// rest has been written, too, the client knows of nothing.
+    fn write_part(&mut self, header: &mut Header, memory: Slice, bench: &mut Workbench) -> bool {
+        let device = &self.export.device;
+        let durable = header.flags & flags::FUA != 0 && device.needs_flush();
+        let written = !durable && now::write(device, bench.shard, header.offset, memory, Patience::Nowait) == Now::Done;
+        if written {
+            let len = memory.len() as u64;
+            (header.offset, header.length) = (header.offset + len, header.length - len);
+            self.tally[Op::Write as usize].1 += len;
+        }
+        written
     }
 
     /// Writes at once and answers, or says how far it came.

@@ -1,0 +1,40 @@
+"""The clients: run against whoever serves, for their own account of it.
+
+Source: fio(1); engine/core/examples/nbd_load.rs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from jobs import Job, JobError, Outcome, fio_arguments, fio_outcome, nbd_load_arguments, nbd_load_outcome
+
+_NBD_LOAD: Final = Path(__file__).parents[1] / "engine/target/release/examples/nbd_load"
+_PATIENCE: Final = 120
+"""Seconds beyond those that were asked for."""
+
+
+def run(job: Job, where: Sequence[str], *, size: int, scratch: Path, seconds: float | None) -> Outcome:
+    """The job on `size` bytes. where: fio's words for the engine and the data. seconds: how long; None: once over them.
+    Raises JobError, OSError, subprocess.TimeoutExpired.
+    """
+    output = scratch / "fio.json"
+    output.unlink(missing_ok=True)
+    ours = job.client == "nbd_load"
+    command = (
+        nbd_load_arguments(str(_NBD_LOAD), job, where, size=size, seconds=seconds)
+        if ours
+        else fio_arguments(job, where, size=size, output=str(output), seconds=seconds)
+    )
+    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=(seconds or 60) + _PATIENCE)
+    said = " ".join((done.stderr + done.stdout).split())
+    if done.returncode if ours else not output.exists():
+        raise JobError(f"{job.client} ended with {done.returncode} and no result: {said[-400:]}")
+    outcome = nbd_load_outcome(done.stdout) if ours else fio_outcome(output.read_text())
+    if not outcome.operations:
+        raise JobError(f"{job.client} did nothing: {said[-400:]}")
+    return replace(outcome, errors=max(outcome.errors, int(done.returncode != 0)))
