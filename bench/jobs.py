@@ -85,8 +85,10 @@ def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: in
     """The same job for nbd_load. where: fio's words; their URI tells the socket. Its JSON comes on its output."""
     if job.connections != 1 or job.pattern not in ("write", "randwrite"):
         raise JobError(f"nbd_load has one connection and writes; the job is {job}")
-    (uri,) = [word.removeprefix("--uri=") for word in where if word.startswith("--uri=")]
-    (socket,) = parse_qs(urlsplit(uri).query)["socket"]
+    (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
+    if uri.path != "/":
+        raise JobError(f"nbd_load asks for the default export; the job is for {uri.path}")
+    (socket,) = parse_qs(uri.query)["socket"]
     return [program, socket, job.pattern, *(f"{number}" for number in (job.block, job.depth, size, seconds or 0))]
 
 

@@ -29,7 +29,7 @@ _QEMU: Final = "qemu-nbd"
 
 
 class _Session(ClientSession):
-    """Measured with fio. weighed: every sample also has the server's memory, in bytes."""
+    """Measured with the job's client. weighed: every sample also has the server's memory, in bytes."""
 
     def __init__(self, ground: Ground, job: Job, *, server: Server, weighed: bool) -> None:
         super().__init__(ground, job, socket_of(_socket(ground)), who="server", server=server)

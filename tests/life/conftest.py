@@ -26,6 +26,8 @@ from blkloom.control.client import Client
 from blkloom.control.messages import DeviceInfo
 from conformance.nbd_client import READ, NbdClient
 
+from .loop_commands import Loop
+
 STOP_TIMEOUT = 60.0
 
 
@@ -165,6 +167,12 @@ def beside(life: Life) -> Iterator[Callable[..., Future[Any]]]:
             return pool.submit(work)
 
         yield call
+
+
+@pytest.fixture
+def loop(blkloom: str, life: Life) -> Loop:
+    """`blkloom loop ...`."""
+    return Loop(blkloom, life.run_dir)
 
 
 @pytest.fixture

@@ -92,13 +92,17 @@ def test_a_user_is_told_makes_room_and_says_retry(
     assert nbd.ask(READ, 8 * MIB, 512).data == b"x" * 512
 
 
-def test_what_a_client_left_waiting_ends_with_the_device(
-    client: Client, path: Path, connect: Callable[[str], NbdClient]
+def test_what_a_client_left_waiting_goes_with_it(
+    client: Client, disk: SmallDisk, path: Path, connect: Callable[[str], NbdClient]
 ) -> None:
     nbd = connect("disk")
     park(client, nbd)
     nbd.close()
-    client.remove("disk", force=True, retry=True)
+    until(client, "disk", lambda device: not device.connections)
+    assert parked(client) == 0
+    disk.free()
+    client.message("disk", 0, "retry")
+    assert read(connect("disk"), 8 * MIB) == bytes(512)
 
 
 def test_a_killed_worker_with_parked_writes_is_replaced(

@@ -1,4 +1,4 @@
-"""`blkloom loop` on a real supervisor: what losetup's users expect of it, and beside losetup itself."""
+"""`blkloom loop` on a real supervisor: what losetup's users expect of it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from blkloom.control.client import Client
-from conformance.file_systems import EXT4, made_on_a_device, needs_root
 from conformance.nbd_client import READ_ONLY, WRITE, NbdClient
-from partition_images import mbr
 
 from .conftest import Life, info, read
+from .loop_commands import Loop, cells, names, until_gone
 
 pytestmark = pytest.mark.timeout(180)
 MIB = 1 << 20
@@ -32,58 +30,6 @@ _SET_FLAGS, _IMMUTABLE = 0x40086602, 0x10
 def life(shared: Life) -> Life:
     """The module's."""
     return shared
-
-
-@dataclass(frozen=True)
-class Loop:
-    """`blkloom loop ...` as a process."""
-
-    command: str
-    run_dir: Path
-
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """Whatever comes of it."""
-        return subprocess.run(
-            [self.command, "loop", *map(str, words)],
-            env={**os.environ, "BLKLOOM_RUN_DIR": str(self.run_dir), "LC_ALL": "C.UTF-8"},
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=60,
-            check=False,
-        )
-
-    def __call__(self, *words: str | Path) -> str:
-        """What it prints; it succeeds and complains of nothing."""
-        done = self.run(*words)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def fails(self, *words: str | Path) -> str:
-        """What it says; it fails as losetup does and prints nothing."""
-        done = self.run(*words)
-        assert (done.returncode, done.stdout) == (1, "")
-        return done.stderr
-
-
-@pytest.fixture
-def loop(blkloom: str, life: Life) -> Loop:
-    """The command."""
-    return Loop(blkloom, life.run_dir)
-
-
-def cells(line: str) -> list[str]:
-    return line.split()
-
-
-def names(client: Client) -> list[str]:
-    return sorted(device.name for device in client.info())
-
-
-def until_gone(client: Client, *gone: str) -> None:
-    """Waits for devices to go by themselves."""
-    while {device.name for device in client.info()} & set(gone):
-        pass
 
 
 # setting up
@@ -314,114 +260,6 @@ def test_associated_finds_by_file_and_offset(loop: Loop, file: Path, tmp_path: P
     assert loop("-j", tmp_path / "other") == ""
 
 
-# beside losetup
-
-
-@pytest.fixture
-def losetup(program: Callable[[str, str], str]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """The real one; devices of its making go after the test."""
-    path = program("losetup", "mount")
-    needs_root("losetup")
-    made: list[str] = []
-
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            ["losetup", *map(str, words)],
-            executable=path,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "--show" in words and done.returncode == 0:
-            made.append(done.stdout.strip())
-        return done
-
-    yield run
-    for device in made:
-        subprocess.run([path, "-d", device], check=True)
-
-
-SAME = "SIZELIMIT,OFFSET,AUTOCLEAR,RO,BACK-FILE,DIO,LOG-SEC,BACK-INO,PARTSCAN"
-
-
-@pytest.mark.parametrize("form", [(), ("-n",), ("--raw",), ("--raw", "-n"), ("-J",)])
-@pytest.mark.parametrize("setup", [(), ("-r", "-o", "512", "--sizelimit", "4K"), ("--sizelimit=1KB",)])
-@pytest.mark.parametrize("name", ["plain.img", "a b\\c \\x20\t\x01ä.img"])
-def test_lists_are_those_of_losetup(
-    loop: Loop,
-    losetup: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    name: str,
-    setup: tuple[str, ...],
-    form: tuple[str, ...],
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(bytes(8192))
-    device = losetup("-f", "--show", *setup, path).stdout.strip()
-    # Older ones pad the numbers of devices in the other forms too.
-    columns = SAME + (",BACK-MAJ:MIN" if form in ((), ("-n",)) else "")
-    kernel = losetup("-l", "-O", columns, *form, device).stdout
-    kernel_line = losetup(device).stdout
-    if setup == ("--sizelimit=1KB",):
-        assert loop.run("--shared", *setup, "loop0", path).returncode == 0
-    else:
-        loop("--shared", *setup, "loop0", path)
-    ours = loop("-l", "-O", columns, *form, "loop0")
-    assert ours == kernel
-    assert loop("loop0") == kernel_line.replace(device, "loop0")
-
-
-SAID = [
-    ("-f", "--show", "nosuch"),
-    ("-f", "/"),
-    ("-o", "x", "-f", "a"),
-    ("-o", "-1", "-f", "a"),
-    ("--sizelimit", "1Q", "-f", "a"),
-    ("-b", "x", "-f", "a"),
-    ("--raw", "-J"),
-    ("-l", "-O", "FOO"),
-    ("-f", "a", "b"),
-    ("-r",),
-    ("-r", "DEVICE"),
-    ("-P", "DEVICE"),
-    ("-o", "512", "DEVICE"),
-    ("-a", "-o", "512"),
-    ("-f", "-r"),
-    ("--direct-io=foo", "DEVICE"),
-    ("--foo",),
-    ("--all=1",),
-    ("-Z",),
-    ("-o",),
-    ("--offset",),
-    ("-d", "/dev/loop7777"),
-    ("-c", "/dev/loop7777"),
-    ("/dev/loop7777",),
-    ("-l", "/dev/loop7777"),
-    ("DEVICE", "FILE"),
-]
-
-
-@pytest.mark.parametrize("words", SAID, ids=" ".join)
-def test_what_is_wrong_is_said_in_the_words_of_losetup(
-    loop: Loop, losetup: Callable[..., subprocess.CompletedProcess[str]], file: Path, words: tuple[str, ...]
-) -> None:
-    device = losetup("-f", "--show", file).stdout.strip()
-    loop("--shared", "loop0", file)
-
-    def with_names(device: str) -> list[str]:
-        return [{"DEVICE": device, "FILE": str(file)}.get(word, word) for word in words]
-
-    kernel = losetup(*with_names(device))
-    ours = loop.run(*with_names("loop0"))
-    assert kernel.returncode == ours.returncode == 1
-    first, *rest = ours.stderr.splitlines()
-    kernel_first, *kernel_rest = kernel.stderr.splitlines()
-    assert first.removeprefix("blkloom: ").replace("loop0", device) == kernel_first.removeprefix("losetup: ")
-    if kernel_rest:
-        assert rest[0] == kernel_rest[0].replace("losetup", "blkloom loop")
-
-
 # changes
 
 
@@ -492,27 +330,6 @@ def test_direct_io_is_turned_on_and_off(loop: Loop, client: Client, file: Path) 
     assert client.table("loop0") == f"0 16 loop {file} 0 1 direct_io"
 
 
-def test_a_block_map_is_shown_as_the_mode_and_its_partitions_are_found(
-    loop: Loop, client: Client, program: Callable[[str, str], str], partitioned: Path, tmp_path: Path
-) -> None:
-    with made_on_a_device(program, EXT4, 512, tmp_path) as (place, _), ExitStack() as stack:
-        stack.callback(client.remove_all, force=True)
-        path = place / "disk.img"
-        path.write_bytes(partitioned.read_bytes())  # without holes
-        assert loop("-f", "--show", "-P", "--block-map", path) == "loop0\n"
-        assert cells(loop("-n", "-O", "MODE,DIO", "loop0")) == ["block_map", "0"]
-        assert sorted(tables(client)) == ["loop0p1", "loop0p2", "loop0p3", "loop0p5"]
-        loop("-c", "loop0")
-        assert cells(loop("-n", "-O", "MODE", "loop0")) == ["block_map"]
-        loop("-d", "loop0")
-        assert client.info() == []
-        path.write_bytes(bytes(4096))
-        os.truncate(path, 8192)
-        said = loop.fails("-f", "--block-map", path)
-        assert said.startswith(f"blkloom: {path}: failed to set up loop device: ")
-        assert "block map is not possible" in said
-
-
 # the end
 
 
@@ -545,132 +362,6 @@ def test_detach_all_takes_loop_devices_only(loop: Loop, client: Client, file: Pa
     client.create("disk", table="0 8 zero")
     loop("-D")
     assert names(client) == ["disk"]
-
-
-# partitions
-
-
-@pytest.fixture
-def partitioned(tmp_path: Path) -> Path:
-    """A disk of 1 MiB with partition 1, an extended one with 5, and 3; each full of its number."""
-    return write_partitions(tmp_path / "disk.img", {1: (64, 64), 2: (256, 256), 3: (1024, 512), 5: (272, 32)})
-
-
-def write_partitions(path: Path, partitions: dict[int, tuple[int, int]]) -> Path:
-    """Start and length in sectors; 2 is the extended one."""
-    data = bytearray(path.read_bytes() if path.exists() else bytes(MIB))
-    primary = [partitions.get(number, (0, 0)) for number in (1, 2, 3, 4)]
-    data[:512] = mbr(*((0, 5 if number == 2 else 0x83, *piece) for number, piece in enumerate(primary, 1)))
-    for number, (start, length) in partitions.items():
-        if number != 2:
-            data[start * 512 : (start + length) * 512] = b"%d" % number * (length * 512)
-    if 5 in partitions:
-        record = partitions[2][0]
-        data[record * 512 : record * 512 + 512] = mbr((0, 0x83, partitions[5][0] - record, partitions[5][1]))
-    path.write_bytes(data)
-    return path
-
-
-def tables(client: Client) -> dict[str, str]:
-    """Of the partitions."""
-    return {device.name: client.table(device.name) for device in client.info() if device.deps[0].startswith("blkloom:")}
-
-
-def test_partitions_are_devices_that_stand_on_theirs_and_go_before_it(
-    loop: Loop, client: Client, partitioned: Path, connect: Callable[[str], NbdClient]
-) -> None:
-    assert loop("-P", "-f", "--show", partitioned) == "loop0\n"
-    assert tables(client) == {
-        "loop0p1": "0 64 linear blkloom:loop0 64",
-        "loop0p2": "0 2 linear blkloom:loop0 256",
-        "loop0p3": "0 512 linear blkloom:loop0 1024",
-        "loop0p5": "0 32 linear blkloom:loop0 272",
-    }
-    clients = [connect(f"loop0p{number}") for number in (1, 3, 5)]
-    assert [read(nbd) for nbd in clients] == [b"1" * 512, b"3" * 512, b"5" * 512]
-    assert cells(loop("-n", "-O", "NAME,PARTSCAN")) == ["loop0", "1"]
-    assert "a partition" in loop.fails("-d", "loop0p1")
-    loop("-d", "loop0")
-    assert names(client) == ["loop0", "loop0p1", "loop0p3", "loop0p5"]  # these have clients
-    for nbd in clients:
-        nbd.disconnect()
-    until_gone(client, "loop0", "loop0p1", "loop0p3", "loop0p5")
-
-
-def test_partitions_of_a_read_only_device_are_read_only(
-    loop: Loop, partitioned: Path, connect: Callable[[str], NbdClient]
-) -> None:
-    loop("-r", "-P", "--name", "disk", "-f", partitioned)
-    assert connect("disk1").flags & READ_ONLY
-
-
-def test_partitions_are_found_at_the_block_size_there_is_and_without_a_client_noticed(
-    loop: Loop, client: Client, tmp_path: Path
-) -> None:
-    path = tmp_path / "disk.img"
-    path.write_bytes(mbr((0, 0x83, 2, 3)).ljust(MIB, b"\0"))
-    loop("-P", "-f", "-b", "4096", "--autoclear", path)
-    assert tables(client) == {"loop0p1": "0 24 linear blkloom:loop0 16"}
-    assert info(client, "loop0").size == MIB
-
-
-def test_set_capacity_reads_partitions_again_and_leaves_the_right_ones_alone(
-    loop: Loop, client: Client, partitioned: Path, connect: Callable[[str], NbdClient]
-) -> None:
-    loop("-P", "-f", partitioned)
-    nbd = connect("loop0p1")
-    number = info(client, "loop0p1").minor
-    write_partitions(partitioned, {1: (64, 64), 3: (1024, 600), 4: (1800, 100)})
-    loop("-c", "loop0")
-    assert tables(client) == {
-        "loop0p1": "0 64 linear blkloom:loop0 64",
-        "loop0p3": "0 600 linear blkloom:loop0 1024",
-        "loop0p4": "0 100 linear blkloom:loop0 1800",
-    }
-    assert info(client, "loop0p1").minor == number
-    assert read(nbd) == b"1" * 512
-    os.truncate(partitioned, 1024 * 512)
-    done = loop.run("-c", "loop0")
-    assert (done.returncode, done.stderr.count("is beyond the end of the device")) == (0, 2)
-    assert sorted(tables(client)) == ["loop0p1"]
-    assert read(nbd) == b"1" * 512
-
-
-def test_a_partition_in_use_that_should_be_another_is_kept_and_that_is_said(
-    loop: Loop, client: Client, partitioned: Path, connect: Callable[[str], NbdClient]
-) -> None:
-    loop("-P", "-f", partitioned)
-    nbd = connect("loop0p1")
-    assert read(nbd) == b"1" * 512
-    write_partitions(partitioned, {1: (32, 64)})
-    said = loop.fails("-c", "loop0")
-    assert said.startswith("blkloom: loop0: failed to reread partitions: Device or resource busy\n")
-    assert len(tables(client)) == 4
-    assert tables(client)["loop0p1"] == "0 64 linear blkloom:loop0 64"
-    nbd.disconnect()
-    while info(client, "loop0p1").connections:
-        pass
-    loop("-c", "loop0")
-    assert tables(client) == {"loop0p1": "0 64 linear blkloom:loop0 32"}
-
-
-def test_what_is_wrong_with_a_partition_table_is_told_and_the_device_stays(
-    loop: Loop, client: Client, tmp_path: Path
-) -> None:
-    path = tmp_path / "disk.img"
-    path.write_bytes(mbr((0, 0x83, 64, 64), (0, 0x83, 9999, 1), (0, 0x83, 2000, 100)).ljust(MIB, b"\0"))
-    done = loop.run("-P", "-f", "--show", path)
-    assert (done.returncode, done.stdout) == (0, "loop0\n")
-    assert done.stderr.splitlines() == [
-        "blkloom: loop0: partition 2: start 9999 is beyond the end of the device; left out",
-        "blkloom: loop0: partition 3: size 100 extends beyond the end of the device; truncated",
-    ]
-    assert sorted(tables(client)) == ["loop0p1", "loop0p3"]
-
-
-def test_a_name_without_a_digit_at_its_end_needs_no_p(loop: Loop, client: Client, partitioned: Path) -> None:
-    loop("-P", "disk", partitioned)
-    assert sorted(tables(client)) == ["disk1", "disk2", "disk3", "disk5"]
 
 
 # help

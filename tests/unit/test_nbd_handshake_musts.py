@@ -1,6 +1,6 @@
 """Every MUST of proto.md (and, marked ext, of its extension-ext-header branch) that binds a server's handshake.
 
-MUSTS maps the quoted sentence to the tests in test_nbd_handshake_server.py that pin it; ELSEWHERE names
+MUSTS maps the quoted sentence to the tests in test_nbd_handshake_{server,contexts}.py that pin it; ELSEWHERE names
 those quoted beside them that bind the transmission phase, TLS or the client, and why they are not there.
 """
 
@@ -275,8 +275,8 @@ ELSEWHERE: dict[str, str] = {
 
 
 def test_every_must_names_tests_that_exist() -> None:
-    source = Path(__file__).with_name("test_nbd_handshake_server.py").read_text()
-    tests = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    sources = [Path(__file__).with_name(f"test_nbd_handshake_{part}.py").read_text() for part in ("server", "contexts")]
+    tests = {node.name for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     for quoted, named in MUSTS.items():
         assert named, quoted
         assert tests.issuperset(named), quoted

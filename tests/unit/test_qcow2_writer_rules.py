@@ -40,6 +40,34 @@ def test_neighbours_that_read_as_zeros_get_places_with_a_write(tmp_path: Path) -
     assert guest.faults == 1, "the neighbours are the engine's alone"
 
 
+def faults_in_order(guest: Guest) -> list[int]:
+    """The clusters of 64 KiB at which someone who fills the disk in order comes to a fault."""
+    found = []
+    for cluster in range(guest.size // (64 * KIB)):
+        before = guest.faults
+        guest.write(cluster * 64 * KIB, b"x" * 512)
+        if guest.faults > before:
+            found.append(cluster)
+    return found
+
+
+def test_who_writes_on_and_on_gets_four_times_as_many_each_time_and_64_times_as_many_in_the_end(
+    tmp_path: Path,
+) -> None:
+    guest = Guest(create(tmp_path, 32 * MIB).read_bytes(), options=Options(preallocate=128 * KIB))
+    assert faults_in_order(guest) == [0, 8, 32, 128, 256, 384]
+
+
+def test_where_places_must_be_written_with_zeros_no_more_are_given_for_writing_on(tmp_path: Path) -> None:
+    guest = Guest(create(tmp_path, 4 * MIB).read_bytes(), options=Options(preallocate=128 * KIB))
+    guest.write(0, b"x" * (4 * MIB))
+    guest.writer.discard(0, 4 * MIB)
+    guest.flush()
+    guest.disk.holes = False
+    assert faults_in_order(guest) == list(range(0, 64, 2))
+    assert not check(guest.close(), tmp_path)
+
+
 def test_what_was_given_ahead_and_never_written_is_taken_out_at_the_end(tmp_path: Path) -> None:
     guest = Guest(create(tmp_path, 64 * MIB).read_bytes())
     guest.write(5 * MIB, b"x" * 512)

@@ -4,7 +4,8 @@
 //!
 //! Writes blocks, in order or at random (repeatably, and some more than once), with a number of requests in flight, over
 //! a connection with simple replies. Prints a line of JSON. Arguments: the path of a Unix socket, `write` or `randwrite`,
-//! bytes a block, requests in flight, bytes of the device, and seconds (0: until as many bytes are written).
+//! bytes a block, requests in flight, bytes of the device, and seconds (0: until as many bytes are written). Sending
+//! waits for nobody: with hundreds of requests in flight a server that does so, too, and it might wait for each other.
 
 use std::fs;
 use std::io::{Error, ErrorKind, Read, Result, Write};
@@ -47,6 +48,12 @@ fn main() -> Result<()> {
         blocks: (size / block) as u64,
         time: (seconds > 0.0).then(|| Duration::from_secs_f64(seconds)),
     };
+    if job.block == 0 || job.depth == 0 || job.blocks == 0 {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            "a block, a request in flight and a device of a block at least",
+        ));
+    }
     let mut server = UnixStream::connect(socket)?;
     handshake(&mut server)?;
     let (began, cpu) = (Instant::now(), cpu_seconds()?);
@@ -100,31 +107,34 @@ fn handshake(server: &mut UnixStream) -> Result<()> {
 fn load(server: &mut UnixStream, job: &Job) -> Result<(Vec<Duration>, u64)> {
     let mut latencies = Vec::with_capacity(1 << 20);
     let (mut errors, mut state) = (0, 0x9e37_79b9_7f4a_7c15u64);
-    let mut sent = vec![Instant::now(); job.depth];
+    let mut sent: Vec<Option<Instant>> = vec![None; job.depth];
     let mut free: Vec<usize> = (0..job.depth).collect();
-    let (mut begun, mut output) = (0, Vec::with_capacity(job.depth * (job.block + Style::Simple.header_size())));
+    let unit = Style::Simple.header_size() + job.block;
+    // What is written is there already; only headers are put before it.
+    let mut output: Vec<u8> = (0..job.depth * unit).map(|at| (at * 37 % 251) as u8).collect();
+    let (mut begun, mut header) = (0, Vec::with_capacity(unit - job.block));
     let (mut input, mut have) = (vec![0; job.depth * REPLY_SIZE], 0);
-    let data: Vec<u8> = (0..job.block).map(|at| (at * 37 % 251) as u8).collect();
     let start = Instant::now();
     loop {
         let over = job.time.map_or(begun >= job.blocks, |time| start.elapsed() >= time);
         if over && free.len() == job.depth {
             break;
         }
-        output.clear();
-        let now = Instant::now();
+        let (now, mut used) = (Instant::now(), 0);
         while let Some(slot) = free.pop_if(|_| !over && (job.time.is_some() || begun < job.blocks)) {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
             let number = if job.random { state } else { begun } % job.blocks;
             let (offset, length) = (number * job.block as u64, job.block as u64);
-            Header { flags: 0, kind: WRITE, cookie: slot as u64, offset, length }.put(Style::Simple, &mut output);
-            output.extend_from_slice(&data);
-            sent[slot] = now;
+            header.clear();
+            Header { flags: 0, kind: WRITE, cookie: slot as u64, offset, length }.put(Style::Simple, &mut header);
+            output[used..used + header.len()].copy_from_slice(&header);
+            used += unit;
+            sent[slot] = Some(now);
             begun += 1;
         }
-        server.write_all(&output)?;
+        server.write_all(&output[..used])?;
         match server.read(&mut input[have..])? {
             0 => return Err(ErrorKind::UnexpectedEof.into()),
             count => have += count,
@@ -137,14 +147,15 @@ fn load(server: &mut UnixStream, job: &Job) -> Result<(Vec<Duration>, u64)> {
             }
             errors += u64::from(reply[4..8] != [0; 4]);
             let slot = reply[8..].iter().fold(0, |cookie, &byte| cookie << 8 | usize::from(byte));
-            latencies.push(now - *sent.get(slot).ok_or_else(|| Error::other("nobody asked for this"))?);
+            let asked = sent.get_mut(slot).and_then(Option::take);
+            latencies.push(now - asked.ok_or_else(|| Error::other("nobody waits for this reply"))?);
             free.push(slot);
         }
         input.copy_within(whole..have, 0);
         have -= whole;
     }
-    output.clear();
-    Header { flags: 0, kind: DISCONNECT, cookie: 0, offset: 0, length: 0 }.put(Style::Simple, &mut output);
-    server.write_all(&output)?;
+    header.clear();
+    Header { flags: 0, kind: DISCONNECT, cookie: 0, offset: 0, length: 0 }.put(Style::Simple, &mut header);
+    server.write_all(&header)?;
     Ok((latencies, errors))
 }

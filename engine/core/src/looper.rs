@@ -56,6 +56,8 @@ struct Member {
     /// What epoll was told; None: nothing.
     interest: Option<epoll::EventFlags>,
     stalls_at: Option<Instant>,
+    /// It counts among `Loop::leaving`.
+    leaving: bool,
 }
 
 struct Loop {
@@ -74,7 +76,7 @@ struct Loop {
     spin_pays: u32,
     /// How long a turn without anything to do lasts while storage has work of ours: a moving average.
     storage_wait: Duration,
-    /// Connections that another engine is to go on with.
+    /// Connections whose requests must not wait any more.
     leaving: usize,
     stopping: bool,
 }
@@ -285,7 +287,7 @@ impl Loop {
         moved
     }
 
-    /// Gives requests that only wait at gates back to connections that are leaving. Where nobody is left
+    /// Gives requests that only wait, at gates or held, back to connections that are leaving. Where nobody is left
     /// to go on with such a connection, they fail.
     fn take_back(&mut self) -> bool {
         let members = &self.members;
@@ -325,7 +327,6 @@ impl Loop {
             }
             Message::DetachConnection(id) => {
                 if let Some((slot, member)) = self.members.iter_mut().find(|(_, member)| member.connection.id == id) {
-                    self.leaving += usize::from(!member.connection.is_leaving());
                     member.connection.detach();
                     self.settle(slot, true);
                 }
@@ -342,7 +343,7 @@ impl Loop {
     }
 
     fn serve(&mut self, connection: Connection) {
-        let slot = self.members.insert(Member { connection, interest: None, stalls_at: None });
+        let slot = self.members.insert(Member { connection, interest: None, stalls_at: None, leaving: false });
         if self.stopping {
             self.close(slot);
             return;
@@ -398,6 +399,10 @@ impl Loop {
         let Some(member) = self.members.get_mut(slot) else {
             return;
         };
+        if member.connection.is_leaving() && !member.leaving {
+            member.leaving = true;
+            self.leaving += 1;
+        }
         if let Some(at) = member.stalls_at
             && (progress || !member.connection.is_waiting())
         {
@@ -409,7 +414,7 @@ impl Loop {
                 let _watched = epoll::delete(&self.epoll, member.connection.fd());
             }
             let member = self.members.remove(slot);
-            self.leaving -= usize::from(member.connection.is_leaving());
+            self.leaving -= usize::from(member.leaving);
             self.active.retain(|&other| other != slot);
             self.count.fetch_sub(1, Ordering::Relaxed);
             member.connection.announce();
@@ -442,9 +447,7 @@ impl Loop {
         if let Err(error) = changed {
             member.interest = None;
             member.connection.gone(&format!("epoll: {error}"));
-            if member.connection.is_over() {
-                self.settle(slot, true);
-            }
+            self.settle(slot, true);
         }
     }
 

@@ -199,8 +199,8 @@ fn note_unwritten(region: &blkloom_io::Region, offset: u64, len: u64, at: u64, z
     }
 }
 
-/// Whether a write there would be no more than a copy, to memory or to a file in memory.
-pub fn is_copied(device: &Device, shard: Shard, range: (u64, u64)) -> bool {
+/// Whether a write there would be no more than a copy, to memory or to a file in memory, or forgotten.
+pub fn would_copy(device: &Device, shard: Shard, range: (u64, u64)) -> bool {
     let copied = visit(device, shard, range, true, &mut |place, _| match place {
         Place::Data { file, writable: true, .. } if file.policy() == InlinePolicy::Always => Now::Done,
         Place::Memory { .. } | Place::Zero { discard_writes: true } => Now::Done,

@@ -56,7 +56,7 @@ impl Host {
         let (socket, served) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(PATIENT)).unwrap();
         socket.set_write_timeout(Some(PATIENT)).unwrap();
-        (Client { socket, style }, self.serve(style, served.into(), Vec::new(), PATIENT))
+        (Client { socket, style, told: 0 }, self.serve(style, served.into(), Vec::new(), PATIENT))
     }
 
     /// What became of the next connection that ends.
@@ -108,6 +108,8 @@ impl Host {
 struct Client {
     socket: UnixStream,
     style: Style,
+    /// The offset that the last reply named; only extended ones do.
+    told: u64,
 }
 
 impl Client {
@@ -147,7 +149,10 @@ impl Client {
         }
         assert_eq!(u16_at(&head, 4), 1, "reads of these places are answered in one piece");
         let rest = match self.style {
-            Style::Extended => u64_at(&head, 24) as usize,
+            Style::Extended => {
+                self.told = u64_at(&head, 16);
+                u64_at(&head, 24) as usize
+            }
             _ => u32_at(&head, 16) as usize,
         };
         let rest = self.exactly(rest);
@@ -422,7 +427,7 @@ fn any_amount_of_unserved_bytes_is_served() {
     let host = Host::new(threads(), memory_device(1 << 20));
     for style in STYLES {
         let (socket, served) = UnixStream::pair().unwrap();
-        let mut client = Client { socket, style };
+        let mut client = Client { socket, style, told: 0 };
         let payload = vec![3; MOST_PAYLOAD as usize];
         let mut initial = Vec::new();
         (0..3000).for_each(|cookie| initial.extend(request(style, FLUSH, cookie, 0, 0)));
@@ -497,6 +502,7 @@ fn listen(mut client: Client, model: &Mutex<Model>) {
         let mut model = model.lock().unwrap();
         let (offset, length, _, expected) = model.open.remove(&cookie).expect("each is answered once");
         assert_eq!(error, 0, "{length} bytes at {offset}");
+        assert!(client.style != Style::Extended || client.told == offset, "an extended reply names the wrong place");
         assert!(data == expected, "{length} bytes at {offset} are not what was written there");
         model.answered += 1;
     }

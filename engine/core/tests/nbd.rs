@@ -403,6 +403,64 @@ fn a_client_that_vanishes_leaves_nothing_behind_once_its_requests_have_ended() {
     }
 }
 
+/// A write of nines that waits, at the gate of its suspended device.
+fn waiting_write(server: &Server, device: &Device) -> Client {
+    let mut client = server.connect(Vec::new());
+    client.socket.write_all(&[request(WRITE, 1, 0, 512), vec![9; 512]].concat()).unwrap();
+    while device.stats().totals().in_flight == 0 {
+        std::thread::yield_now();
+    }
+    client
+}
+
+#[test]
+fn what_a_vanished_client_left_waiting_is_never_done() {
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        server.engine.suspend(&device, false, Some(Instant::now() + PATIENT)).unwrap();
+        drop(waiting_write(&server, &device));
+        server.ends(1);
+        assert_eq!(device.stats().totals().in_flight, 0);
+        device.resume();
+        let mut there = vec![0; 512];
+        read(&server.engine, &device, 0, &mut there).unwrap();
+        assert_eq!(there, expected(0, 512));
+        // Likewise where a target has it wait, whether the client vanishes before that or after.
+        for vanishes_first in [false, true] {
+            let mut client = server.connect(Vec::new());
+            client.socket.write_all(&request(READ, 2, HALF, 512)).unwrap();
+            let mut faults = device.next_faults(Some(PATIENT)).unwrap();
+            if vanishes_first {
+                drop(client);
+                faults[0].hold(28);
+            } else {
+                faults[0].hold(28);
+                drop(client);
+            }
+            server.ends(1);
+            assert_eq!((device.held(), device.stats().totals().in_flight), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn what_was_asked_for_before_a_goodbye_is_done() {
+    for (_, engine) in engines() {
+        let device = speaking();
+        let server = Server::new(engine, &device);
+        server.engine.suspend(&device, false, Some(Instant::now() + PATIENT)).unwrap();
+        let mut client = waiting_write(&server, &device);
+        client.socket.write_all(&request(DISCONNECT, 2, 0, 0)).unwrap();
+        drop(client);
+        device.resume();
+        server.ends(1);
+        let mut there = vec![0; 512];
+        read(&server.engine, &device, 0, &mut there).unwrap();
+        assert_eq!(there, [9; 512]);
+    }
+}
+
 #[test]
 fn a_connection_that_is_closed_answers_what_is_in_flight_first() {
     for (_, engine) in engines() {

@@ -56,7 +56,8 @@ class Ahead:
         geometry = self._mapping.layout.geometry
         first = index * geometry.l2_entries
         end = min(geometry.l2_entries, self._mapping.clusters - first)
-        self._window = min(self._window * _FASTER, self._most) if first + low == self._next else self._least
+        grows = first + low == self._next and not self._mapping.zeroes_by_writing
+        self._window = min(self._window * _FASTER, self._most) if grows else self._least
         start, stop = low // self._window * self._window, min(-(-high // self._window) * self._window, end)
         self._next = first + stop
         return start, stop

@@ -60,6 +60,8 @@ class Mapping:
         self.clusters: Final = -(-image.size >> image.geometry.cluster_bits)
         """Of the guest's disk."""
         self.below: Final = below
+        self.zeroes_by_writing = False
+        """The data's file has no holes to be made."""
         self._allocator = allocator
         self._write_back = write_back
         self._install = install
@@ -132,6 +134,7 @@ class Mapping:
         except OSError as error:
             if error.errno not in NO_HOLES:
                 raise
+            self.zeroes_by_writing = True
             self.data.zero(HostOffset(host), length)
 
     def filled(self) -> None:

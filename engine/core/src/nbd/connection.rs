@@ -108,7 +108,8 @@ enum State {
     Gone(String),
 }
 
-/// Requests ended at once in this turn, to be counted together: (count, bytes, errors) by operation.
+/// Requests ended at once in this turn, to be counted together: (count, bytes, errors) by operation. Bytes without a
+/// count are of a write that goes on in parts.
 type Tally = [(u64, u64, u64); Op::ALL.len()];
 
 pub struct Connection {

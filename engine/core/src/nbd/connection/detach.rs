@@ -26,9 +26,10 @@ impl Connection {
         }
     }
 
-    /// Its requests must not wait at gates any more.
+    /// Its requests must not wait any more, at gates or held: another engine is to go on with it, or its client is gone
+    /// and may have a successor already. Who said goodbye first has a right to what it asked for before.
     pub fn is_leaving(&self) -> bool {
-        self.leaving
+        self.leaving || self.is_gone() && self.parting.is_none()
     }
 
     pub fn is_detaching(&self) -> bool {

@@ -12,21 +12,17 @@ use crate::now::{self, Besides, Now, Patience};
 use crate::request::Memory;
 use crate::stats::Op;
 
-/// Larger writes to memory are done in parts of up to this size, while the rest is still coming: the client can go on
-/// sending meanwhile, and what is copied is still in the processor's cache.
+/// Larger writes to memory are done in parts, of about this size where they come in time: the client can go on sending
+/// meanwhile, and what is copied is still in the processor's cache.
 const PART: u64 = 256 << 10;
 /// Less than this waits for more to come.
 const LEAST: u64 = 128 << 10;
 /// What ends between two pages would have the second part write one of them again.
 const PAGE: u64 = 4096;
 
-/// Of the bytes of a write that have come: how many to write now.
+/// Of a write that is not all there: how many of the bytes that are to write now.
 fn part(header: &Header, have: u64) -> u64 {
-    match have < header.length {
-        true if have < LEAST => 0,
-        true => (header.offset + have) / PAGE * PAGE - header.offset,
-        false => have,
-    }
+    if have < LEAST { 0 } else { (header.offset + have) / PAGE * PAGE - header.offset }
 }
 
 impl Connection {
@@ -163,9 +159,8 @@ impl Connection {
 
     /// A write whose payload has only begun to come.
     fn payload(&mut self, mut header: Header, mut rest: &[u8], bench: &mut Workbench) -> Input {
-        let (device, range) = (&self.export.device, (header.offset, header.length.min(PART)));
         let mut size = header.length;
-        if size > PART && now::is_copied(device, bench.shard, range) {
+        if self.goes_in_parts(&header, bench) {
             let first = part(&header, rest.len() as u64) as usize;
             // SAFETY: `rest` is borrowed for the whole call; `write_part` only reads from the memory.
             let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), first) };
@@ -177,6 +172,15 @@ impl Connection {
         let mut buffer = bench.buffers.take(size as usize);
         buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
         Input::Payload { header, buffer, have: rest.len() }
+    }
+
+    /// A durable write ends with a flush of all of it. An extended reply names the offset that was asked for, which the
+    /// header of the rest does not tell any more.
+    fn goes_in_parts(&self, header: &Header, bench: &Workbench) -> bool {
+        header.length > PART
+            && header.flags & flags::FUA == 0
+            && self.rules.style != Style::Extended
+            && now::would_copy(&self.export.device, bench.shard, (header.offset, PART))
     }
 
     /// More of a payload that is written in parts has come. What cannot be written so waits until all of it is there.
@@ -204,11 +208,10 @@ impl Connection {
     /// Writes the beginning of a write at once and makes the header that of the rest; false if it cannot. Until the
     /// rest has been written, too, the client knows of nothing.
     fn write_part(&mut self, header: &mut Header, memory: Slice, bench: &mut Workbench) -> bool {
-        let device = &self.export.device;
-        let durable = header.flags & flags::FUA != 0 && device.needs_flush();
-        let written = !durable && now::write(device, bench.shard, header.offset, memory, Patience::Nowait) == Now::Done;
+        let len = memory.len() as u64;
+        let written = len == 0
+            || now::write(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait) == Now::Done;
         if written {
-            let len = memory.len() as u64;
             (header.offset, header.length) = (header.offset + len, header.length - len);
             self.tally[Op::Write as usize].1 += len;
         }
