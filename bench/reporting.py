@@ -81,10 +81,12 @@ def _goals(run: Run, comparisons: list[Comparison]) -> str:
 def _notes(run: Run) -> str:
     contests = [(workload, contest) for workload in run.workloads for contest in workload.contests]
     lines = [note for workload, contest in contests for note in _remarks(workload, contest)]
+    efforts: dict[str, list[str]] = {}
     for workload in run.workloads:
-        rounds = max((len(contest.samples) for contest in workload.contests), default=0)
-        if rounds not in (0, run.rounds):
-            lines.append(f"{workload.name}: measured in {rounds} rounds.")
+        if effort := _effort(workload, run):
+            efforts.setdefault(effort, []).append(workload.name)
+    lines += [f"Measured in {effort}: {', '.join(names)}." for effort, names in efforts.items()]
+    for workload in run.workloads:
         if (share := _disturbance(workload, run)) > _DISTURBED:
             lines.append(f"⚠ {workload.name}: up to {share:.0%} of the CPU time went to others or was stolen.")
     if not any(contest.errors for _, contest in contests):
@@ -94,6 +96,16 @@ def _notes(run: Run) -> str:
         reasons.setdefault(missing.why, []).append(missing.what)
     lines += [f"Missing: {', '.join(what)}: {why}" for why, what in reasons.items()]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _effort(workload: WorkloadResult, run: Run) -> str:
+    """How many rounds of how many seconds it was measured in, "" if as many as the run's."""
+    rounds = max((len(contest.samples) for contest in workload.contests), default=0)
+    if not rounds or workload.unit != "IOPS":
+        return "" if rounds in (0, run.rounds) else f"{rounds} rounds"
+    seconds = median(sample.seconds for contest in workload.contests for sample in contest.samples)
+    alike = abs(seconds - run.seconds) <= run.seconds / 10
+    return "" if rounds == run.rounds and alike else f"{rounds} rounds of {seconds:.1f} s"
 
 
 def _remarks(workload: WorkloadResult, contest: Contest) -> list[str]:

@@ -124,7 +124,9 @@ def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone
             client.resume("disk")
         image.write_bytes(intact)
         run("qemu-img", "snapshot", "-c", "first", image)
+        run("qemu-img", "resize", "-q", image, "24M")
         client.resume("disk")
+        assert size(client) == 24 * MiB
         io(life, "read -P 1 0 1M", "write -P 2 0 1M", "flush")
         refused = subprocess.run(["qemu-img", "snapshot", "-c", "no", image], capture_output=True, timeout=60)
         assert refused.returncode
@@ -134,6 +136,7 @@ def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone
         until(client, "disk", lambda info: info.worker != 0)
         run("qemu-img", "resize", "-q", image, "32M")
         client.resume("disk")
+        assert size(client) == 32 * MiB
         io(life, "read -P 2 0 1M")
         client.remove("disk", retry=True)
     run("qemu-img", "snapshot", "-a", "first", image)

@@ -120,12 +120,13 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loaded(_Value):
-    """A table in a slot. load: a number no other load of this run directory has had."""
+    """A table in a slot. load: a number no other load of this run directory has had. whole: see `Target.whole`."""
 
     load: int
     table: str
     read_only: bool = False
     shared: bool = False
+    whole: bool = False
 
 
 class ExportState(_Value):
@@ -436,8 +437,8 @@ class Hold(_Call, tag="hold"):
 
 
 class WorkerLoad(_Call, tag="load"):
-    """→ {"deps": [...], "targets": n, "types": [...], "size": n} of the table loaded. Files are asked
-    for with `OpenFile`. Raises as `Device.load`; then nothing changed.
+    """→ {"deps": [...], "targets": n, "types": [...], "size": n, "whole": bool} of the table loaded. Files are
+    asked for with `OpenFile`. Raises as `Device.load`; then nothing changed.
     """
 
     minor: int

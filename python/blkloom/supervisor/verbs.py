@@ -176,6 +176,7 @@ class Verbs:
     async def _load(self, entry: Entry, loaded: m.Loaded, source: str, found: Read, caller: Caller) -> None:
         call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
         result = await entry.group.call(call, opener=caller.opener, wait=LOAD_SECONDS)
+        loaded.whole = result.get("whole", False)
         entry.inactive = loaded
         entry.memory_inactive, entry.memory_loading = found.memory, 0
         entry.inactive_deps = list(result.get("deps", []))

@@ -79,6 +79,11 @@ class Target(ABC):
     processes. Importing it must start no thread.
     """
 
+    whole: bool = False
+    """It is the only target of its table and reaches to the end of what it stands for, and will when that has changed
+    its size while the device was suspended. Asked after `map`; kept for the next process.
+    """
+
     @classmethod
     @abstractmethod
     def parse(cls, arguments: Arguments) -> Self:

@@ -19,12 +19,13 @@ class Descriptors(Protocol):
     """One load's. Descriptors it returns belong to the caller; those it is told of stay the caller's. here: paths
     are this process's own; otherwise relative ones begin elsewhere. restored: a former process of the device had
     the table loaded, so what it used must not be refused if there is another way. lent: the device was suspended
-    then, and what targets lend while it is must stay lent.
+    then, and what targets lend while it is must stay lent. whole: as that process's target said.
     """
 
     here: bool
     restored: bool
     lent: bool
+    whole: bool
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """The file or block device at `path`, opened as `open_file` does. direct: O_DIRECT is on the
@@ -55,6 +56,7 @@ class OwnDescriptors:
     here = True
     restored = False
     lent = False
+    whole = False
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """As `open_file`."""

@@ -212,6 +212,11 @@ class Opening:
         """A former process of the device had lent what its targets lend: others may be at those files until `anew`."""
         return self._descriptors.lent
 
+    @property
+    def whole(self) -> bool:
+        """Where `lent`: what the table's target said of itself in the former process."""
+        return self._descriptors.whole
+
     def lend(self, owner: int) -> None:
         """Gives up the claims on what the target with this number opened, until `anew`, so that other programs may
         work on it.

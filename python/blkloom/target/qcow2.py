@@ -114,10 +114,9 @@ class Qcow2(Target):
         self._attendant = Attendant(retry=self._live.retry, fault_injection=self.fault_injection)
         self._length: Bytes = length
         self._owner = opening.owner
-        self._alone = opening.alone
-        self._whole: bool | None = None
         if opening.lent:  # whatever the image is just now, what counts is what it is when the device is resumed
             opening.file(self.path, read_only=not self._writable, claimed=self.lock, lent=True)
+            self.whole = opening.whole
             return [(Bytes(0), length, Extent.fault())]
         chain = self._open()
         if length > (room := chain.size // SECTOR * SECTOR):
@@ -126,8 +125,7 @@ class Qcow2(Target):
                 value=self.path,
                 cure=f"{to_sectors(Bytes(room))} sectors are there, not {to_sectors(length)}",
             )
-        # What is all of an image stays that when the image grows.
-        self._whole = self._alone and length == room
+        self.whole = opening.alone and length == room
         return self._attach(chain)
 
     @override
@@ -153,16 +151,14 @@ class Qcow2(Target):
         self._detach()
         chain = self._open()
         room = Bytes(chain.size // SECTOR * SECTOR)
-        if self._whole is None:
-            self._whole = self._alone and room == self._length
-        if room < (SECTOR if self._whole else self._length):
+        if room < (SECTOR if self.whole else self._length):
             raise BackingError(
                 f"the image has {to_sectors(room)} sectors now, and the table wants {to_sectors(self._length)}",
                 path=self.path,
                 errno=errno.EINVAL,
                 cure="load a shorter table, or make the image larger (qemu-img resize)",
             )
-        if self._whole:
+        if self.whole:
             self._length = room
         mapped = self._attach(chain)
         if self._writable:

@@ -166,12 +166,15 @@ class HostedDevice:
     async def load(self, loaded: Loaded, source: str, ask: Ask) -> tuple[dict[str, Any], list[Label]]:
         """Fills the inactive slot. What `WorkerLoad` answers, and the labels of what was opened."""
         table, labels = await self._load(loaded, source, ask)
-        return {**_shape(table), "deps": self._deps[loaded.load], "size": to_bytes(table.length)}, labels
+        answer = {**_shape(table), "deps": self._deps[loaded.load], "size": to_bytes(table.length)}
+        return {**answer, "whole": loaded.whole}, labels
 
     async def _load(
         self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False, lent: bool = False
     ) -> tuple[Table, list[Label]]:
-        descriptors = LoadDescriptors(self._stock, self.minor, loaded.load, ask, restored=restored, lent=lent)
+        descriptors = LoadDescriptors(
+            self._stock, self.minor, loaded.load, ask, restored=restored, lent=lent, whole=loaded.whole
+        )
 
         def work() -> Table:
             try:
@@ -187,6 +190,7 @@ class HostedDevice:
                 raise
             self._deps[loaded.load] = composed.opening.deps
             self._descriptors[loaded.load] = descriptors
+            loaded.whole = any(owner.target.whole for owner in composed.owners.values())
             return table
 
         table = await in_thread(self._thread_name, work)

@@ -73,7 +73,15 @@ class LoadDescriptors:
     here = False
 
     def __init__(
-        self, stock: Stock, device: int, load: int, ask: Ask, *, restored: bool = False, lent: bool = False
+        self,
+        stock: Stock,
+        device: int,
+        load: int,
+        ask: Ask,
+        *,
+        restored: bool = False,
+        lent: bool = False,
+        whole: bool = False,
     ) -> None:
         self._stock = stock
         self._device = device
@@ -81,6 +89,7 @@ class LoadDescriptors:
         self._ask: Ask | None = ask
         self.restored = restored
         self.lent = lent
+        self.whole = whole
         self._new: dict[Label, int] = {}
         self._memories = 0
 
