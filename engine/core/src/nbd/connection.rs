@@ -373,24 +373,19 @@ impl Connection {
 
     /// Serves a write whose payload has come whole, or what has come of one that is written in parts.
     fn finish_payload(&mut self, slot: usize, bench: &mut Workbench, started: Instant) {
-        let Input::Payload { header, buffer, have } = &self.input else {
-            return;
-        };
-        let in_parts = (buffer.len() as u64) < header.length;
-        if *have < buffer.len() && !in_parts {
-            return;
-        }
-        if let Input::Payload { header, buffer, have } = std::mem::replace(&mut self.input, Input::Header) {
-            if in_parts {
+        match std::mem::replace(&mut self.input, Input::Header) {
+            Input::Payload { header, buffer, have } if (buffer.len() as u64) < header.length => {
                 self.input = self.next_part(header, buffer, have, bench);
-                return;
             }
-            // SAFETY: the buffer lives to the end of this block; the write happens in `write_now`.
-            let memory = unsafe { buffer.slice() };
-            match self.write_now(&header, memory, bench) {
-                Some(done) => self.later(slot, &header, Memory::Owned(Arc::new(buffer)), done, bench, started),
-                None => bench.buffers.put(buffer),
+            Input::Payload { header, buffer, have } if have == buffer.len() => {
+                // SAFETY: the buffer lives to the end of this block; the write happens in `write_now`.
+                let memory = unsafe { buffer.slice() };
+                match self.write_now(&header, memory, bench) {
+                    Some(done) => self.later(slot, &header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+                    None => bench.buffers.put(buffer),
+                }
             }
+            unfinished => self.input = unfinished,
         }
     }
 
