@@ -200,7 +200,7 @@ def test_files_are_opened_by_the_caller_and_refusals_are_his(worker: Worker, dis
     assert (caught.value.errno, caught.value.path) == (errno.EACCES, str(disk))
     worker.refuse = None
     answer = worker.call(WorkerLoad(minor=1, loaded=Loaded(load=2, table=f"0 8 loop {disk} 0 1 direct_io")))
-    assert answer == {"targets": 1, "types": ["loop"], "size": 4096, "deps": [str(disk)]}
+    assert answer == {"targets": 1, "types": ["loop"], "size": 4096, "deps": [str(disk)], "whole": False}
     assert [(wish.path, wish.writable, wish.direct) for wish in worker.opened] == [
         (str(disk), True, False),
         (str(disk), True, True),
