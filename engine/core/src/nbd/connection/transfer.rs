@@ -192,6 +192,9 @@ impl Connection {
         bench: &mut Workbench,
     ) -> Input {
         let count = part(&header, have as u64) as usize;
+        if count == 0 {
+            return Input::Payload { header, buffer, have };
+        }
         // SAFETY: the buffer lives to the end of this function; `write_part` only reads from the memory.
         if self.write_part(&mut header, unsafe { buffer.slice() }.part(0, count), bench) {
             buffer.bytes_mut().copy_within(count..have, 0);
