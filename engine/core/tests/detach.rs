@@ -241,6 +241,18 @@ fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_o
 }
 
 #[test]
+fn a_large_write_is_answered_for_the_place_that_was_asked_for() {
+    for style in STYLES {
+        let host = Host::new(threads(), memory_device(4 << 20));
+        let (mut client, _handle) = host.connect(style);
+        let payload = vec![5; MOST_PAYLOAD as usize];
+        client.send(WRITE, 1, 8192, payload.len() as u64, &payload);
+        client.done(1);
+        assert!(style != Style::Extended || client.told == 8192, "an extended reply names the wrong place");
+    }
+}
+
+#[test]
 fn what_was_begun_is_answered_before_the_connection_leaves() {
     for (_, engine) in engines() {
         let faulty = device(mapping(vec![(1 << 20, Extent::Fault)], vec![]));
