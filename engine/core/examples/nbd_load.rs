@@ -71,8 +71,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Of this thread, which is all there is. Source: proc_pid_stat(5), whose ticks are a hundredth of a second; schedstat's
-/// are a nanosecond.
+/// Of this thread, which is all there is. Source: the kernel's Documentation/scheduler/sched-stats, whose unit is the
+/// nanosecond; those of proc_pid_stat(5) are too long for this.
 fn cpu_seconds() -> Result<f64> {
     let text = fs::read_to_string("/proc/self/schedstat")?;
     let running: f64 = text.split(' ').next().and_then(|word| word.parse().ok()).ok_or(ErrorKind::InvalidData)?;

@@ -3,8 +3,8 @@
 //! What a client reaches against it is what the client, the socket and this machine can do at all, so
 //! `make bench` measures it beside the others: no server with a disk behind it can be faster than one
 //! without. It drains, answers everything in one send and polls before it sleeps, as the engine does,
-//! and speaks structured replies to who asks for them, as all contenders do. A thread a connection; takes a listening Unix
-//! socket as descriptor 3 (sd_listen_fds(3)). Argument: the size of the disk in bytes.
+//! and speaks structured replies to who asks for them, as all contenders do. A thread a connection; takes a
+//! listening Unix socket as descriptor 3 (sd_listen_fds(3)). Argument: the size of the disk in bytes.
 
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::FromRawFd;

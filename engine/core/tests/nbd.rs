@@ -309,6 +309,13 @@ fn until_there(engine: &Engine, device: &Arc<Device>, offset: u64, bytes: &[u8])
     }
 }
 
+/// Sends the first half of a large write, and waits until some of it is on the device.
+fn half_a_write(client: &mut Client, server: &Server, device: &Arc<Device>, offset: u64, payload: &[u8]) {
+    client.socket.write_all(&request(WRITE, 1, offset, LARGE as u32)).unwrap();
+    client.socket.write_all(&payload[..LARGE / 2]).unwrap();
+    until_there(&server.engine, device, offset, &payload[..LARGE / 4]);
+}
+
 #[test]
 fn a_large_write_to_memory_is_done_while_it_comes() {
     for (_, engine) in engines() {
@@ -316,9 +323,7 @@ fn a_large_write_to_memory_is_done_while_it_comes() {
         let server = Server::new(engine, &device);
         let mut client = server.connect(Vec::new());
         let (offset, payload) = (12_345, random_bytes(1, LARGE));
-        client.socket.write_all(&request(WRITE, 1, offset, LARGE as u32)).unwrap();
-        client.socket.write_all(&payload[..LARGE / 2]).unwrap();
-        until_there(&server.engine, &device, offset, &payload[..LARGE / 4]);
+        half_a_write(&mut client, &server, &device, offset, &payload);
         client.socket.write_all(&payload[LARGE / 2..]).unwrap();
         assert_eq!(client.reply(), (0, 1));
         until_there(&server.engine, &device, offset, &payload);
@@ -361,9 +366,7 @@ fn a_large_write_is_held_up_by_a_suspension_and_holds_up_none() {
         let server = Server::new(engine, &device);
         let mut client = server.connect(Vec::new());
         let (first, second) = (random_bytes(3, LARGE), random_bytes(4, LARGE));
-        client.socket.write_all(&request(WRITE, 1, 0, LARGE as u32)).unwrap();
-        client.socket.write_all(&first[..LARGE / 2]).unwrap();
-        until_there(&server.engine, &device, 0, &first[..LARGE / 4]);
+        half_a_write(&mut client, &server, &device, 0, &first);
         server.engine.suspend(&device, false, Some(Instant::now() + PATIENT)).unwrap();
         client.socket.write_all(&first[LARGE / 2..]).unwrap();
         while device.stats().totals().in_flight == 0 {
@@ -373,9 +376,7 @@ fn a_large_write_is_held_up_by_a_suspension_and_holds_up_none() {
         assert_eq!(client.reply(), (0, 1));
         until_there(&server.engine, &device, 0, &first);
         // And of one that never comes whole, what came is all there ever is.
-        client.socket.write_all(&request(WRITE, 2, 0, LARGE as u32)).unwrap();
-        client.socket.write_all(&second[..LARGE / 2]).unwrap();
-        until_there(&server.engine, &device, 0, &second[..LARGE / 4]);
+        half_a_write(&mut client, &server, &device, 0, &second);
         drop(client);
         server.ends(1);
         let mut there = vec![0; LARGE];
