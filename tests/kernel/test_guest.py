@@ -1,0 +1,24 @@
+"""What is said of a guest that does not come up."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from guest import Guest, GuestError
+
+
+@pytest.mark.kernel
+def test_a_guest_that_does_not_come_up_is_tried_twice_and_shown(guest: Guest, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.mkdir()
+    shutil.copy(guest.kernel / "busybox", kernel)
+    (kernel / "vmlinuz").write_bytes(b"not a kernel" * 512)
+    broken = dataclasses.replace(guest, kernel=kernel)
+    with (
+        pytest.warns(UserWarning, match="did not come up"),
+        pytest.raises(GuestError, match=r"(?s)twice.*invalid kernel"),
+    ):
+        broken.run("true")
