@@ -64,11 +64,12 @@ def set_runs(device: Device, context: str) -> list[tuple[int, int]]:
     return [(offset, offset + length) for offset, length, flags in device.extents(context=context) if flags]
 
 
-def make_chain(folder: Path, dice: random.Random, depth: int) -> tuple[Path, int]:
-    """Images of any cluster size and length above each other, with clusters of every state; the top one has bitmaps.
-    Its path, and its size in bytes.
+def make_chain(folder: Path, dice: random.Random, depth: int) -> tuple[Path, int, list[str]]:
+    """Images of any cluster size and length above each other, with clusters of every state; the top one has bitmaps,
+    and some below have. Its path, its size in bytes, and the contexts to be had.
     """
     below, size = None, 0
+    lower: list[str] = []
     for number in range(depth):
         size = dice.choice([64 * KIB, 200 * KIB, 300 * 512, MIB, 2 * MIB + 512])
         if not number and depth > 1 and dice.random() < 0.4:
@@ -81,9 +82,12 @@ def make_chain(folder: Path, dice: random.Random, depth: int) -> tuple[Path, int
         words = ["-b", below, "-F", "raw" if below.suffix == ".raw" else "qcow2"] if below else []
         options = f"cluster_size={1 << bits},extended_l2={'on' if extended else 'off'}"
         qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", options, *words, path, str(size))
-        if number == depth - 1:
-            for name in ("b0", "off"):
-                qemu.qemu_img("bitmap", "--add", "-g", str(512 << dice.randrange(12)), path, name)
+        names = ["b0", "off"]
+        if number < depth - 1:
+            names = dice.choice([[], [f"of {number}"], ["b0", f"of {number}"]])
+            lower = [BITMAP + name for name in names if name != "b0"] + lower
+        for name in names:
+            qemu.qemu_img("bitmap", "--add", "-g", str(512 << dice.randrange(12)), path, name)
         qemu.qemu_io(path, *_compressed(dice, size, 1 << bits))
         qemu.qemu_io(path, *(_step(dice, size, 1 << bits) for _ in range(dice.randint(0, 8))))
         if number == depth - 1:
@@ -91,7 +95,7 @@ def make_chain(folder: Path, dice: random.Random, depth: int) -> tuple[Path, int
             qemu.qemu_io(path, *(_step(dice, size, 1 << bits) for _ in range(dice.randint(0, 3))))
         below = path
     assert below is not None
-    return below, size
+    return below, size, [DEPTH, BITMAP + "b0", BITMAP + "off", *lower]
 
 
 def _compressed(dice: random.Random, size: int, cluster: int) -> list[str]:
@@ -118,8 +122,7 @@ def _step(dice: random.Random, size: int, cluster: int) -> str:
 def test_random_chains_are_told_as_qemu_tells_them(seed: int, depth: int, read_only: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dice = random.Random(seed)
-        path, size = make_chain(Path(folder), dice, depth)
-        names = [DEPTH, BITMAP + "b0", BITMAP + "off"]
+        path, size, names = make_chain(Path(folder), dice, depth)
         theirs = {name: by_qemu(path, name) for name in names}
         with attached(path, size, read_only=read_only) as device:
             assert list(device.contexts) == names
@@ -275,6 +278,22 @@ def test_bitmaps_that_cannot_be_believed_are_not_told(tmp_path: Path) -> None:
             assert device.contexts == (DEPTH, BITMAP + "off")
 
 
+def test_a_bitmap_that_cannot_be_believed_hides_those_of_its_name_below(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, bitmap=True), size=MIB, steps=0)
+    qemu.qemu_img("bitmap", "--add", made.path, "below")
+    middle, top, crashed = (tmp_path / f"{name}.qcow2" for name in ("middle", "top", "crashed"))
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", made.path, "-F", "qcow2", middle, "2M")
+    qemu.qemu_img("bitmap", "--add", middle, "b0")
+    with attached(middle, 2 * MIB) as device:
+        assert device.contexts == (DEPTH, BITMAP + "b0", BITMAP + "off", BITMAP + "below")
+        device.pwrite(b"x", 0)
+        device.flush()
+        crashed.write_bytes(middle.read_bytes())
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", crashed, "-F", "qcow2", top)
+    with attached(top, 2 * MIB) as device:
+        assert device.contexts == (DEPTH, BITMAP + "off", BITMAP + "below")
+
+
 def test_a_snapshot_has_a_depth_and_no_bitmaps(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, bitmap=True, snapshots=1), size=MIB)
     with attached(made.path, made.size, "snapshot=s1", read_only=True) as device:
@@ -331,8 +350,8 @@ def test_large_disks_are_told_in_pieces_that_do_not_keep_others_waiting(tmp_path
 
 
 def test_nbdinfo_and_qemu_img_map_what_qemu_nbd_would_say(serve: Callable[..., Any], tmp_path: Path) -> None:
-    path, size = make_chain(tmp_path, random.Random(7), 3)
-    names = [DEPTH, BITMAP + "b0", BITMAP + "off"]
+    path, size, names = make_chain(tmp_path, random.Random(7), 3)
+    assert len(names) > 3, "one of an image below among them"
     theirs = {name: by_qemu(path, name) for name in names}
     server = serve(path)
     (told,) = json.loads(qemu.run("nbdinfo", "--json", "--list", server.uri))["exports"]
@@ -368,7 +387,7 @@ print(json.dumps([whole, one]))
 def test_several_contexts_are_told_in_one_answer(serve: Callable[..., Any], tmp_path: Path) -> None:
     if subprocess.run([SYSTEM_PYTHON, "-c", "import nbd"], capture_output=True, check=False).returncode:
         pytest.skip("Python's nbd module is missing (Debian package python3-libnbd)")
-    path, size = make_chain(tmp_path, random.Random(11), 3)
+    path, size, _ = make_chain(tmp_path, random.Random(11), 3)
     names = [BITMAP + "off", "base:allocation", DEPTH, BITMAP + "b0"]
     theirs = {name: by_qemu(path, name) for name in names}
     server = serve(path)

@@ -48,6 +48,7 @@ _MEMORY_LIMIT: Final = 64 << 20
 _MOST_LOOKED_AT: Final = 1 << 24
 """Granules looked at for one question: others wait meanwhile."""
 
+_SECTOR_MASK: Final = 511
 _OFFSET: Final = np.uint64(0x00FFFFFFFFFFFE00)
 _ALL_ONES: Final = np.uint64(1)
 
@@ -68,8 +69,13 @@ class Bitmap:
 
     @property
     def usable(self) -> bool:
-        """Whether what it says may be believed."""
+        """Whether what it says on disk may be believed."""
         return not self.flags & IN_USE and (not self.extra_data_size or bool(self.flags & EXTRA_DATA_COMPATIBLE))
+
+    @property
+    def readable(self) -> bool:
+        """Whether what is known of it may be believed: on disk, or kept here."""
+        return self.usable or self.bits is not None
 
     @property
     def enabled(self) -> bool:
@@ -134,6 +140,15 @@ def open_bitmaps(image: Image) -> Bitmaps:
     )
 
 
+def sound_bitmaps(image: Image) -> Bitmaps | None:
+    """As `open_bitmaps`, None where they make no sense: that is no reason not to read the disk; the log says it."""
+    try:
+        return open_bitmaps(image)
+    except CorruptImage as error:
+        image.report(error)
+        return None
+
+
 class Bitmaps:
     """The bitmaps of an image, in units of `1 << unit_bits` bytes. They change once `begin` was called."""
 
@@ -161,18 +176,14 @@ class Bitmaps:
         """Whether changes are recorded."""
         return bool(self._tracked)
 
-    @property
-    def readable(self) -> list[Bitmap]:
-        """Those that can be believed."""
-        return [bitmap for bitmap in self.all if bitmap.usable or bitmap.bits is not None]
-
     def runs(self, bitmap: Bitmap, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """(length, 1 where it is dirty) runs of a range of the disk, as it is now; neighbours may be alike. They end
-        early after _MOST_LOOKED_AT granules. Raises CorruptImage, OSError.
+        """(length, 1 where it is dirty) runs of a range, as it is now: clean past the disk's end; neighbours may be
+        alike. They end early after _MOST_LOOKED_AT granules. Raises CorruptImage, OSError.
         """
         shift = bitmap.granularity_bits
-        first, end = offset >> shift, -(-(offset + length) >> shift)
-        end = min(end, first + _MOST_LOOKED_AT)
+        inside = min(offset + length, self._disk_size + _SECTOR_MASK & ~_SECTOR_MASK)
+        first, last = offset >> shift, -(-inside >> shift)
+        end = min(last, first + _MOST_LOOKED_AT)
         step = 8 << self._cluster_bits
         at = offset
         while first < end:
@@ -180,10 +191,12 @@ class Bitmaps:
             bits = self._window(bitmap, first >> 3, -(-stop // 8))
             granules = np.unpackbits(bits, bitorder="little")[first & 7 :][: stop - first]
             for bit, _, high in runs_alike(granules):
-                until = min(first + high << shift, offset + length)
+                until = min(first + high << shift, inside)
                 yield until - at, bit
                 at = until
             first = stop
+        if end >= last and at < offset + length:
+            yield offset + length - at, 0
 
     def _window(self, bitmap: Bitmap, low: int, high: int) -> NDArray[np.uint8]:
         """Bytes [low, high) of its bits as they are now, within one cluster of them."""

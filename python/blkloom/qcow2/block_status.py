@@ -2,10 +2,10 @@
 
 `qemu:allocation-depth`: which image of the chain says what a piece of the disk is, 1 for the top one; 0 for none, where
 it is unallocated everywhere and reads as zeros. An image that ends before the one above it says what is past its
-end: zeros. `qemu:dirty-bitmap:NAME`: 1 where the top image's bitmap of that name has a bit set. Both are of the
-moment, with what is only in memory yet. A question is answered as far as it takes no time in which other requests
-had better be served; the asker goes on from there. One thread (the mapper's). May fail: FaultError (EINVAL, no such
-context), CorruptImage, OSError.
+end: zeros. `qemu:dirty-bitmap:NAME`: 1 where a bit of the bitmap of that name is set, in the uppermost image that has
+one; where that one may not be believed, there is none. Both are of the moment, with what is only in memory yet. A
+question is answered as far as it takes no time in which other requests had better be served; the asker goes on from
+there. One thread (the mapper's). May fail: FaultError (EINVAL, no such context), CorruptImage, OSError.
 
 Source: QEMU docs/interop/nbd, "qemu namespace".
 """
@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.errors import FaultError
+from blkloom.qcow2.bitmaps import sound_bitmaps
 from blkloom.qcow2.placing import joined, runs_alike
 
 if TYPE_CHECKING:
-    from blkloom.qcow2.bitmaps import Bitmaps
+    from blkloom.qcow2.bitmaps import Bitmap, Bitmaps
     from blkloom.qcow2.chain import Chain
     from blkloom.qcow2.layers import Layer
 
@@ -38,27 +39,42 @@ _SECTOR_MASK: Final = 511
 
 
 class BlockStatus:
-    """Of `chain`. bitmaps: of its top image, as whoever writes to it has them; None: it shows no state they tell of."""
+    """Of `chain`, of which the top image may be at a snapshot: then it shows no state that bitmaps tell of."""
 
-    def __init__(self, chain: Chain, bitmaps: Bitmaps | None) -> None:
+    def __init__(self, chain: Chain, *, snapshot: bool) -> None:
         self._chain = chain
-        self._bitmaps = bitmaps
+        self._bitmaps: list[Bitmaps] = []
+        """From the top down, as far as they make sense."""
+        for image in [] if snapshot else chain.images():
+            if (bitmaps := sound_bitmaps(image)) is None:
+                break
+            self._bitmaps.append(bitmaps)
+
+    def follow(self, bitmaps: Bitmaps) -> None:
+        """Those of the top image are from now on as whoever writes to it has them."""
+        self._bitmaps[:1] = [bitmaps]
 
     @property
     def contexts(self) -> list[str]:
         """Their names."""
-        readable = self._bitmaps.readable if self._bitmaps else []
-        return [ALLOCATION_DEPTH, *(DIRTY_BITMAP + bitmap.name for bitmap in readable)]
+        return [ALLOCATION_DEPTH, *(DIRTY_BITMAP + name for name in self._readable())]
 
     def runs(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(length, flags) runs from `offset` on, bytes; unlike their neighbours."""
         if context == ALLOCATION_DEPTH:
             return joined(self._depths(offset, offset + length))
-        for bitmap in self._bitmaps.readable if self._bitmaps else ():
-            if context == DIRTY_BITMAP + bitmap.name:
-                assert self._bitmaps is not None, "it has just named one"
-                return joined(self._bitmaps.runs(bitmap, offset, length))
+        if context.startswith(DIRTY_BITMAP) and (found := self._readable().get(context.removeprefix(DIRTY_BITMAP))):
+            bitmaps, bitmap = found
+            return joined(bitmaps.runs(bitmap, offset, length))
         raise FaultError(errno.EINVAL, f"{self._chain.top.path} has no metadata context {context!r}")
+
+    def _readable(self) -> dict[str, tuple[Bitmaps, Bitmap]]:
+        """By name, each as the uppermost image has it that has one of that name."""
+        uppermost: dict[str, tuple[Bitmaps, Bitmap]] = {}
+        for bitmaps in self._bitmaps:
+            for bitmap in bitmaps.all:
+                uppermost.setdefault(bitmap.name, (bitmaps, bitmap))
+        return {name: found for name, found in uppermost.items() if found[1].readable}
 
     def _depths(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """Where no layer ends in between, the same layers stand above each other: so far at a time."""

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from blkloom.qcow2.attachment import Attachment
-    from blkloom.qcow2.bitmaps import Bitmaps
     from blkloom.qcow2.block_status import BlockStatus
     from blkloom.qcow2.chain import Chain
-    from blkloom.qcow2.image import Image
     from blkloom.qcow2.writer import Writer
     from blkloom.table.arguments import Arguments
     from blkloom.target.live_segment import LiveSegment
@@ -197,12 +195,11 @@ class Qcow2(Target):
 
         self._attendant.attend(chain)
         self._attachment = Attachment(chain, self._length, cache=self.cache, synchronize=self._live.synchronize)
-        self._block_status = BlockStatus(chain, None if self.snapshot else _bitmaps_of(chain.top.image))
+        self._block_status = BlockStatus(chain, snapshot=bool(self.snapshot))
         return [(Bytes(0), self._length, Extent.table(self._attachment.table))]
 
     def _begin_writing(self, chain: Chain) -> None:
         """Only what is about to go live may change the file: before, another table may be at it."""
-        from blkloom.qcow2.block_status import BlockStatus
         from blkloom.qcow2.writer import Options, Writer
 
         attachment, top = self._attached, chain.top
@@ -231,7 +228,8 @@ class Qcow2(Target):
             broke=broke,
         )
         top.writable, top.guarded = True, self._writer.guarded
-        self._block_status = BlockStatus(chain, self._writer.bitmaps)
+        assert self._block_status is not None, "it is attached"
+        self._block_status.follow(self._writer.bitmaps)
 
     def _detach(self) -> None:
         self._writer = self._block_status = None
@@ -370,15 +368,3 @@ class Qcow2(Target):
     def _attached(self) -> Attachment:
         assert self._attachment is not None, "nothing faults while it is suspended"
         return self._attachment
-
-
-def _bitmaps_of(image: Image) -> Bitmaps | None:
-    """What is wrong with them is no reason not to read the disk; the log says it."""
-    from blkloom.qcow2.bitmaps import open_bitmaps
-    from blkloom.qcow2.errors import CorruptImage
-
-    try:
-        return open_bitmaps(image)
-    except CorruptImage as error:
-        image.report(error)
-        return None
