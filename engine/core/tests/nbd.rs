@@ -14,12 +14,8 @@ use std::time::{Duration, Instant};
 use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, NbdSession, Notices, Op, Outcome, Session};
 use blkloom_map::Extent;
 use blkloom_wire::Style;
+use rig::hosts::{self, DISCONNECT, FLUSH, READ, WRITE};
 use rig::*;
-
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISCONNECT: u16 = 2;
-const FLUSH: u16 = 3;
 
 fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
@@ -356,6 +352,18 @@ fn of_a_large_write_that_comes_to_a_fault_the_rest_waits_for_all_of_it() {
         assert_eq!(client.reply(), (0, 1));
         until_there(&server.engine, &device, 0, &payload[..gap.start as usize]);
         until_there(&server.engine, &device, gap.end, &payload[gap.end as usize..]);
+    }
+}
+
+#[test]
+fn a_large_write_is_answered_for_the_place_that_was_asked_for() {
+    for style in hosts::STYLES {
+        let host = hosts::Host::new(hosts::threads(), hosts::memory_device(4 << 20));
+        let (mut client, _handle) = host.connect(style);
+        let payload = vec![5; hosts::MOST_PAYLOAD as usize];
+        client.send(WRITE, 1, 8192, payload.len() as u64, &payload);
+        client.done(1);
+        assert!(style != Style::Extended || client.told == 8192, "an extended reply names the wrong place");
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the tests of devices stand on: engines of every kind, places to map, and plain calls.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub mod hosts;
+
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
