@@ -23,17 +23,13 @@ from blkloom.control.failures import to_exception
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.messages import (
     MOST_DESCRIPTORS,
-    DeviceState,
     Drop,
-    ExportState,
     Failure,
     FromWorker,
     Happened,
     Hello,
     Hold,
     Keep,
-    Label,
-    Loaded,
     Opened,
     OpenFile,
     OpenRefused,
@@ -43,6 +39,7 @@ from blkloom.control.messages import (
     WorkerRequest,
     WorkerResume,
 )
+from blkloom.control.states import DeviceState, ExportState, Label, Loaded
 from blkloom.target.descriptors import open_file
 from blkloom.worker.zygote import Exited, Fork, Forked, FromZygote
 

@@ -14,17 +14,16 @@ import pytest
 
 from blkloom.control.messages import (
     Describe,
-    DeviceState,
     Freeze,
     Hold,
     Leave,
-    Loaded,
     Release,
     Thaw,
     WorkerLoad,
     WorkerResume,
     WorkerSuspend,
 )
+from blkloom.control.states import DeviceState, Loaded
 from blkloom.errors import BusyError, DrainError, UsageError
 from blkloom.target.claim import Claim
 

@@ -15,12 +15,8 @@ import pytest
 
 from blkloom.control.messages import (
     Describe,
-    DeviceInfo,
-    DeviceState,
-    ExportState,
     Hold,
     Leave,
-    Loaded,
     Release,
     Unserve,
     WorkerClear,
@@ -32,6 +28,7 @@ from blkloom.control.messages import (
     WorkerStatus,
     WorkerSuspend,
 )
+from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded
 from blkloom.errors import BackingError, BusyError, TableError, UsageError
 from blkloom.target.claim import Claim
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from blkloom.control.client import Client
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from conformance.nbd_client import READ, NbdClient
 
 from .loop_commands import Loop

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from blkloom.control.messages import Describe, DeviceState, Freeze, Reply, Thaw, WorkerRequest
+from blkloom.control.messages import Describe, Freeze, Reply, Thaw, WorkerRequest
+from blkloom.control.states import DeviceState
 from conformance.nbd_client import WRITE, NbdClient
 from conformance.supervisor_by_hand import Store, Worker, zygote
 

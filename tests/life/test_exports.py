@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.control.client import Client
-from blkloom.control.messages import ExportState
+from blkloom.control.states import ExportState
 from blkloom.errors import ListenError, UsageError
 from conformance.nbd_client import READ, READ_ONLY, WRITE, NbdClient, Style
 

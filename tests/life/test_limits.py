@@ -22,6 +22,7 @@ from blkloom.control import messages as m
 from blkloom.control.channel import Channel
 from blkloom.control.client import Client
 from blkloom.control.framing import ChannelClosed
+from blkloom.control.states import DeviceInfo
 from blkloom.errors import BackingError, DeviceFailed, ResourceError, UsageError
 from conformance.nbd_client import WRITE, NbdClient
 
@@ -102,7 +103,7 @@ def test_a_load_that_failed_gives_its_memory_back(client: Client) -> None:
 # devices that fail
 
 
-def fail(client: Client, device: str) -> m.DeviceInfo:
+def fail(client: Client, device: str) -> DeviceInfo:
     """Kills the device's workers until there is none any more."""
     former = 0
     while (found := info(client, device)).state != "FAILED":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.control.client import Client
-from blkloom.control.messages import LoopNotes
+from blkloom.control.states import LoopNotes
 from conformance.nbd_client import NbdClient
 
 from .conftest import Life, info, read, until

@@ -16,7 +16,7 @@ import pytest
 
 from blkloom.cli import connecting, main
 from blkloom.cli.verbs import SECTIONS, VERBS
-from blkloom.control.messages import DeviceInfo, ExportState
+from blkloom.control.states import DeviceInfo, ExportState
 from blkloom.errors import BackingError, Place, TableError, UsageError
 
 DISK = DeviceInfo(

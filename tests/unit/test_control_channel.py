@@ -19,7 +19,8 @@ from blkloom.control import framing
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.channel import Channel
 from blkloom.control.framing import BadMessage, ChannelClosed
-from blkloom.control.messages import MOST_DESCRIPTORS, FromWorker, Keep, Label, Reply
+from blkloom.control.messages import MOST_DESCRIPTORS, FromWorker, Keep, Reply
+from blkloom.control.states import Label
 from blkloom.errors import UsageError
 
 Receive = Callable[[socket.socket, int], list[tuple[Any, list[int]]]]

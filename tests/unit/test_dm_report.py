@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.failing import NoReport
 from blkloom.dm.fields import DEFAULT, SECTIONS, Row
 from blkloom.dm.report import Layout, find_field, lay_out, read_fields, sort_rows

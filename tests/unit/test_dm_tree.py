@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.dependencies import Graph
 from blkloom.dm.failing import NotACommandLine
 from blkloom.dm.tree import Style, draw, read_style

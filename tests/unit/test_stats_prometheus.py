@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from blkloom.control.messages import DeviceInfo, ExportState
+from blkloom.control.states import DeviceInfo, ExportState
 from blkloom.metrics.prometheus import LIMITS, exposition
 from blkloom.metrics.sampling import DeviceSample, Sample
 from blkloom.stats import BUCKETS, Histogram, OperationStats, Stats, bucket_bounds, bucket_of

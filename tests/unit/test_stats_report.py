@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blkloom.control.messages import DeviceInfo, ExportState
+from blkloom.control.states import DeviceInfo, ExportState
 from blkloom.metrics.report import BAR, as_dict, as_text, histogram_bars
 from blkloom.metrics.sampling import DeviceSample, Sample
 from blkloom.stats import BUCKETS, Histogram, OperationStats, Stats, bucket_of

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from blkloom.control.messages import Loaded
+from blkloom.control.states import Loaded
 from blkloom.dm.names import DeviceNameError
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
 from blkloom.supervisor.group import Group

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from blkloom.control.messages import Label
+from blkloom.control.states import Label
 from blkloom.supervisor.store import Store
 
 

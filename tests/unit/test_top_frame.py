@@ -11,7 +11,7 @@ from rich.text import Text
 
 from blkloom.cli.top_frame import TOTAL, Scene, Shape, draw, natural_width, plain
 from blkloom.cli.top_view import View
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.metrics.ordering import Order
 from blkloom.metrics.rates import Flow, Rates, Row, total_of
 from blkloom.metrics.sampling import DeviceSample, Sample

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.metrics.history import BARS, History, sparkline
 from blkloom.metrics.ordering import Order, ordered
 from blkloom.metrics.rates import Flow, Rates, Row, rows_between, total_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blkloom.control.messages import Label
+from blkloom.control.states import Label
 from blkloom.errors import BackingError, ResourceError
 from blkloom.target.descriptors import open_file
 from blkloom.worker.stock import LoadDescriptors, Stock

@@ -7,7 +7,7 @@ import sys
 
 from blkloom.cli.connecting import directory
 from blkloom.cli.session import Session
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.failing import VerbFailed
 
 

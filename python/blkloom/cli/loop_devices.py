@@ -22,7 +22,7 @@ from blkloom.units import SECTOR, Sectors
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session
-    from blkloom.control.messages import DeviceInfo, LoopNotes
+    from blkloom.control.states import DeviceInfo, LoopNotes
 
 _BLOCK_SIZE: Final = "block_size="
 _NUMBERED: Final = re.compile(r"loop([0-9]+)")

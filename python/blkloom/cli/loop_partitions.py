@@ -16,7 +16,7 @@ from blkloom.units import SECTOR
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session
-    from blkloom.control.messages import DeviceInfo
+    from blkloom.control.states import DeviceInfo
 
 
 def partition_name(whole: str, number: int) -> str:
@@ -112,7 +112,7 @@ def _is(session: Session, info: DeviceInfo, wanted: dict[int, Partition], whole:
 
 
 def _make(session: Session, whole: DeviceInfo, partition: Partition) -> None:
-    from blkloom.control.messages import LoopNotes
+    from blkloom.control.states import LoopNotes
 
     try:
         session.client.create(

@@ -33,7 +33,7 @@ from blkloom.cli.loop_partitions import (
     remove_unused,
     update_partitions,
 )
-from blkloom.control.messages import DeviceInfo, LoopNotes
+from blkloom.control.states import DeviceInfo, LoopNotes
 from blkloom.errors import BackingError, BlkloomError, DeviceExists, NoSuchDevice
 from blkloom.units import Sectors, to_bytes
 

@@ -9,7 +9,7 @@ import click
 
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.failing import NotACommandLine
 from blkloom.dm.fields import MAJOR
 from blkloom.dm.names import mangle

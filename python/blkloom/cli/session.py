@@ -29,7 +29,7 @@ from blkloom.dm.names import (
 
 if TYPE_CHECKING:
     from blkloom.control.client import Client
-    from blkloom.control.messages import DeviceInfo
+    from blkloom.control.states import DeviceInfo
     from blkloom.dm.fields import Row
 
 RUN_DIR: Final = "blkloom.run_dir"

@@ -8,7 +8,7 @@ import click
 
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Named, Session
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.showing import Segment, concise_device, segment_line, table_segments
 
 _target = click.option("--target", metavar="TYPE", help="Segments of this target only.")

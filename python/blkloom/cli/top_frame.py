@@ -15,7 +15,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from blkloom.cli.top_view import View
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.metrics.history import ASCII_BARS, BARS, sparkline
 from blkloom.metrics.ordering import Order
 from blkloom.metrics.rates import Flow, Rates, Row, Total

@@ -24,6 +24,7 @@ from blkloom.control.failures import to_exception
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
+from blkloom.control.states import DeviceInfo, ExportState, LoopNotes
 from blkloom.errors import ResourceError
 from blkloom.peer import peer_of
 from blkloom.target.descriptors import open_file
@@ -69,9 +70,9 @@ class Client:
 
     # What there is
 
-    def info(self, device: str = "") -> list[m.DeviceInfo]:
+    def info(self, device: str = "") -> list[DeviceInfo]:
         """Of one device, or of all by minor number."""
-        return msgspec.convert(self.call(m.GetInfo(device=device)), list[m.DeviceInfo])
+        return msgspec.convert(self.call(m.GetInfo(device=device)), list[DeviceInfo])
 
     def table(self, device: str, *, inactive: bool = False) -> str:
         """The table's text; "" if the slot is empty."""
@@ -107,8 +108,8 @@ class Client:
         shared: bool = False,
         suspended: bool = False,
         autoclear: bool = False,
-        loop: m.LoopNotes | None = None,
-    ) -> m.DeviceInfo:
+        loop: LoopNotes | None = None,
+    ) -> DeviceInfo:
         """Created, loaded and live; without a table created only. autoclear: removed when its last user leaves."""
         call = m.Create(
             name=name,
@@ -122,7 +123,7 @@ class Client:
             autoclear=autoclear,
             loop=loop,
         )
-        return msgspec.convert(self.call(call), m.DeviceInfo)
+        return msgspec.convert(self.call(call), DeviceInfo)
 
     def load(
         self, device: str, table: str, *, source: str = "table", read_only: bool = False, shared: bool = False
@@ -177,10 +178,10 @@ class Client:
         host: str = "",
         port: int = 0,
         read_only: bool = False,
-    ) -> m.ExportState:
+    ) -> ExportState:
         """One more NBD export; where it listens."""
         call = m.AddExport(device=device, name=name, unix=unix, host=host, port=port, read_only=read_only)
-        return msgspec.convert(self.call(call), m.ExportState)
+        return msgspec.convert(self.call(call), ExportState)
 
     def unexport(self, device: str, export: str) -> None:
         """Ends an export, by id or socket path."""

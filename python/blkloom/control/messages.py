@@ -16,9 +16,11 @@ Unknown fields are ignored (a newer peer may add some); an unknown kind or verb 
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
+
+from blkloom.control.states import DeviceState, ExportState, Label, Loaded, LoopNotes
 
 PROTOCOL: Final = 1
 """Grows when an old peer would misunderstand a new one."""
@@ -34,10 +36,6 @@ class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=Tru
 
 
 class _Call(msgspec.Struct, tag_field="verb", kw_only=True, omit_defaults=True):
-    pass
-
-
-class _Value(msgspec.Struct, kw_only=True, omit_defaults=True):
     pass
 
 
@@ -100,131 +98,6 @@ class OpenRefused(_Message, tag="refused"):
 
     id: int
     errno: int
-
-
-# The state of a device: what the registry keeps and workers are given
-
-
-class Label(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stored descriptor is. role and key:
-    file: `w`/`r` then `d`/`-` then the path as the table has it; claim: the path; memory: a number
-    within its load; listen: the export's id; connection: a number within the device.
-    load: the loaded table it belongs to (0: the device itself).
-    """
-
-    device: int
-    """The device's minor number, unique in a run directory while the device lives."""
-    load: int
-    role: Literal["file", "claim", "memory", "listen", "connection"]
-    key: str
-
-
-class Loaded(_Value):
-    """A table in a slot. load: a number no other load of this run directory has had. whole: see `Target.whole`."""
-
-    load: int
-    table: str
-    read_only: bool = False
-    shared: bool = False
-    whole: bool = False
-
-
-class ExportState(_Value):
-    """One NBD export. id: unique within the device. name: what clients ask for (they also get it by
-    the empty name). unix: socket path, or ""; otherwise host and port. automatic: the socket every
-    device has at `<run-dir>/dev/<name>`.
-    """
-
-    id: str
-    name: str
-    unix: str = ""
-    host: str = ""
-    port: int = 0
-    read_only: bool = False
-    automatic: bool = False
-
-
-class ConnectionState(_Value):
-    """A live NBD connection on its way to another worker. initial: base64 of bytes received and not
-    served. export: the `ExportState.id`. contexts: (id, name) of the metadata contexts it selected.
-    """
-
-    export: str
-    number: int
-    structured: bool = False
-    extended: bool = False
-    contexts: list[tuple[int, str]] = []
-    max_payload: int = 32 << 20
-    initial: str = ""
-
-
-class LoopNotes(_Value):
-    """What `blkloom loop` was told of a device it made, and no table says. partition: its number, if it is
-    a partition of the device it stands on.
-    """
-
-    sizelimit: int = 0
-    """Bytes; 0: up to the end of the file."""
-    partscan: bool = False
-    partition: int = 0
-    shared: bool = False
-    """Its file is not locked."""
-
-
-class DeviceState(_Value):
-    """All that makes a device, but for its descriptors."""
-
-    name: str
-    minor: int
-    uuid: str = ""
-    read_only: bool = False
-    active: Loaded | None = None
-    inactive: Loaded | None = None
-    suspended: bool = False
-    event: int = 0
-    exports: list[ExportState] = []
-    connections: list[ConnectionState] = []
-    """Only while it is handed over."""
-    autoclear: bool = False
-    """It ends when its last user leaves, if there was one."""
-    opened: bool = False
-    """It has had a user."""
-    loop: LoopNotes | None = None
-
-
-class DeviceInfo(_Value):
-    """What `info`, `ls` and `top` show."""
-
-    name: str
-    minor: int
-    uuid: str = ""
-    state: Literal["ACTIVE", "SUSPENDED", "FAILED"] = "ACTIVE"
-    reason: str = ""
-    """Why it is FAILED."""
-    read_only: bool = False
-    live: bool = False
-    inactive: bool = False
-    open_count: int = 0
-    """Clients connected, and devices standing on this one."""
-    connections: int = 0
-    event: int = 0
-    targets: int = 0
-    """Segments of the live table."""
-    types: list[str] = []
-    """Names of the live table's targets, each once."""
-    size: int = 0
-    """Bytes."""
-    worker: int = 0
-    """Process id; 0: none."""
-    restarts: int = 0
-    deferred: bool = False
-    exports: list[ExportState] = []
-    deps: list[str] = []
-    """What it stands on: `blkloom:NAME` and paths."""
-    holders: list[str] = []
-    """Devices that stand on it."""
-    autoclear: bool = False
-    loop: LoopNotes | None = None
 
 
 # What a client asks of the supervisor. `device`: a name, `uuid:UUID` or `minor:N`.

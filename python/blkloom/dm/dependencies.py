@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 
 PREFIX: Final = "blkloom:"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.dm.dependencies import Dependency, dependencies
 from blkloom.dm.names import mangle
 from blkloom.units import SECTOR

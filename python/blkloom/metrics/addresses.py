@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blkloom.control.messages import ExportState
+from blkloom.control.states import ExportState
 from blkloom.export.nbd.uri import tcp_uri, unix_uri
 
 

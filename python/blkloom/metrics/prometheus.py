@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from blkloom.control.messages import ExportState
+from blkloom.control.states import ExportState
 from blkloom.metrics.addresses import uri_of
 from blkloom.metrics.sampling import Sample
 from blkloom.stats import Histogram, Stats, bucket_bounds, bucket_of

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.metrics.sampling import DeviceSample, Sample
 from blkloom.stats import Histogram, OperationStats, Stats
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from blkloom.control.messages import DeviceInfo
+from blkloom.control.states import DeviceInfo
 from blkloom.stats import Stats
 
 

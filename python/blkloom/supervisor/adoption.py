@@ -20,6 +20,7 @@ import msgspec
 from blkloom.control import messages as m
 from blkloom.control.client import OPEN_SECONDS, open_within
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import DeviceInfo, DeviceState, Loaded
 from blkloom.errors import BlkloomError, WorkerGone
 from blkloom.peer import peer_of
 from blkloom.supervisor import exporting, states
@@ -47,8 +48,8 @@ class _Found:
     """What a worker says it has."""
 
     group: Group
-    states: list[m.DeviceState]
-    infos: dict[int, m.DeviceInfo]
+    states: list[DeviceState]
+    infos: dict[int, DeviceInfo]
 
     @property
     def frozen(self) -> bool:
@@ -135,8 +136,8 @@ class Adoption:
             return None
         try:
             group, described = await self._workers.adopt(path.stem, connected, peer.pid)
-            found = msgspec.convert(described["devices"], list[m.DeviceState])
-            infos = {info.minor: info for info in msgspec.convert(described["infos"], list[m.DeviceInfo])}
+            found = msgspec.convert(described["devices"], list[DeviceState])
+            infos = {info.minor: info for info in msgspec.convert(described["infos"], list[DeviceInfo])}
         except (OSError, ValueError) as error:
             _log.error("worker %s cannot be adopted: %s", path.stem, error or "it does not answer")
             if (silent := self._workers.groups.get(path.stem)) is None:
@@ -159,7 +160,7 @@ class Adoption:
         self._workers.fail(group, f"its worker, process {pid}, does not answer")
         return bool(group.minors)
 
-    def _enter(self, state: m.DeviceState, group: Group) -> Entry:
+    def _enter(self, state: DeviceState, group: Group) -> Entry:
         written = self._written.pop(state.minor, None)
         entry = Entry(
             state.name,
@@ -221,7 +222,7 @@ class Adoption:
             else:
                 await self._revive(group, entries)
 
-    def _has_memory(self, entry: Entry, loaded: m.Loaded | None) -> bool:
+    def _has_memory(self, entry: Entry, loaded: Loaded | None) -> bool:
         """Whether the program before an upgrade left that of a table."""
         labels, _ = self._store.of([entry.minor])
         return loaded is not None and any(label.role == "memory" and label.load == loaded.load for label in labels)

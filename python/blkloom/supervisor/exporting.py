@@ -12,6 +12,7 @@ from typing import Final
 
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import ExportState, Label
 from blkloom.errors import UsageError
 from blkloom.export.nbd.listening import check_path, listen_tcp, listen_unix
 from blkloom.supervisor.registry import Entry
@@ -20,17 +21,17 @@ from blkloom.supervisor.store import Store
 AUTOMATIC: Final = "auto"
 
 
-def label(entry: Entry, export: m.ExportState) -> m.Label:
+def label(entry: Entry, export: ExportState) -> Label:
     """Of the export's listening socket."""
-    return m.Label(device=entry.minor, load=0, role="listen", key=export.id)
+    return Label(device=entry.minor, load=0, role="listen", key=export.id)
 
 
-def automatic(run_dir: RunDir, name: str) -> m.ExportState:
+def automatic(run_dir: RunDir, name: str) -> ExportState:
     """The export every device has."""
-    return m.ExportState(id=AUTOMATIC, name=name, unix=str(run_dir.device(name)), automatic=True)
+    return ExportState(id=AUTOMATIC, name=name, unix=str(run_dir.device(name)), automatic=True)
 
 
-def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> m.ExportState:
+def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> ExportState:
     """What a call asks for. Raises UsageError."""
     if call.unix and call.host:
         raise UsageError("an export listens on a Unix socket or on TCP, not on both", cure="make two exports")
@@ -47,7 +48,7 @@ def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> m.ExportState:
         export.read_only = call.read_only
         return export
     number = next(number for number in range(1, len(taken) + 2) if f"e{number}" not in taken)
-    return m.ExportState(
+    return ExportState(
         id=f"e{number}",
         name=call.name or entry.name,
         unix=call.unix,
@@ -57,7 +58,7 @@ def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> m.ExportState:
     )
 
 
-async def listen(store: Store, entry: Entry, export: m.ExportState) -> int:
+async def listen(store: Store, entry: Entry, export: ExportState) -> int:
     """Binds and keeps the export's socket; the descriptor stays the store's. `export` learns its port.
     Raises ListenError.
     """
@@ -82,7 +83,7 @@ async def listen_again(store: Store, entries: Iterable[Entry]) -> None:
                 await listen(store, entry, export)
 
 
-def stop_listening(store: Store, entry: Entry, export: m.ExportState) -> None:
+def stop_listening(store: Store, entry: Entry, export: ExportState) -> None:
     """Gives the socket and its file up."""
     if store.find(label(entry, export)) is not None and export.unix:
         with contextlib.suppress(FileNotFoundError):
@@ -90,7 +91,7 @@ def stop_listening(store: Store, entry: Entry, export: m.ExportState) -> None:
     store.drop([label(entry, export)])
 
 
-def move(store: Store, entry: Entry, export: m.ExportState, path: str) -> None:
+def move(store: Store, entry: Entry, export: ExportState, path: str) -> None:
     """The socket's file to another name: whoever is connected stays. Raises ListenError, OSError."""
     check_path(path)
     if store.find(label(entry, export)) is not None:

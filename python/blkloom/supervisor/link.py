@@ -18,6 +18,7 @@ from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_exception
 from blkloom.control.framing import ChannelClosed
+from blkloom.control.states import Label
 from blkloom.errors import WorkerGone, WorkerStuck
 
 _log = logging.getLogger(__name__)
@@ -32,10 +33,10 @@ Opener = Callable[[m.OpenFile], Awaitable[int]]
 class Heard(Protocol):
     """Who is told what a worker says."""
 
-    def keep(self, labels: Sequence[m.Label], fds: list[int]) -> None:
+    def keep(self, labels: Sequence[Label], fds: list[int]) -> None:
         """Owns the descriptors."""
 
-    def drop(self, labels: Sequence[m.Label]) -> None:
+    def drop(self, labels: Sequence[Label]) -> None:
         """They are not needed any more."""
 
     def happened(self, news: m.Happened) -> None:

@@ -7,6 +7,7 @@ import errno
 from typing import Any
 
 from blkloom.control import messages as m
+from blkloom.control.states import DeviceInfo
 from blkloom.errors import UsageError, WorkerGone, WorkerStuck
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.news import News
@@ -22,7 +23,7 @@ class Looking:
         self._tables = tables
         self._news = news
 
-    def info(self, call: m.GetInfo) -> list[m.DeviceInfo]:
+    def info(self, call: m.GetInfo) -> list[DeviceInfo]:
         """Of one, or of all."""
         if call.device:
             return [self._registry.info(self._registry.find(call.device))]

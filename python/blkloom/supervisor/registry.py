@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from blkloom.control.messages import DeviceInfo, DeviceState, ExportState, Loaded, LoopNotes
+from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded, LoopNotes
 from blkloom.dm.names import check_new_name, check_uuid
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
 

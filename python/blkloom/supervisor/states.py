@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from blkloom.control.messages import DeviceState
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import DeviceState
 from blkloom.supervisor.registry import Entry
 
 _log = logging.getLogger(__name__)

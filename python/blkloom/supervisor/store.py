@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
-from blkloom.control.messages import Label
+from blkloom.control.states import Label
 
 
 class Store:

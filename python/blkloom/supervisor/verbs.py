@@ -19,6 +19,7 @@ import msgspec
 
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded
 from blkloom.errors import (
     BlkloomError,
     DeviceBusy,
@@ -78,7 +79,7 @@ class Verbs:
 
     # making
 
-    async def create(self, call: m.Create, caller: Caller) -> m.DeviceInfo:
+    async def create(self, call: m.Create, caller: Caller) -> DeviceInfo:
         """Created, loaded and live; or not at all."""
         if self._stopping:
             raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
@@ -125,7 +126,7 @@ class Verbs:
         await self._workers.start(entry.group)
         await self._workers.hold(entry.group, [entry.state()])
         if found is not None and call.table is not None:
-            loaded = m.Loaded(
+            loaded = Loaded(
                 load=self._registry.new_load(), table=call.table, read_only=call.read_only, shared=call.shared
             )
             await self._bring_together(entry, found)
@@ -160,7 +161,7 @@ class Verbs:
                     break
                 await stack.aclose()
             entry.memory_loading = found.memory
-            loaded = m.Loaded(
+            loaded = Loaded(
                 load=self._registry.new_load(),
                 table=call.table,
                 read_only=call.read_only or entry.read_only,
@@ -173,7 +174,7 @@ class Verbs:
                 entry.memory_loading = 0
             self._save(entry)
 
-    async def _load(self, entry: Entry, loaded: m.Loaded, source: str, found: Read, caller: Caller) -> None:
+    async def _load(self, entry: Entry, loaded: Loaded, source: str, found: Read, caller: Caller) -> None:
         call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
         result = await entry.group.call(call, opener=caller.opener, wait=LOAD_SECONDS)
         loaded.whole = result.get("whole", False)
@@ -274,7 +275,7 @@ class Verbs:
 
     async def _see_how_far(self, entry: Entry) -> None:
         """After a resume that failed: a target may have refused when its table was in place already."""
-        for state in msgspec.convert((await entry.group.call(m.Describe()))["devices"], list[m.DeviceState]):
+        for state in msgspec.convert((await entry.group.call(m.Describe()))["devices"], list[DeviceState]):
             if state.minor == entry.minor:
                 if state.active and entry.inactive and state.active.load == entry.inactive.load:
                     self._swapped(entry)
@@ -346,7 +347,7 @@ class Verbs:
             await asyncio.wait([news], timeout=max(0.0, deadline - time.monotonic()))
 
     async def _fail_all_io(self, entry: Entry) -> None:
-        loaded = m.Loaded(load=self._registry.new_load(), table=error_table(entry.size))
+        loaded = Loaded(load=self._registry.new_load(), table=error_table(entry.size))
         try:
             await entry.group.call(m.WorkerLoad(minor=entry.minor, loaded=loaded))
             entry.inactive, entry.inactive_deps, entry.memory_inactive = loaded, [], 0
@@ -518,7 +519,7 @@ class Verbs:
 
     # ways in
 
-    async def add_export(self, call: m.AddExport) -> m.ExportState:
+    async def add_export(self, call: m.AddExport) -> ExportState:
         """One more."""
         entry = self._live(call.device)
         async with self._held(entry):

@@ -21,6 +21,7 @@ import msgspec
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import DeviceState, Label
 from blkloom.errors import ResourceError, WorkerGone, WorkerStuck
 from blkloom.supervisor import states
 from blkloom.supervisor.forking import Forker
@@ -46,11 +47,11 @@ class _Ears:
     def __init__(self, group: Group, workers: Workers) -> None:
         self._group, self._workers = group, workers
 
-    def keep(self, labels: Sequence[m.Label], fds: list[int]) -> None:
+    def keep(self, labels: Sequence[Label], fds: list[int]) -> None:
         """Into the store."""
         self._workers.store.take(labels, fds)
 
-    def drop(self, labels: Sequence[m.Label]) -> None:
+    def drop(self, labels: Sequence[Label]) -> None:
         """Out of the store, unless a worker that takes this one's place would need them: this one may
         die before it answers the call that made it drop them.
         """
@@ -114,7 +115,7 @@ class Workers:
         group.link = Link(group.id, AsyncChannel(connected, m.FromWorker), _Ears(group, self))
         await group.link.greet(self.hello)
 
-    async def hold(self, group: Group, states: Sequence[m.DeviceState], *, opener: Opener | None = None) -> None:
+    async def hold(self, group: Group, states: Sequence[DeviceState], *, opener: Opener | None = None) -> None:
         """Gives the worker these devices with all that is stored of them. Raises what it raises."""
         labels, fds = self.store.of([state.minor for state in states])
         group.arriving = {state.minor for state in states}
@@ -157,7 +158,7 @@ class Workers:
                     yield
                     return
 
-    def needed(self, label: m.Label) -> bool:
+    def needed(self, label: Label) -> bool:
         """Whether the registry has the load that the descriptor belongs to in one of the device's slots."""
         entry = self.registry.get(label.device)
         return entry is not None and label.load in entry.loads
@@ -262,7 +263,7 @@ class Workers:
             entry.event += 1
             _log.error("device %r has failed: %s", entry.name, reason)
             for export in entry.exports:
-                self.store.drop([m.Label(device=minor, load=0, role="listen", key=export.id)])
+                self.store.drop([Label(device=minor, load=0, role="listen", key=export.id)])
                 if export.unix:
                     self._unlink(export.unix)
             states.save(self._run_dir, entry)
@@ -315,13 +316,13 @@ class Workers:
                 states.save(self._run_dir, entry)
                 self.changed(entry)
 
-    async def _freeze(self, group: Group) -> list[m.DeviceState]:
+    async def _freeze(self, group: Group) -> list[DeviceState]:
         try:
             result = await group.call(m.Freeze(timeout=FREEZE_SECONDS), wait=3 * FREEZE_SECONDS)
         except WorkerStuck:
             group.kill()  # it may freeze yet, and nobody would thaw it
             raise
-        frozen = msgspec.convert(result["devices"], list[m.DeviceState])
+        frozen = msgspec.convert(result["devices"], list[DeviceState])
         order = {entry.minor: at for at, entry in enumerate(self.registry.lower_first(group.minors))}
         return sorted(frozen, key=lambda state: order[state.minor])
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from blkloom import _engine
-from blkloom.control.messages import ConnectionState, ExportState
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import ConnectionState, ExportState
 from blkloom.export.nbd.server import NbdServer
 from blkloom.export.nbd.session import Agreed, Moving, NbdExport
 

@@ -17,7 +17,8 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from blkloom.control.messages import MOST_DESCRIPTORS, ConnectionState, DeviceState, Drop, Happened, Keep, Label
+from blkloom.control.messages import MOST_DESCRIPTORS, Drop, Happened, Keep
+from blkloom.control.states import ConnectionState, DeviceState, Label
 from blkloom.errors import ListenError
 
 if TYPE_CHECKING:

@@ -17,13 +17,11 @@ from typing import Any, Final
 from blkloom import _engine
 from blkloom.control.messages import (
     Describe,
-    DeviceState,
     Drop,
     Freeze,
     Happened,
     Hold,
     Keep,
-    Label,
     Release,
     Serve,
     Thaw,
@@ -39,6 +37,7 @@ from blkloom.control.messages import (
     WorkerStatus,
     WorkerSuspend,
 )
+from blkloom.control.states import DeviceState, Label
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
 from blkloom.table.places import LinePlaces

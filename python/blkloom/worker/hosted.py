@@ -14,7 +14,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from blkloom import _engine
-from blkloom.control.messages import ConnectionState, DeviceInfo, DeviceState, ExportState, Label, Loaded
+from blkloom.control.states import ConnectionState, DeviceInfo, DeviceState, ExportState, Label, Loaded
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
 from blkloom.stats import without_tails

@@ -19,15 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blkloom.control.async_channel import AsyncChannel
-from blkloom.control.messages import (
-    Drop,
-    Happened,
-    Hello,
-    Keep,
-    Leave,
-    ToWorker,
-    WorkerRequest,
-)
+from blkloom.control.messages import Drop, Happened, Hello, Keep, Leave, ToWorker, WorkerRequest
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.peer import peer_of
 from blkloom.target.registry import Targets, all_targets

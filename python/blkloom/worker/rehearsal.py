@@ -14,14 +14,11 @@ import tempfile
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_exception
 from blkloom.control.messages import (
-    DeviceState,
-    ExportState,
     Failure,
     FromWorker,
     Hello,
     Hold,
     Leave,
-    Loaded,
     Reply,
     Serve,
     WorkerCall,
@@ -30,6 +27,7 @@ from blkloom.control.messages import (
     WorkerResume,
     WorkerStatus,
 )
+from blkloom.control.states import DeviceState, ExportState, Loaded
 from blkloom.target.registry import Targets
 from blkloom.worker.main import Worker
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
-from blkloom.control.messages import Label
+from blkloom.control.states import Label
 from blkloom.errors import BackingError, ResourceError
 
 
