@@ -182,7 +182,8 @@ class Bitmaps:
         """
         shift = bitmap.granularity_bits
         inside = min(offset + length, self._disk_size + _SECTOR_MASK & ~_SECTOR_MASK)
-        first, last = offset >> shift, -(-inside >> shift)
+        first = offset >> shift
+        last = -(-inside >> shift) if inside > offset else first
         end = min(last, first + _MOST_LOOKED_AT)
         step = 8 << self._cluster_bits
         at = offset
