@@ -27,7 +27,8 @@ MOST_LOOKS = 8
 
 @dataclass(eq=False)
 class Disk:
-    """log: (what, offset, length) of all that changed it. full_at: bytes it may have. fails: how many changes still
+    """log: (what, offset, length) of all that changed it. full_at: bytes it may have. room_to:
+    up to where there is space. fails: how many changes still
     succeed, None for all. holes: whether it can punch.
     """
 
@@ -35,6 +36,7 @@ class Disk:
     path: str = "disk"
     log: list[tuple[str, int, int]] = field(default_factory=list)
     full_at: int = 1 << 62
+    room_to: int = 1 << 62
     fails: int | None = None
     holes: bool = True
 
@@ -61,12 +63,13 @@ class Disk:
         self.data.extend(bytes(max(offset + length - len(self.data), 0)))
         self.data[offset : offset + length] = bytes(length)
 
-    def punch(self, offset: int, length: int) -> None:
+    def punch(self, offset: int, length: int) -> bool:
         if not self.holes:
-            raise OSError(errno.EOPNOTSUPP, "no holes here")
+            return False
         self._change("punch", offset, length)
         end = min(offset + length, len(self.data))
         self.data[offset:end] = bytes(max(end - offset, 0))
+        return True
 
     def sync(self) -> None:
         self._change("sync")
@@ -77,6 +80,11 @@ class Disk:
         self._change("truncate", size)
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
+
+    def reserve(self, offset: int, length: int) -> None:
+        if offset + length > self.room_to:
+            raise OSError(errno.ENOSPC, "full")
+        self._change("reserve", offset, length)
 
     def data_runs(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for at in range(offset, offset + length, 512):

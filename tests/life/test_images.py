@@ -94,9 +94,10 @@ def test_a_device_is_not_resumed_while_somebody_works_on_its_image(life: Life, i
         io(life, "read -P 7 0 64k")
 
 
-def test_a_killed_worker_loses_nothing_that_was_flushed(life: Life, image: Path) -> None:
+@pytest.mark.parametrize("options", ["", " 1 direct_io"])
+def test_a_killed_worker_loses_nothing_that_was_flushed(life: Life, image: Path, options: str) -> None:
     with life.client() as client:
-        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}{options}")
         for turn in range(1, 6):
             io(life, f"write -P {turn} {turn}M 1M", "flush")
             worker = client.info("disk")[0].worker
@@ -107,9 +108,12 @@ def test_a_killed_worker_loses_nothing_that_was_flushed(life: Life, image: Path)
     run("qemu-img", "check", image)
 
 
-def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone(life: Life, image: Path) -> None:
+@pytest.mark.parametrize("options", ["", " 1 direct_io"])
+def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone(
+    life: Life, image: Path, options: str
+) -> None:
     with life.client() as client:
-        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
+        client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}{options}")
         io(life, "write -P 1 0 1M", "flush")
         client.suspend("disk")
         # Whatever it is by then, its contents are nobody's business before the resume.

@@ -178,12 +178,14 @@ class Watch:
             if (found := path.read_bytes()) != self.recorder.files[name]:
                 self.recorder.do(Event(name, "replace", data=found))
 
-    def _wrapped(self, kind: Kind, method: Callable[..., None]) -> Callable[..., None]:
-        def call(storage: FileStorage, *arguments: Any) -> None:
+    def _wrapped(self, kind: Kind, method: Callable[..., bool | None]) -> Callable[..., bool | None]:
+        def call(storage: FileStorage, *arguments: Any) -> bool | None:
             self.look()
-            method(storage, *arguments)
+            answer = method(storage, *arguments)
+            assert answer is not False, "a file system with holes is what is replayed"
             name = self._names[os.path.realpath(storage.path)]
             self.recorder.do(_event(name, kind, *arguments))
+            return answer
 
         return call
 

@@ -164,6 +164,23 @@ def test_a_write_without_space_fails_unless_it_is_to_wait(disk: SmallDisk) -> No
     checked(path, {0: b"A" * 4096, 2 * MIB: bytes(4096), 16 * MIB: b"y" * 4096})
 
 
+def test_with_direct_io_what_was_given_ahead_has_its_space(program: Program, tmp_path: Path) -> None:
+    with small_disk(program, "ext4", tmp_path) as disk:
+        path = image(disk.folder, SIZE)
+        with attached(path, SIZE, PARK, "direct_io", "preallocate=1M") as it:
+            it.device.pwrite(b"a" * 4096, 0)
+            disk.fill()
+            it.device.pwrite(b"b" * (4 * MIB - 4096), 4096)
+            it.device.flush()
+            late = it.begin(b"x" * (8 * MIB), 8 * MIB)
+            assert "no space; writes wait" in it.events.get(timeout=PATIENCE)
+            assert not late.done()
+            disk.free()
+            it.say("retry")
+            assert late.result(PATIENCE) == 8 * MIB
+        checked(path, {0: b"a" * 4096 + b"b" * (4 * MIB - 4096), 4 * MIB: bytes(4 * MIB), 8 * MIB: b"x" * (8 * MIB)})
+
+
 def test_a_device_above_suspends_past_what_waits_below(disk: SmallDisk) -> None:
 
     path = image(disk.folder, SIZE)

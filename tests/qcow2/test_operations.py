@@ -155,7 +155,7 @@ def test_large_clusters(data: st.DataObject, bits: int, extended: bool, seed: in
 
 
 @settings(SEARCH, max_examples=max(settings().max_examples // 5, 1))
-@given(data=st.data(), shape=shapes(), option=st.sampled_from(["discard=ignore", "compact_zeroes"]))
+@given(data=st.data(), shape=shapes(), option=st.sampled_from(["discard=ignore", "compact_zeroes", "direct_io"]))
 def test_options_change_nothing_a_guest_reads(data: st.DataObject, shape: Shape, option: str) -> None:
     size = 300 * 512
     sequence = data.draw(operations(size=size, cluster=shape.cluster))

@@ -159,6 +159,25 @@ def _faults(device: Device) -> int:
     return int(dict(word.split("=") for word in device.status()[0][3].split()[1:])["faults"])
 
 
+def test_direct_io_has_space_for_what_the_file_grows_by_and_gives_back_what_is_left(tmp_path: Path) -> None:
+    made, held = _empty(tmp_path), {}
+    for option in ("direct_io", "preallocate=4M"):
+        with attached(made.path, SIZE, option) as device:
+            device.pwrite(b"d" * 4096, len(held) * 8 * MIB)
+            device.flush()
+            held[option] = _held(made.path)
+        assert _held(made.path) < MIB
+    try:
+        os.close(os.open(made.path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no direct I/O")
+    assert held["direct_io"] >= 4 * MIB, "its own writes find space by themselves"
+    assert held["preallocate=4M"] < MIB, "the cache finds it when it writes back"
+    assert qemu.check(made.path).whole
+    wanted = b"d" * 4096 + bytes(8 * MIB - 4096)
+    assert not first_difference(qemu.content(made.path), wanted * 2)
+
+
 def test_compact_zeroes_keeps_zeros_out_of_the_image(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, backing="raw"), size=MIB, steps=0)
     with attached(made.path, MIB, "compact_zeroes") as device:

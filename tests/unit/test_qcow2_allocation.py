@@ -17,7 +17,9 @@ BITS = 9
 CLUSTER = 1 << BITS
 
 
-def allocator(disk: Disk, *, used: int = 8, metadata: str = "", order: int = 4) -> tuple[Refcounts, Allocator]:
+def allocator(
+    disk: Disk, *, used: int = 8, metadata: str = "", order: int = 4, lay_out: bool = False
+) -> tuple[Refcounts, Allocator]:
     """Over a file of `used` clusters in use: header, refcount table, block, others."""
     disk.truncate(used << BITS)
     counts = Refcounts(
@@ -34,6 +36,7 @@ def allocator(disk: Disk, *, used: int = 8, metadata: str = "", order: int = 4) 
         disk,  # type: ignore[arg-type]
         cluster_bits=BITS,
         metadata_in=lambda first, count: metadata if first <= 9 < first + count else "",
+        lay_out=lay_out,
     )
     return counts, found
 
@@ -44,6 +47,25 @@ def test_new_clusters_lie_behind_the_file_one_after_the_other_and_read_as_zeros(
     assert [alloc.take(3), alloc.take(2)] == [Run(8, 3, True), Run(11, 2, True)]
     assert counts.get(8, 6).tolist() == [1] * 5 + [0]
     assert disk.size() >= 13 << BITS
+
+
+def test_a_file_that_is_laid_out_has_space_for_all_it_grows_by() -> None:
+    disk = Disk()
+    _, alloc = allocator(disk, lay_out=True)
+    assert alloc.take(3) == Run(8, 3, True)
+    assert ("reserve", 8 << BITS, disk.size() - (8 << BITS)) in disk.log
+    disk.log.clear()
+    alloc.take(1)
+    assert not disk.log, "there is room"
+
+
+def test_where_there_is_space_for_less_there_is_a_file_for_less() -> None:
+    disk = Disk(room_to=10 << BITS)
+    _, alloc = allocator(disk, lay_out=True)
+    assert alloc.take(4) == Run(8, 2, True)
+    assert disk.size() == 10 << BITS
+    with pytest.raises(OSError, match=rf"\[Errno {errno.ENOSPC}\]"):
+        alloc.take(1)
 
 
 def test_gaps_are_filled_first_and_punched_before_they_are() -> None:

@@ -55,6 +55,7 @@ class TestArguments:
             Qcow2,
             path=st.just("/a b/disk.qcow2"),
             read_only=st.booleans(),
+            direct_io=st.booleans(),
             snapshot=st.sampled_from(["", "1", "be fore", "a=b"]),
             allow_backing=st.lists(st.sampled_from(["/x", "/y z", "/"]), max_size=3).map(tuple),
             lock=st.booleans(),
@@ -72,11 +73,11 @@ class TestArguments:
 
     def test_every_option_is_understood_as_people_write_it(self) -> None:
         line = (
-            "0 8 qcow2 d 11 read_only snapshot=s allow_backing=/a allow_backing=/b lock=off cache=1.5M discard=ignore "
-            "preallocate=64K compact_zeroes on_enospc=park fault_injection"
+            "0 8 qcow2 d 12 read_only direct_io snapshot=s allow_backing=/a allow_backing=/b lock=off cache=1.5M "
+            "discard=ignore preallocate=64K compact_zeroes on_enospc=park fault_injection"
         )
         assert target_of(line) == Qcow2(
-            "d", True, "s", ("/a", "/b"), False, Bytes(3 << 19), "ignore", Bytes(65536), True, "park", True
+            "d", True, True, "s", ("/a", "/b"), False, Bytes(3 << 19), "ignore", Bytes(65536), True, "park", True
         )
 
     @pytest.mark.parametrize(

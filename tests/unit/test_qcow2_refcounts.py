@@ -39,8 +39,9 @@ class Bytes:
     def zero(self, offset: int, length: int) -> None:
         self.write(offset, bytes(length))
 
-    def punch(self, offset: int, length: int) -> None:
+    def punch(self, offset: int, length: int) -> bool:
         self.write(offset, bytes(length))
+        return True
 
     def sync(self) -> None:
         self.written.append((-1, 0))

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from blkloom.errors import BackingError
 from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.storage import NO_HOLES
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
@@ -66,10 +65,12 @@ class Allocator:
         metadata_in: Callable[[int, int], str],
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
+        lay_out: bool = False,
     ) -> None:
         """reserve: called with what is about to be handed out; it may take space for it, or raise ENOSPC. secure: takes
         space for a table from the file system before there is anything to be written to it, or raises ENOSPC; None:
-        what is written finds space or does not.
+        what is written finds space or does not. lay_out: the file has space for what
+        it grows by, so that writes need not each get some.
         """
         self._refcounts = refcounts
         self._storage = storage
@@ -77,8 +78,8 @@ class Allocator:
         self._metadata_in = metadata_in
         self._reserve = reserve
         self._take_space = secure
+        self._lay_out = lay_out
         self._secured: set[int] = set()
-        self._punches = True
         self._first_size = storage.size()
         self._hint = 0
         """Nothing below is free but what is at hand."""
@@ -252,9 +253,13 @@ class Allocator:
 
     def _extend(self, first: int, count: int) -> int:
         """Makes the file hold the run, or its first cluster if that is all there is room for. Returns which."""
-        while first + count << self._bits > self._storage.size():
+        size = self._storage.size()
+        while first + count << self._bits > size:
             try:
                 self._storage.truncate(first + count << self._bits)
+                if self._lay_out:
+                    self._storage.reserve(HostOffset(first << self._bits), count << self._bits)
+                break
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise self._full() from error  # a block device
@@ -265,14 +270,7 @@ class Allocator:
 
     def _punch(self, first: int, count: int) -> bool:
         """Whether the run reads as zeros now."""
-        if self._punches:
-            try:
-                self._storage.punch(HostOffset(first << self._bits), count << self._bits)
-            except OSError as error:
-                if error.errno not in NO_HOLES:
-                    raise
-                self._punches = False
-        return self._punches
+        return self._storage.punch(HostOffset(first << self._bits), count << self._bits)
 
     def _full(self) -> BackingError:
         return BackingError("no space is left in the image file", path=self._storage.path, errno=errno.ENOSPC)

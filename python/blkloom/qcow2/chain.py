@@ -47,7 +47,7 @@ class Files(Protocol):
         path: str,
         *,
         read_only: bool,
-        direct_io: bool | None = None,
+        direct_io: bool,
         claimed: bool = True,
         exclusive: bool = False,
     ) -> File:
@@ -155,22 +155,25 @@ def open_chain(
     gate: Gate,
     *,
     writable: bool = False,
+    direct: bool = False,
     snapshot: str = "",
     claimed: bool = True,
     home: str = "",
     storage: StorageOf = plain,
 ) -> Chain:
-    """The image at `path` and all it stands on. writable: the top image is to be written to. home: its absolute path,
-    where `path` may be relative to somebody else's directory; relative names in it begin there. storage: what files are
-    read and written through. Raises CorruptImage, UnsupportedImage, BackingError, UsageError (no such snapshot).
+    """The image at `path` and all it stands on. writable: the top image is to be written to. direct: guest data goes
+    past the page cache. home: its absolute path, where `path` may be relative to somebody else's directory; relative
+    names in it begin there. storage: what files are read and written through. Raises CorruptImage, UnsupportedImage,
+    BackingError, UsageError (no such snapshot).
     """
-    return _Opener(files, gate, claimed, storage).chain(path, writable=writable, snapshot=snapshot, home=home)
+    return _Opener(files, gate, direct, claimed, storage).chain(path, writable=writable, snapshot=snapshot, home=home)
 
 
 @dataclass(slots=True)
 class _Opener:
     files: Files
     gate: Gate
+    direct: bool
     claimed: bool
     storage: StorageOf
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -268,5 +271,7 @@ class _Opener:
         return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed, exclusive=writable)
 
     def _data(self, path: str, *, writable: bool) -> File:
-        """For guest data, direct if the device is."""
-        return self.files.file(path, read_only=not writable, claimed=self.claimed, exclusive=writable)
+        """For guest data."""
+        return self.files.file(
+            path, read_only=not writable, direct_io=self.direct, claimed=self.claimed, exclusive=writable
+        )

@@ -18,7 +18,6 @@ from blkloom.qcow2 import places
 from blkloom.qcow2.allocation import Allocator, Run
 from blkloom.qcow2.image import Image, L2Table
 from blkloom.qcow2.placing import Layout, host_clusters
-from blkloom.qcow2.storage import NO_HOLES
 from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, classify
 from blkloom.qcow2.types import HostOffset, L1Index, Words
 
@@ -129,11 +128,7 @@ class Mapping:
     def clear(self, host: int, length: int) -> None:
         """Makes a range of the data's file read as zeros: a hole, if it can be."""
         self._write_back.filled()
-        try:
-            self.data.punch(HostOffset(host), length)
-        except OSError as error:
-            if error.errno not in NO_HOLES:
-                raise
+        if not self.data.punch(HostOffset(host), length):
             self.zeroes_by_writing = True
             self.data.zero(HostOffset(host), length)
 

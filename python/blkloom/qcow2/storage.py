@@ -14,7 +14,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 from blkloom.qcow2.types import HostOffset
 
-NO_HOLES: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
+_UNABLE: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 """What a file system says that cannot punch holes, or reserve space."""
 
 Role: TypeAlias = Literal["metadata", "data"]
@@ -51,9 +51,9 @@ class Storage(Protocol):
     def zero(self, offset: HostOffset, length: int) -> None:
         """The range reads as zeros from now on; the file grows as needed. It may come to be a hole."""
 
-    def punch(self, offset: HostOffset, length: int) -> None:
-        """The range becomes a hole and reads as zeros; the file keeps its length. Raises OSError (EOPNOTSUPP, or
-        another the file system has for that) where there are no holes; then nothing has changed.
+    def punch(self, offset: HostOffset, length: int) -> bool:
+        """The range becomes a hole and reads as zeros; the file keeps its length. Returns False where the file system
+        has no holes; then nothing has changed.
         """
 
     def reserve(self, offset: HostOffset, length: int) -> None:
@@ -74,6 +74,8 @@ class FileStorage:
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd
         self._path = path
+        self._has_holes = True
+        """Nobody has said otherwise."""
 
     @property
     def path(self) -> str:
@@ -122,17 +124,14 @@ class FileStorage:
             for at in range(offset, offset + length, _AT_ONCE):
                 self.write(HostOffset(at), bytes(min(_AT_ONCE, offset + length - at)))
 
-    def punch(self, offset: HostOffset, length: int) -> None:
+    def punch(self, offset: HostOffset, length: int) -> bool:
         """See `Storage.punch`."""
-        self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+        self._has_holes = self._has_holes and self._can(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+        return self._has_holes
 
     def reserve(self, offset: HostOffset, length: int) -> None:
         """See `Storage.reserve`."""
-        try:
-            self._fallocate(_KEEP_SIZE, offset, length)
-        except OSError as error:
-            if error.errno not in NO_HOLES:
-                raise
+        self._can(_KEEP_SIZE, offset, length)
 
     def truncate(self, size: int) -> None:
         """See `Storage.truncate`."""
@@ -153,6 +152,16 @@ class FileStorage:
                 return
             yield start, min(stop, end)
             at = stop
+
+    def _can(self, mode: int, offset: HostOffset, length: int) -> bool:
+        """Does it, unless the file system cannot do such things; returns which."""
+        try:
+            self._fallocate(mode, offset, length)
+        except OSError as error:
+            if error.errno not in _UNABLE:
+                raise
+            return False
+        return True
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         while _libc.fallocate(self._fd, mode, offset, length) != 0:

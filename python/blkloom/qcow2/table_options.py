@@ -75,6 +75,7 @@ def _size(value: str) -> Bytes:
 
 _OPTIONS: Final[dict[str, Callable[[str], object]]] = {
     "read_only": _flag,
+    "direct_io": _flag,
     "snapshot": _word,
     "allow_backing": _folder,
     "lock": _off,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from blkloom.qcow2.storage import NO_HOLES, FileStorage, Role
+from blkloom.qcow2.storage import FileStorage, Role
 
 if TYPE_CHECKING:
     from blkloom.qcow2.injection import Injected, Injection
@@ -65,12 +65,11 @@ class WatchedStorage(FileStorage):
             super().zero(offset, length)
 
     @override
-    def punch(self, offset: HostOffset, length: int) -> None:
+    def punch(self, offset: HostOffset, length: int) -> bool:
         try:
-            super().punch(offset, length)
+            return super().punch(offset, length)
         except OSError as error:
-            if error.errno not in NO_HOLES:
-                self._troubles.note(self._writes[0], error, f"a hole of {length} bytes at {offset:#x} of {self.path}")
+            self._troubles.note(self._writes[0], error, f"a hole of {length} bytes at {offset:#x} of {self.path}")
             raise
 
     @override

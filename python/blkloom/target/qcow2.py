@@ -46,15 +46,16 @@ _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 @dataclass
 class Qcow2(Target):
-    """path: of the image. snapshot: the id or name of an internal one to show instead. allow_backing: directories
-    (or files) that names in images may lead to, besides the image's own. lock: claim the files. cache: bytes of
-    decompressed clusters kept. preallocate: bytes around a first write that are given clusters with it, None for
-    what is best. on_enospc: whether a write that finds no space fails or waits for some. fault_injection: messages
-    may make it fail.
+    """path: of the image. direct_io: guest data goes past the page cache. snapshot: the id or name of an internal one
+    to show instead. allow_backing: directories (or files) that names in images may lead to, besides the image's own.
+    lock: claim the files. cache: bytes of decompressed clusters kept. preallocate: bytes around a first write that are
+    given clusters with it, None for what is best. on_enospc: whether a write that finds no space fails or waits for
+    some. fault_injection: messages may make it fail.
     """
 
     path: str
     read_only: bool = False
+    direct_io: bool = False
     snapshot: str = ""
     allow_backing: tuple[str, ...] = ()
     lock: bool = True
@@ -67,8 +68,9 @@ class Qcow2(Target):
 
     name: ClassVar[str] = "qcow2"
     syntax: ClassVar[str] = (
-        "<path> [<#opts> [read_only] [snapshot=<id|name>] [allow_backing=<dir>]... [lock=off] [cache=<size>] "
-        "[discard=unmap|ignore] [preallocate=<size>] [compact_zeroes] [on_enospc=fail|park] [fault_injection]]"
+        "<path> [<#opts> [read_only] [direct_io] [snapshot=<id|name>] [allow_backing=<dir>]... [lock=off] "
+        "[cache=<size>] [discard=unmap|ignore] [preallocate=<size>] [compact_zeroes] [on_enospc=fail|park] "
+        "[fault_injection]]"
     )
     summary: ClassVar[str] = "a QCOW2 image with its backing files"
     modules: ClassVar[tuple[str, ...]] = tuple(
@@ -85,6 +87,7 @@ class Qcow2(Target):
     def format(self) -> list[str]:
         options = [
             *(["read_only"] if self.read_only else []),
+            *(["direct_io"] if self.direct_io else []),
             *([f"snapshot={self.snapshot}"] if self.snapshot else []),
             *(f"allow_backing={path}" for path in self.allow_backing),
             *([] if self.lock else ["lock=off"]),
@@ -106,6 +109,7 @@ class Qcow2(Target):
         self._opening: Opening = opening
         self._live: LiveSegment = opening.segment()
         self._writable: bool = not (self.read_only or self.snapshot or opening.read_only)
+        self._direct: bool = self.direct_io or opening.direct_io
         self._attachment: Attachment | None = None
         self._writer: Writer | None = None
         self._block_status: BlockStatus | None = None
@@ -113,7 +117,7 @@ class Qcow2(Target):
         self._length: Bytes = length
         self._owner = opening.owner
         if opening.lent:  # whatever the image is just now, what counts is what it is when the device is resumed
-            opening.file(self.path, read_only=not self._writable, claimed=self.lock, lent=True)
+            opening.file(self.path, read_only=not self._writable, direct_io=self._direct, claimed=self.lock, lent=True)
             self.whole = opening.whole
             return [(Bytes(0), length, Extent.fault())]
         chain = self._open()
@@ -176,13 +180,20 @@ class Qcow2(Target):
     def _open(self) -> Chain:
         from blkloom.qcow2.chain import open_chain
 
-        file = self._opening.file(self.path, read_only=not self._writable, claimed=self.lock, exclusive=self._writable)
+        file = self._opening.file(
+            self.path,
+            read_only=not self._writable,
+            direct_io=self._direct,
+            claimed=self.lock,
+            exclusive=self._writable,
+        )
         where = os.path.realpath(f"/proc/self/fd/{file.fileno()}")
         return open_chain(
             self.path,
             self._opening,
             Gate.of_image(where, self.allow_backing),
             writable=self._writable,
+            direct=self._direct,
             snapshot=self.snapshot,
             claimed=self.lock,
             home=self.path if os.path.isabs(self.path) else where,
@@ -203,7 +214,9 @@ class Qcow2(Target):
         from blkloom.qcow2.writer import Options, Writer
 
         attachment, top = self._attached, chain.top
-        options = Options(discard=self.discard_as == "unmap", compact_zeroes=self.compact_zeroes)
+        # The cache finds space when it writes back, much at once; direct I/O would have to for every write.
+        direct = chain.files[0].direct
+        options = Options(discard=self.discard_as == "unmap", compact_zeroes=self.compact_zeroes, lay_out=direct)
         if self.preallocate is not None:
             options = replace(options, preallocate=self.preallocate)
 
