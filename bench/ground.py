@@ -69,10 +69,14 @@ class Ground:
             self._quick = Path(folder)
         return self._quick
 
+    def disk_folder(self) -> Path:
+        """On the machine's disk. Raises GroundError."""
+        self._check_disk()
+        return self._disk
+
     def disk_file(self) -> Path:
         """`size` bytes on the machine's disk, written through. Raises GroundError."""
-        self._check_disk()
-        return self._file("disk", self._disk)
+        return self._file("disk", self.disk_folder())
 
     def own_disk(self) -> OwnDisk:
         """A disk of the run's own, on the machine's. Raises GroundError, OSError."""

@@ -27,7 +27,7 @@ class Job:
     """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
     connections: fio threads, each with a connection of its own. batch: requests a call, for the
     in-process contenders, which have neither depth nor connections. client: fio sends and receives request by
-    request; `nbd_load`, which only writes, all that it can together.
+    request; `nbd_load`, which only writes, all that it can together. flushed: a flush at the end is part of it.
     """
 
     pattern: Pattern
@@ -36,6 +36,7 @@ class Job:
     connections: int = 1
     batch: int = 1
     client: Literal["fio", "nbd_load"] = "fio"
+    flushed: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
         f"--numjobs={job.connections}",
         f"--size={size}",
         *until,
+        *(["--end_fsync=1"] if job.flushed else []),
         "--norandommap",
         "--thread",
         "--group_reporting",
@@ -83,8 +85,8 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
 
 def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
     """The same job for nbd_load. where: fio's words; their URI tells the socket. Its JSON comes on its output."""
-    if job.connections != 1 or job.pattern not in ("write", "randwrite"):
-        raise JobError(f"nbd_load has one connection and writes; the job is {job}")
+    if job.connections != 1 or job.pattern not in ("write", "randwrite") or job.flushed:
+        raise JobError(f"nbd_load has one connection, writes and does not flush; the job is {job}")
     (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
     if uri.path != "/":
         raise JobError(f"nbd_load asks for the default export; the job is for {uri.path}")

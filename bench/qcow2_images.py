@@ -1,4 +1,4 @@
-"""QCOW2 images to measure on: made on tmpfs with QEMU's own tools, removed with the session.
+"""QCOW2 images to measure on: made with QEMU's own tools, on tmpfs unless told, removed with the session.
 
 Every session gets an image of its own, made the same way, so that nobody finds what another has
 allocated, and no cache knows it. The data is that of the run's file on tmpfs. Source: qemu-img(1).
@@ -39,7 +39,7 @@ class Qcow2Image:
     the start. layers: backing images below, each empty but the lowest, which has all the data. shared: every
     cluster is allocated, and many share what they hold, so that a disk of any size has all of its metadata and
     little data. compression: of every cluster. raw: no image but a raw file,
-    with as much in it.
+    with as much in it. on_disk: on the machine's disk, on which nothing else waits to be written.
     """
 
     size: int = 0
@@ -48,6 +48,7 @@ class Qcow2Image:
     shared: bool = False
     compression: Compression = ""
     raw: bool = False
+    on_disk: bool = False
 
     def sized(self, ground: Ground) -> Ground:
         """The ground with the image's size in place of its own."""
@@ -59,7 +60,8 @@ class Qcow2Image:
     def made(self, ground: Ground) -> Iterator[Path]:
         """The path of a new one. ground: as `sized` gave it. Raises GroundError, OSError."""
         source = ground.tmpfs_file()
-        with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=ground.quick_folder()) as folder:
+        place = ground.disk_folder() if self.on_disk else ground.quick_folder()
+        with tempfile.TemporaryDirectory(prefix="blkloom-bench-", dir=place) as folder:
             path = Path(folder) / ("disk.raw" if self.raw else "disk.qcow2")
             if self.compression:
                 source = _compressible(Path(folder) / "source.raw", ground.size)
@@ -77,6 +79,8 @@ class Qcow2Image:
                 _shared(source, path, ground.size)
             else:
                 _qemu_img("create", "-f", "qcow2", str(path), str(ground.size))
+            if self.on_disk:
+                os.sync()
             yield path
 
     def _chain(self, folder: Path, source: Path, path: Path, size: int) -> None:

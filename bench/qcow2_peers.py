@@ -54,21 +54,28 @@ class _Filling:
 
     def measure(self, seconds: float) -> Sample:
         with self._image.made(self._ground) as path:
-            reserve(path, self._ground.size)
+            if not self._image.on_disk:
+                reserve(path, self._ground.size)
             with self._serve(path) as session:
                 return session.once()
 
 
 @dataclass(frozen=True)
 class BlkloomQcow2:
-    """`blkloom serve IMAGE` as it comes. anew: measured while it fills an image. weighed: its memory too."""
+    """`blkloom serve IMAGE` as it comes, or with direct I/O. anew: measured while it fills an image. weighed: its
+    memory too.
+    """
 
     command: str
     family: str
     image: Qcow2Image
     anew: bool = False
     weighed: bool = False
-    setting: str = ""
+    direct: bool = False
+
+    @property
+    def setting(self) -> str:
+        return "--direct-io" if self.direct else ""
 
     def missing(self) -> str:
         return need("qemu-img", "qemu-utils") or need(self.command, "blkloom: `make setup` builds it")
@@ -78,7 +85,8 @@ class BlkloomQcow2:
 
     @contextmanager
     def _up(self, path: Path, ground: Ground, job: Job) -> Iterator[Server]:
-        command = [self.command, "serve", "--socket", str(_socket(ground)), str(path)]
+        way = ["--direct-io"] if self.direct else []
+        command = [self.command, "serve", *way, "--socket", str(_socket(ground)), str(path)]
         with announcing(command, ready="nbd", log=ground.scratch / "blkloom.log") as server:
             yield server
 

@@ -26,6 +26,7 @@ _LIMIT: Final = Goal(_OURS, _NULL.family)
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
 _SMALL: Final = 256 * _MIB
+_LARGE: Final = 1024 * _MIB
 _HUGE: Final = 1 << 40
 _HUGE_METADATA: Final = 128 * _MIB
 """Of a 1 TiB image with clusters of 64 KiB: eight bytes a cluster."""
@@ -38,6 +39,7 @@ def qcow2_workloads(blkloom: str) -> list[Workload]:
     return [
         *_preallocated(blkloom),
         *_empty(blkloom),
+        *_on_disk(blkloom),
         *_backed(blkloom),
         *_chains(blkloom),
         *_compressed(blkloom),
@@ -97,6 +99,31 @@ def _empty(blkloom: str) -> list[Workload]:
         )
         for name, job, title, at_least in rows
         for client, suffix, remark in clients
+    ]
+
+
+def _on_disk(blkloom: str) -> list[Workload]:
+    """The same where a file system must find space, and the disk is the limit. Both with what suits them best, the
+    page cache or not.
+    """
+    rows = (
+        ("randwrite-4k-q16", Job("randwrite", 4 * _KIB, depth=16, flushed=True), "4K randwrite", _SMALL),
+        ("write-64k", Job("write", 64 * _KIB, depth=16, flushed=True), "64K sequential write", _LARGE),
+        ("write-1m", Job("write", _MIB, depth=16, flushed=True), "1M sequential write", _LARGE),
+    )
+    return [
+        Workload(
+            f"qcow2-disk-{name}",
+            f"qcow2, {title}, qd 16, once over an empty image on disk, {size >> 20} MiB, and a flush",
+            job,
+            (
+                *(BlkloomQcow2(blkloom, _OURS, image, anew=True, direct=direct) for direct in (False, True)),
+                *qemu_nbd(image, anew=True),
+            ),
+            (Goal(_OURS, _QEMU),),
+        )
+        for name, job, title, size in rows
+        for image in [Qcow2Image(size=size, on_disk=True)]
     ]
 
 
