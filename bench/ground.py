@@ -72,6 +72,7 @@ class Ground:
     def disk_folder(self) -> Path:
         """On the machine's disk. Raises GroundError."""
         self._check_disk()
+        _check_space(self._disk, self._most)
         return self._disk
 
     def disk_file(self) -> Path:

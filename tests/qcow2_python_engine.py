@@ -81,10 +81,9 @@ class Disk:
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
 
-    def reserve(self, offset: int, length: int) -> None:
-        if offset + length > self.room_to:
-            raise OSError(errno.ENOSPC, "full")
-        self._change("reserve", offset, length)
+    def lay_out(self, offset: int, length: int) -> None:
+        if offset + length <= self.room_to:
+            self._change("lay out", offset, length)
 
     def data_runs(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for at in range(offset, offset + length, 512):

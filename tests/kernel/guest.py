@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Seconds. A boot takes ten, and several times that where the machine is busy.
-_BOOT = 90.0
+_BOOT = 75.0
 
 _ENTER = """\
 root=/run/root
@@ -73,7 +73,7 @@ class Guest:
     directory: Path
     memory: str = "1G"
 
-    def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 240.0) -> str:
+    def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 150.0) -> str:
         """Boots, loads modules, runs the bash script as root with `-euo pipefail`, and powers off.
 
         Returns what the script printed. timeout: seconds for all that comes after the boot's. Raises GuestError.
@@ -101,6 +101,8 @@ class Guest:
         QEMU aborts or hangs once in some hundred boots on a busy machine ("iotlb_to_section: Assertion ..."). Before
         the script has begun that says nothing about what is tested, so the caller may try again.
         """
+        for name in ("output", "status"):
+            files[name].unlink(missing_ok=True)
         with files["console"].open("wb") as console:
             # A session of its own, so that QEMU goes too when the time is up.
             process = subprocess.Popen(
@@ -111,13 +113,15 @@ class Guest:
                 start_new_session=True,
             )
             try:
-                if not _ended(process, _BOOT) and files["output"].exists() and not _ended(process, timeout):
+                ended = _ended(process, _BOOT)
+                begun = files["output"].exists()
+                if begun and not ended and not _ended(process, timeout):
                     raise GuestError(f"not done after {_BOOT + timeout} s\n{_printed(files)}")
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        if not (begun := files["output"].exists()):
+        if not begun:
             warnings.warn(f"a guest did not come up\n{_printed(files)}", stacklevel=3)
         return begun
 

@@ -10,6 +10,19 @@ import pytest
 from guest import Guest, GuestError
 
 
+def test_a_guest_that_does_not_come_up_is_started_once_more(tmp_path: Path) -> None:
+    """Without `pytest.warns`: the warning must be none of those that are errors."""
+    run = tmp_path / "run"
+    run.write_text(
+        f"#!/bin/sh\ncd {tmp_path}/.guest\n"
+        "if [ ! -e ../aborted ]; then touch ../aborted; echo half >console; exit 134; fi\n"
+        "echo hello >output; echo 0 >status\n"
+    )
+    run.chmod(0o755)
+    assert Guest(run, tmp_path, tmp_path).run("echo hello") == "hello\n"
+    assert (tmp_path / "aborted").exists()
+
+
 @pytest.mark.kernel
 def test_a_guest_that_does_not_come_up_is_tried_twice_and_shown(guest: Guest, tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"

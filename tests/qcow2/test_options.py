@@ -178,6 +178,31 @@ def test_direct_io_has_space_for_what_the_file_grows_by_and_gives_back_what_is_l
     assert not first_difference(qemu.content(made.path), wanted * 2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "direct"),
+    [
+        (Shape(cluster_bits=9), False),
+        (Shape(cluster_bits=16, extended=True), False),
+        (Shape(cluster_bits=12), True),
+        (Shape(cluster_bits=17, extended=True), True),
+    ],
+    ids=["512 bytes", "subclusters of 2 KiB", "4 KiB", "subclusters of 4 KiB"],
+)
+def test_clusters_that_share_a_block_are_not_written_directly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shape: Shape, direct: bool
+) -> None:
+    made = make(tmp_path, shape, size=MIB, steps=0)
+    with attached(made.path, MIB, "direct_io") as device:
+        device.pwrite(b"x" * 512, 512)
+        assert device.pread(1024, 0) == bytes(512) + b"x" * 512
+    said = [record.message for record in caplog.records if "no direct I/O, for its clusters of" in record.message]
+    assert bool(said) != direct
+    caplog.clear()
+    with attached(made.path, MIB, "direct_io", read_only=True) as device:
+        assert device.pread(1024, 0) == bytes(512) + b"x" * 512
+    assert not [record for record in caplog.records if "no direct I/O, for" in record.message], "nothing is written"
+
+
 def test_compact_zeroes_keeps_zeros_out_of_the_image(tmp_path: Path) -> None:
     made = make(tmp_path, Shape(cluster_bits=12, backing="raw"), size=MIB, steps=0)
     with attached(made.path, MIB, "compact_zeroes") as device:

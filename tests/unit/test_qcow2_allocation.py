@@ -18,7 +18,7 @@ CLUSTER = 1 << BITS
 
 
 def allocator(
-    disk: Disk, *, used: int = 8, metadata: str = "", order: int = 4, lay_out: bool = False
+    disk: Disk, *, used: int = 8, metadata: str = "", order: int = 4, direct: bool = False
 ) -> tuple[Refcounts, Allocator]:
     """Over a file of `used` clusters in use: header, refcount table, block, others."""
     disk.truncate(used << BITS)
@@ -36,7 +36,7 @@ def allocator(
         disk,  # type: ignore[arg-type]
         cluster_bits=BITS,
         metadata_in=lambda first, count: metadata if first <= 9 < first + count else "",
-        lay_out=lay_out,
+        direct=direct,
     )
     return counts, found
 
@@ -49,23 +49,39 @@ def test_new_clusters_lie_behind_the_file_one_after_the_other_and_read_as_zeros(
     assert disk.size() >= 13 << BITS
 
 
-def test_a_file_that_is_laid_out_has_space_for_all_it_grows_by() -> None:
+def test_what_is_written_directly_has_space_before() -> None:
     disk = Disk()
-    _, alloc = allocator(disk, lay_out=True)
+    counts, alloc = allocator(disk, direct=True)
     assert alloc.take(3) == Run(8, 3, True)
-    assert ("reserve", 8 << BITS, disk.size() - (8 << BITS)) in disk.log
+    assert ("lay out", 8 << BITS, disk.size() - (8 << BITS)) in disk.log
     disk.log.clear()
     alloc.take(1)
-    assert not disk.log, "there is room"
+    assert not disk.log, "it is there"
+    alloc.give_back(np.array([4], np.uint64))
+    alloc.settle()
+    disk.log.clear()
+    assert alloc.take(3) == Run(4, 1, True)
+    assert alloc.take(1).first == 12
+    assert counts.get(4, 9).tolist() == [1] * 9
+    assert [(what, at >> BITS) for what, at, _ in disk.log] == [
+        *(("punch", 4), ("lay out", 4)),
+        *(("punch", 12), ("lay out", 12)),
+    ], "what had space and is looked for anew has it again"
 
 
-def test_where_there_is_space_for_less_there_is_a_file_for_less() -> None:
-    disk = Disk(room_to=10 << BITS)
-    _, alloc = allocator(disk, lay_out=True)
-    assert alloc.take(4) == Run(8, 2, True)
-    assert disk.size() == 10 << BITS
-    with pytest.raises(OSError, match=rf"\[Errno {errno.ENOSPC}\]"):
-        alloc.take(1)
+def test_a_file_that_is_written_directly_ends_with_a_cluster() -> None:
+    disk = Disk()
+    disk.data.extend(bytes((8 << BITS) - 100))
+    storage_end = len(disk.data)
+    assert storage_end % CLUSTER
+    Allocator(
+        None,  # type: ignore[arg-type]
+        disk,  # type: ignore[arg-type]
+        cluster_bits=BITS,
+        metadata_in=lambda first, count: "",
+        direct=True,
+    )
+    assert disk.size() == 8 << BITS
 
 
 def test_gaps_are_filled_first_and_punched_before_they_are() -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from blkloom.errors import BackingError
 from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.storage import NO_ROOM
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ _GROWTH: Final = (4 << 20, 64 << 20)
 
 _HOST_LIMIT: Final = 1 << 56
 """Host offsets end here: bits 9 - 55 of an entry."""
-
-NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +64,12 @@ class Allocator:
         metadata_in: Callable[[int, int], str],
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
-        lay_out: bool = False,
+        direct: bool = False,
     ) -> None:
         """reserve: called with what is about to be handed out; it may take space for it, or raise ENOSPC. secure: takes
         space for a table from the file system before there is anything to be written to it, or raises ENOSPC; None:
-        what is written finds space or does not. lay_out: the file has space for what
-        it grows by, so that writes need not each get some.
+        what is written finds space or does not. direct: what is handed out
+        is written past the page cache.
         """
         self._refcounts = refcounts
         self._storage = storage
@@ -78,9 +77,11 @@ class Allocator:
         self._metadata_in = metadata_in
         self._reserve = reserve
         self._take_space = secure
-        self._lay_out = lay_out
+        self._direct = direct
         self._secured: set[int] = set()
         self._first_size = storage.size()
+        if direct:
+            self._end_with_a_cluster()
         self._hint = 0
         """Nothing below is free but what is at hand."""
         self._run = _NOTHING
@@ -90,6 +91,16 @@ class Allocator:
         """Clusters handed out so far."""
         self.freed = 0
         """Clusters that came to count 0 so far."""
+
+    def _end_with_a_cluster(self) -> None:
+        """The engine cuts a file that ends within a block there again after a direct write, and not what grew since."""
+        end = -(-self._first_size >> self._bits) << self._bits
+        try:
+            if end > self._first_size:
+                self._storage.truncate(end)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a block device stays as it is
+                raise
 
     def take(self, want: int) -> Run:
         """Up to `want` neighbouring clusters, at least one. Raises CorruptImage, ENOSPC."""
@@ -222,6 +233,8 @@ class Allocator:
             self._check(start, count)
             count = self._extend(start, count)
             zeroed = start >= end_of_file or self._punch(start, count)
+            if self._direct and zeroed:
+                self._storage.lay_out(HostOffset(start << self._bits), count << self._bits)
             self._hint = start + count
             return Run(start, count, zeroed)
 
@@ -253,13 +266,9 @@ class Allocator:
 
     def _extend(self, first: int, count: int) -> int:
         """Makes the file hold the run, or its first cluster if that is all there is room for. Returns which."""
-        size = self._storage.size()
-        while first + count << self._bits > size:
+        while first + count << self._bits > self._storage.size():
             try:
                 self._storage.truncate(first + count << self._bits)
-                if self._lay_out:
-                    self._storage.reserve(HostOffset(first << self._bits), count << self._bits)
-                break
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise self._full() from error  # a block device

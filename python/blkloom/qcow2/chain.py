@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS: Final = places.MOST_FILES - 1
 """The engine's table has one file a layer, and one for what is made in memory."""
+_PAGE: Final = 4096
+"""Of the cache, and of most disks a block."""
 _AT_ONCE: Final = 1 << 20
 """Units looked up at once; the top image's may be many of the chain's."""
 
@@ -228,7 +231,7 @@ class _Opener:
             data_storage = self.storage(storage.fd, path, "data")
         chosen = find_snapshot(read_snapshots(storage, header), snapshot, path=path) if snapshot else None
         image = Image.open(storage, writable=writable, data_storage=data_storage, header=header, snapshot=chosen)
-        return ImageLayer(number, image), self._data(data_path, writable=writable)
+        return ImageLayer(number, image), self._data(data_path, writable=writable, unit=image.geometry.unit)
 
     def _form(self, header: Header, path: str, named_by: str) -> str:
         """Raw or qcow2."""
@@ -270,8 +273,13 @@ class _Opener:
     def _open(self, path: str, *, writable: bool) -> File:
         return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed, exclusive=writable)
 
-    def _data(self, path: str, *, writable: bool) -> File:
-        """For guest data."""
-        return self.files.file(
-            path, read_only=not writable, direct_io=self.direct, claimed=self.claimed, exclusive=writable
-        )
+    def _data(self, path: str, *, writable: bool, unit: int = 0) -> File:
+        """For guest data, in an image in pieces of `unit` bytes. Direct I/O writes blocks, or it reads and writes them:
+        were there others in a block, what we write to these meanwhile through the cache would be undone.
+        """
+        opened = partial(self.files.file, path, read_only=not writable, claimed=self.claimed, exclusive=writable)
+        file = opened(direct_io=self.direct)
+        if not (writable and file.direct and unit < (block := max(_PAGE, file.offset_alignment))):
+            return file
+        self.files.warn(f"{path}: no direct I/O, for its clusters of {unit} bytes are less than blocks of {block}")
+        return opened(direct_io=False)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.qcow2 import placing
-from blkloom.qcow2.allocation import NO_ROOM, Run
+from blkloom.qcow2.allocation import Run
 from blkloom.qcow2.placing import ALL_ALLOCATED, place, runs_alike, touched_by
+from blkloom.qcow2.storage import NO_ROOM
 from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, subcluster_bits
 from blkloom.qcow2.types import SUBCLUSTERS, L1Index, Words
 

@@ -17,6 +17,8 @@ from blkloom.qcow2.types import HostOffset
 _UNABLE: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 """What a file system says that cannot punch holes, or reserve space."""
 
+NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 Role: TypeAlias = Literal["metadata", "data"]
 """What of a file goes through one storage."""
 
@@ -59,6 +61,11 @@ class Storage(Protocol):
     def reserve(self, offset: HostOffset, length: int) -> None:
         """Takes space for a range of the file, so that writing to it needs none; its contents stay. Does nothing where
         the file system cannot do that. Raises OSError (ENOSPC, EDQUOT).
+        """
+
+    def lay_out(self, offset: HostOffset, length: int) -> None:
+        """Takes space for a range that reads as zeros, and goes on to, where all of it is to be had: writes need not
+        each look for some.
         """
 
     def truncate(self, size: int) -> None:
@@ -126,12 +133,20 @@ class FileStorage:
 
     def punch(self, offset: HostOffset, length: int) -> bool:
         """See `Storage.punch`."""
-        self._has_holes = self._has_holes and self._can(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
-        return self._has_holes
+        return self._has_holes and self._can(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def reserve(self, offset: HostOffset, length: int) -> None:
         """See `Storage.reserve`."""
         self._can(_KEEP_SIZE, offset, length)
+
+    def lay_out(self, offset: HostOffset, length: int) -> None:
+        """See `Storage.lay_out`."""
+        try:
+            self._can(_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._can(_PUNCH_HOLE | _KEEP_SIZE, offset, length)  # what was to be had of it is for others
 
     def truncate(self, size: int) -> None:
         """See `Storage.truncate`."""
@@ -160,6 +175,8 @@ class FileStorage:
         except OSError as error:
             if error.errno not in _UNABLE:
                 raise
+            if mode & _PUNCH_HOLE and error.errno != errno.EINVAL:  # that may be about the range
+                self._has_holes = False
             return False
         return True
 

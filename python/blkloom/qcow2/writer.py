@@ -51,12 +51,12 @@ _DIRTY_LIMIT: Final = 32 << 20
 @dataclass(frozen=True, slots=True)
 class Options:
     """preallocate: bytes around a write that may be given places with it, more when writing goes on and on, 0 for
-    none. lay_out: see `Allocator`; for direct I/O. discard: whether discards free clusters. compact_zeroes: writes of
+    none. direct: see `Allocator`. discard: whether discards free clusters. compact_zeroes: writes of
     nothing but zeros, as far as they come here, free clusters too. dirty_limit: bytes of changed L2 tables kept.
     """
 
     preallocate: int = 4 << 20
-    lay_out: bool = False
+    direct: bool = False
     discard: bool = True
     compact_zeroes: bool = False
     dirty_limit: int = _DIRTY_LIMIT
@@ -120,7 +120,7 @@ class Writer:
             metadata_in=self._occupied.at,
             reserve=reserve,
             secure=secure,
-            lay_out=self._options.lay_out,
+            direct=self._options.direct and not header.has_data_file,
         )
         self._write_back = WriteBack(
             image,

@@ -214,9 +214,8 @@ class Qcow2(Target):
         from blkloom.qcow2.writer import Options, Writer
 
         attachment, top = self._attached, chain.top
-        # The cache finds space when it writes back, much at once; direct I/O would have to for every write.
         direct = chain.files[0].direct
-        options = Options(discard=self.discard_as == "unmap", compact_zeroes=self.compact_zeroes, lay_out=direct)
+        options = Options(discard=self.discard_as == "unmap", compact_zeroes=self.compact_zeroes, direct=direct)
         if self.preallocate is not None:
             options = replace(options, preallocate=self.preallocate)
 
