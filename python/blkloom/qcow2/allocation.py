@@ -68,8 +68,7 @@ class Allocator:
     ) -> None:
         """reserve: called with what is about to be handed out; it may take space for it, or raise ENOSPC. secure: takes
         space for a table from the file system before there is anything to be written to it, or raises ENOSPC; None:
-        what is written finds space or does not. direct: what is handed out
-        is written past the page cache.
+        what is written finds space or does not. direct: what is handed out is written past the page cache.
         """
         self._refcounts = refcounts
         self._storage = storage
@@ -93,7 +92,9 @@ class Allocator:
         """Clusters that came to count 0 so far."""
 
     def _end_with_a_cluster(self) -> None:
-        """The engine cuts a file that ends within a block there again after a direct write, and not what grew since."""
+        """After a direct write to the block that a file ends in, the engine cuts the file where it ended: nothing may
+        have grown behind that meanwhile.
+        """
         end = -(-self._first_size >> self._bits) << self._bits
         try:
             if end > self._first_size:

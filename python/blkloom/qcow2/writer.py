@@ -51,8 +51,8 @@ _DIRTY_LIMIT: Final = 32 << 20
 @dataclass(frozen=True, slots=True)
 class Options:
     """preallocate: bytes around a write that may be given places with it, more when writing goes on and on, 0 for
-    none. direct: see `Allocator`. discard: whether discards free clusters. compact_zeroes: writes of
-    nothing but zeros, as far as they come here, free clusters too. dirty_limit: bytes of changed L2 tables kept.
+    none. direct: see `Allocator`. discard: whether discards free clusters. compact_zeroes: writes of nothing but
+    zeros, as far as they come here, free clusters too. dirty_limit: bytes of changed L2 tables kept.
     """
 
     preallocate: int = 4 << 20
