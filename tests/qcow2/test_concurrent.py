@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import blkloom
+from conformance.file_systems import BTRFS, EXT4, FileSystem, made_on_a_device, needs_root
 
 from . import qemu
 from .attached import first_difference, read_all, table_of
-from .shapes import Shape, make
+from .shapes import Made, Shape, make
 
 pytestmark = pytest.mark.usefixtures("qemu_tools")
 
@@ -85,9 +86,22 @@ def _run(device: blkloom.Device, content: bytearray, meanwhile: Callable[[], boo
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_clients_in_the_same_clusters_do_not_harm_each_other(tmp_path: Path, kind: str) -> None:
-    made = make(tmp_path, SHAPES[kind], size=2 << 20, seed=2)
+    _run_on(make(tmp_path, SHAPES[kind], size=2 << 20, seed=2))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(("system", "sector"), [(EXT4, 4096), (BTRFS, 512)], ids=["ext4 on 4 KiB sectors", "btrfs"])
+def test_nor_do_they_where_a_write_is_less_than_a_block_of_the_disk(
+    tmp_path: Path, program: Callable[[str, str], str], system: FileSystem, sector: int, kind: str
+) -> None:
+    needs_root("a disk of its own")
+    with made_on_a_device(program, system, sector, tmp_path) as (folder, _):
+        _run_on(make(folder, SHAPES[kind], size=2 << 20, seed=2), "direct_io")
+
+
+def _run_on(made: Made, *options: str) -> None:
     content = bytearray(made.content)
-    with blkloom.open(table_of(made.path, made.size)) as device:
+    with blkloom.open(table_of(made.path, made.size, *options)) as device:
         _run(device, content)
         assert not first_difference(read_all(device), bytes(content))
     checked = qemu.check(made.path)

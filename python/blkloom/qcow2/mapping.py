@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from blkloom.qcow2.cow import Below
     from blkloom.qcow2.flush import WriteBack
 
+_AT_ONCE: Final = 1 << 20
+"""Units."""
 _READ_ONLY_BIT: Final = places.DATA ^ places.READ_ONLY
 
 Install = Callable[[int, Words], None]
@@ -49,9 +51,11 @@ class Mapping:
         install: Install,
         guarded: _Units,
         unseen: _Units | None,
+        quiet: Callable[[], None] | None = None,
     ) -> None:
         """guarded: of (first, count) units, those that the engine may not write to by itself. unseen: those of them
-        that must not change unnoticed.
+        that must not change unnoticed. quiet: waits until the engine is done with what it was told of before; None
+        where what it writes and what is written here go well together in one block.
         """
         self.image: Final = image
         self.data: Final = image.data_storage
@@ -66,6 +70,7 @@ class Mapping:
         self._install = install
         self._guarded = guarded
         self._unseen = unseen
+        self._quiet = quiet
 
     def pieces(self, low: int, high: int) -> Iterator[tuple[L1Index, int, int]]:
         """Guest clusters [low, high) as (L2 table, first entry, end)."""
@@ -179,6 +184,16 @@ class Mapping:
         geometry = self.layout.geometry
         first = table.index * geometry.l2_units + low * geometry.units_a_cluster
         self._install(first, _read_only(entries, self._guarded(first, entries.size)))
+
+    def withdraw(self, first: int, count: int) -> bool:
+        """Keeps the engine from writing to units before they are published again, if it could undo what is written to
+        them here: its direct write of less than a block reads the block and writes all of it. Returns whether it could.
+        """
+        if self._quiet:
+            for low in range(first, first + count, _AT_ONCE):
+                self._install(low, np.zeros(min(_AT_ONCE, first + count - low), np.uint64))
+            self._quiet()
+        return self._quiet is not None
 
     def publish_run(self, index: L1Index, low: int, count: int, host: int) -> None:
         """Tells the engine that `count` clusters from entry `low` on lie at `host` and what follows it, all of them."""

@@ -139,6 +139,7 @@ class Writer:
             install=install,
             guarded=lambda first, count: me.guarded(first, count),
             unseen=self.bitmaps.unseen if self.bitmaps.tracking else None,
+            quiet=synchronize if self._options.direct else None,
         )
         self.copier: Final = Copier(image.data_storage, read, relocation)
         self.ahead: Final = Ahead(mapping, self._options.preallocate)
