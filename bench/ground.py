@@ -77,7 +77,8 @@ class Ground:
 
     def disk_file(self) -> Path:
         """`size` bytes on the machine's disk, written through. Raises GroundError."""
-        return self._file("disk", self.disk_folder())
+        self._check_disk()
+        return self._file("disk", self._disk)
 
     def own_disk(self) -> OwnDisk:
         """A disk of the run's own, on the machine's. Raises GroundError, OSError."""

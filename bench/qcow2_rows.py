@@ -106,23 +106,23 @@ def _on_disk(blkloom: str) -> list[Workload]:
     """The same where a file system must find space, and the disk is the limit. Both with what suits them best, the
     page cache or not.
     """
-    rows = (
-        ("randwrite-4k-q16", Job("randwrite", 4 * _KIB, depth=16, flushed=True), "4K randwrite", _SMALL),
-        ("write-64k", Job("write", 64 * _KIB, depth=16, flushed=True), "64K sequential write", _LARGE),
-        ("write-1m", Job("write", _MIB, depth=16, flushed=True), "1M sequential write", _LARGE),
+    rows: tuple[tuple[str, Pattern, int, str, int], ...] = (
+        ("randwrite-4k-q16", "randwrite", 4 * _KIB, "4K randwrite", _SMALL),
+        ("write-64k", "write", 64 * _KIB, "64K sequential write", _LARGE),
+        ("write-1m", "write", _MIB, "1M sequential write", _LARGE),
     )
     return [
         Workload(
             f"qcow2-disk-{name}",
             f"qcow2, {title}, qd 16, once over an empty image on disk, {size >> 20} MiB, and a flush",
-            job,
+            Job(pattern, block, depth=16, flushed=True),
             (
                 *(BlkloomQcow2(blkloom, _OURS, image, anew=True, direct=direct) for direct in (False, True)),
                 *qemu_nbd(image, anew=True),
             ),
             (Goal(_OURS, _QEMU),),
         )
-        for name, job, title, size in rows
+        for name, pattern, block, title, size in rows
         for image in [Qcow2Image(size=size, on_disk=True)]
     ]
 

@@ -27,8 +27,7 @@ MOST_LOOKS = 8
 
 @dataclass(eq=False)
 class Disk:
-    """log: (what, offset, length) of all that changed it. full_at: bytes it may have. room_to:
-    up to where there is space. fails: how many changes still
+    """log: (what, offset, length) of all that changed it. full_at: bytes it may have. fails: how many changes still
     succeed, None for all. holes: whether it can punch.
     """
 
@@ -36,7 +35,6 @@ class Disk:
     path: str = "disk"
     log: list[tuple[str, int, int]] = field(default_factory=list)
     full_at: int = 1 << 62
-    room_to: int = 1 << 62
     fails: int | None = None
     holes: bool = True
 
@@ -82,8 +80,7 @@ class Disk:
         self.data.extend(bytes(size - len(self.data)))
 
     def lay_out(self, offset: int, length: int) -> None:
-        if offset + length <= self.room_to:
-            self._change("lay out", offset, length)
+        self._change("lay out", offset, length)
 
     def data_runs(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         for at in range(offset, offset + length, 512):

@@ -81,8 +81,6 @@ class Guest:
         work = self.directory / ".guest"
         work.mkdir(exist_ok=True)
         files = {name: work / name for name in ("enter", "script", "output", "status", "console")}
-        for file in files.values():
-            file.unlink(missing_ok=True)
         files["script"].write_text(self._script(script, modules))
         places = {"directory": shlex.quote(str(self.directory)), "script": shlex.quote(str(files["script"]))}
         files["enter"].write_text(_ENTER.format_map(places))

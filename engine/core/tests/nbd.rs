@@ -18,13 +18,7 @@ use rig::hosts::{self, DISCONNECT, FLUSH, READ, WRITE};
 use rig::*;
 
 fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
-    bytes.extend([0, 0]);
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend(len.to_be_bytes());
-    bytes
+    hosts::request(Style::Structured, command, cookie, offset, len.into())
 }
 
 struct Client {

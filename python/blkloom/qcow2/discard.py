@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -214,38 +212,33 @@ class Discarder:
         units = self._mapping.image.units(first, stop - first)
         breaks = np.flatnonzero(np.diff(units.offsets) != 1 << bits) + 1
         cuts = [0, *breaks.tolist(), stop - first]
-        with self._withdrawn(first, stop):
+        withdrawn = self._mapping.withdraw(first, stop - first)
+        try:
             for one, other in itertools.pairwise(cuts):
                 start, end = max(low, first + one << bits), min(high, first + other << bits)
                 host = int(units.offsets[one]) + start - (first + one << bits)
                 self._mapping.data.zero(HostOffset(host), end - start)
             self._mapping.filled()
+        finally:
+            if withdrawn:
+                self._publish(first, stop)
 
     def _clear_data(self, low: int, high: int, *, keep: bool = False) -> None:
         """Of a raw data file, which must read by itself as the disk does."""
         bits = self._geometry.unit_bits
         start, end = low << bits, min(high << bits, self._size)
-        with self._withdrawn(low, high):
+        self._mapping.withdraw(low, high - low)
+        try:
             if keep:
                 self._mapping.data.zero(HostOffset(start), end - start)
                 self._mapping.filled()
             else:
                 self._mapping.clear(start, end - start)
-        self._publish(low, high)  # what the engine has of them may be a copy in memory
-
-    @contextmanager
-    def _withdrawn(self, low: int, high: int) -> Iterator[None]:
-        """Within it the engine does not write to units [low, high), if it could undo what is written there."""
-        if not self._mapping.withdraw(low, high - low):
-            yield
-            return
-        try:
-            yield
         finally:
             self._publish(low, high)
 
     def _publish(self, low: int, high: int) -> None:
-        """Units [low, high)."""
+        """Units [low, high), for what the engine has of them may be a copy in memory, or withdrawn."""
         per = self._geometry.units_a_cluster
         for index, first, end in self._mapping.pieces(low // per, -(-high // per)):
             if table := self._mapping.image.l2(index):
