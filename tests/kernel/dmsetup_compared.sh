@@ -191,6 +191,21 @@ t dm resume grown
 t dm table grown
 t dm info -c -o name,events grown
 t dm remove grown
+t dm create flipped --table '0 8 zero'
+t dm load flipped --readonly --table '0 8 zero'
+t dm info -c -o name,attr flipped
+t dm resume flipped
+t dm info flipped
+t dm load flipped --table '0 8 zero'
+t dm resume flipped
+t dm info -c -o name,attr,readonly flipped
+t dm remove flipped
+t dm create --readonly unloaded --notable
+t dm info unloaded
+t dm load unloaded --table '0 8 zero'
+t dm resume unloaded
+t dm info -c -o name,attr unloaded
+t dm remove unloaded
 t dm load one --notable
 t dm load
 t dm create twice --table '0 8 zero' --notable

@@ -257,3 +257,14 @@ def test_the_public_names_are_imported_when_used() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = blkloom.no_such_name  # type: ignore[attr-defined]
     assert "zero" in all_targets()
+
+
+def test_a_table_loaded_read_only_makes_no_later_one_so(path: Path) -> None:
+    with blkloom.open(f"0 8 loop {path}") as device:
+        device.load(table("0 8 zero"), read_only=True)
+        device.resume()
+        assert device.read_only
+        device.load(table(f"0 8 loop {path}"))
+        device.resume()
+        device.pwrite(b"w", 0)
+        assert not device.read_only

@@ -30,7 +30,9 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loaded(_Value):
-    """A table in a slot. load: a number no other load of this run directory has had. whole: see `Target.whole`."""
+    """A table in a slot. load: a number no other load of this run directory has had. read_only: so is the device for
+    as long as this table is live, and only so long. whole: see `Target.whole`.
+    """
 
     load: int
     table: str
@@ -87,7 +89,6 @@ class DeviceState(_Value):
     name: str
     minor: int
     uuid: str = ""
-    read_only: bool = False
     active: Loaded | None = None
     inactive: Loaded | None = None
     suspended: bool = False

@@ -44,7 +44,7 @@ class Device(_engine.Device):
     """
 
     read_only: bool
-    """Writes fail with EROFS: the active table is read-only, or the next one is unless told otherwise."""
+    """Writes fail with EROFS: the active table was loaded read-only. Before the first: as the device was made."""
     engine: _engine.Engine
     """The engine whose loops serve this device's exports and asynchronous I/O."""
 
@@ -82,14 +82,15 @@ class Device(_engine.Device):
 
         engine: whose loops to use; None for an engine of its own, closed with the device.
         fault_timeout: seconds after which a fault its target has not answered fails (ETIMEDOUT).
-        read_only: open every file for reading only. direct_io: open files with O_DIRECT unless the
-        table says otherwise. shared: claim no files; others may change them at the same time.
+        read_only: open every file for reading only, of tables that are not loaded otherwise.
+        direct_io: open files with O_DIRECT unless the table says otherwise.
+        shared: claim no files; others may change them at the same time.
         devices: the devices that `blkloom:NAME` in tables may name. device_folder: paths in it name
         them too. held: where its files are kept, None for a place of its own. on_event: told, on
         whatever thread, what a target has its users know.
         Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
         """
-        self.read_only = read_only
+        self.read_only = self._read_only = read_only
         self._direct_io = direct_io
         self._shared = shared
         self._devices = devices if devices is not None else {}
@@ -160,14 +161,14 @@ class Device(_engine.Device):
         """Opens and maps `table` into the inactive slot, in place of what was there. The active
         table, and the inactive one if this raises, stay as they are.
 
-        read_only, shared: None for the device's own. descriptors: who opens files, None for this
+        read_only, shared: None as the device was made. descriptors: who opens files, None for this
         process. Returns what was loaded.
         """
         with self._life:
             self._check_open()
             opening = Opening(
                 self._held,
-                read_only=self.read_only if read_only is None else read_only,
+                read_only=self._read_only if read_only is None else read_only,
                 direct_io=self._direct_io,
                 shared=self._shared if shared is None else shared,
                 devices=self._devices,

@@ -167,7 +167,6 @@ class Adoption:
             state.minor,
             group,
             uuid=state.uuid,
-            read_only=state.read_only,
             active=state.active,
             inactive=state.inactive,
             suspended=state.suspended and state.active is not None,

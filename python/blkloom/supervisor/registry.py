@@ -34,7 +34,6 @@ class Entry:
     minor: int
     group: Group
     uuid: str = ""
-    read_only: bool = False
     active: Loaded | None = None
     inactive: Loaded | None = None
     suspended: bool = False
@@ -83,7 +82,6 @@ class Entry:
             name=self.name,
             minor=self.minor,
             uuid=self.uuid,
-            read_only=self.read_only,
             active=self.active,
             inactive=self.inactive,
             suspended=self.suspended or self.suspended_for is not None,
@@ -315,7 +313,7 @@ class Registry:
             uuid=entry.uuid,
             state="FAILED" if entry.failed else "SUSPENDED" if stopped else "ACTIVE",
             reason=entry.failed,
-            read_only=entry.read_only,
+            read_only=entry.active is not None and entry.active.read_only,
             live=entry.active is not None,
             inactive=entry.inactive is not None,
             open_count=self.open_count(entry),

@@ -90,7 +90,6 @@ class Verbs:
             minor,
             group,
             uuid=call.uuid,
-            read_only=call.read_only,
             making=True,
             autoclear=call.autoclear,
             loop=call.loop,
@@ -164,7 +163,7 @@ class Verbs:
             loaded = Loaded(
                 load=self._registry.new_load(),
                 table=call.table,
-                read_only=call.read_only or entry.read_only,
+                read_only=call.read_only,
                 shared=call.shared,
             )
             try:

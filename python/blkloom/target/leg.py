@@ -53,7 +53,7 @@ class Leg:
         if (name := self.device_name(opening.device_folder)) is not None:
             device = opening.device(name)
             self._check(opening, length, Bytes(device.size))
-            return Extent.device(device, offset, read_only=opening.read_only or device.read_only)
+            return Extent.device(device, offset, read_only=opening.read_only)
         numbers = re.fullmatch(r"[0-9]+:[0-9]+", self.path)
         file = opening.file(f"/dev/block/{self.path}" if numbers else self.path)
         self._check(opening, length, Bytes(file.size))

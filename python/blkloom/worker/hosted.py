@@ -65,13 +65,11 @@ class HostedDevice:
         self.device = Device(
             engine=engine,
             name=state.name,
-            read_only=state.read_only,
             devices=devices,
             device_folder=device_folder,
             held=self._held,
             on_event=self._on_event,
         )
-        self._read_only = state.read_only
         self._active: Loaded | None = None
         self._inactive: Loaded | None = None
         self._awaited: Loaded | None = None
@@ -98,7 +96,6 @@ class HostedDevice:
             name=self.name,
             minor=self.minor,
             uuid=self.uuid,
-            read_only=self._read_only,
             active=self._active,
             inactive=self._inactive,
             suspended=self.device.suspended and not (frozen and self._resumes_after),
@@ -181,7 +178,7 @@ class HostedDevice:
                 table = parse(loaded.table, targets=self._targets, source=source)
                 composed = self.device.load(
                     table,
-                    read_only=loaded.read_only or self._read_only,
+                    read_only=loaded.read_only,
                     shared=loaded.shared,
                     descriptors=descriptors,
                 )
