@@ -189,7 +189,7 @@ class Engine:
     @property
     def loops(self) -> int: ...
     def close(self) -> None:
-        """Closes every connection, finishes what is in flight and joins the threads."""
+        """Closes every connection, finishes what is in flight and joins the threads. Nothing in a fork."""
 
 @final
 class Fault:
@@ -246,7 +246,8 @@ class Fault:
 
 @disjoint_base
 class Device:
-    """Executes requests against a map. Born live with `map`, or suspended with none.
+    """Executes requests against a map. Born live with `map`, or suspended with none. In a fork of the process that made
+    it, where the engine has no threads, `close` does nothing and the rest raises blkloom.errors.ForkedError.
 
     Devices stand on one another by device extents, 32 at most (ELOOP), and never in a circle (ValueError).
     """

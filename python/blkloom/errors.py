@@ -159,6 +159,19 @@ class NoSupervisor(ResourceError):
     errno = _errno.ECONNREFUSED
 
 
+class ForkedError(BlkloomError, OSError):
+    """`what` was used in a fork of the process that made it: the fork has none of the threads it needs."""
+
+    errno = _errno.ESHUTDOWN
+    exit_code = 70  # EX_SOFTWARE
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} belongs to the process that made it; this is a fork of that one, without its threads",
+            cure="make a new one here, or start the process with multiprocessing's spawn method",
+        )
+
+
 class FaultError(OSError):
     """What a target's fault handler raises to fail a request with a particular errno."""
 

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use blkloom_io::Ring;
 use blkloom_io::errno::ESHUTDOWN;
+use blkloom_io::{Process, Ring};
 
 use crate::call::nanoseconds;
 use crate::device::Export;
@@ -63,6 +63,7 @@ pub struct Engine {
     next: AtomicUsize,
     next_connection: AtomicU64,
     closed: Mutex<bool>,
+    home: Process,
 }
 
 /// A served connection, for ending it.
@@ -103,7 +104,13 @@ impl Engine {
             next: AtomicUsize::new(0),
             next_connection: AtomicU64::new(1),
             closed: Mutex::new(false),
+            home: Process::current(),
         })
+    }
+
+    /// False in a fork of the process that made it: its threads are not there, and nothing of it may be used.
+    pub fn is_here(&self) -> bool {
+        self.home.is_current()
     }
 
     pub fn uses_ring(&self) -> bool {
@@ -174,8 +181,12 @@ impl Engine {
         Ok(ConnectionHandle { inbox: member.inbox.clone(), id })
     }
 
-    /// Closes connections, finishes what is in flight and joins the loops. Later requests get ESHUTDOWN.
+    /// Closes connections, finishes what is in flight and joins the loops. Later requests get ESHUTDOWN. Nothing in a
+    /// fork: the loops are the parent's.
     pub fn close(&self) {
+        if !self.is_here() {
+            return;
+        }
         *lock(&self.closed) = true;
         if let Some(Ok(members)) = self.members.get() {
             members.iter().for_each(|member| member.inbox.send(Message::Stop));
@@ -192,6 +203,11 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.close();
+        if self.is_here() {
+            self.close();
+        } else {
+            // Handles of threads that are not there must not even be dropped.
+            std::mem::forget(self.members.take());
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use blkloom_io::Process;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::fault::Answer;
@@ -46,6 +47,7 @@ pub struct Inbox {
     waiting: AtomicBool,
     asleep: AtomicBool,
     pub(crate) event: OwnedFd,
+    home: Process,
 }
 
 impl Inbox {
@@ -55,10 +57,15 @@ impl Inbox {
             waiting: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            home: Process::current(),
         })
     }
 
+    /// In a fork of the loop's process, where there is no loop, the message is dropped.
     pub fn send(&self, message: Message) {
+        if !self.home.is_current() {
+            return;
+        }
         lock(&self.messages).push(message);
         self.waiting.store(true, Ordering::SeqCst);
         if self.asleep.swap(false, Ordering::SeqCst) {

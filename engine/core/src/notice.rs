@@ -5,6 +5,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 
+use blkloom_io::Process;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::lock;
@@ -33,12 +34,13 @@ pub struct Notice {
 pub struct Notices {
     queue: Mutex<Vec<Notice>>,
     event: OwnedFd,
+    home: Process,
 }
 
 impl Notices {
     pub fn new() -> std::io::Result<Notices> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Notices { queue: Mutex::new(Vec::new()), event })
+        Ok(Notices { queue: Mutex::new(Vec::new()), event, home: Process::current() })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -53,7 +55,11 @@ impl Notices {
         }
     }
 
+    /// Nothing in a fork of the process: the event's counter is its parent's, too.
     pub fn take(&self) -> Vec<Notice> {
+        if !self.home.is_current() {
+            return Vec::new();
+        }
         let mut queue = lock(&self.queue);
         clear(&self.event);
         std::mem::take(&mut *queue)

@@ -1,11 +1,13 @@
 //! Memory, files and rings: the only unsafe code below the Python glue.
 //!
 //! Roles: `Slice` is a promise that some memory stays valid; `Buffer` and `Region` are memory;
-//! `File` moves bytes between memory and a descriptor, at once or blocking; `Ring` moves them later.
+//! `File` moves bytes between memory and a descriptor, at once or blocking; `Ring` moves them later; `Process` tells a
+//! fork from the process that something was made in.
 //! No thread is started here and nothing here knows of devices or requests. Errors are errnos.
 
 mod buffer;
 mod file;
+mod fork;
 mod memory;
 mod range_lock;
 mod region;
@@ -13,6 +15,7 @@ mod ring;
 
 pub use buffer::{Buffer, BufferPool};
 pub use file::{Busy, File, FileError, Inline, InlinePolicy, Stretch};
+pub use fork::Process;
 pub use memory::Slice;
 pub use range_lock::{RangeGuard, RangeLock};
 pub use region::{Region, RegionError};

@@ -17,6 +17,12 @@ pub fn os_error(errno: i32, what: &str) -> PyErr {
     PyOSError::new_err((errno, text))
 }
 
+/// For what an engine of another process would have to do: `blkloom.errors.ForkedError`.
+pub fn forked_error(py: Python<'_>, what: &str) -> PyErr {
+    let raised = py.import("blkloom.errors").and_then(|errors| errors.getattr("ForkedError")?.call1((what,)));
+    raised.map_or_else(|error| error, PyErr::from_value)
+}
+
 pub fn value_error(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
 }

@@ -10,7 +10,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyBytes, PyDict, PyList, PyTuple};
 
-use crate::border::{Bytes, operation, os_error, stats, value_error};
+use crate::border::{Bytes, forked_error, operation, os_error, stats, value_error};
 use crate::export::Notices;
 use crate::fault::Fault;
 use crate::places::Map;
@@ -64,7 +64,17 @@ pub struct Device {
 }
 
 impl Device {
+    /// A fork of the process that made it can do nothing with it.
+    fn check_here(&self, py: Python<'_>) -> PyResult<()> {
+        if self.engine.is_here() {
+            return Ok(());
+        }
+        let name = self.inner.name();
+        Err(forked_error(py, &if name.is_empty() { "a device".into() } else { format!("device '{name}'") }))
+    }
+
     fn transfer(&self, py: Python<'_>, transfer: Transfer, fua: bool) -> PyResult<()> {
+        self.check_here(py)?;
         py.detach(|| self.engine.transfer(&self.inner, transfer, fua)).map_err(|errno| {
             let (verb, len) =
                 (if transfer.direction == Direction::Read { "read" } else { "write" }, transfer.memory.len());
@@ -73,6 +83,7 @@ impl Device {
     }
 
     fn command(&self, py: Python<'_>, op: Op, offset: u64, len: u64, flags: Flags) -> PyResult<()> {
+        self.check_here(py)?;
         py.detach(|| self.engine.command(&self.inner, op, offset, len, flags))
             .map(drop)
             .map_err(|errno| self.error(errno, &format!("{} of {len} bytes at {offset}", op.name())))
@@ -132,6 +143,7 @@ impl Device {
 
     #[pyo3(signature = (*, flush = true, timeout = None))]
     fn suspend(&self, py: Python<'_>, flush: bool, timeout: Option<f64>) -> PyResult<()> {
+        self.check_here(py)?;
         let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
         py.detach(|| {
             self.engine.suspend(&self.inner, flush, timeout.and_then(|timeout| Instant::now().checked_add(timeout)))
@@ -140,47 +152,61 @@ impl Device {
     }
 
     fn swap(&self, py: Python<'_>, map: &Map) -> PyResult<()> {
+        self.check_here(py)?;
         let mapping = map.0.clone();
         py.detach(|| self.inner.swap(mapping).map(drop)).map_err(|error| suspend_error(error, self.inner.name()))
     }
 
     fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
         match py.detach(|| self.inner.resume()) {
             true => Ok(()),
             false => Err(self.error(22, "resume without a map, or after close")),
         }
     }
 
-    fn synchronize(&self, py: Python<'_>) {
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
         py.detach(|| self.inner.synchronize());
+        Ok(())
     }
 
     #[pyo3(signature = (timeout = None))]
     fn next_faults(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Vec<Fault>>> {
+        self.check_here(py)?;
         let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
         let faults = py.detach(|| self.inner.next_faults(timeout));
         Ok(faults.map(|faults| faults.into_iter().map(Fault::new).collect()))
     }
 
     #[getter]
-    fn held(&self) -> usize {
-        self.inner.held()
+    fn held(&self, py: Python<'_>) -> PyResult<usize> {
+        self.check_here(py)?;
+        Ok(self.inner.held())
     }
 
-    fn retry_held(&self) {
+    fn retry_held(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
         self.inner.retry_held();
+        Ok(())
     }
 
-    fn fail_held(&self) {
+    fn fail_held(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
         self.inner.fail_held();
+        Ok(())
     }
 
-    fn attach_mapper(&self) {
+    fn attach_mapper(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
         self.inner.attach_mapper();
+        Ok(())
     }
 
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.inner.close());
+        if self.engine.is_here() {
+            py.detach(|| self.inner.close());
+        }
     }
 
     fn pread<'py>(&self, py: Python<'py>, length: usize, offset: u64) -> PyResult<Bound<'py, PyBytes>> {
@@ -242,6 +268,7 @@ impl Device {
         length: Option<u64>,
         context: &str,
     ) -> PyResult<Vec<(u64, u64, u32)>> {
+        self.check_here(py)?;
         let asked = blkloom_core::context(context);
         let end = match length {
             Some(length) => offset.saturating_add(length),
@@ -272,6 +299,7 @@ impl Device {
     }
 
     fn batch<'py>(&self, py: Python<'py>, requests: &Bound<'py, PyAny>) -> PyResult<Vec<i64>> {
+        self.check_here(py)?;
         let requests = match requests.cast::<PyList>() {
             Ok(list) => list.clone(),
             Err(_) => PyList::new(py, requests.try_iter()?.collect::<PyResult<Vec<_>>>()?)?,
@@ -317,6 +345,7 @@ impl Device {
         fast: bool,
         context: &str,
     ) -> PyResult<()> {
+        self.check_here(py)?;
         let op = self::operation(operation)?;
         let memory = match (op, buffer) {
             (Op::Read | Op::Write, Some(buffer)) => {

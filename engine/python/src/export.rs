@@ -11,7 +11,7 @@ use blkloom_wire::Style;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::border::{Bytes, os_error, stats, value_error};
+use crate::border::{Bytes, forked_error, os_error, stats, value_error};
 use crate::device::{Device, Engine};
 use crate::places::duplicate;
 
@@ -180,6 +180,9 @@ pub fn serve_nbd(
         (_, true) => Style::Structured,
         _ => Style::Simple,
     };
+    if !engine.0.is_here() {
+        return Err(forked_error(py, "the engine"));
+    }
     let stall = Duration::try_from_secs_f64(stall_timeout).map_err(value_error)?;
     let contexts =
         contexts.iter().map(|(id, name)| Selected { id: *id, context: blkloom_core::context(name) }).collect();

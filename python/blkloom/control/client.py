@@ -26,6 +26,7 @@ from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
 from blkloom.control.states import DeviceInfo, ExportState, LoopNotes
 from blkloom.errors import ResourceError
+from blkloom.forked import OwnProcess
 from blkloom.peer import peer_of
 from blkloom.target.descriptors import open_file
 
@@ -45,6 +46,7 @@ class Client:
         """
         self.run_dir = RunDir.default(os.environ) if run_dir is None else RunDir.at(run_dir)
         self._timeout = timeout
+        self._process = OwnProcess("a connection to the supervisor")
         self._numbers = itertools.count(1)
         connected = connect(self.run_dir, start=start)
         self._peer = peer_of(connected)
@@ -208,7 +210,10 @@ class Client:
     # The conversation
 
     def call(self, call: m.ClientCall, *, bounded: bool = True) -> Any:
-        """Asks and waits for the answer, opening files meanwhile. bounded: by the client's timeout."""
+        """Asks and waits for the answer, opening files meanwhile. bounded: by the client's timeout. Raises ForkedError
+        in a fork, whose questions would mix with its parent's.
+        """
+        self._process.check()
         seconds = self._timeout if bounded else None
         number = next(self._numbers)
         self._channel.send(m.ClientRequest(id=number, call=call))

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from blkloom import _engine
+from blkloom.forked import OwnProcess
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,6 +31,7 @@ class AsyncDevice:
 
     def __init__(self, device: _engine.Device) -> None:
         self.device = device
+        self._process = OwnProcess("an asynchronous view of a device")
         self._loop = asyncio.get_running_loop()
         self._notices = _engine.Notices()
         self._tokens = itertools.count(1)
@@ -114,8 +116,8 @@ class AsyncDevice:
         return [_moved(outcome) for outcome in outcomes]
 
     async def aclose(self) -> None:
-        """Waits for the I/O under way, whatever comes of it, and lets the event loop go."""
-        if self._closed:
+        """Waits for the I/O under way, whatever comes of it, and lets the event loop go. Nothing in a fork."""
+        if self._closed or not self._process.is_current:
             return
         self._closed = True
         if futures := [future for future, _ in self._waiting.values()]:
@@ -134,6 +136,7 @@ class AsyncDevice:
     async def _submit(
         self, operation: _engine._Operation, offset: int, length: int, buffer: Buffer | None = None, **how: Any
     ) -> Any:
+        self._process.check()
         if self._closed:
             raise RuntimeError("the asynchronous view of the device is closed")
         token = next(self._tokens)

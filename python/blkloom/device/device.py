@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,6 +25,7 @@ from blkloom.device.compose import LoadedTable, compose
 from blkloom.device.mapper import Mapper
 from blkloom.device.raw_io import RawDevice
 from blkloom.errors import DrainError, UsageError
+from blkloom.forked import OwnProcess, ProcessLock
 from blkloom.table import Table
 from blkloom.target.base import Mapped
 from blkloom.target.descriptors import Descriptors
@@ -40,7 +40,8 @@ _log = logging.getLogger(__name__)
 class Device(_engine.Device):
     """A virtual block device built from a table. A context manager; close it when done.
 
-    Offsets and lengths of I/O are bytes; errors are OSError with the errno a disk would give.
+    Offsets and lengths of I/O are bytes; errors are OSError with the errno a disk would give. In a fork of the process
+    that made it everything raises ForkedError, but `close` does nothing.
     """
 
     read_only: bool
@@ -97,9 +98,10 @@ class Device(_engine.Device):
         self._device_folder = device_folder
         self._fault_timeout = fault_timeout
         self._owns_engine = engine is None
-        self._life = threading.RLock()
+        self._process = OwnProcess(f"device {name!r}" if name else "a device")
+        self._life = ProcessLock(self._process)
         """Held first, by who changes its life or its files: they may wait for files to open."""
-        self._control = threading.RLock()
+        self._control = ProcessLock(self._process)
         """Held for as long as it is stopped, or changed; never while a file opens that others could delay."""
         self._closed = False
         self._held = held if held is not None else HeldFiles()
@@ -368,11 +370,14 @@ class Device(_engine.Device):
 
     def close(self, *, flush: bool = True) -> None:
         """Drains and, unless the device is suspended, flushes; gives up files, locks and memory;
-        ends the mapper thread. I/O after that fails with ESHUTDOWN. Does no harm twice.
+        ends the mapper thread. I/O after that fails with ESHUTDOWN. Does no harm twice, and nothing at all in a fork
+        of the process that made the device.
 
         Raises OSError if the last flush failed, TimeoutError if requests did not end in time; the
         device is closed even so.
         """
+        if not self._process.is_current:
+            return
         if self._mapper.is_current_thread():
             raise UsageError("a fault handler cannot close its own device")
         with self._life, self._control:

@@ -33,6 +33,7 @@ from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
 from blkloom.export.nbd.offer import Catalogue
 from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
+from blkloom.forked import OwnProcess
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # accept(2): errors already pending on the new connection, "treat them like EAGAIN by retrying".
@@ -92,6 +93,7 @@ class NbdServer:
     ) -> None:
         """on_change: called when a client has entered transmission or has left."""
         self._engine = engine
+        self._process = OwnProcess("an NBD server")
         self._limits = limits or ServerLimits()
         self._log = log or logging.getLogger("blkloom.nbd")
         self._exports: dict[str, NbdExport] = {}
@@ -163,6 +165,7 @@ class NbdServer:
         return self._listen(adopt(listening))
 
     def _listen(self, listener: Listener) -> Listener:
+        self._process.check()
         if self._stopping:
             listener.close()
             raise UsageError("this server has been stopped", cure="make a new one")
@@ -336,6 +339,7 @@ class NbdServer:
 
     def hold_back(self) -> None:
         """Accept nobody until `go_on`."""
+        self._process.check()
         self._paused = True
         for listener in self._listeners:
             self._ignore(listener)
@@ -360,6 +364,7 @@ class NbdServer:
 
     def go_on(self, moving: Iterable[Moving] = ()) -> None:
         """Serve these clients, and those `pause` did not return, and accept again."""
+        self._process.check()
         self._paused = False
         returned, self._moved = self._moved, []
         for client in (*returned, *moving):
@@ -391,8 +396,11 @@ class NbdServer:
         """Stop listening, end handshakes with ERR_SHUTDOWN, let the engine finish what is in flight.
 
         timeout: seconds for all of it. Returns how many connections were still open then (the
-        engine's `close` ends those); 0 is a clean stop. May be called again.
+        engine's `close` ends those); 0 is a clean stop. May be called again. In a fork it does nothing: sockets,
+        their files and the clients are the parent's.
         """
+        if not self._process.is_current:
+            return 0
         self._stopping = True
         deadline = asyncio.get_running_loop().time() + timeout
         for task in self._waiting:
