@@ -127,6 +127,138 @@ def test_what_is_found_wrong_is_marked_told_and_only_read_from_then_on(
     assert _is_marked(Path(theirs)), "QEMU takes the same for corruption"
 
 
+def _first_entry(value: int) -> Callable[[bytearray, SlowImage], None]:
+    def harm(data: bytearray, image: SlowImage) -> None:
+        _word(data, _l2(image), value)
+
+    return harm
+
+
+BAD_ENTRIES = {
+    "unaligned": COPIED | 0x10200,
+    "past the end": COPIED | 1 << 40,
+    "reserved bits": COPIED | 0x10000 | 4,
+    "compressed, past the end": 1 << 62 | 1 << 40,
+    "zeros with a place past the end": COPIED | 1 << 40 | 1,
+}
+NEXT = 8192
+"""Of a cluster whose entry is right."""
+
+
+def _request(device: Device, what: str) -> int:
+    """The error number of a request to the first cluster."""
+    try:
+        match what:
+            case "read":
+                device.pread(512, 512)
+            case "write":
+                device.pwrite(b"w" * 512, 512)
+            case "whole":
+                device.pwrite(b"w" * 4096, 0)
+            case "zero":
+                device.write_zeroes(0, 4096)
+            case "discard":
+                device.discard(0, 4096)
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+REQUESTS = ["read", "write", "whole", "zero", "discard"]
+
+
+def _needs_its_place(kind: str, what: str) -> bool:
+    """Not where zeros are read or stay zeros."""
+    return not kind.startswith("zeros") or what in ("write", "whole")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(kind, what) for kind in BAD_ENTRIES for what in REQUESTS if _needs_its_place(kind, what)]
+)
+def test_a_bad_entry_is_marked_and_told_of_by_whatever_request_meets_it(
+    tmp_path: Path, kind: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _harmed(tmp_path, _first_entry(BAD_ENTRIES[kind]))
+    with attached(path, SIZE) as device:
+        assert device.pread(4096, NEXT) == b"\1" * 4096
+        assert device.extents(0, SIZE)
+        device.pwrite(b"n" * 4096, NEXT)
+        device.flush()
+        assert not _is_marked(path), "nothing has met it yet"
+        assert not caplog.messages
+        assert _request(device, what) == errno.EIO
+        assert _is_marked(path)
+        assert "L2 table 0: entry 0 is 0x" in caplog.text
+        for again in REQUESTS:
+            assert _request(device, again) == (errno.EIO if again != "read" or _needs_its_place(kind, again) else 0)
+        device.flush()
+        assert device.pread(4096, NEXT) == b"n" * 4096
+    assert _is_marked(path)
+
+
+@pytest.mark.parametrize("kind", ["unaligned", "past the end", "reserved bits"])
+def test_a_bad_entry_of_an_image_that_is_only_read_costs_its_cluster(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _harmed(tmp_path, _first_entry(BAD_ENTRIES[kind]))
+    before = path.read_bytes()
+    with attached(path, SIZE, read_only=True) as device:
+        for times in range(1, 3):
+            assert _request(device, "read") == errno.EIO
+            assert caplog.text.count("L2 table 0: entry 0 is 0x") == times
+        assert device.pread(4096, NEXT) == b"\1" * 4096
+    assert path.read_bytes() == before
+
+
+def test_a_bad_entry_of_a_backing_file_marks_neither_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = _harmed(tmp_path, _first_entry(BAD_ENTRIES["unaligned"]))
+    before = base.read_bytes()
+    path = tmp_path / "over.qcow2"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
+    with attached(path, SIZE) as device:
+        assert _request(device, "read") == _request(device, "write") == errno.EIO
+        assert f"{base}: L2 table 0: entry 0 is 0x" in caplog.text
+        device.pwrite(b"w" * 4096, SIZE // 2)
+        device.flush()
+    assert not _is_marked(path)
+    assert base.read_bytes() == before
+
+
+def test_a_compressed_cluster_beside_a_data_file_is_marked(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=12, data_file="cooked"), size=SIZE, steps=0)
+    qemu.qemu_io(made.path, f"write -P 1 0 {DATA}")
+    data = bytearray(made.path.read_bytes())
+    _word(data, _l2(SlowImage(bytes(data))), 1 << 62)
+    made.path.write_bytes(data)
+    theirs = tmp_path / "theirs.qcow2"
+    shutil.copy(made.path, theirs)
+    with pytest.raises(qemu.QemuError):
+        qemu.qemu_io(theirs, "read 0 512")
+    assert _is_marked(theirs), "QEMU takes the same for corruption"
+    with attached(made.path, SIZE) as device:
+        assert _request(device, "read") == errno.EIO
+        assert _is_marked(made.path)
+
+
+def test_subclusters_that_cannot_be_are_marked_when_met(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(cluster_bits=14, extended=True), size=SIZE, steps=0)
+    qemu.qemu_io(made.path, f"write -P 1 0 {DATA}")
+    data = bytearray(made.path.read_bytes())
+    entry = _l2(SlowImage(bytes(data)))
+    last = (len(data) >> 14) - 1 << 14
+    both, past_the_end = (1 << 32 | 1, 0), (1 << 31, 31 * 512)
+    for bitmap, at in (both, past_the_end):
+        _word(data, entry, last | COPIED)
+        _word(data, entry + 8, bitmap)
+        made.path.write_bytes(data[: last + 8192])
+        with attached(made.path, SIZE) as device:
+            assert device.pread(512, 16 * 512) == bytes(512)
+            assert not _is_marked(made.path)
+            with pytest.raises(OSError, match="Input/output"):
+                device.pread(512, at)
+            assert _is_marked(made.path)
+
+
 def test_a_flush_does_not_say_that_what_is_lost_is_durable(tmp_path: Path) -> None:
     path = _harmed(tmp_path, _data_over_a_table)
     with attached(path, SIZE) as device:

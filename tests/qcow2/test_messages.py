@@ -175,11 +175,14 @@ def test_corrupt_metadata_is_counted_and_told_of(tmp_path: Path) -> None:
         l1 = int.from_bytes(file.read(8), "big")
         file.seek(l1)
         file.write((1 << 63 | 1 << 40).to_bytes(8, "big"))
-    with attached(path, SIZE) as it:
-        assert number_of(lambda: it.device.pread(512, 0)) == errno.EIO
-        assert "L2 table 0" in errors(it)["corrupt"]
-        assert errors(it)["wants_check"] == "1"
-        assert it.say("get_event") == "", "nothing was done to the image"
+    for options, event in (("read_only",), ""), ((), "event_CORRUPT\n"):
+        with attached(path, SIZE, *options) as it:
+            for met in (1, 2):
+                assert number_of(lambda: it.device.pread(512, 0)) == errno.EIO
+                assert errors(it)["corrupt"].startswith(f"{met} {path}: ")
+            assert "L2 table 0" in errors(it)["corrupt"]
+            assert errors(it)["wants_check"] == "1"
+            assert it.say("get_event") == event, "it is marked where it is written to, and only there"
 
 
 def test_an_image_that_is_marked_corrupt_is_an_event(tmp_path: Path) -> None:

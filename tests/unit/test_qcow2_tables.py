@@ -15,6 +15,7 @@ from blkloom.qcow2.tables import (
     classify,
     compressed_place,
     compressed_places,
+    contradiction,
     decode,
     encode,
     subcluster_bits,
@@ -80,6 +81,28 @@ def test_extended_entries_are_what_the_specification_says(
     expected = [unit for pair in pairs for unit in slowly_extended(*pair, geometry, data_file)]
     assert [Kind(kind) for kind in found.kinds] == [kind for kind, _ in expected]
     assert found.offsets.tolist() == [offset for _, offset in expected]
+
+
+@given(WORDS, st.none() | BITMAPS, st.integers(14, 21), st.booleans(), st.none() | st.integers(0, 1 << 20))
+def test_what_is_wrong_with_an_entry_is_said_of_those_that_are_invalid(
+    entry: int, bitmap: int | None, bits: int, data_file: bool, end: int | None
+) -> None:
+    geometry = Geometry(bits, extended=bitmap is not None)
+    bitmaps = None if bitmap is None else np.array([bitmap], np.uint64)
+    found = classify(np.array([entry], np.uint64), bitmaps, geometry, version=3, data_file=data_file, end=end)
+    said = contradiction(entry, bitmap, geometry, version=3, data_file=data_file, end=end)
+    wrong = bool((found.kinds == Kind.INVALID).any())
+    assert bool(said) == wrong or ("past the end" in said and not wrong), "a place past the end that is not read"
+
+
+@pytest.mark.parametrize(("end", "kind"), [(0x10000, Kind.INVALID), (0x10001, Kind.DATA), (None, Kind.DATA)])
+def test_data_that_begins_past_the_end_of_its_file_is_invalid(end: int | None, kind: Kind) -> None:
+    entries = np.array([COPIED | 0x10000, COMPRESSED | 0x10000], np.uint64)
+    found = classify(entries, None, Geometry(16), version=3, end=end)
+    assert found.kinds.tolist() == [kind, Kind.INVALID if kind is Kind.INVALID else Kind.COMPRESSED]
+    assert classify(np.array([COPIED | 0x10000 | 1], np.uint64), None, Geometry(16), version=3, end=end).kinds == [
+        Kind.ZERO
+    ]
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20))

@@ -56,7 +56,7 @@ EXTENT_HOLE: Final = 3
 @dataclass(slots=True)
 class _Look:
     """Where a range is: units from `first` on. around: the same from `low` on, in whole clusters of every layer. keys:
-    what of it must be made.
+    what of it must be made. corrupt: the first unit of `found` whose metadata contradicts itself, None for none.
     """
 
     first: int
@@ -64,6 +64,7 @@ class _Look:
     low: int
     around: Words
     keys: list[Key]
+    corrupt: int | None
 
 
 class Attachment:
@@ -106,6 +107,8 @@ class Attachment:
         look = self._look(offset, length)
         if look is None:
             return None
+        if look.corrupt is not None:
+            raise self.chain.contradiction(int(look.found[look.corrupt]), look.first + look.corrupt)
         if not look.keys:
             self.table.install(look.first, look.found.data)
             return None
@@ -123,7 +126,7 @@ class Attachment:
         for read in reads:
             if (look := self._look(*read)) is None:
                 self._ready[read] = None
-            else:
+            elif look.corrupt is None:
                 looks[read] = look
         keys = list(dict.fromkeys(key for look in looks.values() for key in look.keys))[: self.unpacked.slots]
         made = self._make(keys, raises=False) if len(keys) > 1 else {}
@@ -216,7 +219,8 @@ class Attachment:
         low, high = self._whole_clusters(first, end)
         around = self.chain.places(low, high - low)
         found = around[first - low : end - low]
-        return _Look(first, found, low, around, self._keys(found, first))
+        corrupt = np.flatnonzero(places.kinds(found) == places.CORRUPT_KIND)
+        return _Look(first, found, low, around, self._keys(found, first), int(corrupt[0]) if corrupt.size else None)
 
     def _kinds(self, first: int, end: int) -> Iterator[int]:
         """As the engine knows units [first, end), 0 for those it asks about."""
@@ -247,8 +251,10 @@ class Attachment:
             self.table.drop(page)
 
     def _for_engine(self, found: Words, first: int) -> Words:
-        """Units in memory as they are there, or as faults where they are not."""
-        waiting = np.flatnonzero(found >> places.KIND_SHIFT == places.IN_MEMORY_KIND)
+        """Units in memory as they are there, or as faults where they are not; corrupt ones as faults."""
+        kinds = places.kinds(found)
+        found[kinds == places.CORRUPT_KIND] = places.SHOWS_THROUGH
+        waiting = np.flatnonzero(kinds == places.IN_MEMORY_KIND)
         if not waiting.size:
             return found
         numbers, clusters = self._layers_and_clusters(found[waiting], waiting + first)

@@ -95,6 +95,18 @@ class Chain:
         found = self.top.places(first, count, self.unit_bits)
         return self._below(found, first, self.layers[1:])
 
+    def contradiction(self, place: int, unit: int) -> CorruptImage:
+        """What is wrong where unit `unit` is CORRUPT by its entry `place`. Raises OSError."""
+        layer = self.layers[place >> int(places.FILE_SHIFT) & int(places.FILE_MASK)]
+        assert isinstance(layer, ImageLayer), "a raw file has no metadata"
+        return layer.image.contradiction(unit << self.unit_bits >> layer.unit_bits)
+
+    def report(self, error: CorruptImage) -> None:
+        """A request met what is wrong with one of the images: that image says so."""
+        for image in self.images():
+            if image.path == error.path:
+                image.report(error)
+
     def zeros(self, first: int, count: int) -> NDArray[np.bool_]:
         """Of `count` units of the *top image* from `first` on, those that would certainly read as zeros if the top
         held nothing there.

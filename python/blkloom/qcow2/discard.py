@@ -113,6 +113,8 @@ class Discarder:
                 return
             table = mapping.own(index)
         entries = table.entries[low:high]
+        if entries.any():
+            mapping.check(table, low, high)
         compressed = (entries & _COMPRESSED) != _NONE
         hosted = ((entries & _OFFSET) != _NONE) | compressed
         if self._layout.data_file:
@@ -171,7 +173,9 @@ class Discarder:
         quiet |= (units.kinds == Kind.UNALLOCATED) if below is None else False
         if quiet.all():
             return
-        if (units.kinds == Kind.COMPRESSED).any() or (units.kinds == Kind.INVALID).any():
+        if (units.kinds == Kind.INVALID).any():
+            raise mapping.image.contradiction(first + int((units.kinds == Kind.INVALID).argmax()))
+        if (units.kinds == Kind.COMPRESSED).any():
             if partly:
                 self._write_zeroes(first << self._geometry.unit_bits, first + high - low << self._geometry.unit_bits)
             return

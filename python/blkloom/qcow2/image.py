@@ -21,7 +21,7 @@ import numpy as np
 
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.header import Compatible, Header, Incompatible, read_header
-from blkloom.qcow2.tables import L1_RESERVED, OFFSET_MASK, Kind, Units, classify, decode
+from blkloom.qcow2.tables import L1_RESERVED, OFFSET_MASK, Kind, Units, classify, contradiction, decode
 from blkloom.qcow2.types import GuestOffset, HostOffset, L1Index, Words
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Image:
         self._l2: OrderedDict[L1Index, L2Table] = OrderedDict()
         self._reports = 0
         self.reported: Callable[[CorruptImage], None] | None = None
-        """Told of what was found wrong."""
+        """Called by `report` with what was found wrong."""
         self.wants_check = bool(header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT))
         """Something is wrong with it, by its own word or by what was found."""
 
@@ -173,10 +173,17 @@ class Image:
         """Tables that the file does not have like this, by index."""
         return sorted((table for table in self._l2.values() if table.dirty), key=lambda table: table.index)
 
+    @property
+    def data_end(self) -> int | None:
+        """Bytes of the file that the data is in, which must be there; None for an external data file, which reads as
+        zeros past its end.
+        """
+        return None if self.header.has_data_file else self.data_storage.size()
+
     def units(self, first: int, count: int) -> Units:
         """What `count` units from unit `first` of the disk on are, over as many L2 tables as that takes. Past the
-        L1 table's end they are UNALLOCATED. What cannot be read of corrupt metadata is INVALID, and the log says so.
-        Raises OSError of the storage.
+        L1 table's end they are UNALLOCATED. What corrupt metadata says nothing of is INVALID: a request that needs it
+        fails with its `contradiction`. Raises OSError of the storage.
         """
         parts = [self._units_of(index, low, high) for index, low, high in self._pieces(first, count)]
         if len(parts) == 1:
@@ -186,6 +193,26 @@ class Image:
             np.concatenate([part.offsets for part in parts]),
             np.concatenate([part.copied for part in parts]),
         )
+
+    def contradiction(self, unit: int) -> CorruptImage:
+        """What is wrong with a unit that is INVALID, or that may not be written to as it is. Raises OSError."""
+        index, within = divmod(unit, self.geometry.l2_units)
+        number = within // self.geometry.units_a_cluster
+        try:
+            table = self.l2(L1Index(index))
+        except CorruptImage as error:
+            return error
+        assert table is not None, "what is unallocated is not wrong"
+        entry = int(table.entries[number])
+        what = contradiction(
+            entry,
+            None if table.bitmaps is None else int(table.bitmaps[number]),
+            self.geometry,
+            version=self.header.version,
+            data_file=self.header.has_data_file,
+            end=self.data_end,
+        )
+        return self.corrupt(f"L2 table {index}: entry {number} is {entry:#x}, {what}")
 
     def metadata_in(self, first: int, count: int) -> str:
         """Names what of header, L1 table, refcount table, snapshot table and known L2 tables lies in `count` host
@@ -235,8 +262,7 @@ class Image:
         """Units `low` to `high` of one table."""
         try:
             table = self.l2(index) if index < len(self.l1) else None
-        except CorruptImage as error:
-            self.report(error)
+        except CorruptImage:
             return _all(Kind.INVALID, high - low)
         if table is None:
             return _all(Kind.UNALLOCATED, high - low)
@@ -249,6 +275,7 @@ class Image:
             self.geometry,
             version=self.header.version,
             data_file=self.header.has_data_file,
+            end=self.data_end,
         )
         if per == 1:
             return found

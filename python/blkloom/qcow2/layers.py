@@ -113,7 +113,14 @@ class ImageLayer:
         self.writable = False
         tag = places.file_field(number)
         self._meanings = np.array(
-            [places.SHOWS_THROUGH, places.ZERO, places.READ_ONLY | tag, places.IN_MEMORY | tag, places.ERROR], np.uint64
+            [
+                places.SHOWS_THROUGH,
+                places.ZERO,
+                places.READ_ONLY | tag,
+                places.IN_MEMORY | tag,
+                places.CORRUPT | tag,
+            ],
+            np.uint64,
         )
         self.guarded: Callable[[int, int], NDArray[np.bool_]] | None = None
 
@@ -148,7 +155,7 @@ class ImageLayer:
         return found
 
     def _end_of_file(self, units: Units, data: NDArray[np.bool_], found: Words, low: int) -> None:
-        """Data that the file does not have, or not all of."""
+        """Data that the file does not have all of; an external data file may have none of it."""
         image = self.image
         size = image.data_storage.size()
         ends = units.offsets + np.uint64(image.geometry.unit)
@@ -160,15 +167,9 @@ class ImageLayer:
         cut = data & (ends > size)
         if not cut.any():
             return
-        past = cut & (units.offsets >= size)
         found[cut] = places.IN_MEMORY | places.file_field(self.number)
         if image.header.has_data_file:
-            found[past] = places.ZERO
-        elif past.any():
-            at = int(np.flatnonzero(past)[0])
-            place = int(units.offsets[at])
-            image.report(image.corrupt(f"the data of unit {low + at} is at {place:#x}, past the end of the file"))
-            found[past] = places.ERROR
+            found[cut & (units.offsets >= size)] = places.ZERO
 
     def fill(self, out: bytearray, origin: int, pieces: list[Piece]) -> list[Piece]:
         """See `Layer.fill`."""
@@ -189,18 +190,13 @@ class ImageLayer:
             if kind == _DATA:
                 skip = at - (first + start << bits)
                 place = HostOffset(int(units.offsets[start]) + skip)
-                self._check(place, first + start)
                 out[at - origin : until - origin] = self.image.data_storage.read(place, until - at)
             elif kind == _COMPRESSED:
                 self._fill_compressed(out, origin, at, until)
             elif kind == _INVALID:
-                raise self.image.corrupt(f"the L2 entry of unit {first + start} cannot be")
+                raise self.image.contradiction(first + start)
             elif kind == _UNALLOCATED:
                 below.append((at, until))
-
-    def _check(self, place: HostOffset, unit: int) -> None:
-        if place >= self.image.data_storage.size() and not self.image.header.has_data_file:
-            raise self.image.corrupt(f"the data of unit {unit} is at {place:#x}, past the end of the file")
 
     def _fill_compressed(self, out: bytearray, origin: int, low: int, high: int) -> None:
         bits = self.cluster_bits

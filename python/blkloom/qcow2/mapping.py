@@ -18,11 +18,12 @@ from blkloom.qcow2 import places
 from blkloom.qcow2.allocation import Allocator, Run
 from blkloom.qcow2.image import Image, L2Table
 from blkloom.qcow2.placing import Layout, host_clusters
-from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, classify
+from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, Units, classify
 from blkloom.qcow2.types import HostOffset, L1Index, Words
 
 if TYPE_CHECKING:
     from blkloom.qcow2.cow import Below
+    from blkloom.qcow2.errors import CorruptImage
     from blkloom.qcow2.flush import WriteBack
 
 _AT_ONCE: Final = 1 << 20
@@ -80,6 +81,16 @@ class Mapping:
             end = min(per_table, first + high - low)
             yield L1Index(index), first, end
             low += end - first
+
+    def contradiction(self, table: L2Table, number: int) -> CorruptImage:
+        """What is wrong with an entry of a table."""
+        geometry = self.layout.geometry
+        return self.image.contradiction((table.index * geometry.l2_entries + number) * geometry.units_a_cluster)
+
+    def check(self, table: L2Table, low: int, high: int) -> None:
+        """Raises CorruptImage if one of the entries [low, high) contradicts itself."""
+        if (wrong := np.flatnonzero(self._units(table, low, high).kinds == Kind.INVALID)).size:
+            raise self.contradiction(table, low + int(wrong[0]) // self.layout.geometry.units_a_cluster)
 
     def zeros_below(self, index: L1Index, low: int, high: int) -> NDArray[np.bool_] | None:
         """For each unit of a table's entries [low, high), whether it would read as zeros were it unallocated. None:
@@ -162,15 +173,10 @@ class Mapping:
         self._write_back.l2_changed(table, low, high)
 
     def publish(self, table: L2Table, low: int, high: int) -> None:
-        """Tells the engine of entries [low, high). What needs the chain or a decompression faults, and is looked up."""
-        bitmaps = None if table.bitmaps is None else table.bitmaps[low:high]
-        units = classify(
-            table.entries[low:high],
-            bitmaps,
-            self.layout.geometry,
-            version=self.layout.version,
-            data_file=self.layout.data_file,
-        )
+        """Tells the engine of entries [low, high). What needs the chain or a decompression faults, and is looked up; so
+        does what contradicts itself, for the request must not only fail.
+        """
+        units = self._units(table, low, high)
         kinds = units.kinds
         entries = np.zeros(kinds.size, np.uint64)
         data = kinds == Kind.DATA
@@ -178,12 +184,22 @@ class Mapping:
             data &= units.copied
         np.copyto(entries, places.DATA | units.offsets >> np.uint64(9), where=data)
         entries[kinds == Kind.ZERO] = places.ZERO
-        entries[kinds == Kind.INVALID] = places.ERROR
         if self.below is None:
             entries[kinds == Kind.UNALLOCATED] = places.ZERO
         geometry = self.layout.geometry
         first = table.index * geometry.l2_units + low * geometry.units_a_cluster
         self._install(first, _read_only(entries, self._guarded(first, entries.size)))
+
+    def _units(self, table: L2Table, low: int, high: int) -> Units:
+        """What entries [low, high) are."""
+        return classify(
+            table.entries[low:high],
+            None if table.bitmaps is None else table.bitmaps[low:high],
+            self.layout.geometry,
+            version=self.layout.version,
+            data_file=self.layout.data_file,
+            end=self.image.data_end,
+        )
 
     def withdraw(self, first: int, count: int) -> bool:
         """Keeps the engine from writing to units before they are published again, if it could undo what is written to

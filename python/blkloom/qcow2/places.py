@@ -1,8 +1,9 @@
 """Where units are, as the engine's cluster table says it, and what it cannot say: whole arrays of such entries.
 
-`kind << 61 | file << 49 | offset >> 9`, see `_engine.ClusterTable` and target/entries.py. Two values are only spoken in
-Python: SHOWS_THROUGH (the engine's fault) and IN_MEMORY, of a unit that must be made (decompressed, or the end of a
-file filled up with zeros) before the engine can have it; its file number is the layer's. Pure; any thread.
+`kind << 61 | file << 49 | offset >> 9`, see `_engine.ClusterTable` and target/entries.py. Three values are only used in
+Python: SHOWS_THROUGH (the engine's fault); IN_MEMORY, of a unit that must be made (decompressed, or the end of a file
+filled up with zeros) before the engine can have it; CORRUPT, of a unit whose metadata contradicts itself. The file
+number of the last two is the layer's; the engine has a fault in their place. Pure; any thread.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ SHOWS_THROUGH: Final = np.uint64(entries.FAULT)
 DATA: Final = np.uint64(1 << 61)
 READ_ONLY: Final = np.uint64(2 << 61)
 ZERO: Final = np.uint64(entries.ZERO)
-ERROR: Final = np.uint64(entries.ERROR)
 IN_MEMORY: Final = np.uint64(5 << 61)
+CORRUPT: Final = np.uint64(6 << 61)
 
 IN_MEMORY_KIND: Final = np.uint64(5)
+CORRUPT_KIND: Final = np.uint64(6)
 
 
 def file_field(number: int) -> np.uint64:

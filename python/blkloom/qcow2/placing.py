@@ -24,7 +24,7 @@ IN_PLACE: Final = 2
 COPY: Final = 3
 """It needs another place, and part of its contents there."""
 BAD: Final = 4
-"""The entry cannot be."""
+"""The entry contradicts itself, or the end of the file."""
 
 ALL_ALLOCATED: Final = np.uint64(0xFFFF_FFFF)
 """Subcluster bitmap: all allocated."""
@@ -58,15 +58,17 @@ def place(
     bitmaps: Words | None,
     touched: NDArray[np.bool_] | None,
     zeros_below: NDArray[np.bool_] | None,
+    end: int | None = None,
 ) -> NDArray[np.uint8]:
     """READY, ZEROS, IN_PLACE, COPY or BAD, a cluster.
 
     bitmaps, touched: extended images only; touched, of shape (clusters, 32), says which subclusters are written.
-    zeros_below: for each unit, whether it would read as zeros were it unallocated (None: all would).
+    zeros_below: for each unit, whether it would read as zeros were it unallocated (None: all would). end: as for
+    `classify`; no write may make the file grow over data that it should hold already.
     """
     if bitmaps is None and not entries.any():  # the usual case of an image that fills up
         return np.full(entries.size, ZEROS, np.uint8) if zeros_below is None else np.where(zeros_below, _ZEROS, _COPY)
-    units = classify(entries, bitmaps, layout.geometry, version=layout.version, data_file=layout.data_file)
+    units = classify(entries, bitmaps, layout.geometry, version=layout.version, data_file=layout.data_file, end=end)
     kinds = units.kinds
     found = np.full(entries.size, COPY, np.uint8)
     zero = kinds == _ZERO
@@ -78,6 +80,8 @@ def place(
         found[own & (kinds == _DATA)] = READY
         found[own & zero] = IN_PLACE
         found[kinds == _INVALID] = BAD
+        if end is not None and zero.any():
+            found[zero & (units.offsets >= np.uint64(end))] = BAD
         return found
     assert touched is not None, "extended images say which subclusters"
     shape = (-1, SUBCLUSTERS)
@@ -90,6 +94,8 @@ def place(
     found[own] = IN_PLACE
     found[own & ~(touched & (kinds != _DATA)).any(axis=1)] = READY
     found[(kinds == _INVALID).any(axis=1)] = BAD
+    if end is not None:
+        found[((entries & _OFFSET) >= np.uint64(end)) & (kinds[:, 0] != _COMPRESSED_KIND)] = BAD
     return found
 
 

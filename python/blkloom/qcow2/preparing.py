@@ -85,9 +85,7 @@ class Preparer:
                 self._check(table, first, stop)
                 self._mapping.publish(table, first, stop)
             else:
-                raise self._mapping.image.corrupt(
-                    f"L2 table {index}: one of the entries {first} to {stop - 1} cannot be"
-                )
+                raise self._mapping.contradiction(table, first)
         return done
 
     def _relocated(self, table: L2Table, number: int, payload: Payload) -> bool:
@@ -120,7 +118,8 @@ class Preparer:
         bitmaps = None if table.bitmaps is None else table.bitmaps[low:high]
         touched = None if bitmaps is None else self._touched(table.index, low, high, payload)
         zeros_below = self._mapping.zeros_below(table.index, low, high)
-        return place(self._mapping.layout, table.entries[low:high], bitmaps, touched, zeros_below)
+        end = self._mapping.image.data_end
+        return place(self._mapping.layout, table.entries[low:high], bitmaps, touched, zeros_below, end)
 
     def _touched(self, index: L1Index, low: int, high: int, payload: Payload) -> NDArray[np.bool_]:
         first = index * self._per_table + low

@@ -53,6 +53,11 @@ class Kind(IntEnum):
     """The entry contradicts itself."""
 
 
+# Plain numbers: looking an enum's member up costs more than comparing a few entries with it.
+_DATA: Final = int(Kind.DATA)
+_INVALID: Final = int(Kind.INVALID)
+
+
 @dataclass(slots=True)
 class Units:
     """Neighbouring units. kinds: a `Kind` each. offsets: each unit's own host offset (bytes) where a host cluster
@@ -75,12 +80,19 @@ def encode(words: Words) -> bytes:
 
 
 def classify(
-    entries: Words, bitmaps: Words | None, geometry: Geometry, *, version: int, data_file: bool = False
+    entries: Words,
+    bitmaps: Words | None,
+    geometry: Geometry,
+    *,
+    version: int,
+    data_file: bool = False,
+    end: int | None = None,
 ) -> Units:
     """What the units of the clusters described by `entries` are.
 
     entries: L2 entries of neighbouring clusters. bitmaps: their subcluster allocation bitmaps, where the geometry is
-    extended. data_file: guest data lies in an external data file, so that a host offset may be 0.
+    extended. data_file: guest data lies in an external data file, so that a host offset may be 0. end: bytes of the
+    file that the data is in, and none begins behind that; None where that is no contradiction.
     """
     compressed = (entries & _COMPRESSED) != _NONE
     offsets = entries & _OFFSET
@@ -95,8 +107,12 @@ def classify(
         code = backed.view(np.uint8) | zero.view(np.uint8) << _SECOND
         code |= bad.view(np.uint8) << _THIRD | compressed.view(np.uint8) << _FOURTH
         kinds = _MEANINGS[version >= 3, data_file][code]
+        if end is not None and int(offsets.max(initial=0)) >= end:
+            kinds[(kinds == _DATA) & (offsets >= np.uint64(end))] = _INVALID
         if compressed.any():
             np.copyto(offsets, entries, where=compressed)
+            if end is not None:
+                kinds[_compressed_past(end, entries, compressed, geometry)] = _INVALID
         return Units(kinds, offsets, copied)
     kinds = _subclusters(bitmaps, backed)
     kinds[bad | zero] = Kind.INVALID
@@ -104,8 +120,49 @@ def classify(
     kinds[compressed] = Kind.INVALID if data_file else Kind.COMPRESSED
     steps = np.arange(SUBCLUSTERS, dtype=np.uint64) * np.uint64(geometry.unit)
     places = np.where(backed[:, None], offsets[:, None] + steps, _NONE)
+    if end is not None:
+        kinds[(kinds == _DATA) & (places >= np.uint64(end))] = _INVALID
+        kinds[_compressed_past(end, entries, compressed, geometry)] = _INVALID
     places[compressed] = entries[compressed, None]
     return Units(kinds.reshape(-1), places.reshape(-1), np.repeat(copied, SUBCLUSTERS))
+
+
+def contradiction(
+    entry: int, bitmap: int | None, geometry: Geometry, *, version: int, data_file: bool, end: int | None
+) -> str:
+    """What is wrong with an L2 entry of which `classify` says INVALID, or which may not be written to as it is; "" for
+    nothing. Arguments as for `classify`.
+    """
+    if entry & COMPRESSED:
+        place = compressed_place(entry, geometry.cluster_bits)[0]
+        if data_file:
+            return "of a compressed cluster, in an image with an external data file"
+        return f"of data at {place:#x}, past the end of the file" if end is not None and place >= end else ""
+    place = HostOffset(entry & OFFSET_MASK)
+    if entry & int(_RESERVED):
+        return "with reserved bits set"
+    if place % geometry.cluster:
+        return f"of data at {place:#x}, which is no multiple of {geometry.cluster}"
+    if entry & ALL_ZERO and bitmap is not None:
+        return "with the zero bit set, in an image with subclusters"
+    if entry & ALL_ZERO and version < 3:
+        return "with the zero bit set, in an image of version 2"
+    allocated, zero = (bitmap or 0) & 0xFFFF_FFFF, (bitmap or 0) >> SUBCLUSTERS
+    if allocated & zero:
+        return f"with subclusters both allocated and zeros (bitmap {bitmap:#x})"
+    if allocated and not place and not (data_file and entry & COPIED):
+        return f"with subclusters allocated nowhere (bitmap {bitmap:#x})"
+    last = place + (allocated.bit_length() - 1) * geometry.unit if allocated else place
+    if place and end is not None and last >= end:
+        return f"of data at {last:#x}, past the end of the file"
+    return ""
+
+
+def _compressed_past(end: int, entries: Words, compressed: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.bool_]:
+    """Which of the entries are of compressed clusters that begin past the end of the file."""
+    past = compressed.copy()
+    past[compressed] = compressed_places(entries[compressed], geometry.cluster_bits)[0] >= np.uint64(end)
+    return past
 
 
 def _subclusters(bitmaps: Words, backed: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -226,12 +226,12 @@ class Writer:
                 self._image.storage.sync()
 
     def mark_corrupt(self, error: CorruptImage) -> None:
-        """The image's metadata is wrong: says so in the image, and only reads from now on."""
+        """The image's metadata is wrong: says so in the log and in the image, and only reads from now on."""
         if self.broken is not None:
             return
         self.broken = error
-        self._image.wants_check = True
-        _log.error("%s; nothing is written to the image any more", error)
+        self._image.report(error)
+        _log.error("%s: marked corrupt; nothing is written to the image any more", self._image.path)
         try:
             if self._image.header.version >= 3:
                 self._set_header(incompatible=self._image.header.incompatible | Incompatible.CORRUPT)
@@ -284,7 +284,8 @@ class Writer:
         try:
             yield
         except CorruptImage as error:
-            self.mark_corrupt(error)
+            if error.path == self._image.path:  # and not a backing file's
+                self.mark_corrupt(error)
             raise
 
     def _limit(self) -> None:

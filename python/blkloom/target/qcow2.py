@@ -19,6 +19,7 @@ from typing_extensions import override
 from blkloom._engine import Extent
 from blkloom.errors import BackingError, FaultError, LaterError
 from blkloom.gate import Gate
+from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.table_options import read_options
 from blkloom.target.base import RETRY, Mapped, Retry, Target
 from blkloom.target.limits import BlockLimits
@@ -222,8 +223,6 @@ class Qcow2(Target):
         def broke() -> None:
             top.writable = False
             attachment.forget()
-            if self._writer and self._writer.broken:
-                self._attendant.found_corrupt(self._writer.broken)
             self._attendant.troubles.event("event_CORRUPT")
             self._live.event("the image is corrupt and only read from now on")
 
@@ -291,19 +290,21 @@ class Qcow2(Target):
 
     @override
     def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
-        data = self._attached.read(offset, length)
+        with self._meeting_corruption():
+            data = self._attached.read(offset, length)
         return RETRY if data is None else data
 
     @override
     def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
         if self._attached.leads_to_data(offset, length):
             return RETRY
-        self._attached.prepare(offset, length)
-        try:
-            return None if self._changing.prepare_write(offset, length, fetch) else RETRY
-        except OSError as error:
-            self._meet(error)
-            raise
+        with self._meeting_corruption():
+            self._attached.prepare(offset, length)
+            try:
+                return None if self._changing.prepare_write(offset, length, fetch) else RETRY
+            except OSError as error:
+                self._meet(error)
+                raise
 
     @override
     def full(self, offset: Bytes, length: Bytes, number: int) -> Retry:
@@ -315,16 +316,17 @@ class Qcow2(Target):
     @override
     def flush(self) -> None:
         if self._writer:
-            self._write_back(self._writer.flush)
+            with self._meeting_corruption():
+                self._write_back(self._writer.flush)
 
     @override
     def discard(self, offset: Bytes, length: Bytes) -> None:
-        with self._freeing() as writer:
+        with self._meeting_corruption(), self._freeing() as writer:
             writer.discard(offset, length)
 
     @override
     def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> None:
-        with self._freeing() as writer:
+        with self._meeting_corruption(), self._freeing() as writer:
             writer.write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
 
     @override
@@ -339,6 +341,21 @@ class Qcow2(Target):
     def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
         assert self._block_status is not None, "nothing faults while it is suspended"
         return ((Bytes(run), flags) for run, flags in self._block_status.runs(context, offset, length))
+
+    @contextmanager
+    def _meeting_corruption(self) -> Iterator[None]:
+        """While a request is served: metadata found wrong is reported, once for each request that meets it, and marked
+        where the image is written to. Raises FaultError in its place, for the log has it then.
+        """
+        try:
+            yield
+        except CorruptImage as error:
+            chain, writer = self._attached.chain, self._writer
+            if writer and error.path == chain.top.path:
+                writer.mark_corrupt(error)
+            if not (writer and writer.broken is error):  # which marking has reported
+                chain.report(error)
+            raise FaultError(error.errno or errno.EIO, str(error)) from error
 
     def _meet(self, error: OSError) -> None:
         """A change failed. Raises LaterError where it is to wait for space."""
