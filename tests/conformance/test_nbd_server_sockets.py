@@ -14,9 +14,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from blkloom.errors import ListenError
+from blkloom.errors import ListenError, UsageError
 from blkloom.export.nbd.listening import adopt, listen_tcp, listen_unix
-from blkloom.export.nbd.uri import tcp_uri, unix_uri
+from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
 from blkloom.export.systemd import PassedDescriptor, ServiceNotifier, adopt_socket, passed_descriptors
 
 # Unix sockets
@@ -132,7 +132,31 @@ def test_port_in_use_says_so() -> None:
 
 def test_foreign_address_says_so() -> None:
     with pytest.raises(ListenError, match=r"192\.0\.2\.1"):
-        asyncio.run(listen_tcp("192.0.2.1", 0))
+        asyncio.run(listen_tcp("192.0.2.1", 0, allow_remote=True))
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "::ffff:192.0.2.1"])
+def test_addresses_that_other_hosts_reach_are_refused_until_allowed(host: str) -> None:
+    with pytest.raises(UsageError, match=r"other hosts reach .*; listen on localhost, or confirm it with --allow-rem"):
+        asyncio.run(listen_tcp(host, 0))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost"])
+def test_loopback_needs_no_confirmation(host: str) -> None:
+    for listener in asyncio.run(listen_tcp(host, 0)):
+        listener.close()
+
+
+def test_listening_on_all_addresses_has_a_uri_that_other_hosts_can_use() -> None:
+    for listener in asyncio.run(listen_tcp("0.0.0.0", 0, allow_remote=True)):
+        host = urlsplit(listener.uri("disk")).hostname
+        assert host not in (None, "localhost", "127.0.0.1", "0.0.0.0")
+        listener.close()
+
+
+@pytest.mark.parametrize("host", ["example.com", "192.0.2.1", "::1", "localhost"])
+def test_an_address_in_a_uri_is_the_one_that_was_named(host: str) -> None:
+    assert reachable_host(host) == host
 
 
 # URIs
@@ -146,8 +170,7 @@ def test_foreign_address_says_so() -> None:
         ("192.0.2.1", 1, "hello world", "nbd://192.0.2.1:1/hello%20world"),
         ("::1", 10809, "/disk", "nbd://[::1]/%2Fdisk"),
         ("fe80::1%eth0", 2, "", "nbd://[fe80::1%25eth0]:2/"),
-        ("0.0.0.0", 3, "ü?#&", "nbd://localhost:3/%C3%BC%3F%23%26"),
-        ("::", 3, "", "nbd://localhost:3/"),
+        ("localhost", 3, "ü?#&", "nbd://localhost:3/%C3%BC%3F%23%26"),
     ],
 )
 def test_tcp_uri(host: str, port: int, name: str, uri: str) -> None:

@@ -67,6 +67,20 @@ def test_port_zero_is_a_free_port_that_is_told(serve: Serve, image: Path, size_o
     assert size_of(server.uri) == MiB
 
 
+@pytest.mark.parametrize("address", ["0", ":0"])
+def test_a_port_alone_is_one_of_localhost(serve: Serve, image: Path, address: str) -> None:
+    server = serve(image, "--listen", address)
+    assert {urlsplit(uri).hostname for uri in server.uris} <= {"127.0.0.1", "::1"}
+
+
+def test_all_addresses_are_listened_on_when_that_is_confirmed(
+    serve: Serve, image: Path, size_of: Callable[[str], int]
+) -> None:
+    server = serve(image, "--listen", "0.0.0.0:0", "--allow-remote")
+    assert urlsplit(server.uri).hostname not in ("localhost", "127.0.0.1", "0.0.0.0")
+    assert size_of(server.uri) == MiB
+
+
 def test_export_has_the_name_it_was_given(serve: Serve, image: Path, size_of: Callable[[str], int]) -> None:
     server = serve(image, "--export", "my disk", "--listen", "127.0.0.1:0")
     assert server.uri.endswith("/my%20disk")

@@ -8,12 +8,14 @@ import signal
 import socket
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from blkloom.control.client import Client
 from blkloom.control.states import ExportState
 from blkloom.errors import ListenError, UsageError
+from blkloom.metrics.addresses import uri_of
 from conformance.nbd_client import READ, READ_ONLY, WRITE, NbdClient, Style
 
 from .conftest import Life, info, read, until
@@ -51,6 +53,23 @@ def test_a_device_is_exported_over_tcp_read_only(client: Client, file: Path) -> 
     with pytest.raises(ConnectionRefusedError):
         over_tcp(export)
     assert len(info(client, "disk").exports) == 1
+
+
+def test_a_port_alone_is_exported_on_localhost(client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    export = client.export("disk", port=port)
+    assert (export.host, export.port) in (("127.0.0.1", port), ("::1", port))
+
+
+def test_an_export_that_other_hosts_reach_must_be_allowed(client: Client) -> None:
+    with pytest.raises(UsageError, match=r"other hosts reach 0\.0\.0\.0, .* confirm it with --allow-remote"):
+        client.export("disk", host="0.0.0.0")
+    assert len(info(client, "disk").exports) == 1
+    export = client.export("disk", host="0.0.0.0", allow_remote=True)
+    with closing(over_tcp(export)) as nbd:
+        assert read(nbd) == b"f" * 512
+    assert urlsplit(uri_of(export)).hostname not in ("localhost", "0.0.0.0")
 
 
 def test_taking_an_export_away_disconnects_its_clients_and_no_others(life: Life, client: Client) -> None:

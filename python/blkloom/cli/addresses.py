@@ -10,10 +10,28 @@ _DEFAULT_PORT: Final = "10809"
 
 
 def host_port(text: str) -> tuple[str, int]:
-    """HOST:PORT, HOST or :PORT; IPv6 addresses in brackets. Raises click.BadParameter."""
+    """HOST:PORT, HOST, or a port of localhost (:PORT, PORT); IPv6 addresses in brackets. Raises
+    click.BadParameter.
+    """
     host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
+    if text.endswith("]") or not (colon or text.isdigit()):
         host, port = text, _DEFAULT_PORT
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise click.BadParameter(f"{text!r}: the port must be a number up to 65535, as in localhost:10809")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
+        raise click.BadParameter(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:10809")
+    return (host[1:-1] if bracketed else host) or "localhost", int(port)
+
+
+listen_option: Final = click.option(
+    "--listen",
+    type=host_port,
+    metavar="[HOST:]PORT",
+    help="Listen on TCP, on localhost if there is no HOST; port 0 finds a free one.",
+)
+allow_remote_option: Final = click.option(
+    "--allow-remote",
+    is_flag=True,
+    help="Confirm a --listen that other hosts reach: NBD asks for no password.",
+)

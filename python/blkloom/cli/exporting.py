@@ -6,7 +6,7 @@ import os
 
 import click
 
-from blkloom.cli.addresses import host_port
+from blkloom.cli.addresses import allow_remote_option, listen_option
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import VerbFailed
@@ -15,7 +15,8 @@ from blkloom.metrics.addresses import uri_of
 
 @verb("DEVICE", least=0, most=1)
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket (mode 0600).")
-@click.option("--listen", type=host_port, metavar="HOST:PORT", help="TCP; port 0 finds a free one.")
+@listen_option
+@allow_remote_option
 @click.option("--name", "export_name", metavar="NAME", help="What clients ask for; the device's name if not given.")
 @click.option("-r", "--readonly", "--read-only", "readonly", is_flag=True, help="For reading only.")
 @click.option("--list", "listed", is_flag=True, help="Print the ways in that there are.")
@@ -24,6 +25,7 @@ def export(
     operands: tuple[str, ...],
     socket: str | None,
     listen: tuple[str, int] | None,
+    allow_remote: bool,
     export_name: str | None,
     readonly: bool,
     listed: bool,
@@ -45,14 +47,17 @@ def export(
         return
     if socket is not None and listen is not None:
         raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
+    if allow_remote and listen is None:
+        raise VerbFailed("--allow-remote goes with --listen.", what="a Unix socket is for this user alone")
     host, port = listen or ("", 0)
     state = session.client.export(
         named.wire,
         name=export_name or "",
         unix=os.path.abspath(socket) if socket else "",
-        host=host or ("localhost" if listen else ""),
+        host=host,
         port=port,
         read_only=readonly,
+        allow_remote=allow_remote,
     )
     click.echo(uri_of(state))
 

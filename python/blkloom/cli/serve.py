@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from blkloom import _engine
-from blkloom.cli.addresses import host_port
+from blkloom.cli.addresses import allow_remote_option, listen_option
 from blkloom.cli.devices import DeviceRequest, open_devices, requested
 from blkloom.cli.serving import Listening, Report, run
 from blkloom.cli.tables import allow_backing_option
@@ -40,7 +40,8 @@ def _size(text: str) -> Bytes:
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
 @click.option("--description", default="", help="Text that clients are shown.")
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
-@click.option("--listen", type=host_port, metavar="HOST:PORT", help="Listen on TCP; port 0 finds a free one.")
+@listen_option
+@allow_remote_option
 @click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")
 @click.option("--shared", is_flag=True, help="Do not lock files; others may change them meanwhile.")
@@ -78,6 +79,7 @@ def serve(
     description: str,
     socket: str | None,
     listen: tuple[str, int] | None,
+    allow_remote: bool,
     read_only: bool,
     direct_io: bool,
     shared: bool,
@@ -128,7 +130,9 @@ def serve(
         if len(devices) != 1:
             raise UsageError(f"--export names one device, there are {len(devices)}", cure="use --device NAME=TABLE")
         devices = [DeviceRequest(export_name, devices[0].table, devices[0].read_only)]
-    listening = Listening(socket, listen, os.environ, os.getpid())
+    if allow_remote and listen is None:
+        raise UsageError("--allow-remote goes with --listen", cure="a Unix socket is for this user alone")
+    listening = Listening(socket, listen, allow_remote, os.environ, os.getpid())
     limits = ServerLimits(connections=max_connections, stall=stall_timeout)
     engine = _make_engine(io, loops, spin)
     try:

@@ -33,10 +33,13 @@ _STOP_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """Where to listen. environment, pid: those of the process, for what systemd passed."""
+    """Where to listen. allow_remote: on `tcp`, whatever address that is. environment, pid: those of the process,
+    for what systemd passed, which is listened on wherever it is: its unit says so.
+    """
 
     socket: str | None
     tcp: tuple[str, int] | None
+    allow_remote: bool
     environment: Mapping[str, str]
     pid: int
 
@@ -134,7 +137,7 @@ async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack
     if listening.socket is not None:
         await server.listen_unix(listening.socket)
     if listening.tcp is not None:
-        await server.listen_tcp(*listening.tcp)
+        await server.listen_tcp(*listening.tcp, allow_remote=listening.allow_remote)
     if not passed and listening.socket is None and listening.tcp is None:
         folder = tempfile.mkdtemp(prefix="blkloom-", dir=listening.environment.get("XDG_RUNTIME_DIR"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -180,9 +180,20 @@ class Client:
         host: str = "",
         port: int = 0,
         read_only: bool = False,
+        allow_remote: bool = False,
     ) -> ExportState:
-        """One more NBD export; where it listens."""
-        call = m.AddExport(device=device, name=name, unix=unix, host=host, port=port, read_only=read_only)
+        """One more NBD export; where it listens. host: of this machine, "" for localhost if there is a port.
+        allow_remote: it may be an address that other hosts reach.
+        """
+        call = m.AddExport(
+            device=device,
+            name=name,
+            unix=unix,
+            host=host,
+            port=port,
+            read_only=read_only,
+            allow_remote=allow_remote,
+        )
         return msgspec.convert(self.call(call), ExportState)
 
     def unexport(self, device: str, export: str) -> None:

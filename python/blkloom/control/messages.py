@@ -234,7 +234,8 @@ class GetStats(_Call, tag="stats"):
 
 class AddExport(_Call, tag="export"):
     """→ ExportState with where it listens (port 0 becomes the port it got). unix "" and host "": the
-    automatic socket once more (after `unexport`).
+    automatic socket once more (after `unexport`). host "" with a port: localhost. allow_remote: `host` may be an
+    address that other hosts reach.
     """
 
     device: str
@@ -243,6 +244,7 @@ class AddExport(_Call, tag="export"):
     host: str = ""
     port: int = 0
     read_only: bool = False
+    allow_remote: bool = False
 
 
 class RemoveExport(_Call, tag="unexport"):

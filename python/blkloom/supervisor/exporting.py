@@ -52,20 +52,20 @@ def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> ExportState:
         id=f"e{number}",
         name=call.name or entry.name,
         unix=call.unix,
-        host=call.host,
+        host=call.host or ("" if call.unix else "localhost"),
         port=call.port,
         read_only=call.read_only,
     )
 
 
-async def listen(store: Store, entry: Entry, export: ExportState) -> int:
+async def listen(store: Store, entry: Entry, export: ExportState, *, allow_remote: bool) -> int:
     """Binds and keeps the export's socket; the descriptor stays the store's. `export` learns its port.
-    Raises ListenError.
+    allow_remote: as for `listen_tcp`. Raises ListenError, UsageError.
     """
     if export.unix:
         listening = listen_unix(export.unix).socket
     else:
-        first, *others = await listen_tcp(export.host, export.port)
+        first, *others = await listen_tcp(export.host, export.port, allow_remote=allow_remote)
         for other in others:
             other.close()
         listening = first.socket
@@ -80,7 +80,7 @@ async def listen_again(store: Store, entries: Iterable[Entry]) -> None:
     for entry in entries:
         for export in entry.exports:
             if store.find(label(entry, export)) is None:
-                await listen(store, entry, export)
+                await listen(store, entry, export, allow_remote=True)  # as was allowed when it was added
 
 
 def stop_listening(store: Store, entry: Entry, export: ExportState) -> None:

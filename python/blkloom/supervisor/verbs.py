@@ -119,7 +119,7 @@ class Verbs:
 
     async def _make(self, entry: Entry, call: m.Create, found: Read | None, caller: Caller) -> None:
         export = exporting.automatic(self._run_dir, entry.name)
-        await exporting.listen(self._store, entry, export)
+        await exporting.listen(self._store, entry, export, allow_remote=False)
         entry.exports.append(export)
         entry.group.targets = found.targets if found else frozenset()
         await self._workers.start(entry.group)
@@ -523,7 +523,7 @@ class Verbs:
         entry = self._live(call.device)
         async with self._held(entry):
             export = exporting.wanted(self._run_dir, entry, call)
-            descriptor = await exporting.listen(self._store, entry, export)
+            descriptor = await exporting.listen(self._store, entry, export, allow_remote=call.allow_remote)
             try:
                 await entry.group.call(m.Serve(minor=entry.minor, export=export), descriptor)
             except BaseException:

@@ -3,21 +3,25 @@
 A Unix socket's file is 0600 from the first moment (the mode is set on the socket before it is bound,
 which is how Linux decides the file's), replaces a stale one only when nobody listens there, and is
 removed on close only while it is still the one made here. Not safe against two servers starting on
-one path within the microseconds between bind and listen. What may fail raises ListenError.
+one path within the microseconds between bind and listen. TCP addresses that other hosts reach must be
+confirmed (`allow_remote`), because NBD has no authentication; sockets that others made are adopted as
+they are. What may fail raises ListenError.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import os
 import socket
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from blkloom.errors import ListenError
-from blkloom.export.nbd.uri import tcp_uri, unix_uri
+from blkloom.errors import ListenError, UsageError
+from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
 from blkloom.peer import peer_of
 
 BACKLOG: Final = 1024
@@ -43,7 +47,7 @@ class Listener:
         address = self.socket.getsockname()
         if self.socket.family == socket.AF_UNIX:
             return unix_uri(address, name)
-        return tcp_uri(address[0], address[1], name)
+        return tcp_uri(reachable_host(address[0]), address[1], name)
 
     def close(self) -> None:
         """Stop listening; remove the socket file if it is still ours."""
@@ -95,8 +99,11 @@ def check_path(path: str) -> None:
         )
 
 
-async def listen_tcp(host: str, port: int) -> list[Listener]:
-    """Listen on every address `host` resolves to ("" for all). port 0: one free port for all of them."""
+async def listen_tcp(host: str, port: int, *, allow_remote: bool = False) -> list[Listener]:
+    """Listen on every address `host` resolves to ("" for all). port 0: one free port for all of them.
+
+    allow_remote: also on addresses that other hosts reach; without it they are a UsageError.
+    """
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -104,6 +111,8 @@ async def listen_tcp(host: str, port: int) -> list[Listener]:
         raise ListenError(
             f"{host!r} is no address of this machine: {error.strerror}", cure="give a host name or an IP address"
         ) from error
+    if not allow_remote:
+        _check_loopback(host, [str(address[0]) for *_, address in found])
     listeners: list[Listener] = []
     try:
         for family, *_, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
@@ -118,6 +127,18 @@ async def listen_tcp(host: str, port: int) -> list[Listener]:
             errno=error.errno,
         ) from error
     return listeners
+
+
+def _check_loopback(host: str, addresses: Iterable[str]) -> None:
+    for address in addresses:
+        number = ipaddress.ip_address(address)
+        mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+        if not (mapped or number).is_loopback:
+            named = address if host in ("", address) else f"{host} ({address})"
+            raise UsageError(
+                f"other hosts reach {named}, and whoever reaches a port of NBD may use the device",
+                cure="listen on localhost, or confirm it with --allow-remote",
+            )
 
 
 def adopt(listening: socket.socket) -> Listener:

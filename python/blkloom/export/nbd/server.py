@@ -156,9 +156,15 @@ class NbdServer:
         """Listen on a Unix socket (mode 0600). Raises ListenError."""
         return self._listen(listen_unix(path))
 
-    async def listen_tcp(self, host: str = "localhost", port: int = 10809) -> list[Listener]:
-        """Listen on every address of `host` ("" for all, port 0 for a free one). Raises ListenError."""
-        return [self._listen(listener) for listener in await listen_tcp(host, port)]
+    async def listen_tcp(
+        self, host: str = "localhost", port: int = 10809, *, allow_remote: bool = False
+    ) -> list[Listener]:
+        """Listen on every address of `host` ("" for all, port 0 for a free one).
+
+        allow_remote: `host` may be an address that other hosts reach. Raises ListenError, and UsageError for an
+        address that has not been allowed.
+        """
+        return [self._listen(listener) for listener in await listen_tcp(host, port, allow_remote=allow_remote)]
 
     def adopt(self, listening: socket.socket) -> Listener:
         """Accept from a socket that already listens, and own it. Raises ListenError."""

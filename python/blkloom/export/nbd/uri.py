@@ -1,21 +1,49 @@
-"""NBD URIs, as clients take them. Pure functions; source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986."""
+"""NBD URIs, as clients take them. Source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986.
+
+Pure functions, but for `reachable_host`, which asks the kernel for an address of this machine.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+from typing import Final
 from urllib.parse import quote
 
 from blkloom.export.nbd.codes import DEFAULT_PORT
 
+_OTHER_HOST: Final = {
+    "": (socket.AF_INET, "198.51.100.1"),
+    "0.0.0.0": (socket.AF_INET, "198.51.100.1"),
+    "::": (socket.AF_INET6, "2001:db8::1"),
+}
+"""By addresses that stand for all of this machine's: an address that no machine has (RFC 5737, RFC 3849)."""
+
 
 def tcp_uri(host: str, port: int, name: str = "") -> str:
     """`nbd://host:port/name`. host: a name or an address; IPv6 gets its brackets, the port is left
-    out where it is 10809, an address that means "any" becomes localhost. name: the export's.
+    out where it is 10809. name: the export's.
     """
-    if host in {"", "0.0.0.0", "::"}:
-        host = "localhost"
     shown = f"[{host.replace('%', '%25')}]" if ":" in host else quote(host, safe="")
     return f"nbd://{shown}{'' if port == DEFAULT_PORT else f':{port}'}/{quote(name, safe='')}"
+
+
+def reachable_host(address: str) -> str:
+    """The host that belongs into the URI of a server that listens on `address`. Where that stands for every
+    address of this machine: the one that its packets to other hosts leave from, or else this machine's name.
+    """
+    if address not in _OTHER_HOST:
+        return address
+    family, other = _OTHER_HOST[address]
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, DEFAULT_PORT))  # of a datagram socket: it finds the route and sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        if error.errno not in {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+            raise
+        return socket.gethostname()
 
 
 def unix_uri(path: str | bytes | os.PathLike[str], name: str = "") -> str:
