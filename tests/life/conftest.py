@@ -24,6 +24,7 @@ import pytest
 
 from blkloom.control.client import Client
 from blkloom.control.states import DeviceInfo
+from conformance.file_systems import needs_root
 from conformance.nbd_client import READ, NbdClient
 
 from .loop_commands import Loop
@@ -173,6 +174,31 @@ def beside(life: Life) -> Iterator[Callable[..., Future[Any]]]:
 def loop(blkloom: str, life: Life) -> Loop:
     """`blkloom loop ...`."""
     return Loop(blkloom, life.run_dir)
+
+
+@pytest.fixture
+def losetup(program: Callable[[str, str], str]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """The real one; devices of its making go after the test."""
+    path = program("losetup", "mount")
+    needs_root("losetup")
+    made: list[str] = []
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["losetup", *map(str, words)],
+            executable=path,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "--show" in words and done.returncode == 0:
+            made.append(done.stdout.strip())
+        return done
+
+    yield run
+    for device in made:
+        subprocess.run([path, "-d", device], check=True)
 
 
 @pytest.fixture

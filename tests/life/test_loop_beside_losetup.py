@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from conformance.file_systems import needs_root
 
 from .conftest import Life
 from .loop_commands import Loop
@@ -21,31 +18,6 @@ pytestmark = pytest.mark.timeout(180)
 def life(shared: Life) -> Life:
     """The module's."""
     return shared
-
-
-@pytest.fixture
-def losetup(program: Callable[[str, str], str]) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """The real one; devices of its making go after the test."""
-    path = program("losetup", "mount")
-    needs_root("losetup")
-    made: list[str] = []
-
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            ["losetup", *map(str, words)],
-            executable=path,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "--show" in words and done.returncode == 0:
-            made.append(done.stdout.strip())
-        return done
-
-    yield run
-    for device in made:
-        subprocess.run([path, "-d", device], check=True)
 
 
 SAME = "SIZELIMIT,OFFSET,AUTOCLEAR,RO,BACK-FILE,DIO,LOG-SEC,BACK-INO,PARTSCAN"

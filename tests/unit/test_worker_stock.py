@@ -12,7 +12,7 @@ import pytest
 
 from blkloom.control.states import Label
 from blkloom.errors import BackingError, ResourceError
-from blkloom.target.descriptors import open_file
+from blkloom.target.descriptors import descriptor_path, open_file
 from blkloom.worker.stock import LoadDescriptors, Stock
 
 
@@ -22,12 +22,12 @@ class Caller:
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool, bool, bool]] = []
 
-    def __call__(self, path: str, *, writable: bool, direct: bool, exclusive: bool) -> int:
+    def __call__(self, path: str, *, writable: bool, direct: bool, exclusive: bool, opened: int | None = None) -> int:
         self.asked.append((path, writable, direct, exclusive))
-        return open_file(path, writable=writable, direct=direct)
+        return open_file(path if opened is None else descriptor_path(opened), writable=writable, direct=direct)
 
 
-def nobody(path: str, *, writable: bool, direct: bool, exclusive: bool) -> int:
+def nobody(path: str, *, writable: bool, direct: bool, exclusive: bool, opened: int | None = None) -> int:
     """There is no one who waits for the load."""
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -106,6 +106,30 @@ def test_lost_memory_is_not_replaced_by_zeros() -> None:
     load = LoadDescriptors(Stock(), 1, 7, nobody, restored=True)
     with pytest.raises(ResourceError, match="what was in its memory is lost"):
         load.memory(lambda: pytest.fail("made anew"))
+
+
+def test_a_load_goes_on_with_the_files_of_another_whatever_their_paths_lead_to(file: str) -> None:
+    stock, caller = Stock(), Caller()
+    first = LoadDescriptors(stock, 1, 7, caller)
+    close(first.open(file, writable=True, direct=False))
+    first.succeed()
+    identity = os.stat(file).st_ino
+    os.rename(file, f"{file}.old")
+    Path(file).write_bytes(bytes(1024))
+    caller.asked.clear()
+    load = LoadDescriptors(stock, 1, 8, caller, same_as=7)
+    for writable in (True, False):
+        fd = load.open(file, writable=writable, direct=False)
+        assert os.fstat(fd).st_ino == identity
+        close(fd)
+    assert caller.asked == [(file, False, False, False)], "what is open in that way already was asked for"
+    load.fail()
+    other = LoadDescriptors(stock, 1, 9, caller)
+    fd = other.open(file, writable=True, direct=False)
+    assert os.fstat(fd).st_ino != identity
+    close(fd)
+    other.fail()
+    empty(stock)
 
 
 def test_a_claim_on_a_block_device_is_opened_but_not_kept_as_a_file(file: str) -> None:

@@ -22,7 +22,7 @@ from blkloom.units import SECTOR, Sectors
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session
-    from blkloom.control.states import DeviceInfo, LoopNotes
+    from blkloom.control.states import DeviceInfo, LoopNotes, OpenedFile
 
 _BLOCK_SIZE: Final = "block_size="
 _NUMBERED: Final = re.compile(r"loop([0-9]+)")
@@ -105,11 +105,12 @@ def _rank(option: str) -> int:
 
 @dataclass(frozen=True)
 class LoopDevice:
-    """table: None where it is no single segment of a file."""
+    """table: None where it is no single segment of a file. file: what of that is open; None where it has failed."""
 
     info: DeviceInfo
     notes: LoopNotes
     table: LoopTable | None
+    file: OpenedFile | None
 
     @property
     def name(self) -> str:
@@ -126,23 +127,16 @@ class LoopDevice:
         """Where NBD clients reach it; "" for no Unix socket."""
         return next((export.unix for export in self.info.exports if export.unix), "")
 
-    def backing(self) -> os.stat_result | None:
-        """Of its file, as it is seen from here; None where there is none."""
-        if self.table is None:
-            return None
-        try:
-            return os.stat(self.table.path)
-        except (OSError, ValueError):
-            return None
+    @property
+    def backing_name(self) -> str | None:
+        """Of its file: where it is now, or what its table calls it. None where there is none."""
+        return self.file.name if self.file else self.table.path if self.table else None
 
     def is_backed_by(self, path: str, status: os.stat_result | None) -> bool:
         """Whether that is its file. status: the file's, if it is there."""
-        if self.table is None:
-            return False
-        own = self.backing()
-        if status is not None and own is not None:
-            return (own.st_dev, own.st_ino) == (status.st_dev, status.st_ino)
-        return self.table.path == path
+        if status is not None and self.file is not None:
+            return (self.file.device, self.file.inode) == (status.st_dev, status.st_ino)
+        return self.backing_name == path
 
 
 def loop_devices(session: Session) -> list[LoopDevice]:
@@ -164,7 +158,9 @@ def _order(name: str) -> tuple[int, str]:
 
 def _device(session: Session, info: DeviceInfo) -> LoopDevice:
     assert info.loop is not None, "the caller has looked"
-    return LoopDevice(info, info.loop, LoopTable.read(session.client.table(info.name)))
+    table = LoopTable.read(session.client.table(info.name))
+    files = session.client.files(info.name) if table else []
+    return LoopDevice(info, info.loop, table, next((file for file in files if table and file.path == table.path), None))
 
 
 def loop_name(session: Session, text: str) -> str:

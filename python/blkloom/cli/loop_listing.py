@@ -31,11 +31,6 @@ class LoopRow:
     aligned: bool
 
     @cached_property
-    def backing(self) -> os.stat_result | None:
-        """Of its file."""
-        return self.device.backing()
-
-    @cached_property
     def mode(self) -> str:
         """How it reaches its file."""
         return mode_of(self.session, self.device)
@@ -65,13 +60,16 @@ class Column:
 
 COLUMNS: Final = (
     Column("AUTOCLEAR", lambda row: row.device.autoclear, "autoclear flag set", right=True),
-    Column("BACK-FILE", lambda row: row.device.table.path if row.device.table else None, "device backing file"),
+    Column("BACK-FILE", lambda row: row.device.backing_name, "device backing file"),
     Column(
-        "BACK-INO", lambda row: row.backing.st_ino if row.backing else None, "backing file inode number", right=True
+        "BACK-INO",
+        lambda row: row.device.file.inode if row.device.file else None,
+        "backing file inode number",
+        right=True,
     ),
     Column(
         "BACK-MAJ:MIN",
-        lambda row: row.numbers(row.backing.st_dev if row.backing else None),
+        lambda row: row.numbers(row.device.file.device if row.device.file else None),
         "backing file major:minor device number",
     ),
     Column("NAME", lambda row: row.device.name, "loop device name"),
@@ -153,9 +151,9 @@ def as_json(found: Sequence[LoopRow], columns: Sequence[Column]) -> list[str]:
 
 def as_line(device: LoopDevice) -> str:
     """The old form of losetup."""
-    table, backing = device.table, device.backing()
-    numbers = f"[{backing.st_dev:04}]:{backing.st_ino}" if backing else "[]:"
-    line = f"{device.name}: {numbers} ({table.path if table else ''})"
+    table, file = device.table, device.file
+    numbers = f"[{file.device:04}]:{file.inode}" if file else "[]:"
+    line = f"{device.name}: {numbers} ({device.backing_name or ''})"
     if table and table.offset:
         line += f", offset {table.offset}"
     if device.notes.sizelimit:

@@ -168,8 +168,7 @@ def set_capacity(session: Session, word: str) -> None:
     """The size its file has now; and its partitions anew."""
     device = find_loop(session, word)
     with _failing(f"{word}: set capacity failed"):
-        table = _table_of(device)
-        size = backing_size(table.path)
+        table, size = _table_of(device), _size_of(device)
         wanted = replace(table, length=table.size_of(size, device.notes.sizelimit))
         _check_length(wanted, size, device.notes.sizelimit)
         if wanted != table:
@@ -203,7 +202,7 @@ def change_file(session: Session, word: str, file: str) -> None:
                 errno=errno.EINVAL,
                 cure="take a file of the same size",
             )
-        _swap(session, device, replace(table, path=path))
+        _swap(session, device, replace(table, path=path), same_file=False)
 
 
 def modify(session: Session, options: LoopOptions, word: str) -> None:
@@ -216,7 +215,7 @@ def modify(session: Session, options: LoopOptions, word: str) -> None:
         if options.direct_io is not None:
             mode = "direct_io" if options.direct_io else ""
         wanted = table.with_options(mode=mode, block_size=options.block_size)
-        wanted = replace(wanted, length=wanted.size_of(backing_size(table.path), device.notes.sizelimit))
+        wanted = replace(wanted, length=wanted.size_of(_size_of(device), device.notes.sizelimit))
         if wanted != table:
             _swap(session, device, wanted)
 
@@ -232,11 +231,27 @@ def _table_of(device: LoopDevice) -> LoopTable:
     return device.table
 
 
-def _swap(session: Session, device: LoopDevice, table: LoopTable) -> None:
-    """Clients stay. A table that is refused leaves the device as it was."""
+def _size_of(device: LoopDevice) -> int:
+    """Bytes of the file that it has open, wherever that is now."""
+    if device.file is None:
+        raise BackingError(
+            "the device has no file open", path=device.name, errno=errno.ENXIO, cure=f"blkloom resume {device.name}"
+        )
+    return device.file.size
+
+
+def _swap(session: Session, device: LoopDevice, table: LoopTable, *, same_file: bool = True) -> None:
+    """Clients stay. A table that is refused leaves the device as it was. same_file: the one that is open, wherever the
+    table's path leads now.
+    """
     client = session.client
     client.load(
-        device.name, table.text(), source=table.path, read_only=device.info.read_only, shared=device.notes.shared
+        device.name,
+        table.text(),
+        source=table.path,
+        read_only=device.info.read_only,
+        shared=device.notes.shared,
+        same_files=same_file,
     )
     try:
         client.resume(device.name)

@@ -24,11 +24,11 @@ from blkloom.control.failures import to_exception
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
-from blkloom.control.states import DeviceInfo, ExportState, LoopNotes
+from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, OpenedFile
 from blkloom.errors import ResourceError
 from blkloom.forked import OwnProcess
 from blkloom.peer import peer_of
-from blkloom.target.descriptors import open_file
+from blkloom.target.descriptors import descriptor_path, open_file
 
 OPEN_SECONDS: Final = 10.0
 """How long a file may take to open before its table is refused."""
@@ -84,6 +84,10 @@ class Client:
         """(start, length, target, status) a segment; sectors."""
         return msgspec.convert(self.call(m.GetStatus(device=device)), list[tuple[int, int, str, str]])
 
+    def files(self, device: str) -> list[OpenedFile]:
+        """Those that the live table has open, each path once; none of a device that has failed."""
+        return msgspec.convert(self.call(m.GetFiles(device=device)), list[OpenedFile])
+
     def stats(self, device: str = "") -> dict[str, Any]:
         """See `messages.GetStats`."""
         return msgspec.convert(self.call(m.GetStats(device=device)), dict[str, Any])
@@ -128,10 +132,22 @@ class Client:
         return msgspec.convert(self.call(call), DeviceInfo)
 
     def load(
-        self, device: str, table: str, *, source: str = "table", read_only: bool = False, shared: bool = False
+        self,
+        device: str,
+        table: str,
+        *,
+        source: str = "table",
+        read_only: bool = False,
+        shared: bool = False,
+        same_files: bool = False,
     ) -> None:
-        """Into the inactive slot."""
-        self.call(m.Load(device=device, table=table, source=source, read_only=read_only, shared=shared))
+        """Into the inactive slot. same_files: paths that the live table has, too, mean the files it has open, wherever
+        they lead now.
+        """
+        call = m.Load(
+            device=device, table=table, source=source, read_only=read_only, shared=shared, same_files=same_files
+        )
+        self.call(call)
 
     def clear(self, device: str) -> None:
         """Empties the inactive slot."""
@@ -230,11 +246,14 @@ class Client:
         self._channel.send(m.ClientRequest(id=number, call=call))
         while True:
             message, descriptors = self._channel.receive(seconds)
-            for descriptor in descriptors:  # none of the answers has any
-                os.close(descriptor)
+            try:
+                if isinstance(message, m.OpenFile):
+                    self._open(message, *descriptors)
+                    continue
+            finally:
+                for descriptor in descriptors:  # none of the answers has any
+                    os.close(descriptor)
             match message:
-                case m.OpenFile():
-                    self._open(message)
                 case m.Reply(id=answered) if answered == number:
                     return message.result
                 case m.Failure(id=answered) if answered in (number, 0):
@@ -244,12 +263,12 @@ class Client:
                 case _:
                     raise ChannelClosed(f"the supervisor answers what was not asked: {message!r:.200}")
 
-    def _open(self, asked: m.OpenFile) -> None:
+    def _open(self, asked: m.OpenFile, opened: int | None = None) -> None:
         if not self._peer.may_command:  # nobody else's supervisor opens files with our rights
             self._channel.send(m.OpenRefused(id=asked.id, errno=errno.EPERM))
             return
         try:
-            descriptor = open_within(asked, OPEN_SECONDS)
+            descriptor = open_within(asked, OPEN_SECONDS, opened)
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else errno.EINVAL
             self._channel.send(m.OpenRefused(id=asked.id, errno=number or errno.EIO))
@@ -272,8 +291,12 @@ class Client:
         self.close()
 
 
-def open_within(asked: m.OpenFile, seconds: float) -> int:
-    """Opens on a thread of its own, because some file systems never answer. Raises OSError (ETIMEDOUT)."""
+def open_within(asked: m.OpenFile, seconds: float, opened: int | None = None) -> int:
+    """Opens on a thread of its own, because some file systems never answer. opened: what rode along, the caller's.
+    Raises OSError (ETIMEDOUT).
+    """
+    known = None if opened is None else os.dup(opened)  # the thread's: its caller may not wait for it
+    path = asked.path if known is None else descriptor_path(known)
     outcome: list[int | BaseException] = []
     decided = threading.Lock()
     late = False
@@ -281,10 +304,13 @@ def open_within(asked: m.OpenFile, seconds: float) -> int:
     def attempt() -> None:
         try:
             found: int | BaseException = open_file(
-                asked.path, writable=asked.writable, direct=asked.direct, exclusive=asked.exclusive
+                path, writable=asked.writable, direct=asked.direct, exclusive=asked.exclusive
             )
         except BaseException as error:
             found = error
+        finally:
+            if known is not None:
+                os.close(known)
         with decided:
             if late and isinstance(found, int):
                 os.close(found)

@@ -75,7 +75,9 @@ class Reply(_Message, tag="reply"):
 
 
 class OpenFile(_Message, tag="open"):
-    """Open `path`, as seen from where you are, with your rights. request: whom it is for."""
+    """Open `path`, as seen from where you are, with your rights. request: whom it is for. With a descriptor: open what
+    that one is, whatever the path leads to now.
+    """
 
     id: int
     request: int
@@ -84,6 +86,7 @@ class OpenFile(_Message, tag="open"):
     direct: bool = False
     exclusive: bool = False
     """O_EXCL, for claiming a block device."""
+    fds: int = 0
 
 
 class Opened(_Message, tag="opened"):
@@ -121,13 +124,14 @@ class Create(_Call, tag="create"):
 
 
 class Load(_Call, tag="load"):
-    """→ None."""
+    """→ None. same_files: paths that the live table has, too, mean the files it has open, wherever they lead now."""
 
     device: str
     table: str
     source: str = "table"
     read_only: bool = False
     shared: bool = False
+    same_files: bool = False
 
 
 class Clear(_Call, tag="clear"):
@@ -191,6 +195,12 @@ class GetTable(_Call, tag="table"):
 
 class GetStatus(_Call, tag="status"):
     """→ list of [start, length, target, status] a segment; sectors."""
+
+    device: str
+
+
+class GetFiles(_Call, tag="files"):
+    """→ list of OpenedFile: those of the live table, each path once. A device that has failed has none."""
 
     device: str
 
@@ -282,6 +292,7 @@ ClientCall = (
     | Rename
     | GetTable
     | GetStatus
+    | GetFiles
     | GetInfo
     | SendMessage
     | ReadDevice
@@ -319,6 +330,7 @@ class WorkerLoad(_Call, tag="load"):
     minor: int
     loaded: Loaded
     source: str = "table"
+    same_files: bool = False
 
 
 class WorkerClear(_Call, tag="clear"):
@@ -363,6 +375,12 @@ class WorkerRename(_Call, tag="rename"):
 
 class WorkerStatus(_Call, tag="status"):
     """→ list of [start, length, target, status] a segment; sectors."""
+
+    minor: int
+
+
+class WorkerFiles(_Call, tag="files"):
+    """→ list of OpenedFile; see `GetFiles`."""
 
     minor: int
 
@@ -437,6 +455,7 @@ WorkerCall = (
     | Release
     | WorkerRename
     | WorkerStatus
+    | WorkerFiles
     | WorkerMessage
     | WorkerRead
     | WorkerStats

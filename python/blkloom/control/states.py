@@ -103,6 +103,19 @@ class DeviceState(_Value):
     loop: LoopNotes | None = None
 
 
+class OpenedFile(_Value):
+    """A file that a device has open. path: as its table has it. name: what leads to it now, with ` (deleted)` behind it
+    where nothing does, as the kernel's backing_file. device, inode: stat(2)'s st_dev and st_ino.
+    """
+
+    path: str
+    name: str
+    device: int
+    inode: int
+    size: int
+    """Bytes, now."""
+
+
 class DeviceInfo(_Value):
     """What `info`, `ls` and `top` show."""
 

@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 ANSWER_SECONDS: Final = 60.0
 """For a worker to answer, over what the call itself may wait."""
 
-Opener = Callable[[m.OpenFile], Awaitable[int]]
-"""Has a file opened; the descriptor becomes the caller's. Raises OSError."""
+Opener = Callable[[m.OpenFile, Sequence[int]], Awaitable[int]]
+"""Has a file opened; the descriptor becomes the caller's, and what rides along stays so. Raises OSError."""
 
 
 class Heard(Protocol):
@@ -128,9 +128,10 @@ class Link:
             case m.Happened():
                 self._heard.happened(message)
             case m.OpenFile():
-                task = asyncio.create_task(self._have_opened(message), name=f"open {message.path}")
+                task = asyncio.create_task(self._have_opened(message, fds), name=f"open {message.path}")
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)
+                return
             case m.Reply() | m.Failure() if message.id in self._open:
                 answer, _ = self._open[message.id]
                 if not answer.done():
@@ -141,13 +142,14 @@ class Link:
         for fd in fds:
             os.close(fd)
 
-    async def _have_opened(self, asked: m.OpenFile) -> None:
+    async def _have_opened(self, asked: m.OpenFile, opened: list[int]) -> None:
+        """Owns what rode along."""
         _, opener = self._open.get(asked.request, (None, None))
         try:
             try:
                 if opener is None:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                fd = await opener(asked)
+                fd = await opener(asked, opened)
             except (OSError, ValueError) as error:
                 number = error.errno if isinstance(error, OSError) else errno.EINVAL
                 await self._channel.send(m.OpenRefused(id=asked.id, errno=number or errno.EIO))
@@ -158,6 +160,9 @@ class Link:
                 os.close(fd)
         except ConnectionError:
             return  # the listener notices
+        finally:
+            while opened:
+                os.close(opened.pop())
 
     def _gone(self) -> WorkerGone:
         return WorkerGone(f"worker {self.name} ended before it answered", cure="its devices come back; try again")

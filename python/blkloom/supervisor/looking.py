@@ -11,7 +11,7 @@ from blkloom.control.states import DeviceInfo
 from blkloom.errors import UsageError, WorkerGone, WorkerStuck
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.news import News
-from blkloom.supervisor.registry import Registry
+from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.tables import Tables
 
 
@@ -41,14 +41,12 @@ class Looking:
         if entry.failed:
             size = max(1, entry.size // 512)
             return [[0, size, "failed", entry.failed]]
-        while entry.active:
-            group = entry.group
-            try:
-                return await group.call(m.WorkerStatus(minor=entry.minor))
-            except WorkerGone:
-                if entry.group is group:  # and not handed over meanwhile
-                    raise
-        return []
+        return await _ask(entry, m.WorkerStatus(minor=entry.minor))
+
+    async def files(self, call: m.GetFiles) -> Any:
+        """Those of the live table."""
+        entry = self._registry.find(call.device)
+        return [] if entry.failed else await _ask(entry, m.WorkerFiles(minor=entry.minor))
 
     async def wait(self, call: m.Wait) -> int:
         """The event number, once it is above `call.event`."""
@@ -75,3 +73,15 @@ class Looking:
         for answer in await asyncio.gather(*map(ask, groups.values())):
             found |= answer
         return {entry.name: found[str(entry.minor)] for entry in entries if str(entry.minor) in found}
+
+
+async def _ask(entry: Entry, call: m.WorkerStatus | m.WorkerFiles) -> Any:
+    """The answer of the device's worker; [] of a device without a live table."""
+    while entry.active:
+        group = entry.group
+        try:
+            return await group.call(call)
+        except WorkerGone:
+            if entry.group is group:  # and not handed over meanwhile
+                raise
+    return []

@@ -206,6 +206,8 @@ class Supervisor:
                 return looking.table(call)
             case m.GetStatus():
                 return await looking.status(call)
+            case m.GetFiles():
+                return await looking.files(call)
             case m.GetInfo():
                 return looking.info(call)
             case m.SendMessage():

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Final
 
@@ -92,8 +92,8 @@ class Session:
             os.close(fd)
 
     async def _serve(self, request: m.ClientRequest) -> None:
-        async def opener(wish: m.OpenFile) -> int:
-            return await self._open(request.id, wish)
+        async def opener(wish: m.OpenFile, opened: Sequence[int]) -> int:
+            return await self._open(request.id, wish, opened)
 
         try:
             try:
@@ -114,7 +114,7 @@ class Session:
         except UsageError as error:
             await self._channel.send(to_failure(answer.id, error))
 
-    async def _open(self, request: int, wish: m.OpenFile) -> int:
+    async def _open(self, request: int, wish: m.OpenFile, opened: Sequence[int]) -> int:
         number = next(self._numbers)
         answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._asked[number] = answered
@@ -127,7 +127,7 @@ class Session:
             exclusive=wish.exclusive,
         )
         try:
-            await self._channel.send(asked)
+            await self._channel.send(asked, opened)
             await asyncio.wait([answered], timeout=_OPEN_SECONDS)
             if not answered.done():
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), wish.path)

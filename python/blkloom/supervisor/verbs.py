@@ -168,13 +168,15 @@ class Verbs:
             )
             try:
                 await self._bring_together(entry, found)
-                await self._load(entry, loaded, call.source, found, caller)
+                await self._load(entry, loaded, call.source, found, caller, same_files=call.same_files)
             finally:
                 entry.memory_loading = 0
             self._save(entry)
 
-    async def _load(self, entry: Entry, loaded: Loaded, source: str, found: Read, caller: Caller) -> None:
-        call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source)
+    async def _load(
+        self, entry: Entry, loaded: Loaded, source: str, found: Read, caller: Caller, *, same_files: bool = False
+    ) -> None:
+        call = m.WorkerLoad(minor=entry.minor, loaded=loaded, source=source, same_files=same_files)
         result = await entry.group.call(call, opener=caller.opener, wait=LOAD_SECONDS)
         loaded.whole = result.get("whole", False)
         entry.inactive = loaded

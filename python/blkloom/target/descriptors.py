@@ -32,6 +32,11 @@ class Descriptors(Protocol):
         descriptor only where the file system can do it. Raises OSError, or ValueError for no path.
         """
 
+    def standing(self, path: str) -> int | None:
+        """The descriptor of the file that `path` means because the device has it open, wherever the path leads now. It
+        stays this object's. None: `open` looks where the path leads.
+        """
+
     def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
         """What `path` leads to now, opened anew at `at`, which is that path or stands for it; from now on `open` gives
         that. None where nobody can be asked. Raises OSError.
@@ -62,6 +67,10 @@ class OwnDescriptors:
         """As `open_file`."""
         return open_file(path, writable=writable, direct=direct, exclusive=exclusive)
 
+    def standing(self, path: str) -> int | None:
+        """None: paths are looked up."""
+        return None
+
     def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
         """As `open_file`."""
         return open_file(at, writable=writable, direct=direct)
@@ -81,6 +90,13 @@ class OwnDescriptors:
     def memory(self, make: Callable[[], int]) -> int:
         """A new one."""
         return make()
+
+
+def descriptor_path(fd: int) -> str:
+    """A path that leads to what this process's descriptor is, whatever has become of its name: opening it makes an open
+    file description of its own, with flags of its own (proc_pid_fd(5)).
+    """
+    return f"/proc/self/fd/{fd}"
 
 
 def open_file(path: str, *, writable: bool, direct: bool = False, exclusive: bool = False) -> int:

@@ -20,7 +20,7 @@ from blkloom._engine import File
 from blkloom.errors import BackingError
 from blkloom.filemap.lease import Leases
 from blkloom.target.claim import Claim
-from blkloom.target.descriptors import Descriptors
+from blkloom.target.descriptors import Descriptors, descriptor_path
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,11 @@ class HeldFiles:
         """The file at `path`, one use of it counted. shared: without a claim. lent: with one from `claim_again` on.
         Raises BackingError.
         """
-        self.leases.make_way(path, here=descriptors.here)
+        standing = descriptors.standing(path)
+        if standing is None:
+            self.leases.make_way(path, here=descriptors.here)
+        else:
+            self.leases.make_way(descriptor_path(standing), here=True)
         fd, direct = self._open(descriptors, path, writable=writable, direct=direct)
         try:
             identity = _identity(fd, path)

@@ -118,20 +118,20 @@ class Conversation:
     def asker(self, request: int) -> Ask:
         """Opens files through the supervisor, on behalf of `request`. For threads other than the loop's."""
 
-        def ask(path: str, *, writable: bool, direct: bool, exclusive: bool) -> int:
+        def ask(path: str, *, writable: bool, direct: bool, exclusive: bool, opened: int | None = None) -> int:
             wish = OpenFile(id=0, request=request, path=path, writable=writable, direct=direct, exclusive=exclusive)
-            return asyncio.run_coroutine_threadsafe(self._ask(wish), self._loop).result()
+            return asyncio.run_coroutine_threadsafe(self._ask(wish, opened), self._loop).result()
 
         return ask
 
-    async def _ask(self, wish: OpenFile) -> int:
+    async def _ask(self, wish: OpenFile, opened: int | None) -> int:
         wish.id = next(self._numbers)
         answered: asyncio.Future[int] = self._loop.create_future()
         self._asked[wish.id] = answered
         try:
             if self._ended:
                 raise ConnectionResetError(errno.ECONNRESET, "the supervisor has gone")
-            self.post(wish)
+            self.post(wish, () if opened is None else (opened,))
             async with asyncio.timeout(_OPEN_TIMEOUT):
                 return await answered
         except TimeoutError as error:

@@ -28,6 +28,7 @@ from blkloom.control.messages import (
     Unserve,
     WorkerCall,
     WorkerClear,
+    WorkerFiles,
     WorkerLoad,
     WorkerMessage,
     WorkerRead,
@@ -92,7 +93,9 @@ class Host:
                     raise
                 return device.serve(call.export, listening)
             case WorkerLoad():
-                result, labels = await self._device(call.minor).load(call.loaded, call.source, ask)
+                result, labels = await self._device(call.minor).load(
+                    call.loaded, call.source, ask, same_files=call.same_files
+                )
                 self.keep(labels)
                 return result
             case WorkerClear():
@@ -111,6 +114,9 @@ class Host:
             case WorkerStatus():
                 async with self._holding:  # a device that is coming has no table yet
                     return await self._device(call.minor).status()
+            case WorkerFiles():
+                async with self._holding:
+                    return await self._device(call.minor).files()
             case WorkerMessage():
                 return await self._device(call.minor).message(call.sector, _message_words(call.text))
             case WorkerRead():

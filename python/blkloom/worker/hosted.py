@@ -10,15 +10,26 @@ import asyncio
 import logging
 import os
 import socket
+import stat
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from blkloom import _engine
-from blkloom.control.states import ConnectionState, DeviceInfo, DeviceState, ExportState, Label, Loaded
+from blkloom.control.states import (
+    ConnectionState,
+    DeviceInfo,
+    DeviceState,
+    ExportState,
+    Label,
+    Loaded,
+    OpenedFile,
+)
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
 from blkloom.stats import without_tails
 from blkloom.table import Table, format_table, parse
+from blkloom.target.descriptors import descriptor_path
 from blkloom.target.holding import HeldFiles
 from blkloom.target.leg import rename_legs
 from blkloom.target.registry import Targets
@@ -160,17 +171,29 @@ class HostedDevice:
         self._awaited = None
         return labels
 
-    async def load(self, loaded: Loaded, source: str, ask: Ask) -> tuple[dict[str, Any], list[Label]]:
-        """Fills the inactive slot. What `WorkerLoad` answers, and the labels of what was opened."""
-        table, labels = await self._load(loaded, source, ask)
+    async def load(
+        self, loaded: Loaded, source: str, ask: Ask, *, same_files: bool = False
+    ) -> tuple[dict[str, Any], list[Label]]:
+        """Fills the inactive slot. What `WorkerLoad` answers, and the labels of what was opened. same_files: as `Load`
+        has it.
+        """
+        same_as = self._active.load if same_files and self._active else 0
+        table, labels = await self._load(loaded, source, ask, same_as=same_as)
         answer = {**_shape(table), "deps": self._deps[loaded.load], "size": to_bytes(table.length)}
         return {**answer, "whole": loaded.whole}, labels
 
     async def _load(
-        self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False, lent: bool = False
+        self, loaded: Loaded, source: str, ask: Ask, *, restored: bool = False, lent: bool = False, same_as: int = 0
     ) -> tuple[Table, list[Label]]:
         descriptors = LoadDescriptors(
-            self._stock, self.minor, loaded.load, ask, restored=restored, lent=lent, whole=loaded.whole
+            self._stock,
+            self.minor,
+            loaded.load,
+            ask,
+            restored=restored,
+            lent=lent,
+            whole=loaded.whole,
+            same_as=same_as,
         )
 
         def work() -> Table:
@@ -244,6 +267,17 @@ class HostedDevice:
     async def status(self) -> list[tuple[int, int, str, str]]:
         """(start, length, target, status) a segment; sectors."""
         return [*await in_thread(self._thread_name, self.device.status)]
+
+    async def files(self) -> list[OpenedFile]:
+        """Those of the active table, each path once."""
+        if self._active is None:
+            return []
+        with ExitStack() as stack:
+            found: dict[str, int] = {}
+            for path, fd in self._stock.files(self.minor, self._active.load).items():
+                found[path] = os.dup(fd)  # the table may go meanwhile
+                stack.callback(os.close, found[path])
+            return await in_thread(self._thread_name, lambda: [_opened(path, fd) for path, fd in found.items()])
 
     async def message(self, sector: int, words: list[str]) -> str | None:
         """Has the target at `sector` answer."""
@@ -390,6 +424,13 @@ class HostedDevice:
     @property
     def _thread_name(self) -> str:
         return f"blkloom-verb {self.minor}"
+
+
+def _opened(path: str, fd: int) -> OpenedFile:
+    status = os.fstat(fd)
+    size = os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+    name = os.readlink(descriptor_path(fd))
+    return OpenedFile(path=path, name=name, device=status.st_dev, inode=status.st_ino, size=size)
 
 
 def _shape(table: Table | None) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from blkloom.errors import BackingError, ResourceError
 class Ask(Protocol):
     """Has a file opened by whoever ordered the load."""
 
-    def __call__(self, path: str, *, writable: bool, direct: bool, exclusive: bool) -> int:
-        """The descriptor, the caller's to close. Raises OSError."""
+    def __call__(self, path: str, *, writable: bool, direct: bool, exclusive: bool, opened: int | None = None) -> int:
+        """The descriptor, the caller's to close. opened: what is to be opened once more, instead of what the path leads
+        to. Raises OSError.
+        """
 
 
 class Stock:
@@ -52,6 +54,12 @@ class Stock:
             if (fd := self.take(label)) is not None:
                 os.close(fd)
 
+    def files(self, device: int, load: int) -> dict[str, int]:
+        """A descriptor, which stays the stock's, of each file that a load has open, by its path."""
+        return {
+            label.key[2:]: fd for label, fd in self if (label.device, label.load, label.role) == (device, load, "file")
+        }
+
     def labels(self, device: int) -> list[Label]:
         """Those of a device (its minor number)."""
         return [label for label in list(self._kept) if label.device == device]
@@ -67,7 +75,8 @@ class Stock:
 class LoadDescriptors:
     """Descriptors of one load, as the protocol has it: whoever is asked has paths of his own. restored: a former
     worker had it loaded, so all should be there; what is not can be asked for only if somebody waits for
-    the device (else the answer is ESTALE).
+    the device (else the answer is ESTALE). same_as: another load of the device, whose files are meant by the paths it
+    has them under; 0 for none.
     """
 
     here = False
@@ -82,6 +91,7 @@ class LoadDescriptors:
         restored: bool = False,
         lent: bool = False,
         whole: bool = False,
+        same_as: int = 0,
     ) -> None:
         self._stock = stock
         self._device = device
@@ -90,6 +100,7 @@ class LoadDescriptors:
         self.restored = restored
         self.lent = lent
         self.whole = whole
+        self._same_as = same_as
         self._new: dict[Label, int] = {}
         self._memories = 0
 
@@ -98,10 +109,15 @@ class LoadDescriptors:
         label = self._file(path, writable=writable, direct=direct)
         if not exclusive and (fd := self._find(label)) is not None:
             return os.dup(fd)
+        same = self._file(path, writable=writable, direct=direct, load=self._same_as)
+        if not exclusive and (fd := self._stock.find(same)) is not None:
+            self._keep(label, fd)
+            return os.dup(fd)
         try:
             if self._ask is None:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-            fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive)
+            opened = self.standing(path)
+            fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive, opened=opened)
         except OSError as error:
             if error.errno != errno.ESTALE or not self.restored:
                 raise
@@ -110,6 +126,12 @@ class LoadDescriptors:
         if not exclusive:
             self._keep(label, fd)
         return fd
+
+    def standing(self, path: str) -> int | None:
+        """As the protocol says: what the load `same_as` has open."""
+        if not self._same_as:
+            return None
+        return self._stock.files(self._device, self._same_as).get(path)
 
     def again(self, path: str, at: str, *, writable: bool, direct: bool) -> int | None:
         """As the protocol says. What is another file now takes the place of what there was, of a claim too."""
@@ -187,11 +209,11 @@ class LoadDescriptors:
         while self._new:
             os.close(self._new.popitem()[1])
 
-    def _label(self, role: Literal["file", "claim", "memory"], key: str) -> Label:
-        return Label(device=self._device, load=self._load, role=role, key=key)
+    def _label(self, role: Literal["file", "claim", "memory"], key: str, *, load: int | None = None) -> Label:
+        return Label(device=self._device, load=self._load if load is None else load, role=role, key=key)
 
-    def _file(self, path: str, *, writable: bool, direct: bool) -> Label:
-        return self._label("file", f"{'w' if writable else 'r'}{'d' if direct else '-'}{path}")
+    def _file(self, path: str, *, writable: bool, direct: bool, load: int | None = None) -> Label:
+        return self._label("file", f"{'w' if writable else 'r'}{'d' if direct else '-'}{path}", load=load)
 
     def _find(self, label: Label) -> int | None:
         fd = self._new.get(label)
