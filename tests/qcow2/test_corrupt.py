@@ -5,11 +5,14 @@ what can be read is read on.
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import zstandard
 
 import blkloom
 from blkloom import Device
@@ -257,6 +260,81 @@ def test_subclusters_that_cannot_be_are_marked_when_met(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="Input/output"):
                 device.pread(512, at)
             assert _is_marked(made.path)
+
+
+def _with_a_damaged_cluster(folder: Path, compression: Literal["zlib", "zstd"]) -> Path:
+    """The first of two compressed clusters; what its entry says is right."""
+    made = make(folder, Shape(compression=compression), size=SIZE, steps=0)
+    qemu.qemu_io(made.path, "write -c -P 1 0 64k", "write -c -P 2 64k 64k")
+    data = bytearray(made.path.read_bytes())
+    place = _word(data, _l2(SlowImage(bytes(data)))) & ((1 << 54) - 1)
+    data[place : place + 12] = b"\xff" * 12
+    made.path.write_bytes(data)
+    return made.path
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_a_damaged_compressed_cluster_fails_what_needs_it_and_nothing_else(
+    tmp_path: Path, compression: Literal["zlib", "zstd"], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _with_a_damaged_cluster(tmp_path, compression)
+    theirs = tmp_path / "theirs.qcow2"
+    shutil.copy(path, theirs)
+    with pytest.raises(qemu.QemuError, match="Input/output error"):
+        qemu.qemu_io(theirs, "write 512 512")
+    qemu.qemu_io(theirs, "write -P 2 64k 512")
+    assert not _is_marked(theirs)
+    with attached(path, SIZE) as device:
+        for what in ("read", "write"):
+            assert _request(device, what) == errno.EIO
+        assert "compressed cluster at 0x" in caplog.text
+        said = device.message(0, ["get_errors"]) or ""
+        assert f"data_read=2 {path}: compressed cluster at 0x" in said
+        assert "wants_check=0" in said
+        device.pwrite(b"w" * 512, 64 * KIB)
+        device.pwrite(b"w" * 512, SIZE // 2)
+        device.flush()
+        assert device.pread(1024, 64 * KIB) == b"w" * 512 + b"\2" * 512
+        assert _request(device, "read") == errno.EIO
+        device.pwrite(b"r" * 64 * KIB, 0)  # all of it is replaced
+        assert device.pread(64 * KIB, 0) == b"r" * 64 * KIB
+    assert not _is_marked(path)
+    assert (checked := qemu.check(path)).whole, checked.said
+    assert qemu.content(path)[: 64 * KIB] == b"r" * 64 * KIB
+
+
+def test_a_damaged_cluster_of_a_backing_file_fails_only_what_copies_it(tmp_path: Path) -> None:
+    base = _with_a_damaged_cluster(tmp_path, "zlib")
+    path = tmp_path / "over.qcow2"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
+    with attached(path, SIZE) as device:
+        assert _request(device, "write") == errno.EIO
+        device.pwrite(b"w" * 512, 64 * KIB)
+        device.write_zeroes(0, 64 * KIB)
+        device.flush()
+        assert device.pread(512, 0) == bytes(512)
+    assert not _is_marked(path)
+    assert (checked := qemu.check(path)).whole, checked.said
+
+
+def test_a_zstd_cluster_with_a_large_window_reads_as_qemu_reads_it(tmp_path: Path) -> None:
+    made = make(tmp_path, Shape(compression="zstd"), size=SIZE, steps=0)
+    noise = tmp_path / "noise"
+    noise.write_bytes(bytes(byte & 1 for byte in random.Random(1).randbytes(64 * KIB)))
+    qemu.qemu_io(made.path, f"write -c -s {noise} 0 64k")
+    data = bytearray(made.path.read_bytes())
+    place = _word(data, _l2(SlowImage(bytes(data)))) & ((1 << 54) - 1)
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = packer.compress(bytes(32 * KIB) + b"\3" * (32 * KIB)) + packer.flush()
+    data[place : place + len(frame)] = frame
+    made.path.write_bytes(data)
+    theirs = qemu.content(made.path)
+    with attached(made.path, SIZE, "cache=64k") as device:
+        assert not first_difference(read_all(device), theirs)
+        device.pwrite(b"w" * 512, 512)
+    assert not _is_marked(made.path)
+    assert qemu.content(made.path) == theirs[:512] + b"w" * 512 + theirs[1024:]
 
 
 def test_a_flush_does_not_say_that_what_is_lost_is_durable(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import resource
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 import zstandard
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blkloom.qcow2.compressed import read_compressed, unpack
-from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.errors import CorruptImage, DamagedCluster
 from blkloom.qcow2.header import Compression
 from blkloom.qcow2.tables import COMPRESSED
 from qcow2_by_hand import MemoryFile
@@ -51,8 +54,8 @@ def test_incompressible_clusters_come_out_too(compression: Compression) -> None:
 
 
 @pytest.mark.parametrize("compression", list(Compression))
-def test_too_little_data_is_corrupt(compression: Compression) -> None:
-    with pytest.raises(CorruptImage, match=r"holds 100 bytes instead of 65536|Unknown frame"):
+def test_too_little_data_is_damage(compression: Compression) -> None:
+    with pytest.raises(DamagedCluster, match=r"holds 100 bytes instead of 65536|Unknown frame"):
         read(packed(bytes(100), compression), compression)
 
 
@@ -63,16 +66,64 @@ def test_no_more_than_a_cluster_is_ever_made(compression: Compression) -> None:
 
 
 @pytest.mark.parametrize("compression", list(Compression))
-def test_noise_is_corrupt(compression: Compression) -> None:
-    with pytest.raises(CorruptImage, match=f"compressed cluster at 0x0.*{compression.name.lower()}"):
+def test_noise_is_damage(compression: Compression) -> None:
+    with pytest.raises(DamagedCluster, match=f"compressed cluster at 0x0.*{compression.name.lower()}"):
         read(b"\xff" * 900, compression)
 
 
-def test_a_frame_that_wants_more_memory_than_decoders_must_have_is_refused() -> None:
+def wide(data: bytes, window_log: int, **flags: bool) -> bytes:
+    """A zstd frame that does not say how long it is, with a window of so many bytes."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, write_content_size=False, **flags)  # type: ignore[arg-type]
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = packer.compress(data) + packer.flush()
+    assert zstandard.get_frame_parameters(frame).window_size == 1 << window_log
+    return frame
+
+
+@contextmanager
+def memory_bounded(most: int) -> Iterator[None]:
+    """So many bytes more than this process has."""
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize("window_log", [23, 24, 27])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_window_larger_than_a_cluster_takes_no_memory(window_log: int, checksum: bool) -> None:
+    noise = random.Random(window_log).randbytes(CLUSTER // 2)
+    cluster = noise + noise  # whose second half refers as far back as there is anything
+    frame = wide(cluster, window_log, write_checksum=checksum)
+    assert len(frame) < CLUSTER * 3 // 4
+    with memory_bounded(16 << 20):
+        assert read(frame, Compression.ZSTD) == cluster
+
+
+def test_every_frame_of_several_may_have_a_large_window() -> None:
+    cluster = random.Random(2).randbytes(CLUSTER)
+    skipped = struct.pack("<II", 0x184D2A53, 5) + b"what?"
+    parts = [wide(cluster[:1000], 24, write_checksum=True), skipped, wide(cluster[1000:], 27)]
+    with memory_bounded(16 << 20):
+        assert read(b"".join(parts), Compression.ZSTD) == cluster
+
+
+def test_a_frame_of_nothing_with_the_largest_window_is_damage() -> None:
     # Magic, a frame header without content size, a window descriptor of 2^31 bytes, one empty last block.
     frame = struct.pack("<IBB", 0xFD2FB528, 0, (31 - 10) << 3) + b"\x01\x00\x00"
-    with pytest.raises(CorruptImage, match="zstd"):
+    with pytest.raises(DamagedCluster, match="zstd"):
         read(frame, Compression.ZSTD)
+
+
+@given(noise=st.binary(max_size=64), at=st.integers(0, 60), window_log=st.sampled_from([17, 24]))
+def test_a_damaged_frame_gives_a_cluster_or_an_error(noise: bytes, at: int, window_log: int) -> None:
+    frame = wide(bytes(CLUSTER), window_log)
+    with suppress(DamagedCluster):
+        assert len(read(frame[:at] + noise + frame[at + len(noise) :], Compression.ZSTD)) == CLUSTER
 
 
 def test_data_past_the_end_of_the_file_is_corrupt() -> None:

@@ -1,6 +1,7 @@
 """One compressed cluster: raw deflate or zstd, to exactly a cluster of bytes and never more.
 
-Pure but for reading; any thread, several at once (both libraries let the GIL go). May fail: CorruptImage, OSError.
+Pure but for reading; any thread, several at once (both libraries let the GIL go). May fail: DamagedCluster,
+CorruptImage (a place past the end of the file), OSError.
 Source: QEMU docs/interop/qcow2, "Compressed Clusters Descriptor"; RFC 1951; RFC 8878.
 """
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import zstandard
 
-from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.errors import CorruptImage, DamagedCluster
 from blkloom.qcow2.header import Compression
 from blkloom.qcow2.tables import compressed_place
 
@@ -22,24 +23,30 @@ _WINDOW_BITS: Final = -15
 """Raw deflate. Images are written with a window of 2^12 bytes; the largest reads what anybody wrote."""
 
 _ZSTD_WINDOW: Final = 8 << 20
-"""What RFC 8878 asks decoders for; a frame that wants more memory is refused."""
+"""What RFC 8878 asks decoders for. No frame needs more after `_with_small_windows`."""
+_ZSTD_MAGIC: Final = 0xFD2FB528
+_ZSTD_SKIPPABLE: Final = 0x184D2A50
+_ZSTD_BLOCK_BITS: Final = 17
+"""A block makes as much as the window has, but this at most; no window is made smaller."""
+_ZSTD_DICTIONARY_BYTES: Final = (0, 1, 2, 4)
+_ZSTD_CONTENT_BYTES: Final = (0, 2, 4, 8)
 
 
 def read_compressed(storage: Storage, entry: int, cluster_bits: int, compression: Compression) -> bytes:
-    """The cluster that the L2 entry describes. Raises CorruptImage, OSError."""
+    """The cluster that the L2 entry describes. Raises DamagedCluster, CorruptImage, OSError."""
     offset, length = compressed_place(entry, cluster_bits)
     if offset >= storage.size():
         raise CorruptImage(f"compressed cluster at {offset:#x}, past the end of the file", path=storage.path)
     packed = storage.read(offset, length)
     try:
         data = unpack(packed, 1 << cluster_bits, compression)
-    except (zlib.error, zstandard.ZstdError, MemoryError) as error:
-        raise CorruptImage(
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise DamagedCluster(
             f"compressed cluster at {offset:#x} ({length} bytes, {compression.name.lower()}): {error}",
             path=storage.path,
         ) from error
     if len(data) != 1 << cluster_bits:
-        raise CorruptImage(
+        raise DamagedCluster(
             f"compressed cluster at {offset:#x} holds {len(data)} bytes instead of {1 << cluster_bits}",
             path=storage.path,
         )
@@ -50,5 +57,35 @@ def unpack(packed: bytes, size: int, compression: Compression) -> bytes:
     """At most `size` bytes; what follows them in `packed` does not matter. Raises zlib.error, ZstdError."""
     if compression is Compression.ZLIB:
         return zlib.decompressobj(_WINDOW_BITS).decompress(packed, size)
-    reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(packed, read_across_frames=True)
-    return reader.read(size)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    return decompressor.stream_reader(_with_small_windows(packed, size), read_across_frames=True).read(size)
+
+
+def _with_small_windows(packed: bytes, size: int) -> bytes:
+    """The same zstd frames with windows no larger than what is made of them, `size` bytes.
+
+    A window is how far back a frame may refer, and decoders reserve that much memory: up to 128 MiB in valid images,
+    for each thread. No reference reaches back further than what has been made. Damaged frames are left to the decoder.
+    """
+    largest = max((size - 1).bit_length(), _ZSTD_BLOCK_BITS) - 10 << 3
+    found, at = bytearray(packed), 0
+    while at + 6 <= len(found):
+        magic = int.from_bytes(found[at : at + 4], "little")
+        if magic & ~0xF == _ZSTD_SKIPPABLE:
+            at += 8 + int.from_bytes(found[at + 4 : at + 8], "little")
+            continue
+        if magic != _ZSTD_MAGIC:
+            break
+        descriptor = found[at + 4]
+        single = bool(descriptor & 0x20)
+        if not single:
+            found[at + 5] = min(found[at + 5], largest)
+        content = _ZSTD_CONTENT_BYTES[descriptor >> 6] or int(single)
+        at += 5 + (not single) + _ZSTD_DICTIONARY_BYTES[descriptor & 3] + content
+        last = False
+        while not last and at + 3 <= len(found):
+            block = int.from_bytes(found[at : at + 3], "little")
+            last = bool(block & 1)
+            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # a run has one byte, whatever its length
+        at += 4 if descriptor & 4 else 0  # a checksum
+    return bytes(found)

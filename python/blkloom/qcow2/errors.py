@@ -1,4 +1,4 @@
-"""What may be wrong with an image: it contradicts itself, or it needs what blkloom cannot do."""
+"""What may be wrong with an image: it contradicts itself, its data is damaged, or it needs what blkloom cannot do."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ class CorruptImage(BackingError):
 
     def __init__(self, what: str, *, path: str, cure: str = "", errno: int = _errno.EIO) -> None:
         super().__init__(what, path=path, errno=errno, cure=cure or "see what qemu-img check says of it")
+
+
+class DamagedCluster(BackingError):
+    """Compressed data that does not decompress to its cluster. The metadata may be right: only this cluster is lost."""
+
+    exit_code = 65  # EX_DATAERR
+
+    def __init__(self, what: str, *, path: str) -> None:
+        super().__init__(
+            what, path=path, errno=_errno.EIO, cure="restore it from a backup; writing all of the cluster replaces it"
+        )
 
 
 class UnsupportedImage(BackingError):

@@ -19,8 +19,8 @@ Kind = Literal[
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 """metadata_*: reads and writes of tables. allocation: space that could not be had, for clusters or tables. data_*: data
-that Python moved (copy on write, compressed clusters), or that the engine found no space for. no_space: requests that
-found none. corrupt: metadata that cannot be.
+that Python moved (copy on write, compressed clusters, damaged ones too), or that the engine found no space for.
+no_space: requests that found none. corrupt: metadata that cannot be.
 """
 
 Event = Literal["event_ENOSPC", "event_CORRUPT"]

@@ -19,7 +19,7 @@ from typing_extensions import override
 from blkloom._engine import Extent
 from blkloom.errors import BackingError, FaultError, LaterError
 from blkloom.gate import Gate
-from blkloom.qcow2.errors import CorruptImage
+from blkloom.qcow2.errors import CorruptImage, DamagedCluster
 from blkloom.qcow2.table_options import read_options
 from blkloom.target.base import RETRY, Mapped, Retry, Target
 from blkloom.target.limits import BlockLimits
@@ -345,7 +345,7 @@ class Qcow2(Target):
     @contextmanager
     def _meeting_corruption(self) -> Iterator[None]:
         """While a request is served: metadata found wrong is reported, once for each request that meets it, and marked
-        where the image is written to. Raises FaultError in its place, for the log has it then.
+        where the image is written to. Raises FaultError in its place, for the log has it then. Damaged data is counted.
         """
         try:
             yield
@@ -356,6 +356,9 @@ class Qcow2(Target):
             if not (writer and writer.broken is error):  # which marking has reported
                 chain.report(error)
             raise FaultError(error.errno or errno.EIO, str(error)) from error
+        except DamagedCluster as error:
+            self._attendant.troubles.note("data_read", error)
+            raise
 
     def _meet(self, error: OSError) -> None:
         """A change failed. Raises LaterError where it is to wait for space."""
