@@ -52,7 +52,8 @@ _NOTHING: Final = Run(0, 0, False)
 class Allocator:
     """The free clusters of one image file.
 
-    metadata_in: names the metadata that lies in a run of clusters (first, count), "" for none.
+    metadata_in: names the metadata that lies in a run of clusters (first, count), "" for none. frees: told of clusters
+    that came to be free before they are made holes or handed out; raises CorruptImage if metadata is there.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Allocator:
         *,
         cluster_bits: int,
         metadata_in: Callable[[int, int], str],
+        frees: Callable[[NDArray[np.uint64]], None] = lambda _clusters: None,
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
         direct: bool = False,
@@ -74,6 +76,7 @@ class Allocator:
         self._storage = storage
         self._bits = cluster_bits
         self._metadata_in = metadata_in
+        self._frees = frees
         self._reserve = reserve
         self._take_space = secure
         self._direct = direct
@@ -191,6 +194,7 @@ class Allocator:
             self._secured.difference_update(free.tolist())
         if not free.size:
             return
+        self._frees(free)
         self._look_from(int(free[0]))  # the file's end can wait
         for first, count in runs_of(free):
             self._punch(first, count)

@@ -210,15 +210,16 @@ class Bitmaps:
         within = low - (number << self._cluster_bits)
         return np.frombuffer(self._storage.read(HostOffset(offset + within), high - low), np.uint8)
 
-    def give_up(self) -> bool:
-        """Marks those in_use that record changes and are not kept here. Returns whether there were any; then the
-        caller syncs.
-        """
+    @property
+    def lost(self) -> list[Bitmap]:
+        """Those that record changes, are not kept here, and do not say so yet."""
         lost = [bitmap for bitmap in self.all if bitmap.enabled and bitmap not in self._tracked]
-        lost = [bitmap for bitmap in lost if not bitmap.flags & IN_USE]
-        for bitmap in lost:
+        return [bitmap for bitmap in lost if not bitmap.flags & IN_USE]
+
+    def give_up(self) -> None:
+        """Marks `lost` ones in_use. The caller syncs."""
+        for bitmap in self.lost:
             self._set_flags(bitmap, bitmap.flags | IN_USE)
-        return bool(lost)
 
     def begin(self) -> bool:
         """Before the first change: reads the bits and marks them in_use. Returns whether there are any; then the
@@ -327,11 +328,16 @@ class Bitmaps:
         self._begun = False
         return bool(self._tracked)
 
-    def clusters(self) -> NDArray[np.uint64]:
-        """Host clusters of tables and bits (the directory is the header's), once for each reference."""
+    @property
+    def tracked(self) -> list[Bitmap]:
+        """Those that record changes and are kept here."""
+        return self._tracked
+
+    def clusters(self, bitmaps: list[Bitmap]) -> NDArray[np.uint64]:
+        """Host clusters of their tables and bits (the directory is the header's), once for each reference."""
         found = [np.zeros(0, np.uint64)]
         bits = np.uint64(self._cluster_bits)
-        for bitmap in self.all:
+        for bitmap in bitmaps:
             first = bitmap.table_offset >> self._cluster_bits
             count = -(-bitmap.table_size * 8 >> self._cluster_bits)
             found.append(np.arange(first, first + count, dtype=np.uint64))

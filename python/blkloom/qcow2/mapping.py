@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from blkloom.qcow2 import places
 from blkloom.qcow2.allocation import Allocator, Run
 from blkloom.qcow2.image import Image, L2Table
+from blkloom.qcow2.overlap_check import Metadata
 from blkloom.qcow2.placing import Layout, host_clusters
 from blkloom.qcow2.tables import COPIED, OFFSET_MASK, Kind, Units, classify
 from blkloom.qcow2.types import HostOffset, L1Index, Words
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from blkloom.qcow2.cow import Below
     from blkloom.qcow2.errors import CorruptImage
     from blkloom.qcow2.flush import WriteBack
+    from blkloom.qcow2.overlap_check import OverlapCheck
 
 _AT_ONCE: Final = 1 << 20
 """Units."""
@@ -47,6 +49,7 @@ class Mapping:
         image: Image,
         allocator: Allocator,
         write_back: WriteBack,
+        overlaps: OverlapCheck,
         *,
         below: Below | None,
         install: Install,
@@ -68,6 +71,7 @@ class Mapping:
         """The data's file has no holes to be made."""
         self._allocator = allocator
         self._write_back = write_back
+        self._overlaps = overlaps
         self._install = install
         self._guarded = guarded
         self._unseen = unseen
@@ -107,6 +111,9 @@ class Mapping:
         image = self.image
         entry = int(image.l1[index])
         table = image.l2(index)
+        old = (entry & OFFSET_MASK) >> self.layout.geometry.cluster_bits
+        if table is not None:
+            self._overlaps.writes(Metadata.L2, old, f"L2 table {index}", in_place=bool(entry & COPIED))
         if table is not None and entry & COPIED:
             self._allocator.secure(int(table.offset))
             return table
@@ -120,7 +127,8 @@ class Mapping:
         else:
             bitmaps = None if table.bitmaps is None else table.bitmaps.copy()
             table = L2Table(index, offset, table.entries.copy(), bitmaps)
-            self._allocator.give_back(np.array([(entry & OFFSET_MASK) >> self.layout.geometry.cluster_bits], np.uint64))
+            self._overlaps.moved(Metadata.L2, old)
+            self._allocator.give_back(np.array([old], np.uint64))
         image.l1[index] = offset | COPIED
         self._write_back.l2_changed(table, 0, count)
         self._write_back.l1_changed(index)

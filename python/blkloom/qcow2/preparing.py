@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from blkloom.qcow2.cow import Copier, Payload
     from blkloom.qcow2.image import L2Table
     from blkloom.qcow2.mapping import Mapping
-    from blkloom.qcow2.occupied import Occupied
+    from blkloom.qcow2.overlap_check import OverlapCheck
 
 _OFFSET: Final = np.uint64(OFFSET_MASK)
 _COPIED: Final = np.uint64(COPIED)
@@ -39,11 +39,11 @@ _HALF: Final = np.uint64(32)
 class Preparer:
     """Prepares writes to `mapping`."""
 
-    def __init__(self, mapping: Mapping, copier: Copier, ahead: Ahead, occupied: Occupied) -> None:
+    def __init__(self, mapping: Mapping, copier: Copier, ahead: Ahead, overlaps: OverlapCheck) -> None:
         self._mapping = mapping
         self._copier = copier
         self._ahead = ahead
-        self._occupied = occupied
+        self._overlaps = overlaps
         geometry = mapping.layout.geometry
         self._bits: Final = geometry.cluster_bits
         self._unit_bits: Final = geometry.unit_bits
@@ -130,7 +130,7 @@ class Preparer:
         if self._mapping.layout.data_file:
             return
         hosts = (table.entries[low:high] & _OFFSET) >> np.uint64(self._bits)
-        wrong = self._occupied.collides(hosts)
+        wrong = self._overlaps.data(hosts)
         if wrong.any():
             number = int(wrong.argmax())
             raise self._mapping.image.corrupt(

@@ -25,7 +25,7 @@ from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.types import HostOffset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from blkloom.qcow2.storage import Storage
 
@@ -100,6 +100,8 @@ class Refcounts:
         self._table_low, self._table_high = 1 << 62, 0
         self.table_moved = False
         """The table lies elsewhere than the header on disk says."""
+        self.before_change: Callable[[int, int], None] | None = None
+        """Called with (number, host cluster) of a block that is about to be changed; may raise CorruptImage."""
         size = table_clusters << cluster_bits
         if not 0 < size <= max(TABLE_LIMIT, self._cluster):
             raise self._corrupt(f"refcount table of {table_clusters} clusters")
@@ -342,6 +344,8 @@ class Refcounts:
         block = self._load(index)
         if block is None:
             raise self._corrupt(f"no refcount block describes cluster {index * self.per_block}, which is in use")
+        if self.before_change and index not in self._dirty:
+            self.before_change(index, int(self.table[index]) >> self._cluster_bits)
         return block
 
     def _touch(self, index: int, block: _Block, start: int, end: int) -> None:

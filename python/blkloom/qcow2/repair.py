@@ -23,7 +23,7 @@ from blkloom.qcow2.types import HostOffset, Words
 
 if TYPE_CHECKING:
     from blkloom.qcow2.image import Image
-    from blkloom.qcow2.occupied import Occupied
+    from blkloom.qcow2.overlap_check import OverlapCheck
     from blkloom.qcow2.refcounts import Refcounts
     from blkloom.qcow2.snapshots import Snapshot
 
@@ -44,12 +44,12 @@ _HELD: Final = 64 << 20
 
 
 def rebuild(
-    image: Image, refcounts: Refcounts, occupied: Occupied, snapshots: list[Snapshot], write: Callable[[], None]
+    image: Image, refcounts: Refcounts, overlaps: OverlapCheck, snapshots: list[Snapshot], write: Callable[[], None]
 ) -> int:
     """Makes all counts exact on disk, with blocks and a table for clusters that have no counts at all. write: of the
     refcounts, in order, and durably. Returns how many clusters had another count.
     """
-    numbers, counts = _count(_references(image, occupied, snapshots))
+    numbers, counts = _count(_references(image, overlaps, snapshots))
     limit = -(-image.storage.size() >> image.geometry.cluster_bits)
     if numbers.size and int(numbers[-1]) >= limit:
         raise image.corrupt(f"cluster {int(numbers[-1])} is referred to, and the file has {limit}")
@@ -58,7 +58,7 @@ def rebuild(
         if len(missing) * refcounts.block_memory > _HELD:
             raise image.corrupt(f"{len(missing)} refcount blocks are missing, {missing[0]} first")
         refcounts.describe_all(missing, limit)
-        numbers, counts = _count(_references(image, occupied, snapshots))
+        numbers, counts = _count(_references(image, overlaps, snapshots))
     changed = 0
     for index in np.flatnonzero(refcounts.table).tolist():
         first = index * refcounts.per_block
@@ -77,9 +77,9 @@ def rebuild(
     return changed
 
 
-def _references(image: Image, occupied: Occupied, snapshots: list[Snapshot]) -> Iterator[tuple[Words, Words | int]]:
+def _references(image: Image, overlaps: OverlapCheck, snapshots: list[Snapshot]) -> Iterator[tuple[Words, Words | int]]:
     """(host clusters, how often each, or all, are referred to). A cluster may come again."""
-    for part in occupied.metadata():
+    for part in overlaps.metadata():
         yield part, 1
     layout = Layout(image.geometry, image.header.version, image.header.has_data_file)
     bits, cluster = image.geometry.cluster_bits, image.geometry.cluster

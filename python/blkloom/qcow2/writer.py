@@ -14,7 +14,7 @@ import errno
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -29,15 +29,15 @@ from blkloom.qcow2.cow import Below, Copier, Payload, Relocation
 from blkloom.qcow2.discard import Discarder
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.flush import WriteBack
-from blkloom.qcow2.header import Autoclear, ExtensionKind, Incompatible, encode_fields
+from blkloom.qcow2.header import Autoclear, Incompatible, encode_fields
 from blkloom.qcow2.mapping import Install, Mapping
-from blkloom.qcow2.occupied import Occupied
+from blkloom.qcow2.overlap_check import Metadata, OverlapCheck
 from blkloom.qcow2.preparing import Preparer
 from blkloom.qcow2.refcounts import Refcounts
 from blkloom.qcow2.repair import rebuild
 from blkloom.qcow2.snapshots import read_snapshots
-from blkloom.qcow2.tables import OFFSET_MASK, Kind
-from blkloom.qcow2.types import GuestOffset, HostOffset, Words
+from blkloom.qcow2.tables import Kind
+from blkloom.qcow2.types import GuestOffset, HostOffset
 
 if TYPE_CHECKING:
     from blkloom.qcow2.image import Image
@@ -101,7 +101,6 @@ class Writer:
         self._lazy = image.lazy_refcounts and image.header.version >= 3
         geometry, header = image.geometry, image.header
         snapshots = read_snapshots(image.storage, header)
-        directory = header.extension(ExtensionKind.BITMAPS)
         self.bitmaps: Final = open_bitmaps(image)
         self._refcounts = Refcounts(
             image.storage,
@@ -110,14 +109,14 @@ class Writer:
             table_offset=header.refcount_table_offset,
             table_clusters=header.refcount_table_clusters,
         )
-        self._occupied = Occupied(
-            image, self._refcounts, snapshots, self.bitmaps, _directory_clusters(directory, geometry.cluster_bits)
-        )
+        self._overlaps = OverlapCheck(image, self._refcounts, snapshots, self.bitmaps)
+        self._refcounts.before_change = self._block_changes
         self.allocator: Final = Allocator(
             self._refcounts,
             image.storage,
             cluster_bits=geometry.cluster_bits,
-            metadata_in=self._occupied.at,
+            metadata_in=self._overlaps.allocation,
+            frees=self._overlaps.frees,
             reserve=reserve,
             secure=secure,
             direct=self._options.direct and not header.has_data_file,
@@ -135,6 +134,7 @@ class Writer:
             image,
             self.allocator,
             self._write_back,
+            self._overlaps,
             below=below,
             install=install,
             guarded=lambda first, count: me.guarded(first, count),
@@ -143,10 +143,10 @@ class Writer:
         )
         self.copier: Final = Copier(image.data_storage, read, relocation)
         self.ahead: Final = Ahead(mapping, self._options.preallocate)
-        self._preparer = Preparer(mapping, self.copier, self.ahead, self._occupied)
+        self._preparer = Preparer(mapping, self.copier, self.ahead, self._overlaps)
         self._discarder = Discarder(mapping, self._preparer, self.ahead)
         if image.needs_repair:
-            rebuild(image, self._refcounts, self._occupied, snapshots, self._write_back.write_refcounts)
+            rebuild(image, self._refcounts, self._overlaps, snapshots, self._write_back.write_refcounts)
             self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
             image.wants_check = False
         self._attach()
@@ -201,7 +201,7 @@ class Writer:
         elif not self._image.header.has_data_file:
             units = self._image.units(first, count)
             data = units.kinds == Kind.DATA
-            found[data] |= self._occupied.collides(units.offsets[data] >> np.uint64(self._image.geometry.cluster_bits))
+            found[data] |= self._overlaps.data(units.offsets[data] >> np.uint64(self._image.geometry.cluster_bits))
         return found
 
     def close(self) -> None:
@@ -244,8 +244,11 @@ class Writer:
     def _attach(self) -> None:
         """What must be so before anybody writes anything."""
         image = self._image
-        if self.bitmaps.give_up():
-            image.storage.sync()
+        if self.bitmaps.lost:
+            with suppress(CorruptImage), self._finding_corruption():
+                self._overlaps.bitmap_writes()
+                self.bitmaps.give_up()
+                image.storage.sync()
         unknown = image.header.autoclear & ~sum(Autoclear)
         if unknown:
             self._set_header(autoclear=image.header.autoclear & ~unknown)
@@ -262,6 +265,9 @@ class Writer:
             yield
 
     def _first_change(self) -> None:
+        self._overlaps.structures()
+        if self.bitmaps.tracking:
+            self._overlaps.bitmap_writes()
         self._lengthen()
         begun = self.bitmaps.begin()
         if self._lazy:
@@ -269,6 +275,9 @@ class Writer:
         elif begun:
             self._image.storage.sync()
         self._changed = self._said_so = True
+
+    def _block_changes(self, number: int, cluster: int) -> None:
+        self._overlaps.writes(Metadata.REFCOUNT_BLOCK, cluster, f"refcount block {number}")
 
     def _lengthen(self) -> None:
         """Data that the file ends in front of or within may be written to from now on."""
@@ -316,12 +325,3 @@ class Writer:
 
 def _nothing() -> None:
     """Guest data is in the image's own file."""
-
-
-def _directory_clusters(extension: bytes | None, cluster_bits: int) -> Words:
-    """Host clusters of the bitmap directory that a header extension names."""
-    if extension is None or len(extension) < 24:
-        return np.zeros(0, np.uint64)
-    size, offset = int.from_bytes(extension[8:16], "big"), int.from_bytes(extension[16:24], "big") & OFFSET_MASK
-    first = offset >> cluster_bits
-    return np.arange(first, first + min(-(-size >> cluster_bits), 1 << 20), dtype=np.uint64)
