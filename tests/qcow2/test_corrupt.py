@@ -5,6 +5,7 @@ what can be read is read on.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -335,6 +336,80 @@ def test_a_zstd_cluster_with_a_large_window_reads_as_qemu_reads_it(tmp_path: Pat
         device.pwrite(b"w" * 512, 512)
     assert not _is_marked(made.path)
     assert qemu.content(made.path) == theirs[:512] + b"w" * 512 + theirs[1024:]
+
+
+def test_a_file_that_was_cut_short_does_not_grow_over_what_is_missing(tmp_path: Path) -> None:
+    path = _harmed(tmp_path, lambda _data, _image: None)
+    last = _word(bytearray(path.read_bytes()), _l2(SlowImage(path.read_bytes())) + 8 * (DATA // 4096 - 1))
+    size = (last & OFFSET_MASK) - DATA // 2
+    os.truncate(path, size)
+    with attached(path, SIZE, "preallocate=0") as device:
+        device.pwrite(b"w" * 4096, 0)
+        device.flush()
+        assert not _is_marked(path), "nothing has met it yet"
+        assert _write_until_it_fails(device, SIZE // 2) == errno.EIO
+        assert _is_marked(path)
+        assert path.stat().st_size == size
+        with pytest.raises(OSError, match="Input/output"):
+            device.pread(4096, DATA - 4096)
+        assert device.pread(4096, 0) == b"w" * 4096
+    with attached(path, SIZE, "read_only") as device, pytest.raises(OSError, match="Input/output"):
+        device.pread(4096, DATA - 4096)
+
+
+def _write_until_it_fails(device: Device, start: int) -> int:
+    for at in range(start, SIZE, 4096):
+        try:
+            device.pwrite(b"w" * 4096, at)
+        except OSError as error:
+            return error.errno or -1
+    return 0
+
+
+def test_a_file_cut_short_under_a_snapshot_does_not_grow_either(tmp_path: Path) -> None:
+    path = make(tmp_path, Shape(cluster_bits=12), size=SIZE, steps=0).path
+    qemu.qemu_io(path, f"write {SIZE - DATA} {DATA}", f"write 0 {DATA}", f"discard {SIZE - DATA} {DATA}")
+    qemu.qemu_img("snapshot", "-c", "before", path)  # its tables, and those of now, come to lie before its data
+    qemu.qemu_io(path, f"discard 0 {DATA}")
+    image = SlowImage(path.read_bytes())
+    assert not any(image.l2_entry(image.l1(), cluster)[0] & OFFSET_MASK for cluster in range(SIZE // 4096))
+    (snapshot,) = image.snapshots()
+    entries = [image.l2_entry(image.l1(snapshot), cluster)[0] & OFFSET_MASK for cluster in range(DATA // 4096)]
+    size = max(entries)
+    assert size > max(image.l1()) & OFFSET_MASK
+    os.truncate(path, size)
+    with attached(path, SIZE, "preallocate=0") as device:
+        assert _write_until_it_fails(device, 0) == errno.EIO
+    assert _is_marked(path)
+    assert path.stat().st_size == size
+
+
+def test_a_file_cut_short_while_it_is_written_to_is_marked(tmp_path: Path) -> None:
+    path = _harmed(tmp_path, lambda _data, _image: None)
+    with attached(path, SIZE, "preallocate=0") as device:
+        assert device.pread(DATA, 0) == b"\1" * DATA
+        size = path.stat().st_size - DATA // 2
+        os.truncate(path, size)
+        with pytest.raises(OSError, match="Input/output"):
+            device.pread(4096, DATA - 4096)
+        with pytest.raises(OSError, match="Input/output"):
+            device.pwrite(b"w" * 4096, SIZE // 2)
+        assert _is_marked(path)
+        assert path.stat().st_size == size
+
+
+def test_counts_of_nothing_past_the_end_do_not_keep_a_file_from_growing(tmp_path: Path) -> None:
+    path = _harmed(tmp_path, lambda _data, _image: None)
+    data = bytearray(path.read_bytes())
+    block = _word(data, SlowImage(bytes(data)).table_offset)
+    end = len(data) // 4096
+    data[block + 2 * end + 2 : block + 2 * end + 4] = b"\0\1"  # as a crash may leave it
+    path.write_bytes(data)
+    with attached(path, SIZE) as device:
+        device.pwrite(b"w" * (SIZE // 2), SIZE // 2)
+    assert not _is_marked(path)
+    checked = qemu.check(path)
+    assert (checked.corruptions, checked.leaks) == (0, 1), checked.said
 
 
 def test_a_flush_does_not_say_that_what_is_lost_is_durable(tmp_path: Path) -> None:

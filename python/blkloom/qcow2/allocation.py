@@ -4,6 +4,8 @@ What is handed out counts 1 in memory at once; what is given back keeps its coun
 calls when whatever referred to it is gone from the disk and nobody reads it any more. So a cluster that counts 0
 in memory is referred to by nothing, now or after a crash, and may be used for anything.
 
+The file grows over nothing that is referred to: were it cut short, zeros would stand for what is missing.
+
 Space is found by its counts, lowest first, a *run* at a time: a run is looked at once (that it is no metadata,
 whatever the counts say), made to read as zeros once (it is past the file's old end, or punched), and then given
 away cluster by cluster. One thread (the mapper's). May fail: CorruptImage, OSError of the storage (ENOSPC).
@@ -64,24 +66,30 @@ class Allocator:
         cluster_bits: int,
         metadata_in: Callable[[int, int], str],
         frees: Callable[[NDArray[np.uint64]], None] = lambda _clusters: None,
+        check_end: Callable[[], None] | None = None,
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
         direct: bool = False,
     ) -> None:
-        """reserve: called with what is about to be handed out; it may take space for it, or raise ENOSPC. secure: takes
-        space for a table from the file system before there is anything to be written to it, or raises ENOSPC; None:
-        what is written finds space or does not. direct: what is handed out is written past the page cache.
+        """check_end: called before anything is handed out, when no change would be lost; it raises CorruptImage if
+        anything past the end of the file is referred to. reserve: called with what is about to be handed out; it may
+        take space for it, or raise ENOSPC. secure: takes space for a table from the file system before there is
+        anything to be written to it, or raises ENOSPC; None: what is written finds space or does not. direct: what is
+        handed out is written past the page cache.
         """
         self._refcounts = refcounts
         self._storage = storage
         self._bits = cluster_bits
         self._metadata_in = metadata_in
         self._frees = frees
+        self._check_end = check_end
         self._reserve = reserve
         self._take_space = secure
         self._direct = direct
         self._secured: set[int] = set()
         self._first_size = storage.size()
+        self._size = self._first_size
+        """Bytes that the file has at least, unless another program cut it."""
         if direct:
             self._end_with_a_cluster()
         self._hint = 0
@@ -109,6 +117,7 @@ class Allocator:
     def take(self, want: int) -> Run:
         """Up to `want` neighbouring clusters, at least one. Raises CorruptImage, ENOSPC."""
         self.at_hand(want)
+        self._checked_size()
         run = self._run
         count = min(want, run.count)
         if self._reserve:
@@ -215,6 +224,7 @@ class Allocator:
         end = max(self._refcounts.last_used() + 1 << self._bits, self._first_size)
         try:
             if end < self._storage.size():
+                self._size = end
                 self._storage.truncate(end)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a block device stays as it is
@@ -225,6 +235,9 @@ class Allocator:
 
     def _find(self, want: int) -> Run:
         """A run of free clusters that is described, checked, and as far as can be, zeros."""
+        if self._check_end:
+            self._check_end()
+            self._check_end = None
         while True:
             size = self._storage.size()
             growth = min(max(size // 8, _GROWTH[0]), _GROWTH[1]) >> self._bits
@@ -271,9 +284,10 @@ class Allocator:
 
     def _extend(self, first: int, count: int) -> int:
         """Makes the file hold the run, or its first cluster if that is all there is room for. Returns which."""
-        while first + count << self._bits > self._storage.size():
+        while first + count << self._bits > self._checked_size():
             try:
                 self._storage.truncate(first + count << self._bits)
+                self._size = first + count << self._bits
             except OSError as error:
                 if error.errno == errno.EINVAL:
                     raise self._full() from error  # a block device
@@ -281,6 +295,15 @@ class Allocator:
                     raise
                 count = 1
         return count
+
+    def _checked_size(self) -> int:
+        """The file's length. Raises CorruptImage if it has been cut short since it was opened."""
+        if (size := self._storage.size()) < self._size:
+            raise CorruptImage(
+                f"the file was cut short to {size} bytes by another program; it had {self._size}",
+                path=self._storage.path,
+            )
+        return size
 
     def _punch(self, first: int, count: int) -> bool:
         """Whether the run reads as zeros now."""

@@ -309,6 +309,16 @@ class Refcounts:
                 return int(index * self.per_block + used[-1])
         return -1
 
+    def counts_past(self, cluster: int) -> bool:
+        """Whether any cluster from this one on counts more than 0."""
+        index, within = divmod(cluster, self.per_block)
+        blocks = self.table[index:]
+        for number in np.unique(blocks, return_index=True)[1].tolist():  # a block may be named again and again
+            block = self._load(index + number)
+            if block is not None and block.counts[0 if number else within :].any():
+                return True
+        return False
+
     def forget(self) -> None:
         """Drops what is cached, written or not: the image is about to change under us."""
         self._blocks.clear()

@@ -1,8 +1,10 @@
-"""Puts refcounts right from what refers to clusters: what an image needs that was not closed while they were lazy.
+"""What refers to clusters: puts refcounts right from that, which an image needs that was not closed while they were
+lazy, and finds out whether the file was cut short.
 
-Every table is read once, however often it is referred to. Afterwards each count is exact, so what a crash leaked is
-free again; refcount blocks that never reached the disk are made anew. One thread, before anybody writes. May fail:
-CorruptImage (what refers past the end of the file), ResourceError (too much to be counted), OSError.
+Every table is read once, however often it is referred to. After `rebuild` each count is exact, so what a crash leaked
+is free again; refcount blocks that never reached the disk are made anew. One thread, before anybody writes; `check_end`
+before clusters are handed out. May fail: CorruptImage (what refers past the end of the file), ResourceError (too much
+to be counted), OSError.
 
 Source: QEMU docs/interop/qcow2, "Dirty bit".
 """
@@ -75,6 +77,19 @@ def rebuild(
     if changed:
         _log.warning("%s: was not closed; %d refcounts put right", image.path, changed)
     return changed
+
+
+def check_end(image: Image, refcounts: Refcounts, overlaps: OverlapCheck, snapshots: list[Snapshot]) -> None:
+    """Raises CorruptImage if anything refers to what is past the end of the file, which then was cut short. All tables
+    are read where counts say that clusters there are in use; after a crash those may be leaked.
+    """
+    bits, size = image.geometry.cluster_bits, image.storage.size()
+    limit = -(-size >> bits)
+    if not refcounts.counts_past(limit):
+        return
+    for clusters, _ in _references(image, overlaps, snapshots):
+        if clusters.size and (highest := int(clusters.max())) >= limit:
+            raise image.corrupt(f"{highest << bits:#x} is referred to, past the end of the file, which was cut short")
 
 
 def _references(image: Image, overlaps: OverlapCheck, snapshots: list[Snapshot]) -> Iterator[tuple[Words, Words | int]]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -34,7 +35,7 @@ from blkloom.qcow2.mapping import Install, Mapping
 from blkloom.qcow2.overlap_check import Metadata, OverlapCheck
 from blkloom.qcow2.preparing import Preparer
 from blkloom.qcow2.refcounts import Refcounts
-from blkloom.qcow2.repair import rebuild
+from blkloom.qcow2.repair import check_end, rebuild
 from blkloom.qcow2.snapshots import read_snapshots
 from blkloom.qcow2.tables import Kind
 from blkloom.qcow2.types import GuestOffset, HostOffset
@@ -117,6 +118,7 @@ class Writer:
             cluster_bits=geometry.cluster_bits,
             metadata_in=self._overlaps.allocation,
             frees=self._overlaps.frees,
+            check_end=partial(check_end, image, self._refcounts, self._overlaps, snapshots),
             reserve=reserve,
             secure=secure,
             direct=self._options.direct and not header.has_data_file,
