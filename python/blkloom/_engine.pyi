@@ -375,38 +375,52 @@ def serve_nbd(
     extended: bool = False,
     contexts: Sequence[tuple[int, str]] = (),
     initial: bytes = b"",
+    unsent: bytes = b"",
+    skipping: tuple[int, bytes] | None = None,
     max_payload: int = 33554432,
     stall_timeout: float = 60.0,
 ) -> Connection:
     """NBD's transmission phase on a connected stream socket, from here on the engine's (it owns
     a duplicate of fd). contexts: (id, name) of the metadata contexts selected in the handshake; a block
     status answers for all of them, in this order (see `Device.extents`). initial: bytes received but not
-    served: beyond the handshake, or `Detached.initial`; as many as they may be.
+    served: beyond the handshake, or `Detached.initial`; as many as they may be. unsent, skipping: of a
+    `Detached`.
     """
 
 @final
 class Connection:
     def close(self) -> None:
         """Finish what is in flight, send the replies that fit, close. The notice follows."""
-    def detach(self) -> None:
+    def detach(self, *, drain: bool = False) -> None:
         """Let go of the client without its noticing, for another engine to go on with it: read no more,
         finish and answer what was begun, take back what waits at a suspended device's gate. The notice
         follows: a `Detached`, or a str where the client left first. Not to be undone (`close` does nothing
         any more): `serve_nbd` again.
 
-        A client that does not take its replies closes it after the stall timeout; storage that does
-        not answer holds it up (`File.in_flight`).
+        drain: not before the client has taken its replies; one that does not is closed after the stall
+        timeout, or let go by `detach()`. Without it the client is not waited for: what it has not taken is
+        in `Detached.unsent`. Storage that does not answer holds both up (`File.in_flight`).
         """
 
 @final
 class Detached:
-    """A connection between two engines: its socket, and what was received on it and not served.
+    """A connection between two engines: its socket, and what `serve_nbd` needs to go on with it.
 
     Freed with the descriptor not taken, it closes the socket.
     """
 
     @property
     def initial(self) -> bytes:
-        """Requests, whole and in part, for `serve_nbd(..., initial=)`, as the client sent them."""
+        """Requests, whole and in part, received and not served, as the client sent them."""
+    @property
+    def unsent(self) -> bytes:
+        """What the client has not taken of its replies yet; as many bytes as a connection may have
+        unanswered at most.
+        """
+    @property
+    def skipping(self) -> tuple[int, bytes] | None:
+        """Of a refused request, whose payload comes behind `initial`: how many bytes of that are still to
+        come, and the reply then.
+        """
     def take_descriptor(self) -> int:
         """The socket, from now on the caller's to close. EBADF: it was taken before."""

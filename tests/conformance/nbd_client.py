@@ -129,8 +129,12 @@ class NbdClient:
 
     # Requests
 
-    def send(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> int:
-        """Sends a request without waiting for its answer; the cookie to `receive` it by."""
+    def send(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"", later: int = 0
+    ) -> int:
+        """Sends a request without waiting for its answer; the cookie to `receive` it by. later: bytes at the end
+        of the payload that the caller sends later.
+        """
         self._cookie += 1
         if command == WRITE:
             length = len(payload)
@@ -142,7 +146,7 @@ class NbdClient:
         self._pending[self._cookie] = _Pending(
             command, flags, offset, length, bytearray(length if command == READ else 0)
         )
-        self.socket.sendall(header + payload)
+        self.socket.sendall(header + payload[: len(payload) - later])
         return self._cookie
 
     def ask(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> Reply:

@@ -564,6 +564,37 @@ def test_silent_clients_do_not_hold_up_the_stop(engine: object, tmp_path: Path) 
     run(main)
 
 
+def test_a_client_that_takes_no_replies_is_cut_at_the_end_of_the_stop_and_named(
+    engine: object, tmp_path: Path, records: Records
+) -> None:
+    async def main() -> None:
+        async with serving(engine, tmp_path) as server:
+            hoarding = await Client.greeted(server)
+            await hoarding.go()
+            for _ in range(3):
+                await hoarding.send(request(READ, 0, SIZE))
+            taking = await Client.greeted(server)
+            await taking.go()
+            await taking.send(request(READ, 0, SIZE))
+            while _engine_reads(server) < 4:
+                await asyncio.sleep(0)
+            stopping = asyncio.create_task(server.stop(0.5))
+            assert len(await taking.simple_reply(SIZE)) == SIZE, "one that takes them gets its replies to the end"
+            assert await stopping == 0
+            assert f"unix pid {os.getpid()}" in (cut := await records.seen("of replies"))
+            assert "export 'disk'" in cut
+            assert sum("of replies" in line for line in records.lines) == 1
+            for client in (hoarding, taking):
+                client.close()
+
+    run(main)
+
+
+def _engine_reads(server: NbdServer) -> int:
+    (exported,) = server._exports.values()
+    return int(exported.export.stats()["read"]["count"])
+
+
 def test_last_client_gone_ends_the_wait(engine: object, tmp_path: Path, records: Records) -> None:
     async def main() -> None:
         async with serving(engine, tmp_path) as server:

@@ -21,6 +21,7 @@ from blkloom.control.messages import (
     Thaw,
     WorkerLoad,
     WorkerResume,
+    WorkerStats,
     WorkerSuspend,
 )
 from blkloom.control.states import DeviceState, Loaded
@@ -79,7 +80,7 @@ def move(nursery: Zygote, olds: Sequence[Worker], id: str) -> Worker:
     ]
     new.hold(devices)
     for old in olds:
-        old.store.drop([label for label in old.store.kept if label.role == "connection"])
+        old.store.drop([label for label in old.store.kept if not label.load and label.role in ("connection", "memory")])
         old.call(Leave(flush=False))
         old.wait()
         assert nursery.status(old.id) == 0
@@ -166,6 +167,52 @@ def test_clients_of_every_style_do_not_notice_that_worker_follows_worker(
     assert all(verifier.rounds for verifier in verifiers)
     (first, second) = msgspec.convert(worker.call(Describe())["devices"], list[DeviceState])
     assert (first.connections, second.connections) == ([], [])
+    worker.kill()
+
+
+@pytest.mark.parametrize("style", list(Style))
+def test_what_a_client_has_not_taken_of_its_replies_moves_along_and_it_is_not_waited_for(
+    nursery: Zygote, store: Store, tmp_path: Path, style: Style
+) -> None:
+    worker = nursery.fork("w0", store)
+    worker.create(1, "ram", "0 65536 ram", load=1)
+    worker.serve(1, tmp_path / "s")
+    other, slow = (NbdClient.unix(tmp_path / "s", style=style) for _ in range(2))
+    data = random.Random(13).randbytes(8 << 20)
+    assert other.ask(WRITE, payload=data).error == 0
+    asked = [slow.send(READ, 0, len(data)) for _ in range(4)]
+    while worker.call(WorkerStats())["1"]["device"]["read"]["count"] == 0:
+        pass
+    for number in range(2):
+        worker.call(Freeze())  # and one that is taken back loses nothing either
+        worker.call(Thaw())
+        assert other.ask(READ, 0, 512).data == data[:512]
+        worker = move(nursery, [worker], f"w{number + 1}")
+        assert other.ask(READ, 0, 512).data == data[:512]
+    while asked:
+        cookie, reply = slow.receive()
+        asked.remove(cookie)
+        assert reply.data == data
+    for client in (other, slow):
+        client.close()
+    worker.kill()
+
+
+def test_half_a_refused_payload_holds_up_no_hand_over_and_is_refused_by_the_next_worker(
+    nursery: Zygote, store: Store, tmp_path: Path
+) -> None:
+    worker = nursery.fork("w0", store)
+    worker.create(1, "ram", f"0 {SECTORS} ram", load=1)
+    worker.serve(1, tmp_path / "s")
+    client = NbdClient.unix(tmp_path / "s")
+    payload = bytes(SIZE)
+    client.send(WRITE, SIZE, payload=payload, later=SIZE // 4)
+    worker = move(nursery, [worker], "w1")
+    client.socket.sendall(payload[-SIZE // 4 :])
+    cookie, reply = client.receive()
+    assert (cookie, reply.error) == (1, 28)
+    assert client.ask(FLUSH).error == 0
+    client.close()
     worker.kill()
 
 

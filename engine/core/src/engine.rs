@@ -78,9 +78,9 @@ impl ConnectionHandle {
     }
 
     /// Lets go of the client without its noticing; the notice brings what the next engine needs. From
-    /// then on `close` does nothing.
-    pub fn detach(&self) {
-        self.inbox.send(Message::DetachConnection(self.id));
+    /// then on `close` does nothing. drain: not before the client has taken its replies, or `detach` without `drain`.
+    pub fn detach(&self, drain: bool) {
+        self.inbox.send(Message::DetachConnection { id: self.id, drain });
     }
 }
 
@@ -181,8 +181,8 @@ impl Engine {
         Ok(ConnectionHandle { inbox: member.inbox.clone(), id })
     }
 
-    /// Closes connections, finishes what is in flight and joins the loops. Later requests get ESHUTDOWN. Nothing in a
-    /// fork: the loops are the parent's.
+    /// Closes connections, finishes what is in flight and joins the loops. A client has `looper::LAST_REPLIES` to take
+    /// its replies. Later requests get ESHUTDOWN. Nothing in a fork: the loops are the parent's.
     pub fn close(&self) {
         if !self.is_here() {
             return;

@@ -38,7 +38,10 @@ pub enum Message {
     HoldRefused(TaskId),
     Serve(Box<Connection>),
     CloseConnection(u64),
-    DetachConnection(u64),
+    DetachConnection {
+        id: u64,
+        drain: bool,
+    },
     Stop,
 }
 

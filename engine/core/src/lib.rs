@@ -29,7 +29,7 @@ pub use copy::copy;
 pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};
 pub use engine::{ConnectionHandle, Engine, EngineError, IoChoice, NbdSession};
 pub use fault::{Answer, Fault};
-pub use nbd::{Selected, Session};
+pub use nbd::{Selected, Session, Skipping, Unfinished};
 pub use notice::{Notice, Notices, Outcome};
 pub use request::{Context, Flags, Found, Memory, Owner, Request, Waiter, context};
 pub use stats::{Op, Shard, Stats, Totals};

@@ -38,6 +38,8 @@ const RETRY_SUBMIT: Duration = Duration::from_millis(1);
 const STORAGE_SPIN: Duration = Duration::from_micros(600);
 /// Longer timeouts do not fit what every kernel's epoll takes.
 const LONGEST_SLEEP: Duration = Duration::from_secs(86400);
+/// What clients have to take their replies when a loop stops.
+pub const LAST_REPLIES: Duration = Duration::from_secs(1);
 const INBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
 
@@ -78,7 +80,8 @@ struct Loop {
     storage_wait: Duration,
     /// Connections whose requests must not wait any more.
     leaving: usize,
-    stopping: bool,
+    /// It ends, and clients may take their replies until then.
+    stopping: Option<Instant>,
 }
 
 /// Starts loop number `index`.
@@ -110,7 +113,7 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         spin_pays: 4,
         storage_wait: Duration::ZERO,
         leaving: 0,
-        stopping: false,
+        stopping: None,
     };
     std::thread::Builder::new().name(format!("blkloom-loop{index}")).spawn(move || {
         let _last_resort = AbortOnPanic;
@@ -138,7 +141,7 @@ impl Loop {
         loop {
             turn = turn.wrapping_add(1);
             let moved = self.turn();
-            if self.stopping && self.members.is_empty() && self.bench.queue.is_idle() {
+            if self.stopping.is_some() && self.members.is_empty() && self.bench.queue.is_idle() {
                 return;
             }
             if moved {
@@ -194,7 +197,8 @@ impl Loop {
         }
         let stall = self.stalls.first().map(|(at, _)| *at);
         let retry = self.bench.queue.is_unsubmitted().then(|| now + RETRY_SUBMIT);
-        let deadline = [self.bench.queue.next_deadline(), stall, retry].into_iter().flatten().min();
+        let stop = self.stopping.filter(|_| self.members.iter().any(|(_, member)| member.connection.wants_output()));
+        let deadline = [self.bench.queue.next_deadline(), stall, retry, stop].into_iter().flatten().min();
         // Rounded up: waking a little early would only poll until the deadline.
         let wait = |at: Instant| (at.saturating_duration_since(now) + Duration::from_millis(1)).min(LONGEST_SLEEP);
         let timeout = deadline.map(wait);
@@ -325,16 +329,16 @@ impl Loop {
                     self.close(slot);
                 }
             }
-            Message::DetachConnection(id) => {
+            Message::DetachConnection { id, drain } => {
                 if let Some((slot, member)) = self.members.iter_mut().find(|(_, member)| member.connection.id == id) {
-                    member.connection.detach();
+                    member.connection.detach(drain);
                     self.settle(slot, true);
                 }
             }
             Message::Stop => {
                 // What can be given back must not be failed with the rest.
                 self.take_back();
-                self.stopping = true;
+                self.stopping = Some(Instant::now() + LAST_REPLIES);
                 self.bench.queue.stop();
                 let slots: Vec<usize> = self.members.iter().map(|(slot, _)| slot).collect();
                 slots.into_iter().for_each(|slot| self.close(slot));
@@ -344,7 +348,7 @@ impl Loop {
 
     fn serve(&mut self, connection: Connection) {
         let slot = self.members.insert(Member { connection, interest: None, stalls_at: None, leaving: false });
-        if self.stopping {
+        if self.stopping.is_some() {
             self.close(slot);
             return;
         }
@@ -454,9 +458,17 @@ impl Loop {
     /// Drops clients that stopped half-way, and fails faults nobody answered.
     fn expire(&mut self) {
         if self.stalls.is_empty() && self.bench.queue.next_deadline().is_none() {
-            return;
+            return; // one that has replies to take is among the stalls
         }
         let now = Instant::now();
+        if self.stopping.is_some_and(|until| until <= now) {
+            let late = self.members.iter().filter(|(_, member)| member.connection.wants_output());
+            let late: Vec<usize> = late.map(|(slot, _)| slot).collect();
+            for slot in late {
+                self.members[slot].connection.gone("the client did not take its replies before the server ended");
+                self.settle(slot, true);
+            }
+        }
         self.bench.queue.expire(now);
         while let Some(&(at, slot)) = self.stalls.first()
             && at <= now

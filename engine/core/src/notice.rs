@@ -9,6 +9,7 @@ use blkloom_io::Process;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::lock;
+use crate::nbd::Unfinished;
 use crate::request::Found;
 
 pub enum Outcome {
@@ -19,10 +20,10 @@ pub enum Outcome {
     Closed {
         reason: String,
     },
-    /// The engine let go of the client; initial: what it received and did not serve.
+    /// The engine let go of the client.
     Detached {
         fd: OwnedFd,
-        initial: Vec<u8>,
+        unfinished: Unfinished,
     },
 }
 

@@ -56,7 +56,8 @@ fn serve(
     fd: OwnedFd,
     initial: Vec<u8>,
 ) -> ConnectionHandle {
-    let session = Session { style, contexts: selected(), initial, max_payload: 1 << 20, stall: PATIENT };
+    let session =
+        Session { style, contexts: selected(), unfinished: initial.into(), max_payload: 1 << 20, stall: PATIENT };
     let (export, notices) = (export.clone(), notices.clone());
     engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
 }
@@ -227,21 +228,21 @@ fn a_block_status_half_answered_is_given_back_whole() {
             first[0].answer(Answer::Extents(vec![(HALF, 1)]));
             suspending.join().unwrap().unwrap();
         });
-        client.handle.detach();
+        client.handle.detach(false);
         let fd = client.notices.fd();
         let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
         let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
         assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1);
-        let Outcome::Detached { fd, initial } = client.notices.take().remove(0).outcome else {
+        let Outcome::Detached { fd, unfinished } = client.notices.take().remove(0).outcome else {
             panic!("it did not leave")
         };
-        assert_eq!(initial, sent);
+        assert_eq!(unfinished.initial, sent);
         assert_eq!(client.export.connections.load(Ordering::Relaxed), 0);
         assert_eq!(client.export.stats.totals().in_flight, 0);
         assert_eq!(client.device.stats().totals().in_flight, 0);
 
         client.device.resume();
-        client.handle = serve(&client.engine, &client.export, &client.notices, style, fd, initial);
+        client.handle = serve(&client.engine, &client.export, &client.notices, style, fd, unfinished.initial);
         client.faults(2, |_| Answer::Extents(vec![(HALF, 2)]));
         assert_eq!(client.answer(), [(9, vec![(HALF, 2)]), (1, vec![(HALF, 3)]), (3, vec![(HALF, 2)])]);
     }

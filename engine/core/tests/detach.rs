@@ -34,10 +34,11 @@ fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_o
         }
         host.until_in_flight(200);
         let half = client.send(WRITE, 200, 4096, 100_000, &[9; 60_000]);
-        handle.detach();
-        handle.detach();
+        handle.detach(false);
+        handle.detach(false);
         handle.close();
-        let (fd, mut given) = host.detached();
+        let (fd, left) = host.detached();
+        let mut given = left.initial;
         // What the engine had not received yet is still in the socket.
         let mut late = vec![0; 200_000];
         let (count, _) = rustix::net::recv(&fd, &mut *late, rustix::net::RecvFlags::DONTWAIT).unwrap_or((0, 0));
@@ -70,11 +71,12 @@ fn what_was_begun_is_answered_before_the_connection_leaves() {
         let (mut client, handle) = host.connect(Style::Simple);
         client.send(READ, 1, 0, 512, &[]);
         let mut faults = host.device.next_faults(Some(PATIENT)).unwrap();
-        handle.detach();
+        handle.detach(false);
         let after = client.send(READ, 2, 0, 512, &[]);
         assert!(host.notices.take().is_empty());
         faults[0].answer(Answer::Done(Some(vec![5; 512])));
-        let (fd, mut given) = host.detached();
+        let (fd, left) = host.detached();
+        let mut given = left.initial;
         assert_eq!(client.reply(|_| 512), (0, 1, vec![5; 512]));
         let mut rest = vec![0; after.len()];
         if given.is_empty() {
@@ -101,8 +103,8 @@ fn a_request_that_waits_below_is_given_back_and_lets_the_device_above_drain() {
     host.engine.suspend(&lower, true, None).unwrap();
     let sent = client.send(WRITE, 3, 0, 8192, &[4; 8192]);
     host.until_in_flight(1);
-    handle.detach();
-    assert!(host.detached().1 == sent);
+    handle.detach(false);
+    assert!(host.detached().1.initial == sent);
     host.engine.suspend(&host.device, true, None).unwrap();
 }
 
@@ -118,7 +120,7 @@ fn a_request_is_given_back_only_once_no_part_of_it_moves() {
         host.engine.suspend(&lower, true, None).unwrap();
         let sent = client.send(WRITE, 3, 0, 8192, &[4; 8192]);
         let mut faults = host.device.next_faults(Some(PATIENT)).unwrap();
-        handle.detach();
+        handle.detach(false);
         // Another connection of the same loop shows that the message was taken; there may be two loops.
         for _ in 0..2 {
             let (mut other, handle) = host.connect(Style::Simple);
@@ -129,27 +131,104 @@ fn a_request_is_given_back_only_once_no_part_of_it_moves() {
         }
         assert_eq!(faults[0].payload(), [4; 4096]);
         faults[0].answer(Answer::Done(None));
-        assert!(host.detached().1 == sent);
+        assert!(host.detached().1.initial == sent);
     }
 }
 
 #[test]
-fn a_refused_payload_is_skipped_to_its_end_first() {
+fn what_is_left_of_a_refused_payload_is_skipped_by_whoever_goes_on_and_refused_there_as_it_would_have_been() {
     for style in STYLES {
-        let host = Host::new(threads(), memory_device(1 << 20));
-        let (mut client, handle) = host.connect(style);
-        // More than a socket holds: when it is sent, some of it was skipped.
-        client.send(WRITE, 1, 1 << 30, 1 << 20, &vec![1; 900_000]);
-        handle.detach();
-        let rest = (1 << 20) - 900_000;
-        client.socket.write_all(&[vec![1; rest], request(style, FLUSH, 3, 0, 0)].concat()).unwrap();
-        let (error, cookie, _) = client.reply(|_| 0);
-        assert_eq!((error, cookie), (28, 1));
-        let (fd, given) = host.detached();
-        let next = Host::new(threads(), memory_device(1 << 20));
-        let _handle = next.serve(style, fd, given, PATIENT);
-        client.done(3);
+        for waiting in [0, 3] {
+            let host = Host::new(threads(), memory_device(1 << 20));
+            let (mut client, handle) = host.connect(style);
+            host.engine.suspend(&host.device, true, None).unwrap();
+            (0..waiting).for_each(|cookie| drop(client.send(WRITE, cookie, cookie * 512, 512, &[cookie as u8; 512])));
+            // More than a socket holds: when it is sent, some of it was skipped.
+            client.send(WRITE, 10, 1 << 30, 1 << 20, &vec![1; 900_000]);
+            handle.detach(false);
+            let (fd, left) = host.detached();
+            let skipping = left.skipping.as_ref().map(|skipping| skipping.left);
+            assert!(skipping.is_some_and(|left| left < 1 << 20), "{style:?}: {skipping:?} bytes are left to skip");
+
+            // One that goes on for no longer than it takes to be asked for the client again changes nothing.
+            let between = Host::new(threads(), memory_device(1 << 20));
+            between.engine.suspend(&between.device, true, None).unwrap();
+            between.serve(style, fd, left, PATIENT).detach(false);
+            let (fd, left) = between.detached();
+            let next = Host::new(threads(), memory_device(1 << 20));
+            let _handle = next.serve(style, fd, left, PATIENT);
+            let rest = (1 << 20) - 900_000;
+            client.socket.write_all(&[vec![1; rest], request(style, FLUSH, 11, 0, 0)].concat()).unwrap();
+            (0..waiting).for_each(|cookie| client.done(cookie));
+            let (error, cookie, _) = client.reply(|_| 0);
+            assert_eq!((error, cookie), (28, 10));
+            client.done(11);
+            served([&next], waiting + 1);
+        }
     }
+}
+
+/// Sends reads of more than a socket holds, and waits until they have been done.
+fn ask_for_much(host: &Host, client: &mut Client) {
+    (0..8).for_each(|cookie| drop(client.send(READ, cookie, cookie << 20, 1 << 20, &[])));
+    while host.device.stats().totals().ops[0].count < 5 {
+        std::thread::yield_now(); // those after the fifth wait for room among the replies
+    }
+}
+
+fn take_much(client: &mut Client) {
+    for wanted in 0..8 {
+        let (error, cookie, data) = client.reply(|_| 1 << 20);
+        assert_eq!((error, cookie), (0, wanted));
+        assert!(data == vec![7; 1 << 20], "{:?}: a reply was torn", client.style);
+    }
+}
+
+#[test]
+fn replies_that_the_client_has_not_taken_go_along_and_nobody_waits_for_it() {
+    for style in STYLES {
+        let host = Host::new(threads(), memory_device(8 << 20));
+        let (mut client, handle) = host.connect(style);
+        ask_for_much(&host, &mut client);
+        handle.detach(false);
+        let (fd, left) = host.detached();
+        assert!(left.unsent.len() > 3 << 20, "{style:?}: {} bytes of replies went along", left.unsent.len());
+        let between = Host::new(threads(), memory_device(8 << 20));
+        between.serve(style, fd, left, PATIENT).detach(false);
+        let (fd, left) = between.detached();
+        let next = Host::new(threads(), memory_device(8 << 20));
+        let _handle = next.serve(style, fd, left, PATIENT);
+        take_much(&mut client);
+        client.send(FLUSH, 9, 0, 0, &[]);
+        client.done(9);
+    }
+}
+
+#[test]
+fn a_detach_that_drains_lets_the_client_take_its_replies_until_another_one_does_not() {
+    let host = Host::new(threads(), memory_device(8 << 20));
+    let (mut client, handle) = host.connect(Style::Simple);
+    ask_for_much(&host, &mut client);
+    handle.detach(true);
+    // Its replies are there, but for those that had no room before it was asked to leave.
+    (0..5).for_each(|cookie| assert_eq!(client.reply(|_| 1 << 20).1, cookie));
+    assert!(host.detached().1.unsent.is_empty());
+
+    let host = Host::new(threads(), memory_device(8 << 20));
+    let (mut client, handle) = host.connect(Style::Simple);
+    ask_for_much(&host, &mut client);
+    handle.detach(true);
+    handle.detach(false);
+    assert!(!host.detached().1.unsent.is_empty());
+}
+
+#[test]
+fn an_engine_that_closes_does_not_wait_for_a_client_that_takes_no_replies() {
+    let host = Host::new(threads(), memory_device(8 << 20));
+    let (mut client, _handle) = host.connect(Style::Simple);
+    ask_for_much(&host, &mut client);
+    host.engine.close();
+    assert_eq!(host.closed(), "closed by the server");
 }
 
 #[test]
@@ -166,8 +245,9 @@ fn a_disconnection_behind_waiting_requests_is_handed_over_behind_them() {
     assert_eq!(other.reply(|_| 0).0, 22);
     other_handle.close();
     assert!(matches!(host.next_end(), Outcome::Closed { .. }));
-    handle.detach();
-    let (fd, mut given) = host.detached();
+    handle.detach(false);
+    let (fd, left) = host.detached();
+    let mut given = left.initial;
     let mut late = [0; 64];
     let (count, _) = rustix::net::recv(&fd, &mut late, rustix::net::RecvFlags::DONTWAIT).unwrap_or((0, 0));
     given.extend_from_slice(&late[..count]);
@@ -208,7 +288,7 @@ fn a_client_that_is_gone_is_not_waited_for_though_its_requests_wait_at_a_gate() 
         host.until_in_flight(1);
         client.socket.write_all(b"garbage after a request").unwrap();
         client.hung_up();
-        handle.detach();
+        handle.detach(false);
         assert!(host.closed().starts_with("garbage"));
         assert_eq!(host.device.stats().totals().in_flight, 0);
     }
@@ -225,7 +305,7 @@ fn a_client_that_takes_no_replies_is_dropped_after_the_stall_timeout() {
     while host.device.stats().totals().ops[0].count < 3 {
         std::thread::yield_now();
     }
-    handle.detach();
+    handle.detach(true);
     assert!(host.closed().contains("stalled"));
 }
 
@@ -237,9 +317,9 @@ fn an_engine_that_closes_gives_back_what_was_to_be_given_back() {
         host.engine.suspend(&host.device, true, None).unwrap();
         let sent = client.send(READ, 1, 0, 512, &[]);
         host.until_in_flight(1);
-        handle.detach();
+        handle.detach(false);
         host.engine.close();
-        assert!(host.detached().1 == sent);
+        assert!(host.detached().1.initial == sent);
     }
 }
 
@@ -392,12 +472,12 @@ fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
                     host.engine.suspend(device, false, None).unwrap();
                     (0..random.below(200)).for_each(|_| std::thread::yield_now());
                 }
-                handle.detach();
+                handle.detach(false);
                 let end = host.end();
                 host.device.resume();
                 lower.resume();
-                let (fd, initial) = match end {
-                    Outcome::Detached { fd, initial } => (fd, initial),
+                let (fd, unfinished) = match end {
+                    Outcome::Detached { fd, unfinished } => (fd, unfinished),
                     Outcome::Closed { reason } => {
                         assert!(finished(), "closed: {reason}");
                         break;
@@ -405,10 +485,10 @@ fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
                     Outcome::Io { .. } => panic!("no I/O was submitted"),
                 };
                 assert_eq!(host.device.stats().totals().in_flight, 0);
-                carried += initial.len();
+                carried += unfinished.initial.len();
                 turns += 1;
                 at = (at + 1 + random.below(hosts.len() as u64 - 1) as usize) % hosts.len();
-                handle = hosts[at].0.serve(style, fd, initial, PATIENT);
+                handle = hosts[at].0.serve(style, fd, unfinished, PATIENT);
             }
             asking.join().unwrap();
             listening.join().unwrap();

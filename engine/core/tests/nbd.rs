@@ -43,8 +43,13 @@ impl Server {
         // Patience is the same in both directions: a server that forgets a client fails the test.
         socket.set_read_timeout(Some(PATIENT)).unwrap();
         socket.set_write_timeout(Some(PATIENT)).unwrap();
-        let session =
-            Session { style: Style::Simple, contexts: Box::default(), initial, max_payload: 32 << 20, stall: PATIENT };
+        let session = Session {
+            style: Style::Simple,
+            contexts: Box::default(),
+            unfinished: initial.into(),
+            max_payload: 32 << 20,
+            stall: PATIENT,
+        };
         let (export, notices) = (self.export.clone(), self.notices.clone());
         let served = NbdSession { export, fd: served.into(), session, notices, token: 7 };
         Client { socket, handle: self.engine.serve_nbd(served).unwrap() }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Selected, Session};
+use blkloom_core::{ConnectionHandle, NbdSession, Outcome, Selected, Session, Skipping, Unfinished};
 use blkloom_wire::Style;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -70,9 +70,8 @@ impl Notices {
                     (result, error)
                 }
                 Outcome::Closed { reason } => (reason.into_pyobject(py)?.into_any(), 0),
-                Outcome::Detached { fd, initial } => {
-                    let detached = Detached { initial: PyBytes::new(py, &initial).unbind(), fd: Mutex::new(Some(fd)) };
-                    (Bound::new(py, detached)?.into_any(), 0)
+                Outcome::Detached { fd, unfinished } => {
+                    (Bound::new(py, Detached::new(py, fd, unfinished))?.into_any(), 0)
                 }
             };
             all.push((notice.token, result, errno));
@@ -130,15 +129,30 @@ impl Connection {
         self.0.close();
     }
 
-    fn detach(&self) {
-        self.0.detach();
+    #[pyo3(signature = (*, drain = false))]
+    fn detach(&self, drain: bool) {
+        self.0.detach(drain);
     }
 }
 
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Detached {
     initial: Py<PyBytes>,
+    unsent: Py<PyBytes>,
+    skipping: Option<(u64, Py<PyBytes>)>,
     fd: Mutex<Option<OwnedFd>>,
+}
+
+impl Detached {
+    fn new(py: Python<'_>, fd: OwnedFd, unfinished: Unfinished) -> Detached {
+        let bytes = |bytes: Vec<u8>| PyBytes::new(py, &bytes).unbind();
+        Detached {
+            initial: bytes(unfinished.initial),
+            unsent: bytes(unfinished.unsent),
+            skipping: unfinished.skipping.map(|skipping| (skipping.left, bytes(skipping.reply))),
+            fd: Mutex::new(Some(fd)),
+        }
+    }
 }
 
 #[pymethods]
@@ -146,6 +160,16 @@ impl Detached {
     #[getter]
     fn initial(&self, py: Python<'_>) -> Py<PyBytes> {
         self.initial.clone_ref(py)
+    }
+
+    #[getter]
+    fn unsent(&self, py: Python<'_>) -> Py<PyBytes> {
+        self.unsent.clone_ref(py)
+    }
+
+    #[getter]
+    fn skipping(&self, py: Python<'_>) -> Option<(u64, Py<PyBytes>)> {
+        self.skipping.as_ref().map(|(left, reply)| (*left, reply.clone_ref(py)))
     }
 
     fn take_descriptor(&self) -> PyResult<i32> {
@@ -157,9 +181,9 @@ impl Detached {
 #[pyfunction]
 #[pyo3(signature = (
     engine, export, fd, notices, token, *, structured = false, extended = false, contexts = vec![],
-    initial = &b""[..], max_payload = 33_554_432, stall_timeout = 60.0,
+    initial = &b""[..], unsent = &b""[..], skipping = None, max_payload = 33_554_432, stall_timeout = 60.0,
 ), text_signature = "(engine, export, fd, notices, token, *, structured=False, extended=False, \
-    contexts=(), initial=b'', max_payload=33554432, stall_timeout=60.0)")]
+    contexts=(), initial=b'', unsent=b'', skipping=None, max_payload=33554432, stall_timeout=60.0)")]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_nbd(
     py: Python<'_>,
@@ -172,6 +196,8 @@ pub fn serve_nbd(
     extended: bool,
     contexts: Vec<(u32, String)>,
     initial: &[u8],
+    unsent: &[u8],
+    skipping: Option<(u64, Vec<u8>)>,
     max_payload: u32,
     stall_timeout: f64,
 ) -> PyResult<Connection> {
@@ -186,7 +212,9 @@ pub fn serve_nbd(
     let stall = Duration::try_from_secs_f64(stall_timeout).map_err(value_error)?;
     let contexts =
         contexts.iter().map(|(id, name)| Selected { id: *id, context: blkloom_core::context(name) }).collect();
-    let session = Session { style, contexts, initial: initial.to_vec(), max_payload, stall };
+    let skipping = skipping.map(|(left, reply)| Skipping { left, reply });
+    let unfinished = Unfinished { initial: initial.to_vec(), unsent: unsent.to_vec(), skipping };
+    let session = Session { style, contexts, unfinished, max_payload, stall };
     let (fd, export, notices) = (duplicate(fd)?, export.inner.clone(), notices.inner.clone());
     py.detach(|| engine.0.serve_nbd(NbdSession { export, fd, session, notices, token }))
         .map(Connection)

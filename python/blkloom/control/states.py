@@ -57,8 +57,10 @@ class ExportState(_Value):
 
 
 class ConnectionState(_Value):
-    """A live NBD connection on its way to another worker. initial: base64 of bytes received and not
-    served. export: the `ExportState.id`. contexts: (id, name) of the metadata contexts it selected.
+    """A live NBD connection on its way to another worker. export: the `ExportState.id`. contexts: (id, name) of the
+    metadata contexts it selected. initial: base64 of bytes received and not served. unsent: base64 of replies it
+    has not taken. stored: both are in the device's memfd of unfinished bytes instead: where they begin, and
+    the length of either. skipping: bytes of a refused payload still to come, and base64 of the reply then.
     """
 
     export: str
@@ -68,6 +70,9 @@ class ConnectionState(_Value):
     contexts: list[tuple[int, str]] = []
     max_payload: int = 32 << 20
     initial: str = ""
+    unsent: str = ""
+    stored: tuple[int, int, int] | None = None
+    skipping: tuple[int, str] | None = None
 
 
 class LoopNotes(_Value):

@@ -433,6 +433,8 @@ class Verbs:
 
         async def end(stack: list[Entry]) -> None:
             async with at_once:
+                if len(stack) > 1:
+                    await self._disconnect(stack)
                 for entry in stack:
                     try:
                         async with self._workers.locked(entry):
@@ -443,6 +445,19 @@ class Verbs:
 
         await asyncio.gather(*map(end, stacks.values()))
         return errors
+
+    async def _disconnect(self, stack: list[Entry]) -> None:
+        """The clients of all of these together: what the slow ones take of their time is not added up."""
+        async with self._workers.locked(*stack):
+            calls = [
+                entry.group.call(m.Unserve(minor=entry.minor, id=export.id))
+                for entry in stack
+                if entry.group.link is not None and not entry.failed
+                for export in entry.exports
+            ]
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    _log.error("clients could not be disconnected before their device ends: %s", outcome)
 
     async def rename(self, call: m.Rename) -> None:
         """A new name, which its automatic socket and the tables above it follow; or a first uuid."""

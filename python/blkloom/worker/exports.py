@@ -6,7 +6,6 @@ wait in its backlog, and its file is the supervisor's to remove. On the event lo
 
 from __future__ import annotations
 
-import base64
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,10 +15,10 @@ from blkloom import _engine
 from blkloom.control.rundir import RunDir
 from blkloom.control.states import ConnectionState, ExportState
 from blkloom.export.nbd.server import NbdServer
-from blkloom.export.nbd.session import Agreed, Moving, NbdExport
+from blkloom.export.nbd.session import Agreed, Moving, NbdExport, Unfinished
 
 _LAST_REPLIES: Final = 5.0
-"""Seconds in which requests in flight may end when an export is taken away."""
+"""Seconds in which requests in flight may end, and clients take their replies, when an export is taken away."""
 
 
 class ServedExport:
@@ -84,37 +83,40 @@ class ServedExport:
         self._export = NbdExport(name, self._export.export)
         self._server.rename_export(former, self._export)
 
-    async def pause(self, timeout: float | None) -> list[tuple[ConnectionState, int]]:
-        """Lets every client go, without their noticing; (state, descriptor) each, numbered from 0 on.
-        Raises TimeoutError with requests still in flight.
+    async def end_handshakes(self) -> None:
+        """Accepts nobody until `go_on`; handshakes have a moment to end."""
+        await self._server.end_handshakes()
+
+    async def pause(self, timeout: float | None) -> list[tuple[ConnectionState, Moving]]:
+        """Lets every client go, without their noticing: each with its state, but for its number and what is
+        unfinished. Raises TimeoutError, which names them, with requests of clients still in flight.
         """
         moving = await self._server.pause(timeout)
         return [
             (
                 ConnectionState(
                     export=self._state.id,
-                    number=number,
+                    number=0,
                     structured=client.agreed.structured,
                     extended=client.agreed.extended,
                     contexts=list(client.agreed.contexts),
                     max_payload=client.agreed.max_payload,
-                    initial=base64.b64encode(client.initial).decode("ascii"),
                 ),
-                client.descriptor,
+                client,
             )
-            for number, client in enumerate(moving)
+            for client in moving
         ]
 
-    def go_on(self, clients: Iterable[tuple[ConnectionState, int]] = ()) -> None:
+    def go_on(self, clients: Iterable[tuple[ConnectionState, int, Unfinished]] = ()) -> None:
         """Serves these clients, whose descriptors it owns from now on, and accepts."""
         self._server.go_on(
             Moving(
                 self._export.name,
                 Agreed(state.structured, state.extended, tuple(state.contexts), state.max_payload),
                 descriptor,
-                base64.b64decode(state.initial),
+                unfinished,
             )
-            for state, descriptor in clients
+            for state, descriptor, unfinished in clients
         )
 
     async def end(self) -> None:

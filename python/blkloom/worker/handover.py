@@ -1,25 +1,23 @@
 """Devices on their way from one worker to another: frozen here, received there, or thawed again.
 
 At a drained instant the clients are taken out of the engine (requests begun are answered, what waits at
-a suspended device is taken back as bytes), the devices are suspended, and all that makes them goes out
-as states and labelled descriptors. A device's claims and memory are in its stock already. Bytes received
-from a client and not served ride in its `ConnectionState`, or, when they are many, in a memfd labelled
-as memory of load 0 with the connection's number. On the event loop.
+a suspended device is taken back as bytes, and so is what a client has not taken of its replies: none is waited
+for), the devices are suspended, and all that makes them goes out as states and labelled descriptors. A device's
+claims and memory are in its stock already. What is unfinished of its clients: see `moving`. On the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING
 
 from blkloom.control.messages import MOST_DESCRIPTORS, Drop, Happened, Keep
-from blkloom.control.states import ConnectionState, DeviceState, Label
+from blkloom.control.states import DeviceState, Label
 from blkloom.errors import ListenError
+from blkloom.worker.moving import unfinished_label
 
 if TYPE_CHECKING:
     from blkloom.worker.host import Host
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LONG: Final = 64 << 10
-"""Base64 characters of `ConnectionState.initial` from which on they go in a memfd."""
-
 
 async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
     """Everything stands still from here on, and its connections have been said in `Keep`s. timeout:
@@ -38,11 +33,12 @@ async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
     """
     devices = list(host.devices.values())
     try:
+        await _all(device.end_handshakes() for device in devices)  # while those served are served on
         await _all(device.detach_clients(timeout) for device in devices)
         await _all(device.stop_moving(timeout) for device in devices)
         states = [device.state() for device in devices]
-        for device, state in zip(devices, states, strict=True):
-            say_keep(host.tell, _clients(host.stock, device, state))
+        for device in devices:
+            say_keep(host.tell, _clients(host.stock, device))
     except BaseException:
         await thaw(host)
         raise
@@ -52,9 +48,7 @@ async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
 async def thaw(host: Host) -> None:
     """As before `freeze`."""
     for device in host.devices.values():
-        labels = [label for label in host.stock.labels(device.minor) if label.load == 0 and label.role == "memory"]
-        labels += [_label(device.minor, "connection", state.number) for state, _ in device.frozen]
-        host.stock.discard(labels)
+        labels = [label for label, _ in _clients(host.stock, device)]
         await device.thaw()
         if labels:
             host.tell(Drop(labels=labels), ())
@@ -78,10 +72,7 @@ def receive_clients(stock: Stock, device: HostedDevice, state: DeviceState) -> N
     """
     clients = []
     for connection in state.connections:
-        fd = stock.take(_label(device.minor, "connection", connection.number))
-        rest = stock.take(_label(device.minor, "memory", connection.number))
-        if rest is not None:
-            connection.initial = _read(rest)
+        fd = stock.take(_label(device.minor, connection.number))
         if fd is None:
             _log.error("device %r: the socket of client %d was lost", state.name, connection.number)
         else:
@@ -107,46 +98,17 @@ def say_keep(
         tell(Keep(labels=[label for label, _ in some]), [fd for _, fd in some])
 
 
-def _clients(stock: Stock, device: HostedDevice, state: DeviceState) -> list[tuple[Label, int]]:
-    """The descriptors of the connections in `state`; long rests are moved out of it."""
-    found = []
-    for index, (connection, fd) in enumerate(device.frozen):
-        found.append((_label(device.minor, "connection", connection.number), fd))
-        if len(connection.initial) > _LONG:
-            label = _label(device.minor, "memory", connection.number)
-            stock.put(label, _written(connection.initial))
-            found.append((label, stock.find(label) or -1))
-            state.connections[index] = ConnectionState(
-                export=connection.export,
-                number=connection.number,
-                structured=connection.structured,
-                extended=connection.extended,
-                contexts=connection.contexts,
-                max_payload=connection.max_payload,
-            )
+def _clients(stock: Stock, device: HostedDevice) -> list[tuple[Label, int]]:
+    """The descriptors of the clients that the device has let go."""
+    found = [(_label(device.minor, state.number), fd) for state, fd in device.frozen]
+    unfinished = unfinished_label(device.minor)
+    if (memory := stock.find(unfinished)) is not None:
+        found.append((unfinished, memory))
     return found
 
 
-def _label(minor: int, role: Literal["connection", "memory"], number: int) -> Label:
-    return Label(device=minor, load=0, role=role, key=str(number))
-
-
-def _written(initial: str) -> int:
-    fd = os.memfd_create("blkloom-received", os.MFD_CLOEXEC)
-    try:
-        left = memoryview(base64.b64decode(initial))
-        while left:
-            left = left[os.write(fd, left) :]
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _read(fd: int) -> str:
-    with open(fd, "rb") as file:
-        file.seek(0)
-        return base64.b64encode(file.read()).decode("ascii")
+def _label(minor: int, number: int) -> Label:
+    return Label(device=minor, load=0, role="connection", key=str(number))
 
 
 async def _all(steps: Iterable[object]) -> None:

@@ -248,6 +248,7 @@ class Host:
     async def close(self) -> list[Exception]:
         """Ends every device, those on top first, and the engine. What went wrong."""
         errors: list[Exception] = []
+        await asyncio.gather(*(device.end_exports() for device in self.devices.values()))  # of slow clients, once
         while self.devices:
             below = {below for device in self.devices.values() for below in device.device.all_below()}
             minor = next((m for m, d in self.devices.items() if d.device not in below), next(iter(self.devices)))

@@ -27,6 +27,7 @@ from blkloom.control.states import (
 )
 from blkloom.device.device import Device
 from blkloom.errors import UsageError
+from blkloom.export.nbd.session import Moving
 from blkloom.stats import without_tails
 from blkloom.table import Table, format_table, parse
 from blkloom.target.descriptors import descriptor_path
@@ -35,6 +36,7 @@ from blkloom.target.leg import rename_legs
 from blkloom.target.registry import Targets
 from blkloom.units import Sectors, to_bytes
 from blkloom.worker.exports import ServedExport
+from blkloom.worker.moving import pack, unpack
 from blkloom.worker.stock import Ask, LoadDescriptors, Stock
 from blkloom.worker.threads import in_thread
 
@@ -364,18 +366,32 @@ class HostedDevice:
         """The clients let go by `freeze`, and their sockets."""
         return self._frozen or ()
 
+    async def end_handshakes(self) -> None:
+        """Accepts no client until `thaw` or `take_over`; handshakes have a moment to end."""
+        await asyncio.gather(*(export.end_handshakes() for export in self.exports.values()))
+
     async def detach_clients(self, timeout: float | None) -> None:
-        """Lets every client go. Raises DrainError; `thaw` goes on in any case."""
+        """Lets every client go, and waits for none of them. Raises DrainError where requests in flight do not end;
+        `thaw` goes on in any case.
+        """
         self._frozen, self._resumes_after = [], False
-        for export in self.exports.values():
-            try:
-                clients = await export.pause(timeout)
-            except TimeoutError as error:
-                after = f" after {timeout:g} s" if timeout is not None else ""
-                raise self.device.stuck(f"device {self.name!r}: requests of clients had not ended{after}") from error
-            for state, descriptor in clients:
-                state.number = len(self._frozen)
-                self._frozen.append((state, descriptor))
+        pauses = (export.pause(timeout) for export in self.exports.values())
+        moving: list[tuple[ConnectionState, Moving]] = []
+        late: TimeoutError | None = None
+        for paused in await asyncio.gather(*pauses, return_exceptions=True):
+            if isinstance(paused, TimeoutError):
+                late = paused
+            elif isinstance(paused, BaseException):
+                raise paused
+            else:
+                moving += paused
+        for number, (state, _) in enumerate(moving):
+            state.number = number
+        self._frozen = pack(self._stock, self.minor, moving)
+        if late is not None:
+            after = f" after {timeout:g} s" if timeout is not None else ""
+            what = f"device {self.name!r}: requests of clients had not ended{after} ({late.strerror})"
+            raise self.device.stuck(what) from late
 
     async def stop_moving(self, timeout: float | None) -> None:
         """Suspends it, if it is live, until `thaw`."""
@@ -392,9 +408,14 @@ class HostedDevice:
         self._on_change(self)
 
     def take_over(self, clients: Sequence[tuple[ConnectionState, int]]) -> None:
-        """Serves clients that were let go here or elsewhere, and accepts new ones."""
+        """Serves clients that were let go here or elsewhere, with what is unfinished of them in the stock, and accepts
+        new ones.
+        """
+        states = [state for state, _ in clients]
+        unfinished = unpack(self._stock, self.minor, states)
+        whole = [(*client, left) for client, left in zip(clients, unfinished, strict=True)]
         for id, export in self.exports.items():
-            export.go_on([client for client in clients if client[0].export == id])
+            export.go_on([client for client in whole if client[0].export == id])
         for state, descriptor in clients:
             if state.export not in self.exports:
                 _log.error("device %r: a client of its former export %r is cut", self.name, state.export)
@@ -402,13 +423,17 @@ class HostedDevice:
 
     # the end
 
+    async def end_exports(self) -> None:
+        """Disconnects all clients, after what is in flight."""
+        self.device.fail_held()  # while its clients can still be told
+        exports, self.exports = list(self.exports.values()), {}
+        await asyncio.gather(*(export.end() for export in exports))
+
     async def close(self, *, flush: bool) -> None:
         """Ends its exports, drains it, and flushes it if asked to; gives up its files and claims. Raises
         OSError of the last flush or DrainError; it is closed even so.
         """
-        self.device.fail_held()  # while its clients can still be told
-        while self.exports:
-            await self.exports.popitem()[1].end()
+        await self.end_exports()
         self._devices.pop(self.name, None)
         try:
             await in_thread(self._thread_name, lambda: self.device.close(flush=flush))

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use blkloom_io::{Buffer, BufferPool};
-use blkloom_wire::{Command, ErrorCode, Framing, Header, Refusal, Rules, Style, flags};
+use blkloom_wire::{Command, ErrorCode, Framing, Header, Refusal, Rules, Sink, Style, flags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
@@ -37,11 +37,33 @@ pub struct Session {
     pub style: Style,
     /// The metadata contexts that were selected; a block status answers for all of them.
     pub contexts: Box<[Selected]>,
-    /// Bytes received beyond the handshake.
-    pub initial: Vec<u8>,
+    pub unfinished: Unfinished,
     pub max_payload: u32,
     /// A client that stops in the middle of a request, or of taking replies, is dropped after this.
     pub stall: Duration,
+}
+
+/// What the handshake, or the engine that had the connection before, has left to be done.
+#[derive(Default)]
+pub struct Unfinished {
+    /// Bytes received and not served.
+    pub initial: Vec<u8>,
+    /// Bytes of replies that the client has not taken yet.
+    pub unsent: Vec<u8>,
+    /// What was being skipped; it comes behind `initial`.
+    pub skipping: Option<Skipping>,
+}
+
+impl From<Vec<u8>> for Unfinished {
+    fn from(initial: Vec<u8>) -> Unfinished {
+        Unfinished { initial, ..Unfinished::default() }
+    }
+}
+
+/// The payload of a refused request: so many bytes are skipped, then the reply is sent.
+pub struct Skipping {
+    pub left: u64,
+    pub reply: Vec<u8>,
 }
 
 /// A metadata context, with the number the client knows it by.
@@ -80,12 +102,7 @@ enum Input {
         buffer: Buffer,
         have: usize,
     },
-    /// Skipping the payload of a refused request.
-    Skip {
-        left: u64,
-        framing: Framing,
-        refusal: Refusal,
-    },
+    Skip(Skipping),
 }
 
 enum Received {
@@ -102,8 +119,12 @@ enum Received {
 
 enum State {
     Open,
-    /// Requests taken back so far: their order and their bytes.
-    Detaching(Vec<(u64, Vec<u8>)>),
+    /// returned: requests taken back so far, their order and their bytes. drain: not before the client has taken its
+    /// replies.
+    Detaching {
+        returned: Vec<(u64, Vec<u8>)>,
+        drain: bool,
+    },
     Ending(String),
     Gone(String),
 }
@@ -124,6 +145,8 @@ pub struct Connection {
     input: Input,
     /// Received but not taken yet: part of a header, or more while the connection is full.
     stash: Vec<u8>,
+    /// What the engine that had it before was skipping: comes behind what is stashed.
+    skips_next: Option<Skipping>,
     output: Output,
     in_flight: usize,
     in_flight_bytes: u64,
@@ -156,6 +179,15 @@ impl Connection {
             block_status: !session.contexts.is_empty(),
             max_payload: u64::from(session.max_payload),
         };
+        let Unfinished { initial, unsent, skipping } = session.unfinished;
+        let mut output = Output::default();
+        if !unsent.is_empty() {
+            output.push(unsent, None);
+        }
+        let (input, skips_next) = match skipping {
+            Some(skipping) if initial.is_empty() => (Input::Skip(skipping), None),
+            skipping => (Input::Header, skipping),
+        };
         Connection {
             id,
             fd,
@@ -165,9 +197,10 @@ impl Connection {
             notices,
             token,
             stall: session.stall.min(LONGEST_TIMEOUT),
-            input: Input::Header,
-            stash: session.initial,
-            output: Output::default(),
+            input,
+            stash: initial,
+            skips_next,
+            output,
             in_flight: 0,
             in_flight_bytes: 0,
             queued: 0,
@@ -183,7 +216,7 @@ impl Connection {
     }
 
     pub fn wants_input(&self) -> bool {
-        self.takes_input() && !self.full() || self.is_detaching() && self.is_skipping()
+        self.takes_input() && !self.full()
     }
 
     /// What arrives belongs to a request it serves or refuses.
@@ -209,7 +242,7 @@ impl Connection {
         self.in_flight == 0
             && match self.state {
                 State::Open => false,
-                State::Detaching(_) => self.output.is_empty() && !self.is_skipping(),
+                State::Detaching { drain, .. } => !drain || self.output.is_empty(),
                 State::Ending(_) => self.output.is_empty(),
                 State::Gone(_) => true,
             }
@@ -218,7 +251,7 @@ impl Connection {
     /// It waits for the client to go on with something begun.
     pub fn is_waiting(&self) -> bool {
         let mid_request = !matches!(self.input, Input::Header) || !self.stash.is_empty() && !self.full();
-        self.wants_output() || mid_request && self.takes_input() || self.is_skipping()
+        self.wants_output() || mid_request && self.takes_input()
     }
 
     /// It has received whole headers that it may serve now, though nothing new need arrive for it.
@@ -265,7 +298,7 @@ impl Connection {
     fn outcome(mut self) -> Outcome {
         match std::mem::replace(&mut self.state, State::Open) {
             State::Open => Outcome::Closed { reason: "closed".to_owned() },
-            State::Detaching(returned) => Outcome::Detached { initial: self.unserved(returned), fd: self.fd },
+            State::Detaching { returned, .. } => self.detached(returned),
             State::Ending(reason) | State::Gone(reason) => Outcome::Closed { reason },
         }
     }
@@ -319,7 +352,7 @@ impl Connection {
             }
         }
         let behind = self.stash.len();
-        if behind >= into.len() {
+        if behind >= into.len() || self.skips_next.is_some() {
             return Ok(Received::Nothing); // what there is must be served first
         }
         match receive(&self.fd, &mut into.bytes_mut()[behind..]) {
@@ -339,15 +372,15 @@ impl Connection {
     fn consume(&mut self, slot: usize, bytes: &[u8], bench: &mut Workbench, started: Instant) {
         let mut at = 0;
         self.finish_payload(slot, bench, started);
-        while at < bytes.len() && (self.takes_input() || self.is_skipping()) {
-            if let Input::Skip { left, framing, refusal } = &mut self.input {
-                let skipped = (*left).min((bytes.len() - at) as u64);
-                *left -= skipped;
+        while at < bytes.len() && self.takes_input() {
+            if let Input::Skip(skipping) = &mut self.input {
+                let skipped = skipping.left.min((bytes.len() - at) as u64);
+                skipping.left -= skipped;
                 at += skipped as usize;
-                if *left == 0 {
-                    let (framing, refusal) = (*framing, *refusal);
+                if skipping.left == 0 {
+                    let reply = std::mem::take(&mut skipping.reply);
                     self.input = Input::Header;
-                    self.refuse(&framing, refusal, bench);
+                    self.put(reply, bench);
                 }
                 continue;
             }
@@ -366,8 +399,13 @@ impl Connection {
                 }
             }
         }
-        if matches!(self.state, State::Open | State::Detaching(_)) {
+        if self.takes_input() {
             self.stash.extend_from_slice(&bytes[at..]);
+            if self.stash.is_empty()
+                && let Some(skipping) = self.skips_next.take()
+            {
+                self.input = Input::Skip(skipping);
+            }
         }
     }
 
@@ -408,7 +446,9 @@ impl Connection {
             if request.payload == 0 {
                 self.refuse(&framing, refusal, bench);
             } else {
-                self.input = Input::Skip { left: request.payload, framing, refusal };
+                let mut reply = Vec::new();
+                blkloom_wire::error(&framing, &mut reply, refusal.code, refusal.why);
+                self.input = Input::Skip(Skipping { left: request.payload, reply });
             }
             return 0;
         }
@@ -427,6 +467,17 @@ impl Connection {
 
     fn framing(&self, header: &Header) -> Framing {
         Framing { style: self.rules.style, cookie: header.cookie, offset: header.offset }
+    }
+
+    /// A reply of whatever length.
+    fn put(&mut self, reply: Vec<u8>, bench: &mut Workbench) {
+        if bench.arena.room() < reply.len() {
+            self.flush(bench);
+        }
+        match bench.arena.room() < reply.len() {
+            true => self.output.push(reply, None),
+            false => bench.arena.put(&reply),
+        }
     }
 
     fn refuse(&mut self, framing: &Framing, refusal: Refusal, bench: &mut Workbench) {

@@ -3,5 +3,5 @@
 mod connection;
 mod output;
 
-pub use connection::{Connection, Selected, Session, Ticket, Workbench};
+pub use connection::{Connection, Selected, Session, Skipping, Ticket, Unfinished, Workbench};
 pub use output::Arena;

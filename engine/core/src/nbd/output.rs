@@ -97,6 +97,17 @@ impl Output {
         self.queue.push_back(chunk);
     }
 
+    /// What waits, for another engine to send.
+    pub fn take(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.bytes);
+        for Chunk { head, body, sent } in std::mem::take(self).queue {
+            let in_head = sent.min(head.len());
+            bytes.extend_from_slice(&head[in_head..]);
+            bytes.extend_from_slice(body.as_ref().map_or(&[], |body| &body.bytes()[sent - in_head..]));
+        }
+        bytes
+    }
+
     /// Drops what waits; nobody will read it.
     pub fn clear(&mut self) {
         *self = Output::default();

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use blkloom_core::{ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Outcome, Session};
+use blkloom_core::{
+    ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Outcome, Session, Unfinished,
+};
 use blkloom_wire::{Header, Style};
 
 use super::{PATIENT, device, mapping, memory, region, slice};
@@ -40,8 +42,16 @@ impl Host {
         Host { engine, device, export, notices: Arc::new(Notices::new().unwrap()) }
     }
 
-    pub fn serve(&self, style: Style, fd: OwnedFd, initial: Vec<u8>, stall: Duration) -> ConnectionHandle {
-        let session = Session { style, contexts: Box::default(), initial, max_payload: MOST_PAYLOAD, stall };
+    /// A client whose engine before this one left something unfinished, if nothing else: bytes it had received.
+    pub fn serve(
+        &self,
+        style: Style,
+        fd: OwnedFd,
+        unfinished: impl Into<Unfinished>,
+        stall: Duration,
+    ) -> ConnectionHandle {
+        let unfinished = unfinished.into();
+        let session = Session { style, contexts: Box::default(), unfinished, max_payload: MOST_PAYLOAD, stall };
         let (export, notices) = (self.export.clone(), self.notices.clone());
         self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
     }
@@ -72,13 +82,13 @@ impl Host {
         outcome
     }
 
-    pub fn detached(&self) -> (OwnedFd, Vec<u8>) {
+    pub fn detached(&self) -> (OwnedFd, Unfinished) {
         match self.end() {
-            Outcome::Detached { fd, initial } => {
+            Outcome::Detached { fd, unfinished } => {
                 for stats in [self.device.stats(), &self.export.stats] {
                     assert_eq!(stats.totals().in_flight, 0, "nothing is left behind");
                 }
-                (fd, initial)
+                (fd, unfinished)
             }
             Outcome::Closed { reason } => panic!("closed: {reason}"),
             Outcome::Io { .. } => panic!("no I/O was submitted"),

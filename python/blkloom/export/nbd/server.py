@@ -32,7 +32,7 @@ from blkloom.export.nbd.events import Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
 from blkloom.export.nbd.offer import Catalogue
-from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
+from blkloom.export.nbd.session import Moving, NbdExport, Session, Unfinished, closing_reason
 from blkloom.forked import OwnProcess
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -54,6 +54,10 @@ _GONE: Final = frozenset(
 )
 _MOVE_GRACE: Final = 2.0
 """Seconds a handshake has to end when the clients move to another server."""
+_CUT_GRACE: Final = 0.5
+"""Seconds of a stop that are left when clients that do not take their replies are cut."""
+_NAMED: Final = 8
+"""Clients that a message names."""
 _STOP_GRACE: Final = 1.0
 """Seconds a handshake may go on being told ERR_SHUTDOWN while the server stops."""
 
@@ -289,9 +293,11 @@ class NbdServer:
             self._end(session, reason)
 
     def _serve(self, exports: Mapping[str, NbdExport], session: Session, outcome: Transmission) -> _engine.Connection:
-        return self._hand_over(exports, outcome.initial, session)
+        return self._hand_over(exports, Unfinished(outcome.initial), session)
 
-    def _hand_over(self, exports: Mapping[str, NbdExport], initial: bytes, session: Session) -> _engine.Connection:
+    def _hand_over(
+        self, exports: Mapping[str, NbdExport], unfinished: Unfinished, session: Session
+    ) -> _engine.Connection:
         """Hand the connection to the engine. Raises OSError when the engine cannot take it."""
         connection = _engine.serve_nbd(
             self._engine,
@@ -302,13 +308,15 @@ class NbdServer:
             structured=session.agreed.structured,
             extended=session.agreed.extended,
             contexts=session.agreed.contexts,
-            initial=initial,
+            initial=unfinished.initial,
+            unsent=unfinished.unsent,
+            skipping=unfinished.skipping,
             max_payload=session.agreed.max_payload,
             stall_timeout=self._limits.stall,
         )
         self._served += 1
         if self._stopping or self._paused:
-            connection.detach()
+            connection.detach(drain=self._stopping)
         asyncio.get_running_loop().call_soon(self._on_change)
         return connection
 
@@ -319,7 +327,13 @@ class NbdServer:
             if (session := self._sessions.get(token)) is None:
                 continue
             if isinstance(result, _engine.Detached):
-                moving = Moving(session.export, session.agreed, result.take_descriptor(), result.initial)
+                unfinished = Unfinished(result.initial, result.unsent, result.skipping)
+                moving = Moving(session.export, session.agreed, result.take_descriptor(), unfinished)
+                if self._stopping and result.unsent:
+                    missed = (
+                        f"export {session.export!r}: it did not take its last {len(result.unsent)} bytes of replies"
+                    )
+                    self._log.warning("%s, %s", session.peer, missed)
                 self._end(session, "disconnected" if self._stopping else "handed over")
                 if self._stopping:
                     moving.close()
@@ -350,23 +364,36 @@ class NbdServer:
         for listener in self._listeners:
             self._ignore(listener)
 
-    async def pause(self, timeout: float | None = None) -> list[Moving]:
-        """Accept nobody and let every client go, without their noticing; the sockets go on listening.
-        A client still in its handshake has a moment to end it, and is dropped then.
-
-        timeout: seconds for all of it. Raises TimeoutError, with requests still in flight; in any case
-        `go_on` takes up what was let go and not returned here.
-        """
+    async def end_handshakes(self) -> None:
+        """Accept nobody until `go_on`. A client still in its handshake has a moment to end it, and is dropped then."""
         self.hold_back()
-        await self._stop_negotiating(_MOVE_GRACE if timeout is None else min(timeout, _MOVE_GRACE))
+        await self._stop_negotiating(_MOVE_GRACE)
+
+    async def pause(self, timeout: float | None = None) -> list[Moving]:
+        """Accept nobody and let every client go, without their noticing; the sockets go on listening. No client
+        is waited for: what it has not taken of its replies goes along.
+
+        timeout: seconds for requests in flight to end. Raises TimeoutError, whose text names the clients that still
+        have some; in any case `go_on` takes up what was let go and not returned here.
+        """
+        await self.end_handshakes()
         for session in self._sessions.values():
             if session.connection is not None:
                 session.connection.detach()
-        async with asyncio.timeout(timeout):
-            while self._sessions:
-                await self._next_end()
+        try:
+            async with asyncio.timeout(timeout):
+                while self._sessions:
+                    await self._next_end()
+        except TimeoutError as error:
+            raise TimeoutError(errno.ETIMEDOUT, self._named()) from error
         moved, self._moved = self._moved, []
         return moved
+
+    def _named(self) -> str:
+        """The clients there are, for people: at most _NAMED."""
+        names = [f"{session.peer} (export {session.export!r})" for session in self._sessions.values()]
+        more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+        return ", ".join(names[:_NAMED] + more)
 
     def go_on(self, moving: Iterable[Moving] = ()) -> None:
         """Serve these clients, and those `pause` did not return, and accept again."""
@@ -381,7 +408,7 @@ class NbdServer:
     def _take_back(self, moving: Moving) -> None:
         token = next(self._tokens)
         connected = socket.socket(fileno=moving.descriptor)
-        hand_over = partial(self._hand_over, self._exports, moving.initial)
+        hand_over = partial(self._hand_over, self._exports, moving.unfinished)
         session = Session(
             token,
             connected,
@@ -399,9 +426,10 @@ class NbdServer:
     # the end
 
     async def stop(self, timeout: float = 10.0) -> int:
-        """Stop listening, end handshakes with ERR_SHUTDOWN, let the engine finish what is in flight.
+        """Stop listening, end handshakes with ERR_SHUTDOWN, let the engine finish what is in flight and clients
+        take their replies. One that does not is cut, and the log names it.
 
-        timeout: seconds for all of it. Returns how many connections were still open then (the
+        timeout: seconds for all of it. Returns how many connections still had requests in flight then (the
         engine's `close` ends those); 0 is a clean stop. May be called again. In a fork it does nothing: sockets,
         their files and the clients are the parent's.
         """
@@ -409,6 +437,7 @@ class NbdServer:
             return 0
         self._stopping = True
         deadline = asyncio.get_running_loop().time() + timeout
+        cut = deadline - min(_CUT_GRACE, timeout / 2)
         for task in self._waiting:
             task.cancel()
         for listener in self._listeners:
@@ -418,18 +447,26 @@ class NbdServer:
         for session in (*self._sessions.values(), *self._refused.values()):
             session.handshake.refuse(Reply.ERR_SHUTDOWN, "the server is shutting down")
             if session.connection is not None:
-                session.connection.detach()  # unlike close, it does not wait for a suspended device
-        await self._stop_negotiating(min(timeout, _STOP_GRACE))
-        try:
-            async with asyncio.timeout_at(deadline):
-                while self._sessions:
-                    await self._next_end()
-        except TimeoutError:
-            self._log.error("%d connections were still open %g s after the stop began", len(self._sessions), timeout)
+                session.connection.detach(drain=True)  # unlike close, it does not wait for a suspended device
+        await self._stop_negotiating(min(timeout / 2, _STOP_GRACE))
+        await self._wait_for_all(cut)
+        for session in self._sessions.values():
+            if session.connection is not None:
+                session.connection.detach()
+        if not await self._wait_for_all(deadline):
+            self._log.error("requests in flight had not ended %g s after the stop began: %s", timeout, self._named())
         if self._notices is not None:
             asyncio.get_running_loop().remove_reader(self._notices.fileno())
             self._notices = None
         return len(self._sessions)
+
+    async def _wait_for_all(self, deadline: float) -> bool:
+        """Whether all clients have gone by then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while self._sessions:
+                    await self._next_end()
+        return not self._sessions
 
     def _stop_listening(self, listener: Listener) -> None:
         try:

@@ -68,15 +68,24 @@ class Agreed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What is left to be done of a connection that another engine served, or the handshake: see `Detached`."""
+
+    initial: bytes = b""
+    unsent: bytes = b""
+    skipping: tuple[int, bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Moving:
     """A client between two servers. export: its name. descriptor: its socket, owned by whoever has
-    this. initial: what was received from it and not served.
+    this.
     """
 
     export: str
     agreed: Agreed
     descriptor: int
-    initial: bytes
+    unfinished: Unfinished
 
     def close(self) -> None:
         """Hangs up."""

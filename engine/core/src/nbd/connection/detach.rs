@@ -1,27 +1,31 @@
 //! Letting go of a client so that another engine goes on with it, without the client noticing. Part of
 //! `connection`, whose invariants hold here.
 //!
-//! From `detach` on nothing new is begun. What was begun ends, and its replies are sent; what does
-//! nothing but wait at a closed gate is taken back by the loop (`Queue::withdraw`, `take_back`). So each
-//! request is either answered here or among the bytes the next engine gets, and never both. The one
-//! exception to reading no more: the payload of a refused request is skipped to its end first, for what
-//! was skipped cannot be given to anybody.
+//! From `detach` on nothing is read and nothing new is begun. What was begun ends; what does nothing but wait at a
+//! closed gate is taken back by the loop (`Queue::withdraw`, `take_back`). So each request is either answered here or
+//! among the bytes the next engine gets, and never both. What the client has not taken of the answers goes along, too,
+//! and how much of a refused payload is still to be skipped: nothing here waits for the client, unless the caller asked
+//! for its replies to be sent first (`drain`).
 
 use std::sync::Arc;
 
-use super::{Connection, Input, State, Workbench};
+use super::{Connection, Input, State, Unfinished, Workbench};
+use crate::notice::Outcome;
 use crate::request::{Memory, Owner, Request};
 
 impl Connection {
-    pub fn detach(&mut self) {
+    /// drain: once the client has taken its replies. Without it also ends the waiting for that.
+    pub fn detach(&mut self, drain: bool) {
         self.leaving = true;
-        match (&self.state, self.parting) {
-            (State::Open, _) => self.state = State::Detaching(Vec::new()),
+        match (&mut self.state, self.parting) {
+            (State::Open, _) => self.state = State::Detaching { returned: Vec::new(), drain },
+            (State::Detaching { drain: before, .. }, _) => *before &= drain,
             // Requests under way may still be taken back: then the disconnection belongs behind them.
             (State::Ending(_), Some(parting)) => {
-                self.state = State::Detaching(Vec::new());
+                self.state = State::Detaching { returned: Vec::new(), drain };
                 parting.put(self.rules.style, &mut self.stash);
             }
+            (State::Ending(_), None) if !drain => self.gone("closed by the server"),
             _ => {}
         }
     }
@@ -33,16 +37,12 @@ impl Connection {
     }
 
     pub fn is_detaching(&self) -> bool {
-        matches!(self.state, State::Detaching(_))
-    }
-
-    pub(super) fn is_skipping(&self) -> bool {
-        matches!(self.input, Input::Skip { .. }) && matches!(self.state, State::Open | State::Detaching(_))
+        matches!(self.state, State::Detaching { .. })
     }
 
     /// Keeps a request of its own, which the queue gave back, for the next engine.
     pub fn take_back(&mut self, request: Request, bench: &mut Workbench) {
-        let (Owner::Connection(ticket), State::Detaching(returned)) = (&request.owner, &mut self.state) else {
+        let (Owner::Connection(ticket), State::Detaching { returned, .. }) = (&request.owner, &mut self.state) else {
             return;
         };
         self.in_flight -= 1;
@@ -62,8 +62,19 @@ impl Connection {
         returned.push((ticket.order, bytes));
     }
 
+    /// For the next engine: the socket, and all that is unfinished.
+    pub(super) fn detached(mut self, returned: Vec<(u64, Vec<u8>)>) -> Outcome {
+        let initial = self.unserved(returned);
+        let skipping = match self.input {
+            Input::Skip(skipping) => Some(skipping),
+            _ => self.skips_next,
+        };
+        let unfinished = Unfinished { initial, unsent: self.output.take(), skipping };
+        Outcome::Detached { fd: self.fd, unfinished }
+    }
+
     /// All that was received and not served, in the order it came.
-    pub(super) fn unserved(&mut self, mut returned: Vec<(u64, Vec<u8>)>) -> Vec<u8> {
+    fn unserved(&mut self, mut returned: Vec<(u64, Vec<u8>)>) -> Vec<u8> {
         returned.sort_unstable_by_key(|(order, _)| *order);
         let mut bytes: Vec<u8> = returned.into_iter().flat_map(|(_, bytes)| bytes).collect();
         if let Input::Payload { header, buffer, have } = &self.input {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blkloom_io::{Buffer, Slice};
-use blkloom_wire::{Framing, Header, Sink, Style, flags};
+use blkloom_wire::{Framing, Header, Style, flags};
 
 use super::{Connection, HEAD, Input, THROUGH_ARENA, Workbench};
 use crate::now::{self, Besides, Now, Patience};
@@ -89,13 +89,7 @@ impl Connection {
         if at < end {
             data(&mut out, at, end);
         }
-        if bench.arena.room() < out.len() {
-            self.flush(bench);
-        }
-        match bench.arena.room() < out.len() {
-            true => self.output.push(out, None),
-            false => bench.arena.put(&out),
-        }
+        self.put(out, bench);
     }
 
     fn read_large(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
