@@ -81,6 +81,8 @@ class Image:
         self.l1 = l1
         self._l2: OrderedDict[L1Index, L2Table] = OrderedDict()
         self._reports = 0
+        self.on_l2_read: Callable[[L2Table], None] | None = None
+        """Called with each L2 table that is read from the file for the cache."""
         self.reported: Callable[[CorruptImage], None] | None = None
         """Called by `report` with what was found wrong."""
         self.wants_check = bool(header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT))
@@ -157,6 +159,8 @@ class Image:
             return None
         table = self._read_l2(index, entry)
         self.keep_l2(table)
+        if self.on_l2_read:
+            self.on_l2_read(table)
         return table
 
     def keep_l2(self, table: L2Table) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from blkloom.qcow2.cow import Below
     from blkloom.qcow2.errors import CorruptImage
     from blkloom.qcow2.flush import WriteBack
+    from blkloom.qcow2.l2_checks import L2Checks
     from blkloom.qcow2.overlap_check import OverlapCheck
 
 _AT_ONCE: Final = 1 << 20
@@ -50,6 +51,7 @@ class Mapping:
         allocator: Allocator,
         write_back: WriteBack,
         overlaps: OverlapCheck,
+        l2_checks: L2Checks,
         *,
         below: Below | None,
         install: Install,
@@ -72,6 +74,7 @@ class Mapping:
         self._allocator = allocator
         self._write_back = write_back
         self._overlaps = overlaps
+        self._l2_checks = l2_checks
         self._install = install
         self._guarded = guarded
         self._unseen = unseen
@@ -111,6 +114,8 @@ class Mapping:
         image = self.image
         entry = int(image.l1[index])
         table = image.l2(index)
+        if self._l2_checks.found:
+            raise self._l2_checks.found
         old = (entry & OFFSET_MASK) >> self.layout.geometry.cluster_bits
         if table is not None:
             self._overlaps.writes(Metadata.L2, old, f"L2 table {index}", in_place=bool(entry & COPIED))
@@ -130,6 +135,7 @@ class Mapping:
             self._overlaps.moved(Metadata.L2, old)
             self._allocator.give_back(np.array([old], np.uint64))
         image.l1[index] = offset | COPIED
+        self._l2_checks.met(index)
         self._write_back.l2_changed(table, 0, count)
         self._write_back.l1_changed(index)
         self._write_back.filled()

@@ -145,6 +145,27 @@ class Refcounts:
                 found[at : at + end - start] = block.counts[start:end]
         return found
 
+    def unused(self, clusters: NDArray[np.uint64], most: int) -> NDArray[np.bool_]:
+        """Which of the clusters count 0, as far as `most` blocks tell; those of other blocks are taken to be in use."""
+        low, high = int(clusters.min()) // self.per_block, int(clusters.max()) // self.per_block
+        if low == high:  # nearly always
+            return self._unused(low, clusters)
+        found = np.zeros(clusters.size, np.bool_)
+        indices = clusters // np.uint64(self.per_block)
+        for index in np.unique(indices)[:most].tolist():
+            inside = indices == np.uint64(index)
+            found[inside] = self._unused(index, clusters[inside])
+        return found
+
+    def _unused(self, index: int, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Of clusters of one block."""
+        block = self._load(index)
+        if block is None:
+            return np.ones(clusters.size, np.bool_)
+        within = clusters.astype(np.int64) - index * self.per_block
+        unused: NDArray[np.bool_] = block.counts[within] == 0
+        return unused
+
     def set(self, first: int, count: int, value: int) -> None:
         """Gives a run one count. All of it must be described."""
         index, start = divmod(first, self.per_block)

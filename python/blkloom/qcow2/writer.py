@@ -31,6 +31,7 @@ from blkloom.qcow2.discard import Discarder
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.flush import WriteBack
 from blkloom.qcow2.header import Autoclear, Incompatible, encode_fields
+from blkloom.qcow2.l2_checks import L2Checks
 from blkloom.qcow2.mapping import Install, Mapping
 from blkloom.qcow2.overlap_check import Metadata, OverlapCheck
 from blkloom.qcow2.preparing import Preparer
@@ -111,7 +112,10 @@ class Writer:
             table_clusters=header.refcount_table_clusters,
         )
         self._overlaps = OverlapCheck(image, self._refcounts, snapshots, self.bitmaps)
-        self._refcounts.before_change = self._block_changes
+        me = weakref.proxy(self)  # in a circle all of this would outlive its use
+        self._refcounts.before_change = lambda number, cluster: me._block_changes(number, cluster)
+        self._l2_checks = L2Checks(image, self._refcounts, self._overlaps, lambda error: me.mark_corrupt(error))
+        image.on_l2_read = lambda table: me._l2_checks.read(table)
         self.allocator: Final = Allocator(
             self._refcounts,
             image.storage,
@@ -131,12 +135,12 @@ class Writer:
             synchronize=synchronize,
             sync_data=sync_data or (image.data_storage.sync if header.has_data_file else _nothing),
         )
-        me = weakref.proxy(self)  # in a circle all of this would outlive its use
         mapping = Mapping(
             image,
             self.allocator,
             self._write_back,
             self._overlaps,
+            self._l2_checks,
             below=below,
             install=install,
             guarded=lambda first, count: me.guarded(first, count),
@@ -151,6 +155,7 @@ class Writer:
             rebuild(image, self._refcounts, self._overlaps, snapshots, self._write_back.write_refcounts)
             self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
             image.wants_check = False
+            self._l2_checks.counts_hold = True
         self._attach()
 
     # what the engine asks for
