@@ -100,6 +100,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         yield client
 
     monkeypatch.setattr(connecting, "connect", connect)
+    monkeypatch.setattr(connecting, "look", connect)
     monkeypatch.setattr(main, "_any_bytes", lambda stream: None)
     return Run(client, capsys)
 

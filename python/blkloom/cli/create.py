@@ -75,7 +75,7 @@ class _New:
     def make(self, table: TableText | None) -> None:
         """Raises VerbFailed; it names the ioctl of dmsetup's that would have failed."""
         create, load = Named(self._name, name=self._name, uuid=self._uuid), Named(self._name, name=self._name)
-        client = self._session.client
+        client = self._session.start()
         try:
             client.create(
                 self._name,

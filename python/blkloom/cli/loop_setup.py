@@ -67,6 +67,7 @@ def first_free(session: Session) -> str:
 def set_up(session: Session, options: LoopOptions, word: str | None, file: str) -> None:
     """A device on `file`. word: its name; None: the first that is free. Prints the name with --show."""
     path = backing_path(file)
+    session.start()
     sizelimit = options.sizelimit or 0
     offset = options.offset or 0
     name = None if word is None else loop_name(session, word)

@@ -27,7 +27,8 @@ _EX_OSERR = 71
     envvar="BLKLOOM_RUN_DIR",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Where the supervisor and its devices are ($BLKLOOM_RUN_DIR); $XDG_RUNTIME_DIR/blkloom or /run/blkloom.",
+    help="Where the supervisor and its devices are ($BLKLOOM_RUN_DIR); if neither says: root's are in /run/blkloom, "
+    "another user's in $XDG_RUNTIME_DIR/blkloom.",
 )
 @click.option("-v", "--verbose", count=True, help="Log more: -v connections, -vv everything.")
 @click.option("-q", "--quiet", is_flag=True, help="Log errors only.")

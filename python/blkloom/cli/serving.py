@@ -20,7 +20,9 @@ from rich.live import Live
 from rich.text import Text
 
 from blkloom import _engine
+from blkloom.control.rundir import user_runtime
 from blkloom.device import Device
+from blkloom.errors import ListenError
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
@@ -139,6 +141,14 @@ async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack
     if listening.tcp is not None:
         await server.listen_tcp(*listening.tcp, allow_remote=listening.allow_remote)
     if not passed and listening.socket is None and listening.tcp is None:
-        folder = tempfile.mkdtemp(prefix="blkloom-", dir=listening.environment.get("XDG_RUNTIME_DIR"))
+        runtime = user_runtime(listening.environment)
+        try:
+            folder = tempfile.mkdtemp(prefix="blkloom-", dir=runtime)
+        except OSError as error:
+            raise ListenError(
+                f"no directory for a socket can be made in {runtime or tempfile.gettempdir()}: {error.strerror}",
+                cure="choose a path with --socket",
+                errno=error.errno,
+            ) from error
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         await server.listen_unix(os.path.join(folder, "nbd.sock"))

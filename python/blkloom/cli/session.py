@@ -60,13 +60,23 @@ class Session:
         self.select: str | None = given.get("select")
         self.mangling: Mangling = given.get("manglename", Mangling.AUTO)
         self._context = context
+        self._started = False
+
+    def start(self) -> Client:
+        """The client of a command that makes something: starts the supervisor if there is none."""
+        from blkloom.cli.connecting import connect
+
+        if not self._started:
+            self.client = self._context.find_root().with_resource(connect(self.run_dir))
+            self._started = True
+        return self.client
 
     @cached_property
     def client(self) -> Client:
-        """Connected; starts the supervisor if there is none."""
-        from blkloom.cli.connecting import connect  # msgspec and the channel are not needed for help
+        """Connected, if there is a supervisor or it left devices; else there are none."""
+        from blkloom.cli.connecting import look  # msgspec and the channel are not needed for help
 
-        return self._context.find_root().with_resource(connect(self.run_dir))
+        return self._context.find_root().with_resource(look(self.run_dir))
 
     def ioctl(self, named: Named, task: str) -> AbstractContextManager[None]:
         """Errors in the block, but not of reaching the supervisor, are told as dmsetup tells of this ioctl."""

@@ -20,7 +20,7 @@ def upgrade(session: Session, operands: tuple[str, ...]) -> None:
 @verb(most=0)
 def reap(session: Session, operands: tuple[str, ...]) -> None:
     """Remove sockets, state files and immutable flags that belong to nobody, and say which."""
-    for line in session.client.reap():
+    for line in session.start().reap():
         click.echo(line)
 
 

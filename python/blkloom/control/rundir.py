@@ -1,23 +1,31 @@
 """The run directory: where a supervisor, its workers and its devices have their sockets and files.
 
-One supervisor a directory. It is its owner's alone (0700): whoever can reach the control socket can do
-what the supervisor can.
+One supervisor a directory. It is its owner's alone (0700, and `open_private`): whoever can reach the control
+socket can do what the supervisor can, and a client opens files for the supervisor that answers there.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from blkloom.control.trusted_path import open_private
 from blkloom.dm.names import mangle
 from blkloom.errors import UsageError
 
 _LONGEST_SOCKET_PATH: Final = 107
 """sun_path without the NUL."""
+
+
+def user_runtime(environment: Mapping[str, str]) -> Path | None:
+    """The directory for what this user's processes have while they run; None for root, and where
+    XDG_RUNTIME_DIR is not set (a relative one does not count). Source: XDG Base Directory Specification.
+    """
+    path = Path(environment.get("XDG_RUNTIME_DIR", ""))
+    return path if path.is_absolute() and os.geteuid() != 0 else None
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,19 @@ class RunDir:
 
     @classmethod
     def default(cls, environment: Mapping[str, str]) -> Self:
-        """`$XDG_RUNTIME_DIR/blkloom`; `/run/blkloom` for root, or where there is none."""
-        runtime = environment.get("XDG_RUNTIME_DIR") if os.geteuid() != 0 else None
-        return cls(Path(runtime or "/run") / "blkloom")
+        """`/run/blkloom` for root, `$XDG_RUNTIME_DIR/blkloom` for others. Raises UsageError where that is not set.
+
+        Root's is where its unit has it. su(1) and sudo(8) may leave it the XDG_RUNTIME_DIR of another user, and
+        the login manager removes its own when root logs out.
+        """
+        if os.geteuid() == 0:
+            return cls(Path("/run/blkloom"))
+        if (runtime := user_runtime(environment)) is None:
+            raise UsageError(
+                f"no run directory: user {os.geteuid()} is not root, and XDG_RUNTIME_DIR is not set",
+                cure="name one of your own with --run-dir DIR or BLKLOOM_RUN_DIR",
+            )
+        return cls(runtime / "blkloom")
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Self:
@@ -38,17 +56,14 @@ class RunDir:
         return cls(Path(path).absolute())
 
     def make(self) -> None:
-        """Makes it and its folders. Raises UsageError where it is somebody else's, OSError."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = self.path.stat()
-        if status.st_uid != os.geteuid():
-            raise UsageError(
-                f"{self.path} belongs to user {status.st_uid}, not to you", cure="choose another with --run-dir"
-            )
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            raise UsageError(f"{self.path} is open to others", cure=f"chmod 700 {self.path}")
+        """Makes it and its folders. Raises UsageError where others have a hand in it, OSError."""
+        os.close(open_private(self.path, make=True))
         for folder in (self.devices, self.states, self.workers):
             folder.mkdir(mode=0o700, exist_ok=True)
+
+    def has_devices(self) -> bool:
+        """Whether a supervisor that has gone left devices behind, with their workers or without."""
+        return any(folder.exists() and any(folder.iterdir()) for folder in (self.states, self.workers))
 
     @property
     def control(self) -> Path:

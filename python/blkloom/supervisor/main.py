@@ -19,7 +19,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
 from blkloom.peer import peer_of
 from blkloom.supervisor.adoption import Adoption
+from blkloom.supervisor.idling import Idling
 from blkloom.supervisor.looking import Looking
 from blkloom.supervisor.news import News
 from blkloom.supervisor.reaping import reap, release_files
@@ -53,11 +54,14 @@ _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging
 
 @dataclass(frozen=True)
 class Limits:
-    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute."""
+    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. idle:
+    seconds without devices and clients after which it ends; 0 for never.
+    """
 
     devices: int
     memory: int
     deaths: int
+    idle: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class Supervisor:
         )
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
-        self._verbs = Verbs(run_dir, self._registry, self._store, self._workers, tables, self._news)
+        self._idling = Idling(run_dir, limits.idle, self._is_idle, self._end)
+        self._verbs = Verbs(
+            run_dir, self._registry, self._store, self._workers, tables, self._news, gone=self._idling.look
+        )
         self._looking = Looking(self._registry, tables, self._news)
         self._sessions: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None]
@@ -119,8 +126,9 @@ class Supervisor:
         await Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables).run()
         accepting = asyncio.create_task(self._accept(control), name="accept")
         if inherited is not None:
-            self._sessions.add(asyncio.create_task(self._finish_upgrade(inherited), name="upgrade"))
+            self._serve(self._finish_upgrade(inherited), "upgrade")
         ready.say(f"{len(self._registry)} devices in {self._run_dir.path}")
+        self._idling.begin(control, ours=ours)
         await self._ending
         ready.stopping()
         errors = await self._verbs.stop()
@@ -149,6 +157,9 @@ class Supervisor:
         if not self._ending.done():
             self._ending.set_result(None)
 
+    def _is_idle(self) -> bool:
+        return not (len(self._registry) or self._sessions)
+
     # clients
 
     async def _accept(self, control: socket.socket) -> None:
@@ -162,9 +173,16 @@ class Supervisor:
                 _log.error("clients wait, nothing is left to accept them with: %s", error)
                 await asyncio.sleep(1)
                 continue
-            task = asyncio.create_task(self._welcome(connected), name="client")
-            self._sessions.add(task)
-            task.add_done_callback(self._sessions.discard)
+            self._serve(self._welcome(connected), "client")
+
+    def _serve(self, session: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(session, name=name)
+        self._sessions.add(task)
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._sessions.discard(task)
+        self._idling.look()
 
     async def _welcome(self, connected: socket.socket) -> None:
         peer = peer_of(connected)
@@ -244,6 +262,7 @@ class Supervisor:
                 "devices": self._limits.devices,
                 "ram": self._limits.memory,
                 "deaths": self._limits.deaths,
+                "idle": self._limits.idle,
             },
         }
 
@@ -414,10 +433,17 @@ def _default_memory() -> int:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--run-dir", type=click.Path(), help="Its directory; $XDG_RUNTIME_DIR/blkloom or /run/blkloom.")
+@click.option("--run-dir", type=click.Path(), help="Its directory (see blkloom --help).")
 @click.option("--max-devices", type=click.IntRange(1), default=4096, show_default=True)
 @click.option("--max-ram", metavar="SIZE", help="For all RAM devices together; 80 % of the machine's memory.")
 @click.option("--max-deaths", type=click.IntRange(0), default=5, show_default=True, help="Of a worker in a minute.")
+@click.option(
+    "--idle-timeout",
+    type=click.FloatRange(0, 1e9),
+    default=0,
+    metavar="SECONDS",
+    help="End when there have been neither devices nor clients for so long; 0: never.  [default: 0]",
+)
 @click.option("-v", "--verbose", count=True, help="Log more.")
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--inherited", hidden=True)
@@ -426,6 +452,7 @@ def supervisor(
     max_devices: int,
     max_ram: str | None,
     max_deaths: int,
+    idle_timeout: float,
     verbose: int,
     ready_fd: int | None,
     inherited: str | None,
@@ -442,8 +469,9 @@ def supervisor(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--max-ram") from error
     again = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(where.path)]
-    again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}", *["-v"] * verbose]
-    limits = Limits(max_devices, memory, max_deaths)
+    again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}"]
+    again += [f"--idle-timeout={idle_timeout}", *["-v"] * verbose]
+    limits = Limits(max_devices, memory, max_deaths, idle_timeout)
     _log.info("RAM devices may have %s together", format_size(Bytes(memory)))
     kept = _parse_inherited(inherited) if inherited else None
     sys.exit(run(where, limits, ready_fd=ready_fd, inherited=kept, again=again))

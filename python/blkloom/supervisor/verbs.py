@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -66,8 +66,18 @@ class Verbs:
     """On the registry and its workers."""
 
     def __init__(
-        self, run_dir: RunDir, registry: Registry, store: Store, workers: Workers, tables: Tables, news: News
+        self,
+        run_dir: RunDir,
+        registry: Registry,
+        store: Store,
+        workers: Workers,
+        tables: Tables,
+        news: News,
+        *,
+        gone: Callable[[], None],
     ) -> None:
+        """gone: called when a device has ended."""
+        self._gone = gone
         self._run_dir = run_dir
         self._registry = registry
         self._store = store
@@ -393,6 +403,7 @@ class Verbs:
         group.minors.discard(entry.minor)
         states.remove(self._run_dir, entry.minor)
         self._news.changed(entry)
+        self._gone()
         for lower in entry.below:
             if found := self._registry.get(lower):
                 self.look_at(found)
