@@ -9,15 +9,19 @@ of every change. The judge is the slow model, whose own judge is `qemu-img check
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from blkloom.qcow2.storage import FileStorage
 from blkloom.qcow2.writer import Writer
 
 from . import qemu
@@ -34,6 +38,8 @@ CUTS = int(os.environ.get("BLKLOOM_FUZZ_CASES", "0")) or 240
 EVERY = 40
 """One in so many is shown to QEMU, and to ourselves."""
 AUTO, IN_USE = 2, 1
+ZERO_RANGE = 16
+"""fallocate(2): FALLOC_FL_ZERO_RANGE."""
 
 SHAPES = {
     "plain": Shape(cluster_bits=12),
@@ -182,6 +188,35 @@ def test_neither_does_a_crash_while_the_refcount_table_moves(tmp_path: Path) -> 
     recorder = _crash(tmp_path, shape, seed=3, steps=24, cuts=CUTS // 4, size=3 << 20, longest=2000)
     first, last = SlowImage(recorder.initial["image"]), SlowImage(bytes(recorder.files["image"]))
     assert last.table_offset != first.table_offset, "the workload is too small"
+
+
+@pytest.mark.parametrize("kind", ["v2, backed, snapshot", "bitmap", "raw data file", "extended, backed, snapshot"])
+def test_no_sector_is_written_from_two_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The kernel may stop between them, for instance at zeros never touched, and then half a sector may reach the disk
+    alone: what the crashes above leave out.
+    """
+    pwrite, fallocate, torn = os.pwrite, FileStorage._fallocate, list[str]()
+    zeroed = 0
+
+    def watched(fd: int, data: bytes, offset: int) -> int:
+        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+        if (address - offset) % mmap.PAGESIZE:
+            torn.append(f"{len(data)} bytes at {offset:#x} of {os.readlink(f'/proc/self/fd/{fd}')}")
+        return pwrite(fd, data, offset)
+
+    def without_zero_range(storage: FileStorage, mode: int, offset: int, length: int) -> None:
+        nonlocal zeroed
+        if mode == ZERO_RANGE:
+            zeroed += 1
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        fallocate(storage, mode, offset, length)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    monkeypatch.setattr(FileStorage, "_fallocate", without_zero_range)
+    made = make(tmp_path, SHAPES[kind], size=192 << 10, seed=0, steps=4)
+    Workload(made, 0).run(50)
+    assert not torn
+    assert zeroed or kind != "v2, backed, snapshot", "zeros are written there"
 
 
 def test_the_recorder_rebuilds_what_was_there_when_nothing_is_lost(tmp_path: Path) -> None:

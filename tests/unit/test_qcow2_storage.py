@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from blkloom.qcow2.storage import FileStorage
@@ -46,3 +49,59 @@ def test_a_file_system_that_fails_is_no_file_system_without_holes(tmp_path: Path
             with pytest.raises(OSError, match=rf"\[Errno {errno.EIO}\]"):
                 storage.reserve(HostOffset(0), 512)
         assert refused["calls"] == 4
+
+
+def test_what_is_written_lies_in_pages_as_it_will_in_the_file(
+    tmp_path: Path, refused: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may stop where a page of the caller's ends: a sector in two pages could be torn by a crash."""
+    pwrite, starts = os.pwrite, list[int]()
+
+    def watched(fd: int, data: memoryview, offset: int) -> int:
+        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+        starts.append((address - offset) % mmap.PAGESIZE)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    expected = bytearray(4 << 20)
+    with (tmp_path / "file").open("wb+", buffering=0) as file:
+        storage = FileStorage(file.fileno(), file.name)
+        for offset, length in [(0, 512), (8, 8), (512, 65536), (1 << 20, 2 << 20), (5000, 1 << 20), (4095, 2)]:
+            data = random.Random(offset).randbytes(length)
+            storage.write(HostOffset(offset), data)
+            expected[offset : offset + length] = data
+        for offset, length in [(1024, 512), (1536, 3 << 20), (777, 5)]:
+            storage.zero(HostOffset(offset), length)
+            expected[offset : offset + length] = bytes(length)
+        assert storage.read(HostOffset(0), len(expected)) == expected
+    assert len(starts) >= 9
+    assert not any(starts)
+
+
+@pytest.mark.parametrize("most", [700, 100, 1])
+def test_a_write_that_stops_inside_a_sector_goes_on_at_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    pwrite, ranges = os.pwrite, list[tuple[int, int]]()
+
+    def short(fd: int, data: memoryview, offset: int) -> int:
+        done = pwrite(fd, data[:most], offset)
+        ranges.append((offset, offset + done))
+        return done
+
+    monkeypatch.setattr(os, "pwrite", short)
+    data = random.Random(most).randbytes(2000)
+    with (tmp_path / "file").open("wb+", buffering=0) as file:
+        storage = FileStorage(file.fileno(), file.name)
+        storage.write(HostOffset(512), data)
+        assert storage.read(HostOffset(512), 2000) == data
+    if most > 512:
+        assert [start for start, _ in ranges] == [512, 1024, 1536, 2048]
+
+
+def test_a_write_of_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
+    with (tmp_path / "file").open("wb+", buffering=0) as file:
+        storage = FileStorage(file.fileno(), file.name)
+        with pytest.raises(OSError, match=rf"\[Errno {errno.EIO}\]"):
+            storage.write(HostOffset(0), b"x")

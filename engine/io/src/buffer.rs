@@ -4,7 +4,8 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use crate::memory::Slice;
 
-const ALIGNMENT: usize = 4096;
+/// Of every buffer, in bytes.
+pub const ALIGNMENT: usize = 4096;
 
 /// Owned memory, aligned for direct I/O. Its address does not change when it moves.
 pub struct Buffer {

@@ -19,7 +19,7 @@ use rustix::fs::{
 use rustix::io::{Errno as Os, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::Errno;
-use crate::buffer::Buffer;
+use crate::buffer::{ALIGNMENT, Buffer};
 use crate::errno::{EAGAIN, EIO, EOPNOTSUPP};
 use crate::memory::Slice;
 use crate::range_lock::{RangeGuard, RangeLock};
@@ -437,12 +437,16 @@ impl File {
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
         const CHUNK: u64 = 1 << 20;
+        const PAGE: u64 = ALIGNMENT as u64;
         let mut done = 0;
-        let zeroes = Buffer::new(len.min(CHUNK) as usize);
+        let zeroes = Buffer::new((offset % PAGE).saturating_add(len).min(CHUNK) as usize);
         // SAFETY: `zeroes` outlives the writes and is borrowed by nobody meanwhile.
         let memory = unsafe { zeroes.slice() };
         while done < len {
-            let part = memory.part(0, (len - done).min(CHUNK) as usize);
+            // As it lies in the file's pages: where a page of memory ends, the kernel may stop to fetch the next
+            // one, and what is in the file by then may reach the disk alone. That must not be half a sector.
+            let start = (offset + done) % PAGE;
+            let part = memory.part(start as usize, (len - done).min(CHUNK - start) as usize);
             if self.fits(offset + done, part) {
                 self.write_whole(offset + done, part, ReadWriteFlags::empty())?;
             } else {

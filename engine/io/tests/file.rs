@@ -324,6 +324,25 @@ fn zeroing_keeps_blocks_unless_it_may_not() {
 }
 
 #[test]
+fn zeros_are_written_where_a_file_system_has_no_other_way() {
+    const SIZE: usize = 4 << 20;
+    let directory = PathBuf::from("/dev/shm"); // tmpfs has no ZERO_RANGE
+    if !directory.is_dir() {
+        eprintln!("SKIPPED: no /dev/shm");
+        return;
+    }
+    let temporary = Temporary::within(directory, SIZE as u64);
+    let file = temporary.buffered();
+    let mut expected = vec![7; SIZE];
+    file.write(0, slice(&expected), false).unwrap();
+    for (offset, len) in [(0, 512), (1000, 3), (4095, 2), (5000, 3 << 20), (SIZE - 700, 700)] {
+        file.zero(offset as u64, len as u64, false, false).unwrap();
+        expected[offset..offset + len].fill(0);
+    }
+    assert!(read(&file, 0, SIZE).unwrap() == expected);
+}
+
+#[test]
 fn files_in_memory_never_wait() {
     let directory = PathBuf::from("/dev/shm");
     if rustix::fs::statfs(&directory).map_or(true, |found| found.f_type != 0x0102_1994) {

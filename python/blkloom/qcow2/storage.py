@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Final, Literal, Protocol, TypeAlias
@@ -26,6 +27,7 @@ _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
 _AT_ONCE: Final = 1 << 20
+_SECTOR: Final = 512
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -45,7 +47,7 @@ class Storage(Protocol):
         """Exactly `length` bytes; past the end of the file, zeros."""
 
     def write(self, offset: HostOffset, data: bytes) -> None:
-        """All of `data`; the file grows as needed."""
+        """All of `data`; the file grows as needed. A crash leaves each sector of 512 bytes as before or as after it."""
 
     def sync(self) -> None:
         """What was written before is durable when this returns."""
@@ -83,6 +85,8 @@ class FileStorage:
         self._path = path
         self._has_holes = True
         """Nobody has said otherwise."""
+        self._pages: memoryview | None = None
+        """What is written from: whole pages."""
 
     @property
     def path(self) -> str:
@@ -111,12 +115,23 @@ class FileStorage:
         return b"".join(parts).ljust(length, b"\0")
 
     def write(self, offset: HostOffset, data: bytes) -> None:
-        """See `Storage.write`."""
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            view = view[done:]
-            offset = HostOffset(offset + done)
+        """See `Storage.write`.
+
+        The kernel copies what is written page by page, and where a page of the caller's is not in memory it stops
+        there: what was copied is in the file, and may be on the disk, before the rest. So what is written lies in
+        pages as it will in the file, and no sector lies in two of them.
+        """
+        pages = self._pages
+        if pages is None:
+            pages = self._pages = memoryview(mmap.mmap(-1, _AT_ONCE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        rest = memoryview(data)
+        while rest:
+            start = offset % mmap.PAGESIZE
+            end = min(start + len(rest), _AT_ONCE)
+            pages[start:end] = rest[: end - start]
+            self._write(offset, pages[start:end])
+            offset = HostOffset(offset + end - start)
+            rest = rest[end - start :]
 
     def sync(self) -> None:
         """See `Storage.sync`."""
@@ -167,6 +182,17 @@ class FileStorage:
                 return
             yield start, min(stop, end)
             at = stop
+
+    def _write(self, offset: int, part: memoryview) -> None:
+        while part:
+            done = os.pwrite(self._fd, part, offset)
+            if not done:
+                raise OSError(errno.EIO, "nothing is written", self._path)
+            inside = (offset + done) % _SECTOR
+            if inside < done < len(part):
+                done -= inside  # it stopped inside a sector: all of that is written again
+            part = part[done:]
+            offset += done
 
     def _can(self, mode: int, offset: HostOffset, length: int) -> bool:
         """Does it, unless the file system cannot do such things; returns which."""
