@@ -150,7 +150,7 @@ class ClusterTable:
 
 @final
 class Map:
-    """An immutable list of contiguous segments from 0, searched by bisection.
+    """An immutable list of contiguous segments from 0, searched by bisection; none: a device of size 0.
 
     segments: (start, length, owner, extent) in bytes; owner is the target's number that faults
     and flushes name. Several consecutive entries may share an owner.

@@ -39,6 +39,11 @@ def to_sectors(count: Bytes) -> Sectors:
     return Sectors(count // SECTOR)
 
 
+def round_up_to_sector(count: Bytes) -> Bytes:
+    """The next whole number of sectors, in bytes."""
+    return Bytes(-(-count // SECTOR) * SECTOR)
+
+
 def parse_size(text: str) -> Bytes:
     """`"64M"`, `"1.5GiB"`, `"10MB"`, `"8s"` (sectors) or plain bytes as a number of bytes.
 

@@ -50,6 +50,10 @@ TARGETS: dict[str, UnderTest] = {
     ),
     "loop, read-only in the table": UnderTest("0 100 loop {mem}/a 0 1 read_only\n100 100 loop {disk}/b"),
     "loop, read-only device": UnderTest("0 700 loop {mem}/a\n700 700 loop {disk}/b 2560", read_only=True),
+    "loop, rounded up": UnderTest(
+        "0 3 loop {mem}/a 0 1 round_up\n3 40 loop {disk}/b 1024 1 round_up", cut={"a": 1300, "b": 1024 + 40 * 512 - 1}
+    ),
+    "loop, rounded up, read-only": UnderTest("0 9 loop {disk}/a 0 2 read_only round_up", cut={"a": 8 * 512 + 7}),
     "linear on a file": UnderTest("0 1000 linear {mem}/a 17\n1000 500 linear {disk}/b 0"),
     "linear, direct I/O": UnderTest("0 1000 linear {disk}/b 3", direct_io=True),
     "linear on a device": UnderTest(

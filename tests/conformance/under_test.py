@@ -13,7 +13,8 @@ class UnderTest:
     """A table and what it needs. below: tables of the devices it stands on, by name. own: what the
     targets that are neither built in nor made of files hold at first, by their names. allocated: its files
     have no holes, and many extents; but for those named in `sparse`. examples: how many sequences of
-    requests are tried, None for as many as usual.
+    requests are tried, None for as many as usual. cut: bytes that files have, by name; whoever
+    reads on gets zeros.
     """
 
     table: str
@@ -25,3 +26,4 @@ class UnderTest:
     allocated: bool = False
     sparse: tuple[str, ...] = ()
     examples: int | None = None
+    cut: Mapping[str, int] = field(default_factory=dict)

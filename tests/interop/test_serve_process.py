@@ -245,7 +245,7 @@ def test_an_image_is_served_as_what_it_is_said_to_be(serve: Serve, program: Prog
     raw.write_bytes(b"r" * MiB)
     subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", image], check=True)
     for arguments, size in (
-        (["--format", "raw", image], image.stat().st_size // 512 * 512),
+        (["--format", "raw", image], -(-image.stat().st_size // 512) * 512),
         (["--format", "qcow2", "--allow-backing", raw.parent, image], MiB),
         ([image], MiB),
     ):

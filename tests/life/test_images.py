@@ -261,3 +261,15 @@ def test_what_images_need_is_imported_once_for_all_workers_and_only_for_images(l
         io(life, "read -P 1 0 1M")
         client.remove("disk", retry=True)
         client.remove("plain")
+
+
+def test_an_empty_image_makes_no_device_and_that_is_said(
+    blkloom: str, life: Life, client: Client, tmp_path: Path, program: Callable[[str, str], str]
+) -> None:
+    run(program("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", tmp_path / "empty.qcow2", "0")
+    command = [blkloom, "--run-dir", str(life.run_dir), "create", "disk", str(tmp_path / "empty.qcow2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "the image is empty" in done.stderr
+    assert "qemu-img resize empty.qcow2 1G" in done.stderr
+    assert client.info() == []

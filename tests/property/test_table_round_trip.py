@@ -62,8 +62,10 @@ loops = st.builds(
     reading=st.sampled_from(("", "read_only", "read_only=auto")),
     block_size=st.sampled_from(("", "block_size=512", "block_size=4096")),
 ).flatmap(
-    lambda loop: st.sampled_from(("", "immutable=off") if loop.way.startswith("block_map") else ("",)).map(
-        lambda immutable: replace(loop, immutable=immutable)
+    lambda loop: (
+        st.sampled_from(("", "immutable=off")).map(lambda immutable: replace(loop, immutable=immutable))
+        if loop.way.startswith("block_map")
+        else st.sampled_from(("", "round_up")).map(lambda round_up: replace(loop, round_up=round_up))
     )
 )
 targets = st.one_of(

@@ -201,11 +201,6 @@ def test_missing_file_of_a_table_is_66_and_named(cli: Cli) -> None:
     assert "/nowhere/x" in cli.fails(NO_INPUT, "serve", "--table", "0 8 loop /nowhere/x")
 
 
-def test_empty_file_is_66_and_says_how_to_give_it_a_size(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "empty.img").touch()
-    assert "backing file is empty; give it a size first: truncate" in cli.fails(NO_INPUT, "serve", "empty.img")
-
-
 def test_directory_and_fifo_are_66(cli: Cli, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in (".", "fifo"):

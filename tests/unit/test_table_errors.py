@@ -133,7 +133,6 @@ def test_the_largest_device_is_one_sector_below_the_limit():
 @pytest.mark.parametrize(
     ("segments", "what"),
     [
-        ([], "at least one segment"),
         ([(1, 8, Plain)], "must start at sector 0"),
         ([(0, 0, Plain)], "at least one sector"),
         ([(0, -8, Plain)], "at least one sector"),

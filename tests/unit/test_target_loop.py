@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import blkloom
 from blkloom.errors import BackingError, TableError
+from blkloom.table import Table, format_table
 from blkloom.target.limits import BlockLimits
 
 SIZE = 1 << 20
@@ -113,3 +115,108 @@ def test_read_only_auto_does_not_pass_over_other_errors(tmp_path: Path) -> None:
 def test_options_that_do_not_go_together(file: Path, options: str, what: str) -> None:
     with pytest.raises(TableError, match=what):
         blkloom.open(f"0 8 loop {file} 0 {options}")
+
+
+# a file that ends inside a sector
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """One sector and 488 bytes."""
+    path = tmp_path / "odd.img"
+    path.write_bytes(b"x" * 1000)
+    return path
+
+
+def test_a_file_given_by_its_path_is_rounded_up_to_a_sector(odd: Path) -> None:
+    with blkloom.open(odd) as device:
+        assert device.table is not None
+        assert format_table(device.table) == f"0 2 loop {odd} 0 1 round_up"
+        assert device.pread(1024, 0) == b"x" * 1000 + bytes(24)
+    assert odd.stat().st_size == 1000, "reading made it longer"
+
+
+@pytest.mark.parametrize("change", ["pwrite", "write_zeroes"])
+def test_a_write_into_the_last_sector_makes_the_file_a_whole_one(odd: Path, change: str) -> None:
+    with blkloom.open(odd) as device:
+        if change == "pwrite":
+            device.pwrite(b"w" * 30, 990, fua=True)
+        else:
+            device.write_zeroes(990, 30)
+        new = b"w" * 30 if change == "pwrite" else bytes(30)
+        assert device.pread(1024, 0) == b"x" * 990 + new + bytes(4)
+        device.pwrite(b"e", 1023)
+    assert odd.read_bytes() == b"x" * 990 + new + b"\0\0\0e"
+
+
+def test_a_discard_of_the_last_sector_leaves_the_file_as_it_is(odd: Path) -> None:
+    with blkloom.open(odd) as device:
+        device.discard(512, 512)
+    assert odd.read_bytes() == b"x" * 1000
+
+
+@pytest.mark.parametrize("option", ["device", "table"])
+def test_a_read_only_file_is_rounded_up_for_reading(odd: Path, option: str) -> None:
+    table = f"0 2 loop {odd} 0 2 read_only round_up" if option == "table" else f"0 2 loop {odd} 0 1 round_up"
+    with blkloom.open(table, read_only=option == "device") as device:
+        assert device.pread(100, 924) == b"x" * 76 + bytes(24)
+        for change in (
+            lambda: device.pwrite(b"w", 1020),
+            lambda: device.write_zeroes(600, 8),
+            lambda: device.discard(512, 512),
+        ):
+            with pytest.raises(OSError, match=r".") as caught:
+                change()
+            assert caught.value.errno == errno.EROFS
+    assert odd.read_bytes() == b"x" * 1000
+
+
+def test_a_last_sector_that_was_cut_off_is_an_error_and_is_not_written_back(odd: Path) -> None:
+    with blkloom.open(odd) as device:
+        os.truncate(odd, 700)
+        for access in (lambda: device.pread(512, 512), lambda: device.pwrite(b"w", 1020)):
+            with pytest.raises(OSError, match=r".") as caught:
+                access()
+            assert caught.value.errno == errno.EIO
+    assert odd.stat().st_size == 700
+
+
+def test_a_last_sector_that_another_has_completed_is_read_from_the_file(odd: Path) -> None:
+    with blkloom.open(odd, shared=True) as device:
+        with odd.open("ab") as other:
+            other.write(b"y" * 100)
+        assert device.pread(512, 512) == b"x" * 488 + b"y" * 24
+        device.pwrite(b"w", 1023)
+    assert odd.read_bytes() == b"x" * 1000 + b"y" * 23 + b"w" + b"y" * 76
+
+
+def test_the_last_sector_is_buffered_where_direct_io_cannot_reach_it(
+    odd: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with blkloom.open(odd, direct_io=True) as device:
+        device.pwrite(b"w", 1023)
+        assert device.pread(2, 1022) == b"\0w"
+
+
+@pytest.mark.parametrize("file", ["empty", "image"])
+def test_an_empty_file_is_a_device_of_size_0(tmp_path: Path, qemu_tools: None, file: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    if file == "image":
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "0"], check=True)
+    else:
+        path = tmp_path / "disk.img"
+        path.touch()
+    with blkloom.open(path) as device:
+        assert (device.size, device.table, device.status(), device.extents()) == (0, Table(()), [], [])
+        device.flush()
+        assert device.pread(0, 0) == b""
+        for access in (lambda: device.pread(1, 0), lambda: device.pwrite(b"w", 0)):
+            with pytest.raises(OSError, match=r"."):
+                access()
+
+
+def test_round_up_is_refused_where_it_has_no_meaning(odd: Path) -> None:
+    with pytest.raises(TableError, match="does not go with block_map"):
+        blkloom.open(f"0 2 loop {odd} 0 2 block_map round_up")
+    with pytest.raises(TableError, match="2 sectors are there"):
+        blkloom.open(f"0 3 loop {odd} 0 1 round_up")

@@ -36,7 +36,6 @@ pub struct Map<H: Handles> {
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum MapError {
-    Empty,
     Gap { at: u64, start: u64 },
     Length { start: u64, length: u64 },
     TableTooShort { start: u64, length: u64, table: u64 },
@@ -46,7 +45,6 @@ pub enum MapError {
 impl std::fmt::Display for MapError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            MapError::Empty => write!(f, "a map needs at least one segment"),
             MapError::Gap { at, start } => write!(f, "segments must be contiguous: expected one at {at}, got {start}"),
             MapError::Length { start, length } => {
                 write!(f, "segment at {start}: length {length} is zero or reaches 2^63 bytes")
@@ -63,9 +61,6 @@ impl std::error::Error for MapError {}
 
 impl<H: Handles> Map<H> {
     pub fn new(segments: Vec<Segment<H>>, flush_owners: Vec<u32>) -> Result<Self, MapError> {
-        if segments.is_empty() {
-            return Err(MapError::Empty);
-        }
         let mut at = 0;
         for segment in &segments {
             let start = segment.start;

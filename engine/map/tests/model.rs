@@ -209,11 +209,21 @@ fn contiguous_clusters_are_one_piece() {
 fn bad_maps_say_what_is_wrong() {
     let zero = |start, end| Segment::<Numbers> { start, end, owner: 0, extent: Extent::Zero { discard_writes: true } };
     let error = |segments| Map::new(segments, vec![]).map(|_| ()).unwrap_err();
-    assert_eq!(error(vec![]), MapError::Empty);
     assert_eq!(error(vec![zero(0, 8), zero(9, 12)]), MapError::Gap { at: 8, start: 9 });
     assert_eq!(error(vec![zero(0, 8), zero(7, 12)]), MapError::Gap { at: 8, start: 7 });
     assert_eq!(error(vec![zero(0, 0)]), MapError::Length { start: 0, length: 0 });
     assert!(matches!(error(vec![zero(0, 1 << 63)]), MapError::Length { .. }));
+}
+
+#[test]
+fn a_map_without_segments_has_nothing_anywhere() {
+    let map = Map::<Numbers>::new(vec![], vec![]).unwrap();
+    assert_eq!(map.size(), 0);
+    for (offset, len) in [(0, 0), (0, 1), (u64::MAX, 1)] {
+        assert!(map.lookup(offset, len).is_none());
+        assert!(map.lookup_near(&Hint::default(), offset, len).is_none());
+        assert!(map.owner(offset, len).is_none());
+    }
 }
 
 #[test]

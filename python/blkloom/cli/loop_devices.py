@@ -98,7 +98,7 @@ class LoopTable:
 
 def _rank(option: str) -> int:
     """Where it stands among options, as tables print them."""
-    order = ("direct_io", "block_map", "read_only", "block_size", "immutable")
+    order = ("direct_io", "block_map", "read_only", "block_size", "immutable", "round_up")
     word = option.partition("=")[0]
     return order.index(word) if word in order else len(order)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Final
 import click
 
 from blkloom.dm.failing import VerbFailed
+from blkloom.errors import BackingError
 from blkloom.qcow2.probing import begins_like_image, is_image_name
 
 _LONGEST: Final = 64 << 20
@@ -77,7 +79,15 @@ def _image(path: str, allow_backing: Sequence[str]) -> TableText:
     from blkloom.device.open_device import whole_file
     from blkloom.table import format_table
 
-    return TableText(format_table(whole_file(os.path.abspath(path), allow_backing=allow_backing)), path)
+    table = whole_file(os.path.abspath(path), allow_backing=allow_backing)
+    if not table.segments:
+        raise BackingError(
+            "the image is empty, and a table has no segment of no length",
+            path=path,
+            errno=errno.EINVAL,
+            cure=f"give it a size first: qemu-img resize {os.path.basename(path)} 1G",
+        )
+    return TableText(format_table(table), path)
 
 
 def _read(path: str) -> str:

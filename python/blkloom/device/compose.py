@@ -52,7 +52,7 @@ class LoadedTable:
 
     def ask_contexts(self) -> None:
         """Learns from the targets what `contexts` they have: those that all of them do, in the first one's order."""
-        first, *others = (owner.target.contexts() for owner in self.owners.values())
+        first, *others = [owner.target.contexts() for owner in self.owners.values()] or [()]
         self.contexts = tuple(name for name in first if all(name in names for names in others))
 
     @property

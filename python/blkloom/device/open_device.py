@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Literal
 
 from blkloom._engine import Engine
 from blkloom.device.device import Device
-from blkloom.errors import BackingError, Place
+from blkloom.errors import Place
 from blkloom.qcow2.probing import image_length, is_image_name, looks_like_image
 from blkloom.table import Segment, Table, parse
 from blkloom.target.base import Target
@@ -20,7 +18,7 @@ from blkloom.target.loop import Loop
 from blkloom.target.opening import Opening
 from blkloom.target.qcow2 import Qcow2
 from blkloom.target.registry import all_targets
-from blkloom.units import SECTOR, Bytes, Sectors, to_sectors
+from blkloom.units import SECTOR, Bytes, Sectors, round_up_to_sector, to_sectors
 
 
 def open(
@@ -72,7 +70,8 @@ def whole_file(
     format: Literal["auto", "raw", "qcow2"] = "auto",
     allow_backing: Iterable[str | os.PathLike[str]] = (),
 ) -> Table:
-    """The table that serves the file or block device at `path` from its first sector to its last whole one.
+    """The table that serves the file or block device at `path` from its first sector to its last. A sector that a file
+    has a part of only counts; an empty file, or image, is a device of size 0, whose table has no segment.
 
     format: raw: as it is, through the loop target; qcow2: the disk in the image; auto: qcow2 if its name ends like
     an image's (`blkloom.qcow2.probing`). allow_backing: directories that names in the image may lead to
@@ -81,7 +80,6 @@ def whole_file(
     name = os.fspath(path)
     image = format == "qcow2" or (format == "auto" and is_image_name(name))
     allowed = tuple(os.path.abspath(folder) for folder in allow_backing)
-    target = Qcow2(name, allow_backing=allowed) if image else Loop(name)
     opening = Opening(HeldFiles(), read_only=True, shared=True)
     try:
         file = opening.file(name)
@@ -93,12 +91,10 @@ def whole_file(
             )
     finally:
         opening.close()
-    if size < SECTOR:
-        command = f"qemu-img resize {Path(name).name} 1G" if image else f"truncate -s 1G {Path(name).name}"
-        raise BackingError(
-            "backing file cannot be less than one block in size" if size else "backing file is empty",
-            path=name,
-            errno=errno.EINVAL,
-            cure=f"give it a size first: {command}",
-        )
-    return Table((Segment(Sectors(0), to_sectors(size), target, Place(name)),))
+    if image:  # QEMU rounds the disk in an image down
+        target: Target = Qcow2(name, allow_backing=allowed)
+    else:
+        target = Loop(name, round_up="round_up" if size % SECTOR else "")
+        size = round_up_to_sector(size)
+    length = to_sectors(size)
+    return Table((Segment(Sectors(0), length, target, Place(name)),) if length else ())

@@ -38,15 +38,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Segments in order. Raises TableError unless they are contiguous from 0, none is empty, and
-    the device stays below 2^63 bytes; a singleton target must be alone.
+    """Segments in order; without any it is the table of a device of size 0, which no text stands for. Raises
+    TableError unless they are contiguous from 0, none is empty, and the device stays below 2^63 bytes; a singleton
+    target must be alone.
     """
 
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        if not self.segments:
-            raise TableError("a table needs at least one segment", cure=f"write: {LINE_FORM}")
         expected = Sectors(0)
         for segment in self.segments:
             place = segment.place
@@ -58,7 +57,7 @@ class Table:
     @property
     def length(self) -> Sectors:
         """The device's size."""
-        return self.segments[-1].end
+        return self.segments[-1].end if self.segments else Sectors(0)
 
 
 def check_range(start: Sectors, length: Sectors, expected: Sectors, *, start_place: Place, length_place: Place) -> None:

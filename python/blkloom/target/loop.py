@@ -12,7 +12,8 @@ flushes sync the file. Offsets are bytes, multiples of 512. There are three ways
   `file` mode, and says so; suspend and resume map it anew.
 
 Source: dm-loop (Reeves 2006, Mauelshagen 2018, Patocka 2025) and losetup(8); the error texts are
-theirs. Like them it warns of what it cannot use of the file: the end that makes no whole sector.
+theirs. Like them it warns of what it cannot use of the file: the end that makes no whole sector. With `round_up` it
+uses that, too, as QEMU does (`partial_sector.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from blkloom._engine import Extent, File
 from blkloom.errors import BackingError
 from blkloom.filemap.unsound import Unsound
 from blkloom.table.arguments import Arguments
-from blkloom.target.base import Mapped, Target
+from blkloom.target.base import Mapped, Retry, Target
 from blkloom.target.limits import BlockLimits
 from blkloom.target.opening import Opening
-from blkloom.units import SECTOR, Bytes, to_bytes, to_sectors
+from blkloom.target.partial_sector import PartialSector
+from blkloom.units import SECTOR, Bytes, round_up_to_sector, to_bytes, to_sectors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
     from blkloom.filemap.block_map import BlockMap
     from blkloom.target.live_segment import LiveSegment
 
@@ -46,7 +52,8 @@ _WAYS: Final = ("direct_io", "direct_io=require", "block_map", "block_map=try")
 _READING: Final = ("read_only", "read_only=auto")
 _BLOCK_SIZES: Final = tuple(f"block_size={size}" for size in (512, 1024, 2048, 4096))
 _MUTABLE: Final = "immutable=off"
-_OPTIONS: Final = (_WAYS, _READING, _BLOCK_SIZES, (_MUTABLE,))
+_ROUND_UP: Final = "round_up"
+_OPTIONS: Final = (_WAYS, _READING, _BLOCK_SIZES, (_MUTABLE,), (_ROUND_UP,))
 """Of each group at most one; printed in this order."""
 
 _NOT_WRITABLE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY}
@@ -54,7 +61,9 @@ _NOT_WRITABLE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY}
 
 @dataclass(frozen=True)
 class Loop(Target):
-    """The segment is `path` from byte `offset` on. way, reading, block_size, immutable: options as written, or ""."""
+    """The segment is `path` from byte `offset` on. way, reading, block_size, immutable, round_up: options as
+    written, or "".
+    """
 
     path: str
     offset: Bytes = _START
@@ -62,11 +71,12 @@ class Loop(Target):
     reading: str = ""
     block_size: str = ""
     immutable: str = ""
+    round_up: str = ""
 
     name: ClassVar[str] = "loop"
     syntax: ClassVar[str] = (
         "<path> [<offset> [<#opts> [direct_io[=require] | block_map[=try]] [read_only[=auto]]"
-        " [block_size=<bytes>] [immutable=off]]]"
+        " [block_size=<bytes>] [immutable=off] [round_up]]]"
     )
     summary: ClassVar[str] = "a file or block device (offset in bytes)"
 
@@ -82,14 +92,17 @@ class Loop(Target):
                 value=str(offset),
                 cure=f"write {down} or {down + SECTOR}",
             )
-        way, reading, block_size, immutable = _parse_options(arguments)
+        way, reading, block_size, immutable, round_up = _parse_options(arguments)
         if immutable and not way.startswith("block_map"):
             raise arguments.error("option goes with block_map only", value=immutable, cure="leave it out")
-        return cls(path, Bytes(offset), way, reading, block_size, immutable)
+        if round_up and way.startswith("block_map"):
+            raise arguments.error("option does not go with block_map", value=round_up, cure="leave one of them out")
+        return cls(path, Bytes(offset), way, reading, block_size, immutable, round_up)
 
     @override
     def format(self) -> list[str]:
-        options = [word for word in (self.way, self.reading, self.block_size, self.immutable) if word]
+        every = (self.way, self.reading, self.block_size, self.immutable, self.round_up)
+        options = [word for word in every if word]
         words = [str(self.offset)] if self.offset or options else []
         return [self.path, *words, *([str(len(options)), *options] if options else [])]
 
@@ -111,6 +124,34 @@ class Loop(Target):
     def preresume(self) -> Mapped | None:
         return self._loaded.preresume()
 
+    # Faults: of the sector that the file ends in, and of writes to what is read-only.
+
+    @override
+    def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
+        if self._loaded.last is None:
+            return super().read(offset, length)
+        return self._loaded.last.read(offset % SECTOR, length)
+
+    @override
+    def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
+        if self._loaded.last is None:
+            return super().write_lazily(offset, length, fetch, fua=fua)
+        return self._loaded.last.write()
+
+    @override
+    def discard(self, offset: Bytes, length: Bytes) -> Retry | None:
+        if self._loaded.last is None:
+            return super().discard(offset, length)
+        self._loaded.last.discard()
+        return None
+
+    @override
+    def write_zeroes(self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool) -> Retry | None:
+        if self._loaded.last is None:
+            return super().write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
+        self._loaded.last.write_zeroes(offset % SECTOR, length)
+        return None
+
     @override
     def close(self) -> None:
         if "loaded" in self.__dict__:
@@ -123,7 +164,7 @@ class Loop(Target):
 
     def check_size(self, opening: Opening, size: Bytes, length: Bytes) -> None:
         """Whether a file of `size` bytes holds the segment. Raises TableError."""
-        if size < SECTOR:
+        if size < (1 if self.round_up else SECTOR):
             raise opening.refuse(
                 "backing file cannot be less than one block in size" if size else "backing file is empty",
                 value=self.path,
@@ -133,14 +174,15 @@ class Loop(Target):
             raise opening.refuse(
                 "Offset is greater than file size", value=str(self.offset), cure=f"{self.path} has {size} bytes"
             )
-        room = to_bytes(to_sectors(Bytes(size - self.offset)))
+        used = round_up_to_sector(size) if self.round_up else size
+        room = to_bytes(to_sectors(Bytes(used - self.offset)))
         if length > room:
             raise opening.refuse(
                 "Target maps area after file end",
                 value=self.path,
                 cure=f"{to_sectors(room)} sectors are there from byte {self.offset} on, not {to_sectors(length)}",
             )
-        if length == room and (left := (size - self.offset) % SECTOR):
+        if length == room and (left := (used - self.offset) % SECTOR):
             opening.warn(f"{self.path}: not using {left} bytes in incomplete block at EOF")
         block = self.logical
         for what, value in (("offset", self.offset), ("length", length)):
@@ -186,6 +228,8 @@ class _Loaded:
         self._blocks: BlockMap | None = None
         self._disk: File | None = None
         self._file: File
+        self.last: PartialSector | None = None
+        """The sector that the file ends in, where it is rounded up."""
 
     @property
     def limits(self) -> BlockLimits:
@@ -236,8 +280,13 @@ class _Loaded:
             return open_file(read_only=True)
 
     def _through_the_file_system(self) -> Mapped:
-        file = self._file
-        return [(Bytes(0), self._length, Extent.data(file, self._target.offset, read_only=not file.writable))]
+        file, offset = self._file, self._target.offset
+        data = Extent.data(file, offset, read_only=not file.writable)
+        whole = Bytes(min(self._length, to_bytes(to_sectors(Bytes(file.size - offset)))))
+        if whole == self._length:
+            return [(Bytes(0), whole, data)]
+        self.last = PartialSector(file, offset + whole)
+        return [*([(Bytes(0), whole, data)] if whole else []), (whole, Bytes(SECTOR), self.last.extent())]
 
     def _refused(self, what: str, cure: str) -> BackingError:
         return BackingError(what, path=self._target.path, errno=errno.EINVAL, cure=cure)

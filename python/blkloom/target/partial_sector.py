@@ -1,0 +1,80 @@
+"""The sector that a file ends in, where its size is no whole number of sectors: served as QEMU serves it.
+
+What the file lacks of it reads as zeros; the first write into it makes the file longer, to the sector's end, and from
+then on the engine moves its bytes like all others. A file that has been cut off since gives EIO, as elsewhere. The
+file is never open for direct I/O. The mapper's thread; may raise OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from blkloom._engine import ClusterTable, Extent, File
+from blkloom.errors import FaultError
+from blkloom.target import entries
+from blkloom.target.base import RETRY, Retry
+from blkloom.units import SECTOR
+
+
+class PartialSector:
+    """The sector at byte `start` of `file`, which ends in it."""
+
+    def __init__(self, file: File, start: int) -> None:
+        self._file = file
+        self._start = start
+        self._promised = file.size
+        self._table = ClusterTable(SECTOR, SECTOR, [file], page=1)
+
+    def extent(self) -> Extent:
+        """The whole sector: requests fault until the file has all of it."""
+        return Extent.table(self._table)
+
+    def read(self, offset: int, length: int) -> bytes | Retry:
+        """`length` bytes from `offset` on, within the sector."""
+        if self._there() == SECTOR:
+            self._install()
+            return RETRY
+        return self._held().ljust(SECTOR, b"\0")[offset : offset + length]
+
+    def write(self) -> Retry:
+        """Makes room for a write."""
+        self._grow()
+        return RETRY
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """These bytes, within the sector, alone: others of it may be written to meanwhile."""
+        self._grow()
+        if os.pwrite(self._file.fileno(), bytes(length), self._start + offset) != length:
+            raise FaultError(errno.EIO, "the file system wrote a part only")
+
+    def discard(self) -> None:
+        """A hint that is not followed. Raises FaultError where nothing may be written."""
+        self._check_writable()
+
+    def _there(self) -> int:
+        """How many bytes of the sector the file has, now."""
+        size = self._file.size
+        if size < self._promised:
+            raise OSError(errno.EIO, f"the file was cut off: it had {self._promised} bytes, and has {size}")
+        return min(size - self._start, SECTOR)
+
+    def _held(self) -> bytes:
+        data = os.pread(self._file.fileno(), there := self._there(), self._start)
+        if len(data) < there:
+            raise OSError(errno.EIO, f"the file was cut off: {len(data)} bytes of {there} at byte {self._start}")
+        return data
+
+    def _grow(self) -> None:
+        self._check_writable()
+        if self._there() < SECTOR:
+            os.ftruncate(self._file.fileno(), self._start + SECTOR)
+        self._install()
+
+    def _install(self) -> None:
+        self._promised = self._start + SECTOR
+        self._table.fill(0, 1, entries.data(self._start, read_only=not self._file.writable))
+
+    def _check_writable(self) -> None:
+        if not self._file.writable:
+            raise FaultError(errno.EROFS, "the file is open for reading only")
