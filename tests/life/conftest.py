@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from blkloom.control.client import Client
+from blkloom.control.messages import DeviceKey
 from blkloom.control.states import DeviceInfo
 from conformance.file_systems import needs_root
 from conformance.nbd_client import READ, NbdClient
@@ -209,7 +210,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def info(client: Client, device: str) -> DeviceInfo:
+def info(client: Client, device: DeviceKey) -> DeviceInfo:
     """The device's."""
     (found,) = client.info(device)
     return found

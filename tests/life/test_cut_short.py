@@ -126,7 +126,7 @@ def test_a_successor_that_has_the_devices_keeps_them_and_their_clients(
         assert (after.worker, after.uuid, after.state) == (pid, "u", "ACTIVE")
         assert before.worker not in life.processes()
         assert read(nbd) == b"a" * 512
-        client.stop()
+        client.stop(force=True)
 
 
 def test_memory_without_a_worker_outlives_an_upgrade() -> None:

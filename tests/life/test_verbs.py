@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from blkloom.control.client import Client
+from blkloom.control.messages import Selector
 from blkloom.errors import (
     BackingError,
     BusyError,
@@ -45,7 +46,7 @@ def life(shared: Life) -> Life:
 
 def test_a_device_is_made_live_with_all_that_is_told_of_it(life: Life, client: Client, file: Path) -> None:
     made = client.create("my disk", table=f"0 8 linear {file} 0\n8 8 zero", uuid="u-1", minor=7)
-    assert made == info(client, "my disk") == info(client, "uuid:u-1") == info(client, "minor:7")
+    assert made == info(client, "my disk") == info(client, Selector(uuid="u-1")) == info(client, Selector(minor=7))
     assert (made.name, made.uuid, made.minor, made.state) == ("my disk", "u-1", 7, "ACTIVE")
     assert (made.live, made.inactive, made.size, made.targets) == (True, False, 8192, 2)
     assert (sorted(made.types), made.deps, made.holders) == (["linear", "zero"], [str(file)], [])
@@ -392,7 +393,7 @@ def test_a_uuid_is_given_once_and_stays(client: Client) -> None:
     with pytest.raises(UsageError, match="has the uuid 'u-disk' already"):
         client.rename("disk", uuid="u-2")
     client.rename("disk", name="renamed")
-    assert info(client, "uuid:u-disk").name == "renamed"
+    assert info(client, Selector(uuid="u-disk")).name == "renamed"
 
 
 @pytest.mark.parametrize("call", [{}, {"name": "a", "uuid": "b"}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ import pytest
 
 from blkloom.cli import connecting, main
 from blkloom.cli.verbs import SECTIONS, VERBS
+from blkloom.control.messages import DeviceKey, Selector
 from blkloom.control.states import DeviceInfo, ExportState
+from blkloom.dm.options import IGNORED, LONG
 from blkloom.errors import BackingError, Place, TableError, UsageError
 
 DISK = DeviceInfo(
@@ -31,6 +34,7 @@ DISK = DeviceInfo(
     exports=[ExportState(id="0", name="my disk", unix="/run/dev/disk", automatic=True)],
 )
 FAILED = DeviceInfo(name="broken", minor=0, state="FAILED", reason="/x/gone.img: I/O error", live=True, inactive=True)
+BY_UUID, BY_NUMBER = Selector(uuid="some-uuid"), Selector(minor=2)
 READ_ONLY = {"source": "--table", "read_only": True}
 TABLE = "0 8 linear /x/disk.img 0\n8 8 zero"
 
@@ -42,8 +46,8 @@ class Recorder:
         self.calls: list[tuple[Any, ...]] = []
         self.raises: Exception | None = None
 
-    def info(self, device: str = "") -> list[DeviceInfo]:
-        found = {"my disk": DISK, "uuid:some-uuid": DISK, "minor:2": DISK, "broken": FAILED}
+    def info(self, device: DeviceKey = "") -> list[DeviceInfo]:
+        found = {"my disk": DISK, BY_UUID: DISK, BY_NUMBER: DISK, "broken": FAILED}
         if device and device not in found:
             raise UsageError(f"no device {device}", errno=errno.ENXIO)
         return [found[device]] if device else [FAILED, DISK]
@@ -148,26 +152,32 @@ def test_create_makes_each_device_of_a_concise_form(run: Run) -> None:
     ("words", "asked"),
     [
         ("load my\\x20disk --table 0_8_zero", ("load", "my disk", "0 8 zero", {"source": "--table"})),
-        ("reload -r -u some-uuid --table 0_8_zero", ("load", "uuid:some-uuid", "0 8 zero", READ_ONLY)),
+        ("reload -r -u some-uuid --table 0_8_zero", ("load", BY_UUID, "0 8 zero", READ_ONLY)),
         ("clear a", ("clear", "a", {})),
         ("suspend --noflush --nolockfs a", ("suspend", "a", {})),
         ("suspend a --timeout 3", ("suspend", "a", {"flush": True, "timeout": 3.0})),
-        ("resume -j 0 -m 2", ("resume", "minor:2", {"flush": True})),
+        ("resume -j 0 -m 2", ("resume", BY_NUMBER, {"flush": True})),
         ("remove --force --retry a", ("remove", "a", {"force": True, "retry": True})),
         ("--deferred remove a", ("remove", "a", {"deferred": True})),
         ("rename a b", ("rename", "a", {"name": "b"})),
         ("rename --setuuid a b", ("rename", "a", {"uuid": "b"})),
-        ("rename -u id b", ("rename", "uuid:id", {"name": "b"})),
+        ("rename -u id b", ("rename", Selector(uuid="id"), {"name": "b"})),
         ("remove -S name=broken", ("remove", "broken", {})),
         ("wait broken 0", ("wait", "broken", 0, {})),
         ("wait broken", ("wait", "broken", 0, {})),
         ("unexport a 1", ("unexport", "a", "1", {})),
         ("unexport a /x/s", ("unexport", "a", "/x/s", {})),
+        ("suspend uuid:some-uuid", ("suspend", "uuid:some-uuid", {"flush": True})),
+        ("remove minor:2", ("remove", "minor:2", {})),
+        ("remove -S name=broken -j 0 -m 2", None),
         ("stop", ("stop", {})),
+        ("stop -f", ("stop", {"force": True})),
+        ("stop --force", ("stop", {"force": True})),
     ],
 )  # fmt: skip
-def test_a_verb_asks_this(run: Run, words: str, asked: tuple[Any, ...]) -> None:
-    assert run.asks(*[word.replace("_", " ") if word == "0_8_zero" else word for word in words.split()]) == [asked]
+def test_a_verb_asks_this(run: Run, words: str, asked: tuple[Any, ...] | None) -> None:
+    asks = run.asks(*[word.replace("_", " ") if word == "0_8_zero" else word for word in words.split()])
+    assert asks == ([] if asked is None else [asked])
 
 
 def test_verbs_go_through_their_devices_in_order(run: Run) -> None:
@@ -189,6 +199,72 @@ def test_a_message_is_its_words_and_its_answer_is_printed(run: Run) -> None:
     told = run("message", "my disk", "8", "two", "words")
     assert (told.status, told.out) == (0, "an answer\n")
     assert run.client.calls == [("message", "my disk", 8, "two words", {})]
+
+
+# What is refused, before anything is asked
+
+
+@pytest.mark.parametrize("verb", ["stop", "remove_all", "reap", "upgrade", "version", "targets", "udevcookies", "help"])
+@pytest.mark.parametrize("option", ["-u some-uuid", "-j 0 -m 2", "-S name=broken"])
+def test_a_verb_for_all_takes_no_selector(run: Run, verb: str, option: str) -> None:
+    for words in (f"{verb} {option}", f"{option} {verb}"):
+        told = run(*words.split())
+        assert (told.status, told.out, run.client.calls) == (1, "", [])
+        assert f"{verb} has no use for --" in told.err
+
+
+@pytest.mark.parametrize("words", ["create a -n", "load a", "rename a b", "message a 0 x", "wait a", "export a"])
+def test_a_verb_for_one_device_takes_no_selection(run: Run, words: str) -> None:
+    told = run(*words.split(), "-S", "name=broken")
+    assert (told.status, told.out, run.client.calls) == (1, "", [])
+    assert f"{words.split()[0]} has no use for --select" in told.err
+
+
+@pytest.mark.parametrize(
+    "words", ["remove a", "info a", "clear a", "rename a b", "message a 0 x", "export a", "mknodes a"]
+)
+@pytest.mark.parametrize("option", ["-u some-uuid", "-j 0 -m 2"])
+def test_a_device_is_named_in_one_way(run: Run, words: str, option: str) -> None:
+    told = run(*words.split(), *option.split())
+    assert (told.status, told.out, run.client.calls) == (1, "", [])
+    assert "names a device, and so do -u, or -j and -m" in told.err or "Invalid sector" in told.err
+
+
+def test_a_uuid_and_a_number_are_two_ways(run: Run) -> None:
+    told = run("remove", "-u", "some-uuid", "-j", "0", "-m", "2")
+    assert (told.status, run.client.calls) == (1, [])
+    assert "-u names a device, and so do -j and -m" in told.err
+
+
+_DOCUMENT = Path(__file__).parents[2] / "docs" / "dmsetup.md"
+_UNSAID = {
+    ("info", "inactive"),
+    ("deps", "inactive"),
+    ("info", "unbuffered"),
+    ("load", "notable"),
+    ("reload", "notable"),
+}
+"""Options of a verb that are dmsetup's, too, and do nothing in either, or say so."""
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.dmsetup])
+def test_an_option_is_in_the_help_or_documented_as_ignored_or_refused(run: Run, verb: str) -> None:
+    shown = set(re.findall(r"--([a-z-]+)", run(verb, "--help").out)) | {"verbose", "manglename", "select"}
+    ignored = set(
+        re.findall(r"`--([a-z]+)`", re.split(r"taken and ignored", _DOCUMENT.read_text())[1].split("There are")[0])
+    )
+    assert ignored == IGNORED
+    for option, takes_value in LONG.items():
+        if option in shown | ignored or (verb, option) in _UNSAID or option == "help":
+            continue
+        told = (
+            run(verb, "--major=0", f"--{option}=1")
+            if option == "minor"
+            else run(verb, f"--{option}{'=1' * takes_value}")
+        )
+        assert told.status == 1, option
+        assert "has no use for" in told.err or option == "major", option
+        assert run.client.calls == []
 
 
 # What is said

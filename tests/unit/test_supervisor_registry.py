@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from blkloom.control.messages import DeviceKey, Selector
 from blkloom.control.states import Loaded
 from blkloom.dm.names import DeviceNameError
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
@@ -131,8 +132,8 @@ class Modelled(RuleBasedStateMachine):
         assert len(self.registry) == len(by_minor)
         for name, entry in self.devices.items():
             assert self.registry.find(name) is self.registry.named(name) is entry
-            assert self.registry.find(f"minor:{entry.minor}") is self.registry.get(entry.minor) is entry
-            assert not entry.uuid or self.registry.find(f"uuid:{entry.uuid}") is entry
+            assert self.registry.find(Selector(minor=entry.minor)) is self.registry.get(entry.minor) is entry
+            assert not entry.uuid or self.registry.find(Selector(uuid=entry.uuid)) is entry
         for name in set(self.removed) - self.devices.keys():
             assert self.registry.named(name) is None
             with pytest.raises(NoSuchDevice, match=name):
@@ -198,20 +199,37 @@ def test_a_number_no_device_can_have_is_refused(minor: int) -> None:
         Registry(LIMIT).check_new("fine", "", minor)
 
 
-@pytest.mark.parametrize("device", ["", "minor:", "minor:-1", "minor:²", "minor:" + "9" * 5000, "uuid:", "uuid:0"])
-def test_words_that_name_no_device_are_told_so(device: str) -> None:
+@pytest.mark.parametrize("device", ["", "minor:0", "uuid:0", Selector(minor=-1), Selector(minor=9), Selector(uuid="0")])
+def test_what_names_no_device_is_told_so(device: DeviceKey) -> None:
     registry = Registry(LIMIT)
     entry_of(registry, "there")
     with pytest.raises(NoSuchDevice, match="not found; `blkloom ls` lists"):
         registry.find(device)
 
 
-def test_a_name_goes_before_a_uuid_and_a_number() -> None:
+@pytest.mark.parametrize("device", [Selector(), Selector(uuid="x", minor=0)])
+def test_a_selector_has_one_of_uuid_and_number(device: Selector) -> None:
+    with pytest.raises(UsageError, match="either a uuid or a minor number; give one of both"):
+        Registry(LIMIT).find(device)
+
+
+def test_no_name_stands_for_a_uuid_or_a_number() -> None:
     registry = Registry(LIMIT)
-    entry_of(registry, "plain", uuid="x")
-    by_uuid, by_minor = entry_of(registry, "uuid:x"), entry_of(registry, "minor:0")
-    assert registry.find("uuid:x") is by_uuid
-    assert registry.find("minor:0") is by_minor
+    plain = entry_of(registry, "plain", uuid="x")
+    assert plain.minor == 0
+    for name in ("uuid:x", "minor:0"):
+        assert registry.find(entry_of(registry, name).name).name == name
+    assert registry.find(Selector(uuid="x")) is registry.find(Selector(minor=0)) is plain
+
+
+def test_clients_that_would_lose_their_devices_are_counted() -> None:
+    registry = Registry(LIMIT)
+    registry.check_no_clients()
+    entry_of(registry, "one").connections = 1
+    entry_of(registry, "two").connections = 2
+    entry_of(registry, "unused")
+    with pytest.raises(DeviceBusy, match=r"2 devices are in use: 'one' \(1 client\), 'two' \(2 clients\); .*--force"):
+        registry.check_no_clients()
 
 
 def test_the_limit_says_how_many_there_are_and_what_to_do() -> None:

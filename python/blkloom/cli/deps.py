@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.ls import device_names
 from blkloom.cli.session import Named, Session
 from blkloom.dm.dependencies import Dependency, dependencies
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 @click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname.")
 @click.option("--inactive", is_flag=True, hidden=True)
 def deps(session: Session, operands: tuple[str, ...], options: str | None, inactive: bool) -> None:

@@ -1,13 +1,14 @@
 """A verb of dmsetup's: its words are read as dmsetup's getopt reads them.
 
-Every option of dmsetup's goes with every verb; those without a meaning here are taken and ignored. A
-verb is a function of its `Session`, its words and its own options.
+Options of dmsetup's without a meaning here (`IGNORED`) go with every verb; of the others those that the verb
+has a use for, and the rest is refused: a selector that is not looked at would act on every device. A verb is a
+function of its `Session`, its words and its own options.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Set
 from typing import Any, Final
 
 import click
@@ -17,26 +18,40 @@ from blkloom.cli.completing import complete_devices
 from blkloom.cli.session import NAMING, Session
 from blkloom.dm.failing import NotACommandLine, Told, WrongCount
 from blkloom.dm.names import Mangling
-from blkloom.dm.options import LETTERS, LONG, read_words
+from blkloom.dm.options import IGNORED, LETTERS, LONG, read_words
 from blkloom.errors import BlkloomError
 
-_SHARED: Final = frozenset({"uuid", "major", "minor", "manglename", "verbose", "select"})
+_SHARED: Final = frozenset({"manglename", "verbose"})
 """Options that every verb has, and that `Session` reads."""
+ONE: Final = frozenset({"uuid", "major", "minor"})
+"""Options, read by `Session`, of a verb for one device."""
+MANY: Final = ONE | {"select"}
+"""Options, read by `Session`, of a verb for any number of them."""
 
 
 class DmCommand(click.Command):
-    """operands: the fewest and the most words behind the options; None: as many as one likes."""
+    """operands: the fewest and the most words behind the options; None: as many as one likes. selectors: options
+    that say which devices it is for.
+    """
 
-    def __init__(self, *args: Any, operands: tuple[int, int | None] = (0, None), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        operands: tuple[int, int | None] = (0, None),
+        selectors: frozenset[str] = frozenset(),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._least, self._most = operands
+        self._selectors = selectors
+        self._known = _SHARED | IGNORED | selectors
         taken = {name for param in self.params for name in param.opts}
         letters = {long: letter for letter, long in reversed(LETTERS.items())}
         for long, takes_value in LONG.items():
-            if f"--{long}" in taken or long == "help":
+            if f"--{long}" in taken or long not in self._known:
                 continue
             names = [f"--{long}", *([f"-{letters[long]}"] if long in letters else [])]
-            shared = long in _SHARED
+            shared = long not in IGNORED
             option = click.Option(
                 names,
                 expose_value=False,
@@ -62,7 +77,13 @@ class DmCommand(click.Command):
         words = read_words(args, own)
         if "--help" in words.options:
             return super().parse_args(ctx, ["--help"])
-        _check(words.options)
+        names = {option[2:].partition("=")[0] for option in words.options}
+        _check(names, self._selectors)
+        if useless := sorted(name for name in names if name not in own and name not in self._known):
+            raise NotACommandLine(
+                f"{ctx.info_name} has no use for --{useless[0]}.",
+                what=f"`blkloom {ctx.info_name} --help` says what it has",
+            )
         if len(words.operands) < self._least or (self._most is not None and len(words.operands) > self._most):
             raise WrongCount(self.get_usage(ctx))
         try:
@@ -83,10 +104,15 @@ class DmCommand(click.Command):
 
 
 def verb(
-    *operands: str, least: int = 0, most: int | None = None, complete: bool = True, name: str | None = None
+    *operands: str,
+    least: int = 0,
+    most: int | None = None,
+    complete: bool = True,
+    name: str | None = None,
+    selectors: frozenset[str] = frozenset(),
 ) -> Callable[[Callable[..., None]], click.Command]:
     """A function (session, operands, options...) as a verb of dmsetup's. operands: how the help writes
-    them. complete: whether they are names of devices.
+    them. complete: whether they are names of devices. selectors: ONE or MANY, or none.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -94,7 +120,7 @@ def verb(
         def run(operands: tuple[str, ...], **options: Any) -> None:
             function(Session(click.get_current_context()), operands, **options)
 
-        command = click.command(name, cls=DmCommand, operands=(least, most))(run)
+        command = click.command(name, cls=DmCommand, operands=(least, most), selectors=selectors)(run)
         if operands or most != 0:
             argument = click.Argument(
                 ["operands"],
@@ -150,14 +176,15 @@ def _integer(text: str) -> int:
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
 
 
-def _check(options: Sequence[str]) -> None:
-    """What dmsetup refuses before it looks at the verb."""
-    names = {option.partition("=")[0] for option in options}
-    if ("--major" in names) != ("--minor" in names):
+def _check(names: Set[str], selectors: frozenset[str]) -> None:
+    """What dmsetup refuses before it looks at the verb; and two ways to name a device at once."""
+    if ("major" in names) != ("minor" in names):
         raise NotACommandLine(
             "Please specify both major number and minor number.", what="the major number is 0: -j 0 -m N"
         )
-    if {"--table", "--notable"} <= names:
+    if {"uuid", "minor"} <= names & selectors:
+        raise NotACommandLine("-u names a device, and so do -j and -m.", what="name it in one way")
+    if {"table", "notable"} <= names:
         raise NotACommandLine("--table and --notable are incompatible.")
-    if {"--addnodeonresume", "--addnodeoncreate"} <= names:
+    if {"addnodeonresume", "addnodeoncreate"} <= names:
         raise NotACommandLine("--addnodeonresume and --addnodeoncreate are incompatible.")

@@ -7,13 +7,13 @@ import os
 import click
 
 from blkloom.cli.addresses import allow_remote_option, listen_option
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import ONE, verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import VerbFailed
 from blkloom.metrics.addresses import uri_of
 
 
-@verb("DEVICE", least=0, most=1)
+@verb("DEVICE", least=0, most=1, selectors=ONE)
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket (mode 0600).")
 @listen_option
 @allow_remote_option
@@ -62,7 +62,7 @@ def export(
     click.echo(uri_of(state))
 
 
-@verb("DEVICE", "EXPORT", least=1, most=2)
+@verb("DEVICE", "EXPORT", least=1, most=2, selectors=ONE)
 def unexport(session: Session, operands: tuple[str, ...]) -> None:
     """Close a way in: EXPORT is what export --list calls it, or the path of its socket.
 

@@ -7,7 +7,7 @@ import json
 import click
 import msgspec
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import NotACommandLine
 from blkloom.dm.fields import DEFAULT
@@ -18,7 +18,7 @@ from blkloom.dm.showing import info_lines
 _HEADINGS = {"none": 0, "0": 0, "abbrev": 1, "1": 1, "full": 2, "2": 2}
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 @click.option("-c", "-C", "--columns", is_flag=True, help="Columns instead of lines.")
 @click.option("-o", "--options", metavar="FIELDS", help="Which columns; +FIELDS for more; help lists them.")
 @click.option("-O", "--sort", metavar="FIELDS", help="Order by these; -FIELD for falling order.")

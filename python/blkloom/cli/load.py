@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, ONE, verb
 from blkloom.cli.session import Session
 from blkloom.cli.tables import read_table
 from blkloom.dm.failing import VerbFailed
@@ -47,14 +47,14 @@ def _named(name: str) -> click.Command:
         _load(session, operands, **options)
 
     run.__doc__ = _load.__doc__
-    return verb("DEVICE", "[TABLE_FILE]", most=2, name=name)(_table(_readonly(_notable(_shared(run)))))
+    return verb("DEVICE", "[TABLE_FILE]", most=2, name=name, selectors=ONE)(_table(_readonly(_notable(_shared(run)))))
 
 
 load = _named("load")
 reload = _named("reload")
 
 
-@verb("DEVICE...")
+@verb("DEVICE...", selectors=MANY)
 def clear(session: Session, operands: tuple[str, ...]) -> None:
     """Empty the inactive slot: the table loaded there is forgotten."""
     for named in session.each(operands):

@@ -166,7 +166,7 @@ def _device(session: Session, info: DeviceInfo) -> LoopDevice:
 def loop_name(session: Session, text: str) -> str:
     """The device that a word means: a name, its socket's path, or /dev/NAME as losetup has it."""
     folder, _, last = text.rpartition("/")
-    return session.name(last) if folder == "/dev" else session.named(text).wire
+    return session.name(last) if folder == "/dev" else session.named(text).name
 
 
 def find_loop(session: Session, text: str) -> LoopDevice:

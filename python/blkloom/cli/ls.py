@@ -7,7 +7,7 @@ import os
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
 from blkloom.control.states import DeviceInfo
 from blkloom.dm.failing import NotACommandLine
@@ -15,7 +15,7 @@ from blkloom.dm.fields import MAJOR
 from blkloom.dm.names import mangle
 
 
-@verb(most=0)
+@verb(most=0, selectors=MANY)
 @click.option("--target", metavar="TYPE", help="Devices with a segment of this target.")
 @click.option("--tree", is_flag=True, help="Draw what stands on what.")
 @click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname; for --tree: ascii, utf, ...")

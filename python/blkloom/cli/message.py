@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import ONE, verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import VerbFailed
 
 
-@verb("DEVICE", "SECTOR", "MESSAGE...", least=2)
+@verb("DEVICE", "SECTOR", "MESSAGE...", least=2, selectors=ONE)
 def message(session: Session, operands: tuple[str, ...]) -> None:
     """Say something to the target of the segment that holds SECTOR, and print its answer.
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 def mknodes(session: Session, operands: tuple[str, ...]) -> None:
     """Do nothing: sockets come and go with their devices."""
     for text in operands:

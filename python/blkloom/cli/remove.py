@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Named, Session
 from blkloom.units import SECTOR
 
@@ -12,7 +12,7 @@ _force = click.option("-f", "--force", is_flag=True, help="First put an error ta
 _deferred = click.option("--deferred", is_flag=True, help="If it is in use: when its last user leaves.")
 
 
-@verb("DEVICE...")
+@verb("DEVICE...", selectors=MANY)
 @_force
 @_deferred
 @click.option("--retry", is_flag=True, help="If it is in use: try again for some seconds.")
@@ -38,7 +38,7 @@ def remove_all(session: Session, operands: tuple[str, ...], force: bool, deferre
         click.echo(f"blkloom: {session.show(name)} stays: {why}", err=True)
 
 
-@verb("DEVICE...")
+@verb("DEVICE...", selectors=MANY)
 @click.option("-f", "--force", is_flag=True, help="Do not flush what is in flight.")
 @click.option("--noflush", is_flag=True, help="The same.")
 @click.option("--nolockfs", is_flag=True, help="Taken as given: no file system is ever frozen.")

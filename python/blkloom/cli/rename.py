@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, ONE, verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import VerbFailed
 from blkloom.dm.names import mangle as mangled
 
 
-@verb("DEVICE", "NEW_NAME_OR_UUID", least=1, most=2)
+@verb("DEVICE", "NEW_NAME_OR_UUID", least=1, most=2, selectors=ONE)
 @click.option("--setuuid", is_flag=True, help="The word is a uuid for a device that has none.")
 def rename(session: Session, operands: tuple[str, ...], setuuid: bool) -> None:
     """Give a device another name; its socket moves along, clients stay.
@@ -35,7 +35,7 @@ def rename(session: Session, operands: tuple[str, ...], setuuid: bool) -> None:
         session.client.rename(named.wire, name=name)
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 def mangle(session: Session, operands: tuple[str, ...]) -> None:
     """Tell that names are in the right form: blkloom keeps them as they are meant."""
     for info in session.found(operands):

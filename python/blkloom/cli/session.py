@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from blkloom.dm.failing import IoctlFailed, VerbFailed, as_ioctl
+from blkloom.dm.failing import IoctlFailed, NotACommandLine, VerbFailed, as_ioctl
 from blkloom.dm.names import (
     DeviceNameError,
     MangleError,
@@ -29,6 +29,7 @@ from blkloom.dm.names import (
 
 if TYPE_CHECKING:
     from blkloom.control.client import Client
+    from blkloom.control.messages import DeviceKey
     from blkloom.control.states import DeviceInfo
     from blkloom.dm.fields import Row
 
@@ -42,7 +43,7 @@ NAMING: Final = "blkloom.naming"
 class Named:
     """A device as a command line names it. wire: for the client; the others: for dmsetup's error lines."""
 
-    wire: str
+    wire: DeviceKey
     name: str = ""
     uuid: str = ""
     numbers: str = ""
@@ -95,14 +96,18 @@ class Session:
     def named(self, text: str | None) -> Named:
         """The device that `text`, or -u, or -j and -m name. Raises VerbFailed."""
         if text is not None:
+            if self.elsewhere:
+                raise NotACommandLine(
+                    f"{text!r} names a device, and so do -u, or -j and -m.", what="name it in one way"
+                )
             name = self.from_path(text) if "/" in text else self.name(text)
             return Named(name, name=name)
         if self.uuid is not None:
             uuid = self.new_uuid(self.uuid)
-            return Named(f"uuid:{uuid}", uuid=uuid)
+            return Named(_selector(uuid=uuid), uuid=uuid)
         if self.numbers is not None:
             major, minor = self.numbers
-            return Named(f"minor:{minor}", numbers=f"({major}:{minor})" if major else "")
+            return Named(_selector(minor=minor), numbers=f"({major}:{minor})" if major else "")
         raise VerbFailed("No device specified.")
 
     def name(self, text: str) -> str:
@@ -182,7 +187,10 @@ class Session:
         from blkloom.dm.selecting import parse_selection
 
         selection = parse_selection(self.select or "")
-        infos = [self.info(self.named(text)) for text in operands] if operands else self.everything()
+        if operands or self.elsewhere:
+            infos = [self.info(self.named(text)) for text in operands or (None,)]
+        else:
+            infos = self.everything()
         return [row.info for row in self.rows(infos) if selection(row)]
 
     def rows(self, infos: Sequence[DeviceInfo]) -> list[Row]:
@@ -214,3 +222,9 @@ class Session:
 
             info = self.info(named)
             click.echo("\n".join(info_lines(info, self.show(info.name))))
+
+
+def _selector(*, uuid: str = "", minor: int | None = None) -> DeviceKey:
+    from blkloom.control.messages import Selector  # msgspec is not needed for help
+
+    return Selector(uuid=uuid, minor=minor)

@@ -25,6 +25,11 @@ def reap(session: Session, operands: tuple[str, ...]) -> None:
 
 
 @verb(most=0)
-def stop(session: Session, operands: tuple[str, ...]) -> None:
-    """Drain, flush and remove all devices, and end the supervisor."""
-    session.client.stop()
+@click.option("-f", "--force", is_flag=True, help="Also while clients are connected: cut them off.")
+def stop(session: Session, operands: tuple[str, ...], force: bool) -> None:
+    """Drain, flush and remove all devices, and end the supervisor.
+
+    While clients are connected (one that has mounted a file system is one) everything stays as it is,
+    unless --force says otherwise. SIGTERM to the supervisor does not ask.
+    """
+    session.client.stop(force=force)

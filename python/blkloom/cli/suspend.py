@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
 
 _noflush = click.option("--noflush", is_flag=True, help="Do not flush.")
@@ -12,7 +12,7 @@ _nolockfs = click.option("--nolockfs", is_flag=True, help="Taken as given: no fi
 _timeout = click.option("--timeout", type=click.FloatRange(0.001), metavar="SECONDS", help="For requests in flight.")
 
 
-@verb("DEVICE...")
+@verb("DEVICE...", selectors=MANY)
 @_noflush
 @_nolockfs
 @_timeout
@@ -27,7 +27,7 @@ def suspend(session: Session, operands: tuple[str, ...], noflush: bool, nolockfs
         session.tell(named)
 
 
-@verb("DEVICE...")
+@verb("DEVICE...", selectors=MANY)
 @_noflush
 @_nolockfs
 @_timeout

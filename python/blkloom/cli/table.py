@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import click
 
-from blkloom.cli.dm_verb import verb
+from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Named, Session
 from blkloom.control.states import DeviceInfo
 from blkloom.dm.showing import Segment, concise_device, segment_line, table_segments
@@ -16,7 +16,7 @@ _inactive = click.option("--inactive", is_flag=True, help="Of the inactive slot.
 _exec = click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with each device's socket.")
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 @_target
 @_inactive
 @click.option("--showkeys", is_flag=True, help="Keys as they are, not as zeros.")
@@ -46,7 +46,7 @@ def table(
         whole.print(operands, command)
 
 
-@verb("[DEVICE...]")
+@verb("[DEVICE...]", selectors=MANY)
 @_target
 @_inactive
 @click.option("--noflush", is_flag=True, help="Taken as given: nothing is flushed for it.")

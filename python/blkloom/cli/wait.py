@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 
-from blkloom.cli.dm_verb import verb
+import click
+
+from blkloom.cli.dm_verb import ONE, verb
 from blkloom.cli.session import Session
 from blkloom.dm.failing import IoctlFailed, VerbFailed
 
 
-@verb("DEVICE", "[EVENT_NUMBER]", most=2)
-def wait(session: Session, operands: tuple[str, ...]) -> None:
+@verb("DEVICE", "[EVENT_NUMBER]", most=2, selectors=ONE)
+@click.option("--noflush", is_flag=True, help="Taken as given: nothing is flushed for it.")
+def wait(session: Session, operands: tuple[str, ...], noflush: bool) -> None:
     """Wait until the device's event number is another than EVENT_NUMBER (0, if not given).
 
     It grows when the device is renamed or removed, when its size changes, when it fails, and when a

@@ -54,10 +54,10 @@ class AbsentClient(Client):
                 )
 
     @override
-    def stop(self) -> None:
+    def stop(self, *, force: bool = False) -> None:
         """There is none to end."""
         if there := self._look():
-            there.stop()
+            there.stop(force=force)
 
     def _look(self) -> Client | None:
         if self._there is None:

@@ -1,5 +1,6 @@
 """The supervisor's client: one method a verb. The `blkloom` command uses nothing else.
 
+A device is named by its name, or by `messages.Selector(uuid=...)` or `Selector(minor=...)`.
 Calls block; use an instance from one thread at a time. Files that a table names are opened here, with
 the caller's rights, working directory and mount namespace, when the supervisor asks for them.
 Errors come up as they were raised there: classes of `blkloom.errors`, OSError, TimeoutError.
@@ -69,23 +70,23 @@ class Client:
 
     # What there is
 
-    def info(self, device: str = "") -> list[DeviceInfo]:
+    def info(self, device: m.DeviceKey = "") -> list[DeviceInfo]:
         """Of one device, or of all by minor number."""
         return msgspec.convert(self.call(m.GetInfo(device=device)), list[DeviceInfo])
 
-    def table(self, device: str, *, inactive: bool = False) -> str:
+    def table(self, device: m.DeviceKey, *, inactive: bool = False) -> str:
         """The table's text; "" if the slot is empty."""
         return str(self.call(m.GetTable(device=device, inactive=inactive)))
 
-    def status(self, device: str) -> list[tuple[int, int, str, str]]:
+    def status(self, device: m.DeviceKey) -> list[tuple[int, int, str, str]]:
         """(start, length, target, status) a segment; sectors."""
         return msgspec.convert(self.call(m.GetStatus(device=device)), list[tuple[int, int, str, str]])
 
-    def files(self, device: str) -> list[OpenedFile]:
+    def files(self, device: m.DeviceKey) -> list[OpenedFile]:
         """Those that the live table has open, each path once; none of a device that has failed."""
         return msgspec.convert(self.call(m.GetFiles(device=device)), list[OpenedFile])
 
-    def stats(self, device: str = "") -> dict[str, Any]:
+    def stats(self, device: m.DeviceKey = "") -> dict[str, Any]:
         """See `messages.GetStats`."""
         return msgspec.convert(self.call(m.GetStats(device=device)), dict[str, Any])
 
@@ -93,7 +94,7 @@ class Client:
         """See `messages.GetVersion`."""
         return msgspec.convert(self.call(m.GetVersion()), dict[str, Any])
 
-    def wait(self, device: str, event: int | None = None) -> int:
+    def wait(self, device: m.DeviceKey, event: int | None = None) -> int:
         """Blocks until the device's event number is above `event`; the number."""
         return int(self.call(m.Wait(device=device, event=event), bounded=False))
 
@@ -130,7 +131,7 @@ class Client:
 
     def load(
         self,
-        device: str,
+        device: m.DeviceKey,
         table: str,
         *,
         source: str = "table",
@@ -146,19 +147,19 @@ class Client:
         )
         self.call(call)
 
-    def clear(self, device: str) -> None:
+    def clear(self, device: m.DeviceKey) -> None:
         """Empties the inactive slot."""
         self.call(m.Clear(device=device))
 
-    def suspend(self, device: str, *, flush: bool = True, timeout: float | None = None) -> None:
+    def suspend(self, device: m.DeviceKey, *, flush: bool = True, timeout: float | None = None) -> None:
         """Drains, flushes, and parks what comes. timeout: seconds for what is in flight to end."""
         self.call(m.Suspend(device=device, flush=flush, timeout=timeout))
 
-    def resume(self, device: str, *, flush: bool = True, timeout: float | None = None) -> None:
+    def resume(self, device: m.DeviceKey, *, flush: bool = True, timeout: float | None = None) -> None:
         """Swaps the inactive table in, if there is one, and goes live."""
         self.call(m.Resume(device=device, flush=flush, timeout=timeout))
 
-    def remove(self, device: str, *, force: bool = False, deferred: bool = False, retry: bool = False) -> None:
+    def remove(self, device: m.DeviceKey, *, force: bool = False, deferred: bool = False, retry: bool = False) -> None:
         """Ends the device. Raises BusyError while it is open."""
         self.call(m.Remove(device=device, force=force, deferred=deferred, retry=retry))
 
@@ -166,19 +167,19 @@ class Client:
         """(name, why) of those that could not be removed."""
         return msgspec.convert(self.call(m.RemoveAll(force=force, deferred=deferred)), list[tuple[str, str]])
 
-    def retain(self, device: str) -> None:
+    def retain(self, device: m.DeviceKey) -> None:
         """The device stays when its last user leaves: no autoclear, no deferred removal."""
         self.call(m.Retain(device=device))
 
-    def rename(self, device: str, *, name: str = "", uuid: str = "") -> None:
+    def rename(self, device: m.DeviceKey, *, name: str = "", uuid: str = "") -> None:
         """A new name, or a uuid for one that has none."""
         self.call(m.Rename(device=device, name=name, uuid=uuid))
 
-    def message(self, device: str, sector: int, text: str) -> str | None:
+    def message(self, device: m.DeviceKey, sector: int, text: str) -> str | None:
         """Sends `text` to the target at `sector`; its answer."""
         return msgspec.convert(self.call(m.SendMessage(device=device, sector=sector, text=text)), str | None)
 
-    def read(self, device: str, offset: int, length: int) -> bytes:
+    def read(self, device: m.DeviceKey, offset: int, length: int) -> bytes:
         """What a client would read there, without being one: `messages.MOST_READ` bytes at most."""
         return base64.b64decode(self.call(m.ReadDevice(device=device, offset=offset, length=length)))
 
@@ -186,7 +187,7 @@ class Client:
 
     def export(
         self,
-        device: str,
+        device: m.DeviceKey,
         *,
         name: str = "",
         unix: str = "",
@@ -209,7 +210,7 @@ class Client:
         )
         return msgspec.convert(self.call(call), ExportState)
 
-    def unexport(self, device: str, export: str) -> None:
+    def unexport(self, device: m.DeviceKey, export: str) -> None:
         """Ends an export, by id or socket path."""
         self.call(m.RemoveExport(device=device, id=export))
 
@@ -224,9 +225,11 @@ class Client:
         """Removes what belongs to nobody; what that was."""
         return msgspec.convert(self.call(m.Reap()), list[str])
 
-    def stop(self) -> None:
-        """Every device drained, flushed and removed; the supervisor ends."""
-        self.call(m.Stop())
+    def stop(self, *, force: bool = False) -> None:
+        """Every device drained, flushed and removed; the supervisor ends. Raises DeviceBusy while clients are
+        connected to devices, unless `force` cuts them off.
+        """
+        self.call(m.Stop(force=force))
         with suppress(ChannelClosed):  # which is when the process ends, and another may be started
             while True:
                 self._channel.receive()

@@ -103,7 +103,21 @@ class OpenRefused(_Message, tag="refused"):
     errno: int
 
 
-# What a client asks of the supervisor. `device`: a name, `uuid:UUID` or `minor:N`.
+# What a client asks of the supervisor.
+
+
+class Selector(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A device by its uuid or by its minor number: one of both."""
+
+    uuid: str = ""
+    minor: int | None = None
+
+    def __str__(self) -> str:
+        return f"with uuid {self.uuid!r}" if self.minor is None else f"with minor number {self.minor}"
+
+
+DeviceKey = str | Selector
+"""A device as a call names it. A str is its name, whatever is in it."""
 
 
 class Create(_Call, tag="create"):
@@ -126,7 +140,7 @@ class Create(_Call, tag="create"):
 class Load(_Call, tag="load"):
     """→ None. same_files: paths that the live table has, too, mean the files it has open, wherever they lead now."""
 
-    device: str
+    device: DeviceKey
     table: str
     source: str = "table"
     read_only: bool = False
@@ -137,13 +151,13 @@ class Load(_Call, tag="load"):
 class Clear(_Call, tag="clear"):
     """Empties the inactive slot. → None."""
 
-    device: str
+    device: DeviceKey
 
 
 class Suspend(_Call, tag="suspend"):
     """timeout: seconds for requests in flight to end; None: the supervisor's default."""
 
-    device: str
+    device: DeviceKey
     flush: bool = True
     timeout: float | None = None
 
@@ -151,7 +165,7 @@ class Suspend(_Call, tag="suspend"):
 class Resume(_Call, tag="resume"):
     """Swaps the inactive table in, and goes live. → None."""
 
-    device: str
+    device: DeviceKey
     flush: bool = True
     timeout: float | None = None
 
@@ -159,7 +173,7 @@ class Resume(_Call, tag="resume"):
 class Remove(_Call, tag="remove"):
     """force: first an error table goes in. deferred: when the last user leaves. retry: for some seconds."""
 
-    device: str
+    device: DeviceKey
     force: bool = False
     deferred: bool = False
     retry: bool = False
@@ -175,13 +189,13 @@ class RemoveAll(_Call, tag="remove_all"):
 class Retain(_Call, tag="retain"):
     """The device stays when its last user leaves, whatever was asked before (autoclear, deferred). → None."""
 
-    device: str
+    device: DeviceKey
 
 
 class Rename(_Call, tag="rename"):
     """One of both."""
 
-    device: str
+    device: DeviceKey
     name: str = ""
     uuid: str = ""
 
@@ -189,32 +203,32 @@ class Rename(_Call, tag="rename"):
 class GetTable(_Call, tag="table"):
     """→ the table's text ("" for none)."""
 
-    device: str
+    device: DeviceKey
     inactive: bool = False
 
 
 class GetStatus(_Call, tag="status"):
     """→ list of [start, length, target, status] a segment; sectors."""
 
-    device: str
+    device: DeviceKey
 
 
 class GetFiles(_Call, tag="files"):
     """→ list of OpenedFile: those of the live table, each path once. A device that has failed has none."""
 
-    device: str
+    device: DeviceKey
 
 
 class GetInfo(_Call, tag="info"):
     """→ list of DeviceInfo by minor; device "": of all."""
 
-    device: str = ""
+    device: DeviceKey = ""
 
 
 class SendMessage(_Call, tag="message"):
     """→ the target's answer, or None."""
 
-    device: str
+    device: DeviceKey
     sector: int
     text: str
 
@@ -224,7 +238,7 @@ class ReadDevice(_Call, tag="read"):
     for looking at what is on a device (partition tables) without being a client of it.
     """
 
-    device: str
+    device: DeviceKey
     offset: int
     length: int
 
@@ -232,14 +246,14 @@ class ReadDevice(_Call, tag="read"):
 class Wait(_Call, tag="wait"):
     """→ the event number, as soon as it is above `event` (None: above the present one)."""
 
-    device: str
+    device: DeviceKey
     event: int | None = None
 
 
 class GetStats(_Call, tag="stats"):
     """→ {name: {"device": `Device.stats()`, "exports": {id: `Export.stats()`}}}; device "": of all."""
 
-    device: str = ""
+    device: DeviceKey = ""
 
 
 class AddExport(_Call, tag="export"):
@@ -248,7 +262,7 @@ class AddExport(_Call, tag="export"):
     address that other hosts reach.
     """
 
-    device: str
+    device: DeviceKey
     name: str = ""
     unix: str = ""
     host: str = ""
@@ -260,7 +274,7 @@ class AddExport(_Call, tag="export"):
 class RemoveExport(_Call, tag="unexport"):
     """id: the export's, or a socket path. Its clients are disconnected."""
 
-    device: str
+    device: DeviceKey
     id: str
 
 
@@ -277,7 +291,11 @@ class Reap(_Call, tag="reap"):
 
 
 class Stop(_Call, tag="stop"):
-    """Every device is drained, flushed and removed; then the supervisor ends. → None."""
+    """Every device is drained, flushed and removed; then the supervisor ends. → None. force: also while clients
+    are connected to devices; they are cut off.
+    """
+
+    force: bool = False
 
 
 ClientCall = (

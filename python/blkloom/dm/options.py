@@ -1,7 +1,7 @@
 """dmsetup's options, and reading a command line as its getopt_long does.
 
-Options may stand anywhere, before the verb too; long ones may be shortened as long as one only is meant;
-every option goes with every verb. Pure; raises NotACommandLine with getopt's words.
+Options may stand anywhere, before the verb too; long ones may be shortened as long as one only is meant.
+Pure; raises NotACommandLine with getopt's words.
 """
 
 from __future__ import annotations
@@ -88,6 +88,27 @@ LETTERS: Final = {
 
 LONG: Final[dict[str, bool]] = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(VALUES, True)}
 """Every long option, and whether it takes a value."""
+
+
+IGNORED: Final = frozenset(
+    {
+        "addnodeoncreate",
+        "addnodeonresume",
+        "checks",
+        "gid",
+        "mode",
+        "nolockfs",
+        "noopencount",
+        "noudevrules",
+        "noudevsync",
+        "readahead",
+        "udevcookie",
+        "uid",
+        "verifyudev",
+        "yes",
+    }
+)
+"""Options that every verb takes and none looks at: they are about nodes, udev and what else is not here."""
 
 
 @dataclass(frozen=True, slots=True)

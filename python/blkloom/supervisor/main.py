@@ -248,7 +248,7 @@ class Supervisor:
             case m.Upgrade():
                 return await self._upgrade(session, request)
             case m.Stop():
-                return await self._stop(session)
+                return await self._stop(session, call)
 
     def _version(self) -> dict[str, Any]:
         return {
@@ -266,8 +266,10 @@ class Supervisor:
             },
         }
 
-    async def _stop(self, session: Session) -> None:
+    async def _stop(self, session: Session, call: m.Stop) -> None:
         """Answers when all is done. The client's connection ends with the process, not before."""
+        if not (call.force or self._ending.done()):
+            self._registry.check_no_clients()
         self._end()
         with contextlib.suppress(OSError):  # it has left already
             os.dup(session.fileno())

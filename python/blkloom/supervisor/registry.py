@@ -7,11 +7,11 @@ numbers are unique, nothing stands on itself, and who stands on a device keeps i
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from blkloom.control.messages import DeviceKey
 from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded, LoopNotes
 from blkloom.dm.names import check_new_name, check_uuid
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MOST_MINORS: Final = 1 << 20
 """Numbers there are for devices, as in the kernel (MINORBITS)."""
-_MINOR: Final = re.compile(r"minor:[0-9]{1,9}")
 
 
 @dataclass
@@ -120,13 +119,14 @@ class Registry:
         """The device of that name."""
         return self._names.get(name)
 
-    def find(self, device: str) -> Entry:
-        """By a name, `uuid:UUID` or `minor:N`. Raises NoSuchDevice."""
-        entry = self._names.get(device)
-        if entry is None and device.startswith("uuid:"):
-            entry = self._uuids.get(device.removeprefix("uuid:"))
-        if entry is None and _MINOR.fullmatch(device):
-            entry = self._entries.get(int(device.removeprefix("minor:")))
+    def find(self, device: DeviceKey) -> Entry:
+        """The one that is meant. Raises NoSuchDevice, UsageError."""
+        if isinstance(device, str):
+            entry = self._names.get(device)
+        elif bool(device.uuid) == (device.minor is not None):
+            raise UsageError("a selector has either a uuid or a minor number", cure="give one of both")
+        else:
+            entry = self._uuids.get(device.uuid) if device.minor is None else self._entries.get(device.minor)
         if entry is None:
             raise NoSuchDevice(f"Device {device} not found", cure="`blkloom ls` lists those there are")
         return entry
@@ -291,11 +291,20 @@ class Registry:
         """Raises DeviceBusy, which says who."""
         users = [f"device {holder.name!r} stands on it" for holder in self.holders(entry)]
         if entry.connections:
-            users.append(f"{entry.connections} client{'s are' if entry.connections > 1 else ' is'} connected")
+            users.append(f"{_count(entry.connections)} {'are' if entry.connections > 1 else 'is'} connected")
         if users:
             raise DeviceBusy(
                 f"Device {entry.name} is in use: {', '.join(users)}",
                 cure="end that first, or remove it with --deferred or --force",
+            )
+
+    def check_no_clients(self) -> None:
+        """Raises DeviceBusy, which says whose clients would lose their devices."""
+        used = [f"{entry.name!r} ({_count(entry.connections)})" for entry in self if entry.connections]
+        if used:
+            raise DeviceBusy(
+                f"{'a device is' if len(used) == 1 else f'{len(used)} devices are'} in use: {', '.join(used)}",
+                cure="unmount and disconnect first, or cut all clients off with --force",
             )
 
     def memory(self) -> int:
@@ -331,6 +340,10 @@ class Registry:
             autoclear=entry.autoclear,
             loop=entry.loop,
         )
+
+
+def _count(connections: int) -> str:
+    return f"{connections} client{'s' if connections > 1 else ''}"
 
 
 def _each_after(first: Iterable[int], before: Callable[[int], Iterable[int]]) -> list[int]:

@@ -426,7 +426,9 @@ class Verbs:
         left = []
         for entry in reversed(self._registry.lower_first({entry.minor for entry in self._registry})):
             try:
-                await self.remove(m.Remove(device=f"minor:{entry.minor}", force=call.force, deferred=call.deferred))
+                await self.remove(
+                    m.Remove(device=m.Selector(minor=entry.minor), force=call.force, deferred=call.deferred)
+                )
             except NoSuchDevice:
                 continue  # a deferred removal was due
             except (OSError, ValueError) as error:
@@ -576,7 +578,7 @@ class Verbs:
 
     # shared
 
-    def _live(self, device: str) -> Entry:
+    def _live(self, device: m.DeviceKey) -> Entry:
         """The device, unless it has failed."""
         entry = self._registry.find(device)
         if entry.failed:
