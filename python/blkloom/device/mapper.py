@@ -245,11 +245,12 @@ def _ask(owner: Owner, fault: _engine.Fault) -> None:
             answer = target.write_zeroes(offset, length, may_unmap=fault.may_unmap, fast=fault.fast)
         case "extents":
             if fault.context == _ALLOCATION:
-                fault.extents(target.extents(offset, length))
-                return
-            runs = list(islice(target.block_status(fault.context, offset, length), 1 if fault.one else _MOST_RUNS))
+                told, handler = target.extents(offset, length), "extents"
+            else:
+                told, handler = target.block_status(fault.context, offset, length), "block_status"
+            runs = list(islice(told, 1 if fault.one else _MOST_RUNS))
             if not runs:
-                raise ValueError(f"block_status handler of target {target.name} says nothing")
+                raise ValueError(f"{handler} handler of target {target.name} says nothing")
             fault.extents(runs)
             return
         case other:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from blkloom._engine import ClusterTable
 from blkloom.errors import ResourceError
 from blkloom.qcow2 import places
+from blkloom.qcow2.allocation_status import allocation
 from blkloom.qcow2.chain import Chain
 from blkloom.qcow2.layers import Job
-from blkloom.qcow2.placing import joined, runs_alike
 from blkloom.qcow2.types import Words
 from blkloom.qcow2.unpacked import Key, Unpacked
 from blkloom.units import format_size
@@ -47,10 +47,6 @@ _ONLY_READ: Final = int(places.READ_ONLY) >> _KIND_SHIFT
 
 _AHEAD: Final = 4
 """Clusters a thread that are made ahead of a reader who reads on."""
-
-EXTENT_DATA: Final = 0
-EXTENT_HOLE: Final = 3
-"""Flags of NBD's base:allocation: a hole that reads as zeros."""
 
 
 @dataclass(slots=True)
@@ -183,20 +179,10 @@ class Attachment:
             self.table.drop(page)
         self._filled.clear()
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(length, flags) runs of the range, flags EXTENT_DATA or EXTENT_HOLE."""
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """See `allocation_status.allocation`."""
         self.faults += 1
-        return list(joined(self._extents(offset, length)))
-
-    def _extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        first, end = self._range(offset, length)
-        at = offset
-        for low in range(first, end, _STRETCH):
-            high = min(low + _STRETCH, end)
-            for hole, _, stop in runs_alike(self.chain.places(low, high - low) == places.ZERO):
-                until = min(low + stop << self._bits, offset + length)
-                yield until - at, EXTENT_HOLE if hole else EXTENT_DATA
-                at = until
+        return allocation(self.chain, offset, length)
 
     def close(self) -> None:
         """Ends its threads and gives its memory up."""

@@ -87,6 +87,12 @@ class BlockStatus:
                 if looks >= _MOST_LOOKS:
                     return
                 first = at >> bits
+                if empty := self._chain.unallocated(first, -(-until >> bits) - first):
+                    looks += 1
+                    stop = min(first + empty << bits, until)
+                    yield stop - at, self._depth_past_ends(at)
+                    at = stop
+                    continue
                 last = min(-(-until >> bits), first // _STRETCH * _STRETCH + _STRETCH)
                 depths, looked = self._depths_of(first, last - first, at)
                 looks += looked
@@ -94,6 +100,11 @@ class BlockStatus:
                     stop = min(first + high << bits, until)
                     yield stop - at, depth
                     at = stop
+
+    def _depth_past_ends(self, at: int) -> int:
+        """Of byte `at`, if no image has it allocated: which image says so by having ended before; 0 for none."""
+        layers = enumerate(self._chain.layers[1:], 2)
+        return next((depth for depth, layer in layers if at >= _end(layer)), 0)
 
     def _depths_of(self, first: int, count: int, at: int) -> tuple[NDArray[np.uint32], int]:
         """Of units from `first` on, as far as the layers go that do at byte `at`; and how many layers it looked at."""

@@ -120,6 +120,20 @@ class Chain:
             np.all((found == places.ZERO).reshape(part.size, 1 << shift), axis=1, out=part)
         return zeros
 
+    def unallocated(self, first: int, count: int) -> int:
+        """How many of `count` units from `first` on certainly are in no layer and read as zeros, told from the L1
+        tables; 0 where that takes a closer look.
+        """
+        for layer in self.layers:
+            if layer.number:
+                whole, rest = divmod(layer.size, 1 << self.unit_bits)
+                if first >= whole + bool(rest):
+                    return count  # past its end it hides what is below
+                if rest:
+                    count = min(count, whole - first)  # the unit that it ends in is made in memory
+            count = min(count, layer.unallocated(first, count, self.unit_bits)) if count else 0
+        return count
+
     def _below(self, found: Words, first: int, layers: list[Layer]) -> Words:
         """Fills what shows through from `layers`, and from nothing at last."""
         for layer in layers:

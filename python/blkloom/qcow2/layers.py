@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from blkloom.qcow2 import places
 from blkloom.qcow2.compressed import read_compressed
-from blkloom.qcow2.tables import COMPRESSED, Kind, Units
+from blkloom.qcow2.tables import COMPRESSED, L1_RESERVED, OFFSET_MASK, Kind, Units
 from blkloom.qcow2.types import HostOffset, L1Index, Words
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _DATA: Final = int(Kind.DATA)
 _COMPRESSED: Final = int(Kind.COMPRESSED)
 _UNALLOCATED: Final = int(Kind.UNALLOCATED)
 _INVALID: Final = int(Kind.INVALID)
+_L1_USED: Final = np.uint64(OFFSET_MASK | L1_RESERVED)
+"""Of an entry that leads somewhere, or cannot be."""
 
 
 class Layer(Protocol):
@@ -56,6 +58,13 @@ class Layer(Protocol):
 
     def holds(self, first: int, count: int, unit_bits: int) -> NDArray[np.bool_]:
         """Of units as of `places`, those that it says something of, were it zeros: nothing below shows through."""
+
+    def unallocated(self, first: int, count: int, unit_bits: int) -> int:
+        """How many of `count` units from `first` on it certainly says nothing of, 0 where that takes a closer look."""
+
+    @property
+    def data(self) -> Storage:
+        """What entries of `places` lead to."""
 
     def compressed(self, cluster: int) -> Job | None:
         """What makes the cluster, if it is compressed."""
@@ -93,6 +102,15 @@ class RawLayer:
     def holds(self, first: int, count: int, unit_bits: int) -> NDArray[np.bool_]:
         """See `Layer.holds`."""
         return np.ones(count, np.bool_)
+
+    def unallocated(self, first: int, count: int, unit_bits: int) -> int:
+        """See `Layer.unallocated`."""
+        return 0
+
+    @property
+    def data(self) -> Storage:
+        """See `Layer.data`."""
+        return self._storage
 
     def compressed(self, cluster: int) -> Job | None:
         """Nothing is."""
@@ -212,6 +230,19 @@ class ImageLayer:
         low, high = first >> shift, -(-(first + count) >> shift)
         own = self.image.units(low, high - low).kinds != _UNALLOCATED
         return np.repeat(own, 1 << shift)[first - (low << shift) :][:count]
+
+    def unallocated(self, first: int, count: int, unit_bits: int) -> int:
+        """See `Layer.unallocated`. Looks at the L1 table only."""
+        span = self.image.geometry.l2_units << self.unit_bits - unit_bits
+        index = first // span
+        entries = self.image.l1[index : -(-(first + count) // span)]
+        used = np.flatnonzero(entries & _L1_USED)
+        return max((index + int(used[0])) * span - first, 0) if used.size else count
+
+    @property
+    def data(self) -> Storage:
+        """See `Layer.data`."""
+        return self.image.data_storage
 
     def compressed(self, cluster: int) -> Job | None:
         """See `Layer.compressed`."""

@@ -192,8 +192,10 @@ class Target(ABC):
                 raise FaultError(errno.EOPNOTSUPP, f"target {self.name} must define write_zeroes itself")
         return None
 
-    def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
-        """What the range holds: (length, flags) runs from `offset` on; flags of DATA, HOLE | ZERO."""
+    def extents(self, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
+        """What the range holds: (length, flags) runs from `offset` on, one at least; flags of DATA, HOLE | ZERO. As
+        many are taken as are wanted, and they may end early.
+        """
         return [(length, DATA)]
 
     def contexts(self) -> Sequence[str]:

@@ -334,8 +334,8 @@ class Qcow2(Target):
         self._attached.expect(reads)
 
     @override
-    def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:
-        return [(Bytes(run), flags) for run, flags in self._attached.extents(offset, length)]
+    def extents(self, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
+        return ((Bytes(run), flags) for run, flags in self._attached.extents(offset, length))
 
     @override
     def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:

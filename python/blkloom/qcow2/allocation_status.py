@@ -1,0 +1,140 @@
+"""What `base:allocation` says of an attached image: where it has data, and where holes that read as zeros.
+
+The engine answers for what is in its table, and asks the file behind it for holes there (SEEK_HOLE). This answers for
+the rest in the same way, so that what is said of a range does not depend on what was read before. What no layer has an
+L2 table for is passed over as a whole. A question is answered as far as it takes no time in which other requests had
+better be served; the asker goes on from there. One thread (the mapper's). May fail: CorruptImage, OSError.
+
+Source: NBD protocol, "base:allocation metadata context".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blkloom.qcow2 import places
+from blkloom.qcow2.placing import joined
+from blkloom.qcow2.types import HostOffset, Words
+
+if TYPE_CHECKING:
+    from blkloom.qcow2.chain import Chain
+    from blkloom.qcow2.storage import Storage
+
+DATA: Final = 0
+HOLE: Final = 3
+"""Flags: a hole that reads as zeros."""
+
+_STRETCH: Final = 8192
+"""Units looked at together."""
+_MOST_LOOKS: Final = 256
+"""Stretches looked at for one question."""
+_A_LOOK: Final = 64
+"""Questions to a file that take as long."""
+
+_FOR_EVER: Final = 1 << 63
+_OFFSET: Final = (np.uint64(1) << places.FILE_SHIFT) - np.uint64(1)
+
+
+def allocation(chain: Chain, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """(length, flags) runs of the disk from `offset` on, bytes; unlike their neighbours. They may end early."""
+    return joined(_Question(chain, offset, offset + length).runs())
+
+
+class _Question:
+    """One, about bytes `at` to `end`; `at` moves on with the answer."""
+
+    def __init__(self, chain: Chain, at: int, end: int) -> None:
+        self._chain = chain
+        self._bits = chain.unit_bits
+        self._at = at
+        self._end = end
+        self._files = [_Holes(layer.data) for layer in chain.layers]
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        last, looks = -(-self._end >> self._bits), 0
+        while self._at < self._end and looks + sum(file.asked for file in self._files) // _A_LOOK < _MOST_LOOKS:
+            looks += 1
+            first = self._at >> self._bits
+            if empty := self._chain.unallocated(first, last - first):
+                yield self._upto(first + empty, HOLE)
+                continue
+            end = min(last, first // _STRETCH * _STRETCH + _STRETCH)
+            yield from self._stretch(first, self._chain.places(first, end - first))
+
+    def _stretch(self, first: int, found: Words) -> Iterator[tuple[int, int]]:
+        """Units from `first` on that are at `found`."""
+        holes = found == places.ZERO
+        kinds = places.kinds(found)
+        data = (kinds == 1) | (kinds == 2)
+        numbers = (found >> places.FILE_SHIFT & places.FILE_MASK).astype(np.intp)
+        hosts = (found & _OFFSET) << places.SECTOR_SHIFT
+        mixed = np.zeros(found.size, np.bool_)
+        for number in np.unique(numbers[data]).tolist():
+            mine = data & (numbers == number)
+            low, high = int(hosts[mine].min()), int(hosts[mine].max()) + (1 << self._bits)
+            until, hole = self._files[number].at(low)
+            if until < high:
+                mixed |= mine
+            elif hole:
+                holes |= mine
+        for one, other in self._pieces(holes, mixed, numbers, hosts):
+            if mixed[one]:
+                host = int(hosts[one]) + self._at - (first + one << self._bits)
+                yield from self._ask(self._files[int(numbers[one])], host, first + other)
+            else:
+                yield self._upto(first + other, HOLE if holes[one] else DATA)
+
+    def _pieces(
+        self, holes: NDArray[np.bool_], mixed: NDArray[np.bool_], numbers: NDArray[np.intp], hosts: Words
+    ) -> list[tuple[int, int]]:
+        """(from, to) of units of which one thing is said, or that lie one behind the other in one file."""
+        code = holes.view(np.uint8) | mixed.view(np.uint8) << np.uint8(1)
+        breaks = code[1:] != code[:-1]
+        if mixed.any():
+            follows = (hosts[1:] == hosts[:-1] + np.uint64(1 << self._bits)) & (numbers[1:] == numbers[:-1])
+            breaks |= mixed[1:] & ~follows
+        cuts = (np.flatnonzero(breaks) + 1).tolist()
+        return list(zip([0, *cuts], [*cuts, code.size], strict=True))
+
+    def _ask(self, file: _Holes, host: int, end: int) -> Iterator[tuple[int, int]]:
+        """Up to unit `end`, from what the file has at `host` on."""
+        ahead = host - self._at
+        while self._at < min(end << self._bits, self._end):
+            until, hole = file.at(self._at + ahead)
+            yield self._to(min(until - ahead, end << self._bits), HOLE if hole else DATA)
+
+    def _upto(self, unit: int, flags: int) -> tuple[int, int]:
+        return self._to(unit << self._bits, flags)
+
+    def _to(self, offset: int, flags: int) -> tuple[int, int]:
+        length = min(offset, self._end) - self._at
+        self._at += length
+        return length, flags
+
+
+class _Holes:
+    """Where a file has holes, as it was when asked. asked: how often it was."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._size = -1
+        self._low = self._data = self._high = 0
+        """The answer last got: a hole from `_low` to `_data`, and data from there to `_high`."""
+        self.asked = 0
+
+    def at(self, offset: int) -> tuple[int, bool]:
+        """Whether there is a hole, and up to where. Past the end of the file there is one."""
+        if not self._low <= offset < self._high:
+            if self._size < 0:
+                self._size = self._storage.size()
+            self.asked += 1
+            self._low = offset
+            runs = self._storage.data_runs(HostOffset(offset), self._size - offset)
+            self._data, self._high = next(runs, (_FOR_EVER, _FOR_EVER))
+        if offset < self._data:
+            return self._data, True
+        return self._high, False
