@@ -41,12 +41,10 @@ def parsed(raw: bytes | bytearray) -> Header:
 def headers(draw: st.DrawFn) -> Header:
     version = draw(st.sampled_from([2, 3]))
     bits = draw(st.integers(9, 21))
-    extensions = tuple(
-        Extension(kind, data)
-        for kind, data in draw(
-            st.lists(st.tuples(st.sampled_from([0xE2792ACA, 0x1234, 0x6803F857]), st.binary(max_size=40)), max_size=3)
-        )
-    )
+    known = st.dictionaries(st.sampled_from([0xE2792ACA, 0x6803F857]), st.binary(max_size=15)).map(dict.items)
+    unknown = st.lists(st.tuples(st.just(0x1234), st.binary(max_size=40)), max_size=3)
+    pairs = draw(st.permutations([*draw(known), *draw(unknown)]))
+    extensions = tuple(Extension(kind, data) for kind, data in pairs)
     later = draw(st.binary(max_size=15).map(lambda data: data.ljust(len(data) + (-len(data) - 1) % 8, b"\0")))
     compression = draw(st.sampled_from(Compression)) if version == 3 else Compression.ZLIB
     l1_size = draw(st.integers(1, 1000))
@@ -124,6 +122,17 @@ def test_any_bytes_are_a_header_or_refused_as_corrupt_or_unsupported(noise: byte
         (79, ">B", 16, "extended L2 entries with clusters of 4096 bytes"),
         (95, ">B", 2, "raw external data file without"),
         (112, ">II", (0x1234, 4096), "header extension 0x1234 of 4096 bytes"),
+        (112, ">II", (0, 4096), "header extension 0x0 of 4096 bytes"),
+        (112, ">IIQII", (0xE2792ACA, 3, 0, 0xE2792ACA, 3), "header extension 0xe2792aca stands there twice"),
+        (112, ">IIQII", (0x44415441, 3, 0, 0x44415441, 5), "header extension 0x44415441 stands there twice"),
+        (112, ">II", (0xE2792ACA, 16), "format with a name of 16 bytes"),
+        (112, ">II", (0x23852875, 8), "bitmaps extension of 8 bytes"),
+        (112, ">II", (0x23852875, 32), "bitmaps extension of 32 bytes"),
+        (112, ">II", (0x0537BE77, 16), "an encryption extension, and no encryption"),
+        (8, ">QI", (4000, 0), "backing file's name at 0xfa0 without a length"),
+        (64, ">Q", 1, "snapshot table begins at 0x1"),
+        (64, ">Q", (1 << 63), "snapshot table begins at 0x8000000000000000"),
+        (48, ">Q", (1 << 63) - 4096, "refcount table begins at 0x7ffffffffffff000"),
     ],
 )
 def test_a_number_that_cannot_be_is_named(offset: int, form: str, value: object, says: str) -> None:
@@ -132,6 +141,26 @@ def test_a_number_that_cannot_be_is_named(offset: int, form: str, value: object,
     with pytest.raises((CorruptImage, UnsupportedImage)) as refused:
         parsed(raw)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ((0, 0, 64, 4096), "0 bitmaps"),
+        ((1 << 16, 0, 64, 4096), "65536 bitmaps"),
+        ((1, 7, 64, 4096), "reserved field 0x7"),
+        ((1, 0, 0, 4096), "directory of 0 bytes"),
+        ((1, 0, 64, 0), "bitmap directory begins at 0x0"),
+        ((1, 0, 64, 4097), "bitmap directory begins at 0x1001"),
+    ],
+)
+def test_bitmaps_that_cannot_be_are_refused_where_the_header_vouches_for_them(
+    fields: tuple[int, int, int, int], says: str
+) -> None:
+    extension = Extension(ExtensionKind.BITMAPS, struct.pack(">IIQQ", *fields))
+    assert parsed(bytes_of(good(extensions=(extension,)))).extensions == (extension,)
+    with pytest.raises(CorruptImage, match=says):
+        parsed(bytes_of(good(extensions=(extension,), autoclear=1)))
 
 
 @pytest.mark.parametrize(("method", "name"), [(1, "AES"), (2, "LUKS"), (3, "method 3")])

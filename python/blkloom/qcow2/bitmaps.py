@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.header import Autoclear, ExtensionKind
+from blkloom.qcow2.header import BITMAPS, BITMAPS_LIMIT, Autoclear, ExtensionKind
 from blkloom.qcow2.placing import runs_alike
 from blkloom.qcow2.types import HostOffset
 
@@ -36,10 +36,8 @@ AUTO: Final = 2
 EXTRA_DATA_COMPATIBLE: Final = 4
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
-_EXTENSION: Final = struct.Struct(">IIQQ")
 _FLAGS_AT: Final = 12
-_MOST_BITMAPS: Final = 65535
-_DIRECTORY_LIMIT: Final = _MOST_BITMAPS * (_ENTRY.size + 1023)
+_DIRECTORY_LIMIT: Final = BITMAPS_LIMIT * (_ENTRY.size + 1023)
 _TABLE_LIMIT: Final = 0x8000000 // 8
 _TABLES_LIMIT: Final = 2 * 0x8000000
 """Bytes of all tables; QEMU's limit is for each."""
@@ -84,18 +82,16 @@ class Bitmap:
 
 
 def read_directory(storage: Storage, extension: bytes, *, cluster_bits: int, disk_size: int) -> list[Bitmap]:
-    """The bitmaps that the header extension `extension` (0x23852875) leads to. Raises CorruptImage."""
+    """The bitmaps that the header extension `extension` (0x23852875) leads to, whose numbers the header has checked.
+    Raises CorruptImage.
+    """
 
     def corrupt(what: str) -> CorruptImage:
         return CorruptImage(f"bitmaps: {what}", path=storage.path)
 
-    if len(extension) < _EXTENSION.size:
-        raise corrupt(f"header extension of {len(extension)} bytes instead of {_EXTENSION.size}")
-    count, _, size, offset = _EXTENSION.unpack_from(extension)
-    if not 0 < count <= _MOST_BITMAPS or size > min(_DIRECTORY_LIMIT, storage.size()):
-        raise corrupt(f"{count} bitmaps in a directory of {size} bytes")
-    if offset % (1 << cluster_bits) or not offset or offset + size > storage.size():
-        raise corrupt(f"directory at {offset:#x}")
+    count, _, size, offset = BITMAPS.unpack(extension)
+    if size > _DIRECTORY_LIMIT or offset + size > storage.size():
+        raise corrupt(f"{count} bitmaps in a directory of {size} bytes at {offset:#x}")
     directory = storage.read(HostOffset(offset), size)
     found: list[Bitmap] = []
     at = tables = 0

@@ -264,10 +264,13 @@ class _Opener:
         said = header.extension(ExtensionKind.BACKING_FORMAT)
         if said is not None:
             form = said.decode("utf-8", "backslashreplace")
-            if form in ("raw", "file", "host_device"):
-                return "raw"
-            if form == "qcow2":
+            if form in ("raw", "qcow2"):
                 return form
+            # These are the names of QEMU's drivers for what a raw file lies in.
+            if form in ("file", "host_device"):
+                file = self._open(path, writable=False)
+                if stat.S_ISBLK(os.fstat(file.fileno()).st_mode) == (form == "host_device"):
+                    return "raw"
             raise UnsupportedImage(
                 f"its backing file {path} has the format {form!r}",
                 path=named_by,

@@ -28,8 +28,15 @@ L1_LIMIT: Final = 32 << 20
 REFCOUNT_TABLE_LIMIT: Final = 8 << 20
 SNAPSHOTS_LIMIT: Final = 65536
 """Snapshots an image may have."""
+SNAPSHOT_ENTRY: Final = 40
+"""Bytes that a snapshot takes in its table at least."""
+BITMAPS_LIMIT: Final = 65535
+"""Bitmaps an image may have."""
+BITMAPS: Final = struct.Struct(">IIQQ")
+"""Its extension: how many bitmaps, zeros, bytes of their directory, and where that is."""
 
 _BACKING_NAME_LIMIT: Final = 1023
+_FORMAT_NAME_LIMIT: Final = 15
 _CLUSTER_BITS: Final = (9, 21)
 _EXTENDED_CLUSTER_BITS: Final = 14
 _SIZE_LIMIT: Final = 1 << 63
@@ -132,7 +139,7 @@ class Header:
         return self.has_data_file and bool(self.autoclear & Autoclear.RAW_DATA_FILE)
 
     def extension(self, kind: ExtensionKind) -> bytes | None:
-        """The data of the first extension of that kind."""
+        """The data of the extension of that kind; a header has one at most."""
         return next((extension.data for extension in self.extensions if extension.kind == kind), None)
 
     def with_extension(self, kind: ExtensionKind, data: bytes | None) -> Header:
@@ -268,13 +275,18 @@ class _Parser:
 
     def _extensions(self, at: int, end: int) -> tuple[Extension, ...]:
         found: list[Extension] = []
-        while at + _EXTENSION.size <= end:
-            kind, length = _EXTENSION.unpack_from(self._raw, at)
+        known: set[int] = set()
+        while at < end:
+            kind, length = _EXTENSION.unpack(self._raw[at : at + _EXTENSION.size].ljust(_EXTENSION.size, b"\0"))
             at += _EXTENSION.size
-            if kind == ExtensionKind.END:
-                break
             if length > end - at:
                 self._corrupt(f"header extension {kind:#x} of {length} bytes at {at:#x} reaches past {end:#x}")
+            if kind == ExtensionKind.END:
+                break
+            if kind in known:
+                self._corrupt(f"header extension {kind:#x} stands there twice; which one holds is not known")
+            if kind in tuple(ExtensionKind):
+                known.add(kind)
             found.append(Extension(kind, self._raw[at : at + length]))
             at += -(-length // 8) * 8
         return tuple(found)
@@ -290,9 +302,29 @@ class _Parser:
             self._corrupt(f"extended L2 entries with clusters of {1 << header.cluster_bits} bytes")
         if header.autoclear & Autoclear.RAW_DATA_FILE and not header.has_data_file:
             self._corrupt("a raw external data file without the external data file's bit")
+        said = header.extension(ExtensionKind.BACKING_FORMAT)
+        if said is not None and len(said) > _FORMAT_NAME_LIMIT:
+            self._corrupt(f"a backing file's format with a name of {len(said)} bytes; {_FORMAT_NAME_LIMIT} can be")
+        self._check_bitmaps(header)
+
+    def _check_bitmaps(self, header: Header) -> None:
+        extension = header.extension(ExtensionKind.BITMAPS)
+        if extension is None:
+            return
+        if len(extension) != BITMAPS.size:
+            self._corrupt(f"a bitmaps extension of {len(extension)} bytes instead of {BITMAPS.size}")
+        if not header.autoclear & Autoclear.BITMAPS:
+            return  # who cleared the bit did not know the bitmaps
+        count, reserved, size, offset = BITMAPS.unpack(extension)
+        if reserved or not 0 < count <= BITMAPS_LIMIT or not size:
+            self._corrupt(f"{count} bitmaps in a directory of {size} bytes (reserved field {reserved:#x})")
+        if offset % (1 << header.cluster_bits) or not offset:
+            self._corrupt(f"the bitmap directory begins at {offset:#x}, which is no cluster of its own")
 
     def _check_encryption(self, method: int, header: Header) -> None:
         if method == 0:
+            if header.extension(ExtensionKind.ENCRYPTION) is not None:
+                self._corrupt("an encryption extension, and no encryption")
             return
         name = {1: "AES", 2: "LUKS"}.get(method, f"method {method}")
         self._unsupported(
@@ -305,7 +337,7 @@ class _Parser:
         if header.raw_data_file:
             self._corrupt("a backing file together with a raw external data file")
         if not length:
-            return header
+            self._corrupt(f"a backing file's name at {offset:#x} without a length")
         return replace(header, backing_name=self._raw[offset : offset + length], backing_offset=offset)
 
     def _check_places(self, header: Header) -> None:
@@ -324,12 +356,13 @@ class _Parser:
             self._corrupt(f"a refcount table of {header.refcount_table_clusters} clusters")
         if header.snapshot_count > SNAPSHOTS_LIMIT:
             self._corrupt(f"{header.snapshot_count} snapshots; {SNAPSHOTS_LIMIT} can be")
-        for what, offset, used in (
-            ("L1 table", header.l1_offset, header.l1_size),
-            ("refcount table", header.refcount_table_offset, 1),
-            ("snapshot table", header.snapshot_offset, header.snapshot_count),
+        for what, offset, length in (
+            ("L1 table", header.l1_offset, header.l1_size * 8),
+            ("refcount table", header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits),
+            ("snapshot table", header.snapshot_offset, header.snapshot_count * SNAPSHOT_ENTRY),
         ):
-            if used and (offset % geometry.cluster or not offset or offset >= 1 << 63):
+            # An offset says something even of an empty table: what is not looked at could be anything.
+            if offset % geometry.cluster or (length and not offset) or offset + length >= 1 << 63:
                 self._corrupt(f"the {what} begins at {offset:#x}, which is no cluster of its own")
 
     def _corrupt(self, what: str) -> NoReturn:
