@@ -75,14 +75,24 @@ class Life:
         return found
 
 
-def start_supervisor(run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Started in the foreground; ready when it says so (sd_notify)."""
+def start_supervisor(run_dir: Path, *options: str, open_files: int | None = None) -> subprocess.Popen[bytes]:
+    """Started in the foreground; ready when it says so (sd_notify). open_files: the hard limit."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         path = os.path.join(folder, "notify")
         notify.bind(path)
         notify.settimeout(STOP_TIMEOUT)
         environment = os.environ | {"NOTIFY_SOCKET": path, "BLKLOOM_TEST_RUN_DIR": str(run_dir)}
-        command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir), "--max-deaths=1000", *options]
+        limited = [] if open_files is None else ["prlimit", f"--nofile={open_files}"]
+        command = [
+            *limited,
+            sys.executable,
+            "-m",
+            "blkloom.supervisor",
+            "--run-dir",
+            str(run_dir),
+            "--max-deaths=1000",
+            *options,
+        ]
         log = (run_dir.parent / "supervisor.log").open("ab")
         with log:
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=log)
@@ -92,12 +102,12 @@ def start_supervisor(run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def a_life(*options: str) -> Iterator[Life]:
+def a_life(*options: str, open_files: int | None = None) -> Iterator[Life]:
     """A supervisor with nothing in it yet. Afterwards: stopped cleanly, nothing left."""
     with tempfile.TemporaryDirectory(prefix="blk") as folder:
         run_dir = Path(folder) / "run"
         run_dir.mkdir(mode=0o700)
-        life = Life(run_dir, start_supervisor(run_dir, *options))
+        life = Life(run_dir, start_supervisor(run_dir, *options, open_files=open_files))
         try:
             yield life
             if life.process.poll() is None:

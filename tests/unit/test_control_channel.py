@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from blkloom.control import framing
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.channel import Channel
-from blkloom.control.framing import BadMessage, ChannelClosed
+from blkloom.control.framing import Arrivals, BadMessage, ChannelClosed
 from blkloom.control.messages import MOST_DESCRIPTORS, FromWorker, Keep, Reply
 from blkloom.control.states import Label
 from blkloom.errors import UsageError
@@ -209,6 +210,26 @@ def test_garbage_is_a_bad_message_and_its_descriptors_are_closed(
     send(pair[1], garbage, b"lost")
     with pytest.raises(BadMessage, match=complaint):
         receive(pair[0], 1)
+
+
+def test_descriptors_that_find_no_room_are_missing_from_their_own_message_and_no_other(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    send(pair[1], line(1, 3), b"a", b"b", b"c")
+    arrivals = Arrivals(FromWorker)
+    free = os.dup(pair[0].fileno())
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+    try:
+        arrivals.receive(pair[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    send(pair[1], line(2) + line(3, 1), b"d")
+    arrivals.receive(pair[0])
+    received = [found for _ in range(3) if (found := arrivals.next()) is not None]
+    assert contents(received) == [(1, [b"a"]), (2, []), (3, [b"d"])]
+    arrivals.close()
 
 
 def test_a_line_that_does_not_end_is_given_up(

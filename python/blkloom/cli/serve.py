@@ -10,7 +10,7 @@ from typing import Literal
 
 import click
 
-from blkloom import _engine
+from blkloom import _engine, open_files
 from blkloom.cli.addresses import allow_remote_option, listen_option
 from blkloom.cli.devices import DeviceRequest, open_devices, requested
 from blkloom.cli.serving import Listening, Report, run
@@ -111,6 +111,7 @@ def serve(
     Several FILEs are several exports, named after the files. Devices may name each other in
     tables as blkloom:NAME, later ones the earlier.
     """
+    open_files.raise_limit()
     if table == "-":
         table, source = sys.stdin.read(), "standard input"
     else:

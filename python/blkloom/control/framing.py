@@ -70,7 +70,8 @@ class Arrivals:
         self._decoder = decoder_of(expected)
         self._pieces = bytearray()
         self._seen = 0
-        self._descriptors: deque[int] = deque()
+        self._descriptors: deque[int | None] = deque()
+        """None: the rest of a message's descriptors was lost, for want of free ones here."""
 
     def receive(self, connected: socket.socket, flags: int = 0) -> None:
         """Takes what has come. Raises ChannelClosed at the end, BlockingIOError where nothing has come."""
@@ -86,7 +87,7 @@ class Arrivals:
                 numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                 self._descriptors.extend(numbers)
         if message_flags & socket.MSG_CTRUNC:
-            raise BadMessage("descriptors were lost on the way; raise the limit of open files (ulimit -n)")
+            self._descriptors.append(None)
         if not data:
             raise ChannelClosed("the other side has closed the connection")
         self._pieces += data
@@ -94,7 +95,9 @@ class Arrivals:
             raise BadMessage(f"a message is longer than {LONGEST_LINE} bytes")
 
     def next(self) -> tuple[Any, list[int]] | None:
-        """The next whole message. Raises BadMessage."""
+        """The next whole message, and the descriptors that came with it: fewer than its `fds` where this process had no
+        more free. Raises BadMessage.
+        """
         end = self._pieces.find(b"\n", self._seen)
         if end < 0:
             self._seen = len(self._pieces)
@@ -106,12 +109,20 @@ class Arrivals:
             message = self._decoder.decode(line)
         except msgspec.MsgspecError as error:
             raise BadMessage(f"not understood: {error}: {line[:200]!r}") from error
-        count = getattr(message, "fds", 0)
-        if not 0 <= count <= len(self._descriptors):
+        return message, self._take(getattr(message, "fds", 0))
+
+    def _take(self, count: int) -> list[int]:
+        if count < 0 or (count > len(self._descriptors) and None not in self._descriptors):
             raise BadMessage(f"a message promises {count} descriptors, {len(self._descriptors)} have come")
-        return message, [self._descriptors.popleft() for _ in range(count)]
+        taken: list[int] = []
+        while len(taken) < count:  # one message's ride together, so those behind a loss are not this one's
+            if (fd := self._descriptors.popleft()) is None:
+                break
+            taken.append(fd)
+        return taken
 
     def close(self) -> None:
         """Closes the descriptors nobody has asked for."""
         while self._descriptors:
-            os.close(self._descriptors.popleft())
+            if (fd := self._descriptors.popleft()) is not None:
+                os.close(fd)

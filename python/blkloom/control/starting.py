@@ -92,7 +92,9 @@ def _start(run_dir: RunDir, idle: float) -> None:
                 )
         finally:
             os.close(writing)
-        seen, _, _ = select.select([ready], [], [], _READY_SECONDS)
+        waiting = select.poll()  # select(2) knows no descriptors above 1023
+        waiting.register(ready, select.POLLIN)
+        seen = waiting.poll(_READY_SECONDS * 1000)
         if seen and ready.read(1):
             return
     ended = "it ended" if seen else f"it is not ready after {_READY_SECONDS:g} s"

@@ -9,12 +9,14 @@ Called by the thread that loads, under the device's control lock.
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from blkloom import open_files
 from blkloom._engine import Extent, Map
-from blkloom.errors import BackingError, BlkloomError, TableError
+from blkloom.errors import BackingError, BlkloomError, ResourceError, TableError
 from blkloom.table import Segment, Table
 from blkloom.target.base import Mapped, Target
 from blkloom.target.limits import BlockLimits
@@ -128,6 +130,9 @@ def _map(owner: Owner, opening: Opening, segment: Segment) -> Mapped:
     except BlkloomError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            what = f"target {owner.target.name} needs more open files than there may be"
+            raise ResourceError(what, cure=open_files.advice(), errno=error.errno) from error
         raise TableError(f"target {owner.target.name} failed to map: {error!r}", place=segment.place) from error
 
 

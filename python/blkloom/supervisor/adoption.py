@@ -71,6 +71,8 @@ class Adoption:
         self._workers = workers
         self._tables = tables
         self._written = {written.state.minor: written for written in states.read_all(run_dir)}
+        self.failed_before = frozenset(minor for minor, written in self._written.items() if written.failed)
+        """Devices that were FAILED already when the former supervisor ended."""
 
     async def run(self) -> None:
         """Everything that can be found is in the registry when this returns."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Final
 
+from blkloom import open_files
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
@@ -110,6 +112,10 @@ class Forker:
 
     def _take(self, message: Forked | ForkRefused | Exited, fds: list[int]) -> None:
         match message:
+            case Forked() if not fds:  # lost on the way; it ends with its channel
+                if (forked := self._waiting.get(message.worker)) and not forked.done():
+                    what = "a worker cannot be watched: the supervisor has no free descriptors"
+                    forked.set_exception(ResourceError(what, cure=open_files.advice(), errno=errno.EMFILE))
             case Forked() if (forked := self._waiting.get(message.worker)) and not forked.done():
                 forked.set_result((message.pid, fds.pop()))
             case ForkRefused() if (forked := self._waiting.get(message.worker)) and not forked.done():

@@ -10,10 +10,12 @@ import asyncio
 import errno
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Final, Protocol
 
+from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_exception
@@ -55,6 +57,8 @@ class Link:
         self._heard = heard
         self._numbers = count(1)
         self._open: dict[int, tuple[asyncio.Future[Any], Opener | None]] = {}
+        self._files: Counter[int] = Counter()
+        """Opened for a call so far; their descriptors are stored when it succeeds."""
         self._opening: set[asyncio.Task[None]] = set()
         self._ended = False
         self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
@@ -92,6 +96,7 @@ class Link:
             raise self._gone() from error
         finally:
             self._open.pop(number, None)
+            self._files.pop(number, None)
 
     async def close(self) -> None:
         """Ends the conversation, not the worker."""
@@ -147,6 +152,9 @@ class Link:
         _, opener = self._open.get(asked.request, (None, None))
         try:
             try:
+                self._files[asked.request] += 1
+                if open_files.are_scarce(open_files.SUPERVISOR_RESERVE, more=2 * self._files[asked.request]):
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 if opener is None:
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
                 fd = await opener(asked, opened)

@@ -15,7 +15,6 @@ import fcntl
 import importlib.metadata
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from typing import Any, Final
 
 import click
 
+from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
@@ -48,6 +48,8 @@ from blkloom.target.registry import all_targets
 from blkloom.units import Bytes, format_size, parse_size
 
 _log = logging.getLogger(__name__)
+_ACCEPT_RETRY: Final = 1.0
+"""Seconds before it is tried again to accept clients with no descriptor free."""
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -123,10 +125,13 @@ class Supervisor:
         if inherited is not None:
             self._store.read(inherited.stored)
         await self._release_files()
-        await Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables).run()
+        adoption = Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables)
+        failed_before = adoption.failed_before
+        await adoption.run()
         accepting = asyncio.create_task(self._accept(control), name="accept")
         if inherited is not None:
-            self._serve(self._finish_upgrade(inherited), "upgrade")
+            upgrade = self._finish_upgrade(inherited, failed_before)
+            self._serve(upgrade, "upgrade")
         ready.say(f"{len(self._registry)} devices in {self._run_dir.path}")
         self._idling.begin(control, ours=ours)
         await self._ending
@@ -164,15 +169,21 @@ class Supervisor:
 
     async def _accept(self, control: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        said = False
         while True:
             try:
+                if open_files.are_scarce(open_files.SUPERVISOR_RESERVE):
+                    raise OSError(errno.EMFILE, f"too few descriptors are left; {open_files.advice()}")
                 connected, _ = await loop.sock_accept(control)
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     raise
-                _log.error("clients wait, nothing is left to accept them with: %s", error)
-                await asyncio.sleep(1)
+                if not said:
+                    _log.error("commands wait, nothing is left to accept them with: %s", error)
+                said = True
+                await asyncio.sleep(_ACCEPT_RETRY)
                 continue
+            said = False
             self._serve(self._welcome(connected), "client")
 
     def _serve(self, session: Coroutine[Any, Any, None], name: str) -> None:
@@ -284,6 +295,7 @@ class Supervisor:
         async with self._workers.all_locked():
             if self._ending.done():
                 raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
+            await self._workers.check_reachable()
             client = os.dup(session.fileno())  # it may leave while the workers are let go
             self._upgrading = True
             signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -303,7 +315,8 @@ class Supervisor:
                 _log.critical("%s cannot be executed: %s; workers serve on", sys.executable, error)
                 os._exit(ResourceError.exit_code)
 
-    async def _finish_upgrade(self, inherited: Inherited) -> None:
+    async def _finish_upgrade(self, inherited: Inherited, failed_before: frozenset[int]) -> None:
+        """failed_before: devices that had no worker to replace when the upgrade began."""
         channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient)
         session = Session(channel, self._hello, self._answer, greet=False)
         running = asyncio.create_task(session.run(), name="client")
@@ -313,19 +326,25 @@ class Supervisor:
             if group is None:
                 continue
             async with group.lock:
-                if not group.minors or group.link is None:
+                entries = self._registry.lower_first(group.minors)
+                names = ", ".join(entry.name for entry in entries)
+                if group.link is None:
+                    if lost := [entry for entry in entries if entry.minor not in failed_before]:
+                        errors.append(f"{names}: {lost[0].failed or 'its worker has ended'}")
+                    continue
+                if not entries:
                     continue
                 try:
                     await self._workers.replace(group)
                     replaced += 1
                 except (OSError, ValueError) as error:
-                    names = ", ".join(entry.name for entry in self._registry.lower_first(group.minors))
                     errors.append(f"{names}: {error}")
         self._verbs.save_all()
         try:
             if errors:
-                what = f"not every worker was replaced: {'; '.join(errors)}"
-                await channel.send(to_failure(inherited.request, ResourceError(what, cure="they go on as they were")))
+                what = f"{replaced} workers were replaced, but not those of these devices: {'; '.join(errors)}"
+                cure = "a worker that could not be replaced goes on as it was: see `blkloom info`"
+                await channel.send(to_failure(inherited.request, ResourceError(what, cure=cure)))
             else:
                 await session.reply(inherited.request, {"workers": replaced})
         except ConnectionError as error:
@@ -400,9 +419,7 @@ def _control_socket(run_dir: RunDir) -> tuple[socket.socket, bool]:
 
 def run(run_dir: RunDir, limits: Limits, *, ready_fd: int | None, inherited: Inherited | None, again: list[str]) -> int:
     """The supervisor's life. Raises UsageError, ListenError, OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_files.raise_limit()
     run_dir.make()
     ours = True
     if inherited is None:

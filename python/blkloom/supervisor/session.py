@@ -86,6 +86,8 @@ class Session:
                     task.add_done_callback(self._waits.discard)
             case m.Opened() if fds and (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_result(fds.pop(0))
+            case m.Opened() if (asked := self._asked.get(message.id)) and not asked.done():
+                asked.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             case m.OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_exception(OSError(message.errno, os.strerror(message.errno)))
         for fd in fds:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
+from blkloom import open_files
 from blkloom.control.states import Label
+
+_log = logging.getLogger(__name__)
 
 
 class Store:
@@ -56,10 +60,14 @@ class Store:
         self.drop(list(self._kept.get(device, {})))
 
     def take(self, labels: Sequence[Label], fds: list[int]) -> None:
-        """What a worker says to keep: as many descriptors as labels, which become the store's."""
+        """What a worker says to keep, in the order of the labels; the descriptors become the store's. They are
+        fewer where this process had no more free: then the log says what is lost if the worker ends.
+        """
         for label in labels:
             if not fds:
-                break
+                what = f"{label.role} {label.key} of device {label.device}"
+                _log.error("%s could not be stored and is lost if its worker ends: %s", what, open_files.advice())
+                continue
             self.put(label, fds.pop(0))
         while fds:
             os.close(fds.pop())

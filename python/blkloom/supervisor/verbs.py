@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.rundir import RunDir
 from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded
@@ -47,6 +48,8 @@ SUSPEND_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 120.0
 """For all files of a table to open: a slow one may take seconds."""
 _STOP_AT_ONCE: Final = 64
+_FOR_COMMANDS: Final = 16
+"""Descriptors that are left for commands where there are none for more devices."""
 READ_SECONDS: Final = 30.0
 """For storage to answer a read of ours."""
 FORCE_SECONDS: Final = 5.0
@@ -91,6 +94,7 @@ class Verbs:
 
     async def create(self, call: m.Create, caller: Caller) -> DeviceInfo:
         """Created, loaded and live; or not at all."""
+        _check_descriptors()
         if self._stopping:
             raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
         minor = self._registry.check_new(call.name, call.uuid, call.minor)
@@ -550,6 +554,7 @@ class Verbs:
 
     async def add_export(self, call: m.AddExport) -> ExportState:
         """One more."""
+        _check_descriptors()
         entry = self._live(call.device)
         async with self._held(entry):
             export = exporting.wanted(self._run_dir, entry, call)
@@ -617,3 +622,10 @@ class Verbs:
 
     def _save(self, entry: Entry) -> None:
         states.save(self._run_dir, entry)
+
+
+def _check_descriptors() -> None:
+    """Raises ResourceError where one more device or export would take what commands, or the devices there are, need."""
+    if open_files.are_scarce(open_files.SUPERVISOR_RESERVE, more=_FOR_COMMANDS):
+        what = f"the supervisor has only {open_files.left()} free descriptors left, which it needs for what there is"
+        raise ResourceError(what, cure=open_files.advice(), errno=errno.EMFILE)

@@ -7,6 +7,7 @@ store before the answer to the call it came with is acted on. On the event loop.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.rundir import RunDir
@@ -37,6 +39,7 @@ DEATHS_WITHIN: Final = 60.0
 _STATUS_SECONDS: Final = 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 0.5
 FREEZE_SECONDS: Final = 30.0
+_ASKED_AT_ONCE: Final = 64
 DESCRIBE_SECONDS: Final = 10.0
 """For a worker to answer a supervisor that came back, which starts no sooner."""
 
@@ -297,6 +300,7 @@ class Workers:
         """
         frozen = await self._freeze(group)
         try:
+            self._check_whole(frozen)
             await self.hold(target, frozen)
         except BaseException as error:
             if isinstance(error, WorkerStuck):  # it may take them up yet, and nobody may be served by two
@@ -305,6 +309,14 @@ class Workers:
             await group.call(m.Thaw())
             raise
         self._belong(group, target)
+
+    def _check_whole(self, frozen: Sequence[DeviceState]) -> None:
+        """Raises ResourceError where a client's socket has not come, for want of free descriptors here."""
+        for state in frozen:
+            sockets = sum(label.role == "connection" for label in self.store.passing(state.minor))
+            if sockets < len(state.connections):
+                what = f"of {len(state.connections)} clients of device {state.name!r} {sockets} could be taken over"
+                raise ResourceError(what, cure=open_files.advice(), errno=errno.EMFILE)
 
     def _belong(self, former: Group, group: Group) -> None:
         """What `former` had is the group's from now on."""
@@ -340,6 +352,38 @@ class Workers:
                 await self.end(new, flush=False)
                 raise
         await self.end(group, flush=False)
+
+    async def check_reachable(self) -> None:
+        """Raises ResourceError, which names the devices, where a worker takes no connection of a supervisor: the
+        program after this one could not take it up.
+        """
+        at_once = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+        async def ask(group: Group) -> str:
+            async with at_once:
+                why = await self._unreachable(group)
+            names = ", ".join(entry.name for entry in self.registry.lower_first(group.minors))
+            return f"{names} (process {group.pid}): {why}" if why else ""
+
+        asked = [group for group in self.groups.values() if group.minors and group.link is not None]
+        if unreachable := [line for line in await asyncio.gather(*map(ask, asked)) if line]:
+            what = f"nothing was upgraded, for the workers of these devices could not be: {'; '.join(unreachable)}"
+            raise ResourceError(what, cure="disconnect some of their clients, or see the log", errno=errno.EBUSY)
+
+    async def _unreachable(self, group: Group) -> str:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        channel = AsyncChannel(connected, m.FromWorker)
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                await asyncio.get_running_loop().sock_connect(connected, str(self._run_dir.worker(group.id)))
+                await channel.receive()  # its greeting
+        except TimeoutError:
+            return f"it accepts no connection within {DESCRIBE_SECONDS:g} s, perhaps for want of descriptors"
+        except OSError as error:
+            return f"it cannot be connected to: {error.strerror or error}"
+        finally:
+            await channel.close()
+        return ""
 
     # coming back
 

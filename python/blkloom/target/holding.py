@@ -16,6 +16,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import Final
 
+from blkloom import open_files
 from blkloom._engine import File
 from blkloom.errors import BackingError
 from blkloom.filemap.lease import Leases
@@ -30,7 +31,6 @@ Identity = tuple[int, int]
 _CURES: Final = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENXIO: "attach the device first",
     errno.ETXTBSY: "the file is being executed",
 }
@@ -223,7 +223,7 @@ def _refused(path: str, error: OSError, *, writable: bool) -> BackingError:
         return BackingError(
             "backing file must be a regular file or a block device", path=path, errno=number, cure="check the path"
         )
-    cure = _CURES.get(number, "")
+    cure = open_files.advice() if number in (errno.EMFILE, errno.ENFILE) else _CURES.get(number, "")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "allow writing, or open it read-only (read_only=True, --read-only)" if writable else "allow reading"
     return BackingError(f"could not open backing file: {os.strerror(number)}", path=path, errno=number, cure=cure)

@@ -115,6 +115,10 @@ class Conversation:
             raise
         self._outgoing.put_nowait((message, copies))
 
+    async def told(self) -> None:
+        """Returns when all that was posted has been sent, and the copies of its descriptors are closed."""
+        await self._outgoing.join()
+
     def asker(self, request: int) -> Ask:
         """Opens files through the supervisor, on behalf of `request`. For threads other than the loop's."""
 
@@ -164,6 +168,8 @@ class Conversation:
                 return
             case Opened() if descriptors and (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_result(descriptors.pop(0))
+            case Opened() if (asked := self._asked.get(message.id)) and not asked.done():
+                asked.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             case OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_exception(OSError(message.errno, os.strerror(message.errno)))
         _close_all(descriptors)

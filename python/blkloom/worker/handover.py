@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from blkloom.control.messages import MOST_DESCRIPTORS, Drop, Happened, Keep
+from blkloom.control.messages import Drop
 from blkloom.control.states import DeviceState, Label
 from blkloom.errors import ListenError
 from blkloom.worker.moving import unfinished_label
@@ -38,7 +38,7 @@ async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
         await _all(device.stop_moving(timeout) for device in devices)
         states = [device.state() for device in devices]
         for device in devices:
-            say_keep(host.tell, _clients(host.stock, device))
+            await host.store(_clients(host.stock, device))
     except BaseException:
         await thaw(host)
         raise
@@ -87,15 +87,6 @@ def listening(devices: Iterable[HostedDevice]) -> list[tuple[Label, int]]:
         for device in devices
         for id, export in device.exports.items()
     ]
-
-
-def say_keep(
-    tell: Callable[[Keep | Drop | Happened, Sequence[int]], None], labelled: Sequence[tuple[Label, int]]
-) -> None:
-    """Has descriptors stored, in as many messages as it takes."""
-    for at in range(0, len(labelled), MOST_DESCRIPTORS):
-        some = labelled[at : at + MOST_DESCRIPTORS]
-        tell(Keep(labels=[label for label, _ in some]), [fd for _, fd in some])
 
 
 def _clients(stock: Stock, device: HostedDevice) -> list[tuple[Label, int]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
-from blkloom import _engine
+from blkloom import _engine, open_files
 from blkloom.control.messages import (
     Describe,
     Drop,
@@ -40,7 +41,7 @@ from blkloom.control.messages import (
 )
 from blkloom.control.states import DeviceState, Label
 from blkloom.device.device import Device
-from blkloom.errors import UsageError
+from blkloom.errors import ResourceError, UsageError
 from blkloom.table.places import LinePlaces
 from blkloom.table.words import split_words
 from blkloom.target.registry import Targets
@@ -54,6 +55,8 @@ _log = logging.getLogger(__name__)
 _FORCED: Final = 1.0
 """Seconds a device that is released by force has to end before it is left to end by itself."""
 
+_STORED_AT_ONCE: Final = open_files.WORKER_RESERVE // 2
+
 Tell = Callable[[Keep | Drop | Happened, Sequence[int]], None]
 """Says something to the supervisor, if there is one; descriptors stay the caller's."""
 
@@ -61,11 +64,13 @@ Tell = Callable[[Keep | Drop | Happened, Sequence[int]], None]
 class Host:
     """Without devices at first. device_folder: where devices have their sockets."""
 
-    def __init__(self, targets: Targets, device_folder: str, tell: Tell) -> None:
+    def __init__(self, targets: Targets, device_folder: str, tell: Tell, told: Callable[[], Awaitable[None]]) -> None:
+        """told: returns when what `tell` said has been sent."""
         self.engine = _engine.Engine()
         self.devices: dict[int, HostedDevice] = {}
         self.stock = Stock()
         self.tell = tell
+        self.told = told
         self._targets = targets
         self._device_folder = device_folder
         self._by_name: dict[str, Device] = {}
@@ -85,7 +90,7 @@ class Host:
             case Serve():
                 listening = socket.socket(fileno=descriptors.pop(0)) if descriptors else None
                 if listening is None:
-                    raise UsageError("an export needs a listening socket")
+                    raise _lost(0, 1)
                 try:
                     device = self._device(call.minor)
                 except UsageError:
@@ -96,7 +101,7 @@ class Host:
                 result, labels = await self._device(call.minor).load(
                     call.loaded, call.source, ask, same_files=call.same_files
                 )
-                self.keep(labels)
+                await self.keep(labels)
                 return result
             case WorkerClear():
                 return await self._device(call.minor).clear()
@@ -105,7 +110,7 @@ class Host:
             case WorkerResume():
                 device = self._device(call.minor)
                 result, labels = await device.resume(ask, flush=call.flush, timeout=call.timeout, swap=call.swap)
-                self.keep(labels)
+                await self.keep(labels)
                 return result
             case Release():
                 return await self._release(call)
@@ -128,7 +133,7 @@ class Host:
                 return await self._device(call.minor).unserve(call.id)
             case Describe():
                 async with self._holding:  # devices that are coming may be given up again
-                    return self._describe()
+                    return await self._describe()
             case Freeze():
                 async with self._freezing:
                     return {"devices": await handover.freeze(self, call.timeout)}
@@ -147,9 +152,13 @@ class Host:
 
     async def _hold(self, call: Hold, descriptors: list[int], ask: Ask) -> None:
         if len(call.labels) != len(descriptors):
+            come = len(descriptors)
             while descriptors:
                 os.close(descriptors.pop())
-            raise UsageError(f"{len(call.labels)} labels for {len(descriptors)} descriptors")
+            for state in call.devices:  # of which some may have come in calls before
+                self.stock.discard(self.stock.labels(state.minor))
+            self._held_back = []
+            raise _lost(come, len(call.labels))
         for label in call.labels:
             self.stock.put(label, descriptors.pop(0))
         known = {state.minor for state in self._held_back}
@@ -177,7 +186,7 @@ class Host:
             for state in states:
                 self.stock.discard(self.stock.labels(state.minor))
             raise
-        self.keep(opened)
+        await self.keep(opened)
 
     def _add(self, state: DeviceState) -> HostedDevice:
         if state.minor in self.devices or state.name in self._by_name:
@@ -197,9 +206,16 @@ class Host:
 
     # devices change
 
-    def keep(self, labels: Sequence[Label]) -> None:
+    async def keep(self, labels: Sequence[Label]) -> None:
         """Has the descriptors of these labels stored."""
-        handover.say_keep(self.tell, [(label, fd) for label in labels if (fd := self.stock.find(label)) is not None])
+        await self.store([(label, fd) for label in labels if (fd := self.stock.find(label)) is not None])
+
+    async def store(self, labelled: Sequence[tuple[Label, int]]) -> None:
+        """Has descriptors stored with the supervisor: few at once, for each is there twice while it is on the way."""
+        for at in range(0, len(labelled), _STORED_AT_ONCE):
+            some = labelled[at : at + _STORED_AT_ONCE]
+            self.tell(Keep(labels=[label for label, _ in some]), [fd for _, fd in some])
+            await self.told()
 
     def _on_change(self, device: HostedDevice) -> None:
         """News of a device, said once a turn of the event loop."""
@@ -224,8 +240,8 @@ class Host:
             for other in self.devices.values():
                 other.rename_below(former, call.name)
 
-    def _describe(self) -> dict[str, Any]:
-        handover.say_keep(self.tell, [*self.stock, *handover.listening(self.devices.values())])
+    async def _describe(self) -> dict[str, Any]:
+        await self.store([*self.stock, *handover.listening(self.devices.values())])
         return {
             "devices": [device.state() for device in self.devices.values()],
             "infos": [device.info() for device in self.devices.values()],
@@ -260,6 +276,11 @@ class Host:
                 errors.append(error)
         await in_thread("blkloom-close", self.engine.close)
         return errors
+
+
+def _lost(come: int, sent: int) -> ResourceError:
+    what = f"of {sent} descriptors this worker could take {come}: it has no more free"
+    return ResourceError(what, cure=open_files.advice(), errno=errno.EMFILE)
 
 
 def _say_error(what: str, done: asyncio.Task[None]) -> None:

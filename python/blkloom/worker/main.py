@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.messages import Drop, Happened, Hello, Keep, Leave, ToWorker, WorkerRequest
@@ -28,6 +28,8 @@ from blkloom.worker.host import Host
 from blkloom.worker.stock import Ask
 
 _log = logging.getLogger(__name__)
+_ACCEPT_RETRY: Final = 1.0
+"""Seconds before a supervisor that could not be accepted is tried again."""
 
 
 def run(channel_socket: socket.socket, worker_id: str, run_dir: str, *, targets: Targets | None = None) -> int:
@@ -47,7 +49,7 @@ class Worker:
     def __init__(self, id: str, run_dir: str, targets: Targets) -> None:
         self._id = id
         self._run_dir = run_dir
-        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell)
+        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told)
         self._conversations: set[asyncio.Task[None]] = set()
         self._supervisor: Conversation | None = None
         self._failed = False
@@ -85,6 +87,9 @@ class Worker:
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 _log.error("a supervisor could not be accepted: %s", error)
+                loop = asyncio.get_running_loop()  # it waits in the socket, which would be ready for ever
+                loop.remove_reader(listening.fileno())
+                loop.call_later(_ACCEPT_RETRY, self._accept_again, listening)
             return
         peer = peer_of(connected)
         if not peer.may_command:
@@ -92,6 +97,10 @@ class Worker:
             connected.close()
             return
         self._converse(connected)
+
+    def _accept_again(self, listening: socket.socket) -> None:
+        if listening.fileno() >= 0:  # it has not left meanwhile
+            asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
 
     def _converse(self, connected: socket.socket) -> Conversation:
         greeting = Hello(version=_version(), pid=os.getpid())
@@ -120,6 +129,10 @@ class Worker:
     def _tell(self, message: Keep | Drop | Happened, fds: Sequence[int]) -> None:
         if self._supervisor:  # one that comes later asks for everything
             self._supervisor.post(message, fds)
+
+    async def _told(self) -> None:
+        if self._supervisor:
+            await self._supervisor.told()
 
     async def _answer(self, request: WorkerRequest, descriptors: list[int], ask: Ask) -> Any:
         if not isinstance(request.call, Leave):

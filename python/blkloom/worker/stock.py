@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
+from blkloom import open_files
 from blkloom.control.states import Label
 from blkloom.errors import BackingError, ResourceError
 
@@ -116,6 +117,7 @@ class LoadDescriptors:
         try:
             if self._ask is None:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+            _check_room(path)
             opened = self.standing(path)
             fd = self._ask(path, writable=writable, direct=direct, exclusive=exclusive, opened=opened)
         except OSError as error:
@@ -221,3 +223,9 @@ class LoadDescriptors:
 
     def _keep(self, label: Label, fd: int) -> None:
         self._new[label] = os.dup(fd)
+
+
+def _check_room(path: str) -> None:
+    """Raises OSError (EMFILE) where one more file would take what the supervisor's side of this worker needs."""
+    if open_files.are_scarce(open_files.WORKER_RESERVE):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)

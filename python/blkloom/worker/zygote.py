@@ -13,11 +13,11 @@ follow have it at once, and share its memory.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import logging
 import os
-import resource
 import select
 import signal
 import socket
@@ -28,6 +28,7 @@ from typing import Final
 
 import msgspec
 
+from blkloom import open_files
 from blkloom.control.channel import Channel
 from blkloom.control.framing import ChannelClosed
 from blkloom.target.registry import BUILTIN, Targets, all_targets
@@ -120,6 +121,9 @@ class Zygote:
                 message, descriptors = self._channel.receive(timeout=0)
             except TimeoutError:
                 return None
+            if not descriptors:  # they were lost on the way, for want of free ones here
+                self._channel.send(ForkRefused(worker=message.worker, errno=errno.EMFILE))
+                continue
             connection = socket.socket(fileno=descriptors[0])
             if life := self._fork(message, connection):
                 return life
@@ -181,9 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=level, format=_LOG_FORMAT, stream=sys.stderr)
     channel = Channel(socket.socket(fileno=int(arguments[1])), ToZygote)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_files.raise_limit()
     targets = all_targets()
     for name in BUILTIN:
         targets.find(name)

@@ -24,7 +24,7 @@ from itertools import count
 from types import TracebackType
 from typing import Final, Self
 
-from blkloom import _engine
+from blkloom import _engine, open_files
 from blkloom.errors import UsageError
 from blkloom.export.nbd.burst import Burst
 from blkloom.export.nbd.codes import Reply
@@ -69,7 +69,8 @@ class ServerLimits:
     connections: clients at a time, in handshake or transmission. refusals: further clients that are
     told why at a time. handshake: seconds from accept to the choice of an export. refusal: the same
     for a client that is refused. accept_retry: seconds before accept is tried again with no
-    descriptor free. stall: seconds the engine lets a client stop in the middle of a request.
+    descriptor free. stall: seconds the engine lets a client stop in the middle of a request. reserve:
+    descriptors that clients do not use up, or a quarter of all there may be.
     """
 
     connections: int = 1024
@@ -78,6 +79,7 @@ class ServerLimits:
     refusal: float = 2.0
     accept_retry: float = 1.0
     stall: float = 60.0
+    reserve: int = open_files.WORKER_RESERVE
 
 
 class NbdServer:
@@ -236,6 +238,8 @@ class NbdServer:
     def _accept(self, listener: Listener) -> None:
         """One client; the event loop calls again while others wait, after it has served them all once."""
         try:
+            if open_files.are_scarce(self._limits.reserve):
+                raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}; {open_files.advice()}")
             connected, _ = listener.socket.accept()
         except (BlockingIOError, InterruptedError):
             return  # another process on the same socket was faster
