@@ -1,9 +1,11 @@
 """The gate: which files a name found inside an image may lead to.
 
-A name in an image is written by whoever wrote the image. It is opened only when, all links resolved, it lies below a
-directory that was allowed: by default that of the image itself. `json:` and other protocols are never followed; a
-block device only when somebody allowed it by name. The gate guards against what images say, not against those who can
-change the allowed directories meanwhile. Immutable; any thread. May fail: BackingError that says how to allow it.
+A name in an image is written by whoever wrote the image. A relative one begins at the directory of the name that the
+image itself was reached by, as in QEMU, also where that is a symbolic link. It is opened only when, all links resolved,
+it lies below a directory that was allowed: by default that of the image itself, all links resolved. `json:` and other
+protocols are never followed; a block device only when it was allowed by name. The gate guards against what images say,
+not against those who can change the allowed directories meanwhile. Immutable; any thread. May fail: BackingError that
+says how to allow it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,32 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from blkloom.errors import BackingError
 
 _PROTOCOL: Final = re.compile(r"[^/]*:")
 """As QEMU tells a protocol from a path: a colon before the first slash."""
+
+_RELATIVE: Final = {
+    "backing file": "put it there, beside the name that the image was given by, where QEMU looks too",
+    "data file": (
+        "put it there, beside the name that the image was given by (QEMU looks in its working directory), or give it "
+        "an absolute name (qemu-img amend -o data_file=/...)"
+    ),
+}
+"""What to do about a relative name that leads nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """path: of the file, all links resolved: what is judged and opened. named: the absolute name that led there;
+    relative names in that file begin at its directory.
+    """
+
+    path: str
+    named: str
 
 
 class Gate:
@@ -33,9 +55,9 @@ class Gate:
         """For names in the image at `path` and in the images those lead to."""
         return cls(os.path.dirname(os.path.realpath(path)), allowed)
 
-    def reach(self, name: bytes, *, named_by: str, what: str) -> str:
-        """The path, links resolved, of the file that the image at `named_by` calls `name`; relative names begin at that
-        image's directory. what: "backing file", for the error. Raises BackingError.
+    def reach(self, name: bytes, *, named_by: str, what: str) -> Reached:
+        """The file that the image reached by the absolute name `named_by` calls `name`. what: "backing file" or "data
+        file", for the error. Raises BackingError.
         """
         shown = name.decode("utf-8", "backslashreplace")
         if not name or b"\0" in name:
@@ -54,7 +76,10 @@ class Gate:
             status = os.stat(real)
         except OSError as error:
             raise self._refused(
-                f"its {what} {path!r}: {error.strerror}", named_by, error.errno or errno.EIO, "put it there"
+                f"its {what} {shown!r} was looked for at {path!r}: {error.strerror}",
+                named_by,
+                error.errno or errno.EIO,
+                "put it there" if os.path.isabs(text) else _RELATIVE[what],
             ) from error
         listed = any(_lies_below(real, allowed) for allowed in self._allowed)
         if not listed and not _lies_below(real, self._home):
@@ -77,7 +102,8 @@ class Gate:
             raise self._refused(
                 f"its {what} {shown!r} is neither a regular file nor a block device", named_by, errno.EINVAL
             )
-        return real
+        folder, last = os.path.split(path)
+        return Reached(real, os.path.join(os.path.realpath(folder), last))  # names do not grow from layer to layer
 
     def _refused(self, what: str, path: str, number: int, cure: str = "") -> BackingError:
         return BackingError(what, path=path, errno=number, cure=cure)

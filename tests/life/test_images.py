@@ -239,6 +239,31 @@ def test_a_backing_file_beside_an_image_of_a_relative_path_is_found(blkloom: str
     io(life, "read -P 0x62 0 1M")
 
 
+def test_a_relative_path_through_a_link_keeps_its_neighbours_with_every_worker(
+    blkloom: str, life: Life, tmp_path: Path
+) -> None:
+    for folder, fill in (("vm", b"v"), ("store", b"s")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "base").write_bytes(fill * MiB)
+    real = tmp_path / "store" / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", real)
+    (tmp_path / "vm" / "disk.qcow2").symlink_to(real)
+    table = f"0 {MiB // 512} qcow2 vm/disk.qcow2 1 allow_backing={tmp_path}"
+    blkloom_create(blkloom, life, "disk", "--table", table, cwd=tmp_path)
+    beside_the_link = f"read -P {ord('v')} 0 1M"
+    io(life, beside_the_link)
+    with life.client() as client:
+        client.suspend("disk")
+        client.resume("disk")
+        io(life, beside_the_link)
+        worker = client.info("disk")[0].worker
+        os.kill(worker, signal.SIGKILL)
+        until(client, "disk", lambda info: info.worker not in (0, worker) and info.state == "ACTIVE")
+        io(life, beside_the_link)
+        client.upgrade()
+    io(life, beside_the_link)
+
+
 def test_what_images_need_is_imported_once_for_all_workers_and_only_for_images(life: Life, image: Path) -> None:
     def zygote() -> Path:
         (found,) = (

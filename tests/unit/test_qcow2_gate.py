@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.errors import BackingError
-from blkloom.gate import Gate
+from blkloom.gate import Gate, Reached
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 def reach(folder: Path, name: bytes | Path, *allowed: Path) -> str:
     gate = Gate.of_image(str(folder / "disk"), [str(path) for path in allowed])
     raw = name if isinstance(name, bytes) else os.fsencode(name)
-    return gate.reach(raw, named_by=str(folder / "disk"), what="backing file")
+    return gate.reach(raw, named_by=str(folder / "disk"), what="backing file").path
 
 
 @pytest.mark.parametrize("name", [b"base", b"./base", b"below/base", b"below/../base"])
@@ -68,7 +68,35 @@ def test_the_image_may_be_named_by_a_link_and_its_own_directory_counts(folder: P
     link = folder.parent / "link"
     link.symlink_to(folder / "disk")
     gate = Gate.of_image(str(link))
-    assert gate.reach(os.fsencode(folder / "base"), named_by=str(link), what="backing file") == str(folder / "base")
+    reached = gate.reach(os.fsencode(folder / "base"), named_by=str(link), what="backing file")
+    assert reached.path == str(folder / "base")
+
+
+def test_a_relative_name_begins_beside_the_name_of_the_image_and_what_it_leads_to_is_judged(folder: Path) -> None:
+    outer = folder.parent
+    (outer / "disk").symlink_to(folder / "disk")
+    (outer / "base").write_bytes(b"x")
+    named_by = str(outer / "disk")
+    with pytest.raises(BackingError, match=f"is {outer / 'base'}, outside .*allow_backing={outer} "):
+        Gate.of_image(named_by).reach(b"base", named_by=named_by, what="backing file")
+    allowed = Gate.of_image(named_by, [str(outer)])
+    assert allowed.reach(b"base", named_by=named_by, what="backing file") == Reached(
+        str(outer / "base"), str(outer / "base")
+    )
+    (outer / "base").unlink()
+    with pytest.raises(BackingError, match=f"looked for at '{outer / 'base'}'.*beside the name"):
+        allowed.reach(b"base", named_by=named_by, what="backing file")
+    (outer / "base").symlink_to(folder / "below" / "base")
+    assert Gate.of_image(named_by).reach(b"base", named_by=named_by, what="backing file") == Reached(
+        str(folder / "below" / "base"), str(outer / "base")
+    ), "names in that file begin beside the link"
+
+
+def test_what_is_said_of_a_relative_data_file_is_where_it_was_looked_for(folder: Path) -> None:
+    with pytest.raises(BackingError) as refused:
+        Gate.of_image(str(folder / "disk")).reach(b"data", named_by=str(folder / "disk"), what="data file")
+    assert f"'data' was looked for at '{folder / 'data'}'" in str(refused.value)
+    assert "QEMU looks in its working directory" in refused.value.cure
 
 
 @pytest.mark.parametrize(

@@ -187,13 +187,13 @@ def open_chain(
     direct: bool = False,
     snapshot: str = "",
     claimed: bool = True,
-    home: str = "",
+    home: Callable[[], str] | None = None,
     storage: StorageOf = plain,
 ) -> Chain:
     """The image at `path` and all it stands on. writable: the top image is to be written to. direct: guest data goes
-    past the page cache. home: its absolute path, where `path` may be relative to somebody else's directory; relative
-    names in it begin there. storage: what files are read and written through. Raises CorruptImage, UnsupportedImage,
-    BackingError, UsageError (no such snapshot).
+    past the page cache. home: gives its absolute name, where `path` may be relative to another process's directory; it
+    is asked where the image names other files. storage: what files are read and written through. Raises CorruptImage,
+    UnsupportedImage, BackingError, UsageError (no such snapshot).
     """
     return _Opener(files, gate, direct, claimed, storage).chain(path, writable=writable, snapshot=snapshot, home=home)
 
@@ -207,10 +207,10 @@ class _Opener:
     storage: StorageOf
     seen: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def chain(self, path: str, *, writable: bool, snapshot: str, home: str) -> Chain:
+    def chain(self, path: str, *, writable: bool, snapshot: str, home: Callable[[], str] | None) -> Chain:
         layers: list[Layer] = []
         data: list[File] = []
-        form = "qcow2"
+        form, named_by = "qcow2", path
         while True:
             if len(layers) == _MOST_LAYERS:
                 raise BackingError(f"a chain of more than {_MOST_LAYERS} images", path=path, errno=errno.ELOOP)
@@ -223,7 +223,8 @@ class _Opener:
                 data.append(self._data(path, writable=False))
                 break
             header = read_header(storage)
-            named_by = home if top and home else path
+            if top and home and (header.backing_name is not None or header.has_data_file):
+                named_by = home()
             layer, file = self._image(
                 len(layers), path, named_by, storage, header, writable and top, snapshot if top else ""
             )
@@ -231,8 +232,9 @@ class _Opener:
             data.append(file)
             if header.backing_name is None:
                 break
-            path = self.gate.reach(header.backing_name, named_by=named_by, what="backing file")
-            form = self._form(header, path, named_by)
+            reached = self.gate.reach(header.backing_name, named_by=named_by, what="backing file")
+            form = self._form(header, reached.path, named_by)
+            path, named_by = reached.path, reached.named
         return Chain(layers, data)
 
     def _image(
@@ -250,7 +252,7 @@ class _Opener:
             name = header.extension(ExtensionKind.DATA_FILE_NAME)
             if not name:
                 raise CorruptImage("it needs an external data file and names none", path=path)
-            data_path = self.gate.reach(name, named_by=named_by, what="data file")
+            data_path = self.gate.reach(name, named_by=named_by, what="data file").path
             data_storage = self._storage(data_path, writable=writable, what="data file", role="data")
             self.files.warn(f"{path}: its data is in the external file {data_path}")
         else:

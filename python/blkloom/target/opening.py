@@ -20,7 +20,7 @@ from blkloom._engine import File, Region
 from blkloom.errors import BackingError, Place, ResourceError, TableError
 from blkloom.filemap.lease import Leases
 from blkloom.filemap.mappings import mapped_to_write
-from blkloom.target.descriptors import Descriptors, OwnDescriptors
+from blkloom.target.descriptors import Descriptors, OwnDescriptors, descriptor_path
 from blkloom.target.holding import HeldFiles, Identity
 from blkloom.target.live_segment import LiveSegment
 from blkloom.units import Bytes, format_size
@@ -144,6 +144,33 @@ class Opening:
                     cure="give it one segment, and others parts of that device (linear)",
                 )
         return file
+
+    def absolute(self, path: str, file: File) -> str:
+        """The absolute name of `file`, which was opened as `path`; a relative path begins at the directory that it was
+        opened from, links to that directory resolved. Raises BackingError.
+        """
+        if os.path.isabs(path):
+            return path
+        folder, name = os.path.split(path)
+        try:
+            # A trailing slash tells it from the files of a load; what a former process had is found again.
+            fd = self._descriptors.open(os.path.join(folder or ".", ""), writable=False, direct=False)
+        except BackingError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # A former process of an older version did not keep it: as it had it, beside what the path leads to.
+            return os.path.realpath(descriptor_path(file.fileno()))
+        except OSError as error:
+            raise BackingError(
+                f"could not open its directory: {error.strerror}",
+                path=path,
+                errno=error.errno or errno.EIO,
+                cure="allow reading it",
+            ) from error
+        try:
+            return os.path.join(os.path.realpath(descriptor_path(fd)), name)
+        finally:
+            os.close(fd)
 
     def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
         """`size` bytes of zeros in a sealed memfd; after a restart, what they were before it.

@@ -197,7 +197,7 @@ class Qcow2(Target):
             direct=self._direct,
             snapshot=self.snapshot,
             claimed=self.lock,
-            home=self.path if os.path.isabs(self.path) else where,
+            home=lambda: self._opening.absolute(self.path, file),
             storage=self._attendant.storage,
         )
 

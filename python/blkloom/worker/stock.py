@@ -56,9 +56,11 @@ class Stock:
                 os.close(fd)
 
     def files(self, device: int, load: int) -> dict[str, int]:
-        """A descriptor, which stays the stock's, of each file that a load has open, by its path."""
+        """A descriptor, which stays the stock's, of each file that a load has open, by its path; no directories."""
         return {
-            label.key[2:]: fd for label, fd in self if (label.device, label.load, label.role) == (device, load, "file")
+            label.key[2:]: fd
+            for label, fd in self
+            if (label.device, label.load, label.role) == (device, load, "file") and not label.key.endswith("/")
         }
 
     def labels(self, device: int) -> list[Label]:
