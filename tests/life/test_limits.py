@@ -238,19 +238,13 @@ def test_a_clients_refusal_is_the_error_of_the_table(life: Life, file: Path) -> 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_another_users_client_is_refused_and_told_why() -> None:
     with a_life() as life:
-        (life.run_dir.parent).chmod(0o755)
-        life.run_dir.chmod(0o755)
-        (life.run_dir / "control.sock").chmod(0o666)
+        life.run_dir.parent.chmod(0o755)
         command = [sys.executable, "-c", CONNECT_AS_NOBODY, str(life.run_dir)]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        assert found.stdout == "this supervisor is of user 0, you are user 65534; start your own with --run-dir\n"
-        with life.client() as client:
-            assert client.info() == []
+        assert found.stdout.startswith(f"{life.run_dir} belongs to user 0, not to you (user 65534); choose another")
 
 
-@pytest.mark.parametrize(
-    "said", [b'{"kind":"request","id":1,"call":{"verb":"dance"}}\n', b'{"kind":"song"}\n', b"GET / HTTP/1.1\n"]
-)
+@pytest.mark.parametrize("said", [b'{"kind":"song"}\n', b"GET / HTTP/1.1\n"])
 def test_who_is_not_understood_is_told_so_and_dropped(life: Life, client: Client, said: bytes) -> None:
     connected = socket.socket(socket.AF_UNIX)
     connected.connect(str(life.run_dir / "control.sock"))

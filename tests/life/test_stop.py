@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
+import msgspec
 import pytest
 
+from blkloom.control import messages as m
 from blkloom.control.client import Client
 from blkloom.control.messages import Selector
 from blkloom.errors import DeviceBusy
@@ -58,3 +63,29 @@ def test_a_device_named_like_a_selector_captures_none(life: Life, client: Client
     for selector in (["-u", "x"], ["-j", "0", "-m", "5"]):
         command = [blkloom, "--run-dir", str(life.run_dir), "table", *selector]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "0 8 zero \n"
+
+
+def test_thousands_of_requests_of_one_client_do_not_keep_anothers_stop_waiting(life: Life, client: Client) -> None:
+    client.create("disk", table="0 2048 ram")
+    asked = 20_000
+    flooding = socket.socket(socket.AF_UNIX)
+    flooding.connect(str(life.run_dir / "control.sock"))
+    request = msgspec.json.encode(m.ClientRequest(id=1, call=m.GetStatus(device="disk"))) + b"\n"
+
+    def flood() -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the supervisor ends before it has read all
+            flooding.sendall(request * asked)
+
+    writer = threading.Thread(target=flood)
+    writer.start()
+    try:
+        with flooding.makefile("rb") as answers:
+            assert b"hello" in answers.readline()
+            assert b"reply" in answers.readline()
+            client.stop()
+            with suppress(ConnectionResetError):
+                assert sum(1 for _ in answers) < asked - 1
+    finally:
+        flooding.close()
+        writer.join()
+    assert life.process.wait(STOP_TIMEOUT) == 0

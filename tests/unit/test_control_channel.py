@@ -196,7 +196,7 @@ def test_received_descriptors_are_not_inherited(pair: tuple[socket.socket, socke
     ("garbage", "complaint"),
     [
         (b"GET / HTTP/1.1\n", "not understood"),
-        (b'{"kind":"order","id":1}\n', "not understood: Invalid value 'order'"),
+        (b'{"kind":"order","id":1}\n', "kind is 'order': Invalid value 'order'"),
         (b'{"kind":"reply"}\n', "missing required field `id`"),
         (b'{"kind":"reply","id":1,"fds":3}\n', "promises 3 descriptors, 1 have come"),
         (b'{"kind":"reply","id":1,"fds":-1}\n', "promises -1 descriptors"),

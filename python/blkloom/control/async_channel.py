@@ -7,19 +7,20 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from blkloom.control.framing import Arrivals, ChannelClosed, ancillary_of, encode
+from blkloom.control.framing import Arrivals, ChannelClosed, PeerStalled, ancillary_of, encode
 
 
 class AsyncChannel:
     """expected: the type of messages that come (a Struct or a union of tagged ones). One task receives; any
-    may send.
+    may send. stall: seconds for the other side to take some of what is sent, before it is given up; None: for ever.
     """
 
-    def __init__(self, connected: socket.socket, expected: Any) -> None:
+    def __init__(self, connected: socket.socket, expected: Any, *, stall: float | None = None) -> None:
         connected.setblocking(False)
         self._socket = connected
         self._arrivals = Arrivals(expected)
         self._sending = asyncio.Lock()
+        self._stall = stall
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -29,7 +30,7 @@ class AsyncChannel:
 
     async def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Sends; the descriptors stay the caller's, who keeps them open until this returns. Raises
-        ChannelClosed. A send that is cancelled half-way ends the channel.
+        ChannelClosed, PeerStalled. A send that is cancelled half-way ends the channel.
         """
         line = memoryview(encode(message, fds))
         ancillary = ancillary_of(fds)
@@ -43,13 +44,26 @@ class AsyncChannel:
                         sent += self._socket.sendmsg([line[sent:]], ancillary, socket.MSG_NOSIGNAL)
                         ancillary = []
                     except BlockingIOError:
-                        await self._ready(writing=True)
+                        await self._writable()
                     except OSError as error:
                         raise ChannelClosed(error.errno, f"the connection broke: {error.strerror}") from error
                 whole = True
             finally:
                 if not whole and sent:
                     self._close()
+
+    async def _writable(self) -> None:
+        try:
+            async with asyncio.timeout(self._stall):
+                await self._ready(writing=True)
+        except TimeoutError:
+            self._close()
+            raise PeerStalled(f"the other side has taken nothing for {self._stall:g} s") from None
+
+    @property
+    def length(self) -> int:
+        """Bytes of the message that was received last."""
+        return self._arrivals.length
 
     async def receive(self) -> tuple[Any, list[int]]:
         """The next message and its descriptors. Raises ChannelClosed, BadMessage."""

@@ -11,16 +11,17 @@ Either side greets with `Hello` first. Who gets a `Request` sends exactly one `R
 its `id`, in any order. While a request is open the one who serves it may send `OpenFile` ("open this
 file with your rights", answered by `Opened` or `OpenRefused`). A worker may at any time send `Keep`,
 `Drop` and `Happened`; they are not answered, and what a worker sent before a `Reply` is acted on before.
-Unknown fields are ignored (a newer peer may add some); an unknown kind or verb is a `Failure`.
+Unknown fields are ignored (a newer peer may add some). A request with an unknown verb, or with a value that is
+none or out of range, gets a `Failure`, and the conversation goes on.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from blkloom.control.states import DeviceState, ExportState, Label, Loaded, LoopNotes
+from blkloom.control.states import DeviceState, ExportState, Label, Loaded, LoopNotes, Number
 
 PROTOCOL: Final = 1
 """Grows when an old peer would misunderstand a new one."""
@@ -29,6 +30,12 @@ MOST_DESCRIPTORS: Final = 250
 """One line carries at most this many (SCM_MAX_FD is 253); more go in several `Keep`s or `Hold`s."""
 MOST_READ: Final = 1 << 20
 """Bytes that one `ReadDevice` may ask for."""
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Errno = Annotated[int, msgspec.Meta(ge=1, le=4095)]
+Descriptors = Annotated[int, msgspec.Meta(ge=0, le=MOST_DESCRIPTORS)]
+"""How many descriptors come with a message."""
 
 
 class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
@@ -47,7 +54,7 @@ class Hello(_Message, tag="hello"):
 
     protocol: int = PROTOCOL
     version: str = ""
-    pid: int = 0
+    pid: Number = 0
 
 
 class Failure(_Message, tag="failure"):
@@ -71,7 +78,7 @@ class Reply(_Message, tag="reply"):
     id: int
     result: Any = None
     """What the call's docstring says, as plain JSON; convert with msgspec.convert."""
-    fds: int = 0
+    fds: Descriptors = 0
 
 
 class OpenFile(_Message, tag="open"):
@@ -86,21 +93,21 @@ class OpenFile(_Message, tag="open"):
     direct: bool = False
     exclusive: bool = False
     """O_EXCL, for claiming a block device."""
-    fds: int = 0
+    fds: Descriptors = 0
 
 
 class Opened(_Message, tag="opened"):
     """The file is open; its descriptor rides along."""
 
-    id: int
-    fds: int = 1
+    id: Number
+    fds: Descriptors = 1
 
 
 class OpenRefused(_Message, tag="refused"):
     """The file cannot be opened."""
 
-    id: int
-    errno: int
+    id: Number
+    errno: Errno
 
 
 # What a client asks of the supervisor.
@@ -159,7 +166,7 @@ class Suspend(_Call, tag="suspend"):
 
     device: DeviceKey
     flush: bool = True
-    timeout: float | None = None
+    timeout: Seconds | None = None
 
 
 class Resume(_Call, tag="resume"):
@@ -167,7 +174,7 @@ class Resume(_Call, tag="resume"):
 
     device: DeviceKey
     flush: bool = True
-    timeout: float | None = None
+    timeout: Seconds | None = None
 
 
 class Remove(_Call, tag="remove"):
@@ -229,7 +236,7 @@ class SendMessage(_Call, tag="message"):
     """→ the target's answer, or None."""
 
     device: DeviceKey
-    sector: int
+    sector: Number
     text: str
 
 
@@ -239,15 +246,15 @@ class ReadDevice(_Call, tag="read"):
     """
 
     device: DeviceKey
-    offset: int
-    length: int
+    offset: Number
+    length: Number
 
 
 class Wait(_Call, tag="wait"):
     """→ the event number, as soon as it is above `event` (None: above the present one)."""
 
     device: DeviceKey
-    event: int | None = None
+    event: Number | None = None
 
 
 class GetStats(_Call, tag="stats"):
@@ -266,7 +273,7 @@ class AddExport(_Call, tag="export"):
     name: str = ""
     unix: str = ""
     host: str = ""
-    port: int = 0
+    port: Port = 0
     read_only: bool = False
     allow_remote: bool = False
 
@@ -489,7 +496,7 @@ WorkerCall = (
 class ClientRequest(_Message, tag="request"):
     """A call to the supervisor."""
 
-    id: int
+    id: Number
     call: ClientCall
 
 

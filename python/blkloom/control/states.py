@@ -6,9 +6,12 @@ Unknown fields are ignored, absent ones have their defaults: a newer peer may ha
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""A count, an id, an offset in bytes or in sectors."""
 
 
 class _Value(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -80,10 +83,10 @@ class LoopNotes(_Value):
     a partition of the device it stands on.
     """
 
-    sizelimit: int = 0
+    sizelimit: Number = 0
     """Bytes; 0: up to the end of the file."""
     partscan: bool = False
-    partition: int = 0
+    partition: Number = 0
     shared: bool = False
     """Its file is not locked."""
 

@@ -39,7 +39,7 @@ from blkloom.supervisor.looking import Looking
 from blkloom.supervisor.news import News
 from blkloom.supervisor.reaping import reap, release_files
 from blkloom.supervisor.registry import Registry
-from blkloom.supervisor.session import Session
+from blkloom.supervisor.session import STALL_SECONDS, Session
 from blkloom.supervisor.store import Store
 from blkloom.supervisor.tables import Tables
 from blkloom.supervisor.verbs import Caller, Verbs
@@ -197,7 +197,7 @@ class Supervisor:
 
     async def _welcome(self, connected: socket.socket) -> None:
         peer = peer_of(connected)
-        channel = AsyncChannel(connected, m.FromClient)
+        channel = AsyncChannel(connected, m.FromClient, stall=STALL_SECONDS)
         if not peer.may_command:
             _log.warning("process %d of user %d was refused", peer.pid, peer.uid)
             what = f"this supervisor is of user {os.geteuid()}, you are user {peer.uid}"
@@ -317,7 +317,7 @@ class Supervisor:
 
     async def _finish_upgrade(self, inherited: Inherited, failed_before: frozenset[int]) -> None:
         """failed_before: devices that had no worker to replace when the upgrade began."""
-        channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient)
+        channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient, stall=STALL_SECONDS)
         session = Session(channel, self._hello, self._answer, greet=False)
         running = asyncio.create_task(session.run(), name="client")
         replaced, errors = 0, []
