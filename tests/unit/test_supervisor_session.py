@@ -188,7 +188,7 @@ BIG = 10**30
         ({"verb": "message", "device": "a", "sector": -1, "text": "x"}, "sector is -1: Expected `int` >= 0"),
         ({"verb": "message", "device": "a", "sector": 1 << 63, "text": "x"}, f"sector is {1 << 63}"),
         ({"verb": "message", "device": "a", "sector": BIG, "text": "x"}, f"sector is {BIG}"),
-        ({"verb": "message", "device": "a", "sector": 10**4000, "text": "x"}, "call.sector"),
+        ({"verb": "message", "device": "a", "sector": 10**4000, "text": "x"}, "sector is 1000"),
         ({"verb": "read", "device": "a", "offset": -1, "length": 1}, "offset is -1"),
         ({"verb": "read", "device": "a", "offset": 0, "length": BIG}, f"length is {BIG}"),
         ({"verb": "wait", "device": "a", "event": -1}, "event is -1"),
