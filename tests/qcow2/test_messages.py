@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,107 @@ def test_failed_reads_fail_their_requests_and_no_others(tmp_path: Path) -> None:
         assert number_of(lambda: it.device.pread(512, MIB)) == errno.EIO
         assert it.device.pread(512, MIB) == b"\2" * 512
         assert {"metadata_read", "data_read"} == set(errors(it))
+
+
+def faults(it: Attached) -> int:
+    """How many requests the engine has asked for."""
+    return int(it.status().split("faults=")[1].split()[0])
+
+
+PLACES = {"data": 0, "compressed": MIB, "zeros": 2 * MIB, "nothing": 4 * MIB, "backing": 6 * MIB}
+
+
+def of_all_kinds(folder: Path) -> Path:
+    """What lies at `PLACES`: 7 MiB are its own or its backing file's."""
+    base = folder / "base.raw"
+    base.write_bytes(bytes(6 * MIB) + b"\5" * (2 * MIB))
+    path = image(folder, SIZE, backing=base)
+    qemu.qemu_io(path, "write -P 1 0 1M", "write -c -P 2 1M 64k", "write -z 2M 64k")
+    return path
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_reads_of_clients_fail_as_often_as_was_said_and_then_are_the_engines_again(tmp_path: Path, place: str) -> None:
+    path, at = of_all_kinds(tmp_path), PLACES[place]
+    whole = qemu.content(path)
+    with attached(path, SIZE, "fault_injection") as it:
+        assert it.device.pread(SIZE, 0) == whole
+        it.say("set_fault_injection", "data_reads", "ENODATA", "3")
+        for count in (1, 2, 3):
+            assert number_of(lambda: it.device.pread(512, at)) == errno.ENODATA
+            assert errors(it)["data_read"].startswith(f"{count} ENODATA: 512 bytes at {at} of the disk in {path}")
+        assert it.device.pread(SIZE, 0) == whole
+        asked = faults(it)
+        for _ in range(8):
+            assert it.device.pread(SIZE, 0) == whole
+        assert faults(it) == asked, "nothing is asked any more"
+        it.say("set_fault_injection", "data_reads", "EIO", "1000")
+        assert number_of(lambda: it.device.pread(512, at)) == errno.EIO
+        it.device.suspend()
+        it.device.resume()
+        assert number_of(lambda: it.device.pread(512, at)) == errno.EIO
+        it.say("set_fault_injection", "off")
+        assert it.device.pread(SIZE, 0) == whole
+
+
+def test_writes_of_clients_fail_as_often_as_was_said_and_reads_do_not(tmp_path: Path) -> None:
+    path = of_all_kinds(tmp_path)
+    with attached(path, SIZE, "fault_injection") as it:
+        for place, at in PLACES.items():
+            it.device.pwrite(b"a" * 4096, at)
+            it.device.pwrite(b"b" * 4096, at)  # where the engine has its place by now
+            it.say("set_fault_injection", "data_writes", "EIO", "2")
+            for _ in range(2):
+                assert it.device.pread(4096, at) == b"b" * 4096
+                assert number_of(lambda at=at: it.device.pwrite(b"c" * 4096, at)) == errno.EIO, place
+            asked = faults(it)
+            it.device.pwrite(b"d" * 4096, at)
+            assert faults(it) > asked
+            asked = faults(it)
+            for fill in range(8):
+                it.device.pwrite(bytes([fill]) * 4096, at)
+            assert faults(it) == asked, "nothing is asked any more"
+            assert it.device.pread(4096, at) == b"\7" * 4096
+        assert errors(it)["data_write"].startswith(f"{2 * len(PLACES)} EIO: ")
+        it.device.flush()
+    assert qemu.check(path).whole
+    content = qemu.content(path)
+    assert all(content[at : at + 4096] == b"\7" * 4096 for at in PLACES.values())
+
+
+@pytest.mark.parametrize("more", ["", ",extended_l2=on"])
+def test_what_is_written_while_reads_fail_is_there_afterwards(tmp_path: Path, more: str) -> None:
+    path = image(tmp_path, SIZE, more=more)
+    qemu.qemu_io(path, f"write -P 1 0 {SIZE // 2}")
+    with attached(path, SIZE, "fault_injection") as it:
+        wanted = bytearray(it.device.pread(SIZE, 0))
+        it.say("set_fault_injection", "data_reads", "EIO", "1000")
+        dice = random.Random(1)
+        for _ in range(40):
+            length = dice.randrange(1, 200_000)
+            at = dice.randrange(SIZE - length)
+            data = dice.randbytes(length)
+            if it.device.pwrite(data, at) == length:
+                wanted[at : at + length] = data
+            assert number_of(lambda at=at: it.device.pread(512, at)) == errno.EIO
+        it.device.flush()
+        it.say("set_fault_injection", "off")
+        assert it.device.pread(SIZE, 0) == wanted
+    assert qemu.check(path).whole
+    assert qemu.content(path) == wanted
+
+
+def test_an_injected_want_of_space_at_a_write_parks_it(tmp_path: Path) -> None:
+    path = image(tmp_path, SIZE)
+    qemu.qemu_io(path, "write 0 1M")
+    with attached(path, SIZE, "fault_injection", "on_enospc=park") as it:
+        it.device.pwrite(b"a" * 512, 0)
+        it.say("set_fault_injection", "data_writes", "ENOSPC", "1")
+        late = it.begin(b"b" * 512, 0)
+        assert "no space" in it.events.get(timeout=60)
+        it.say("retry")
+        assert late.result(60) == 512
+        assert it.device.pread(512, 0) == b"b" * 512
 
 
 def test_an_allocation_that_fails_changes_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,10 @@ _ONLY_READ: Final = int(places.READ_ONLY) >> _KIND_SHIFT
 
 _AHEAD: Final = 4
 """Clusters a thread that are made ahead of a reader who reads on."""
+
+
+Asks: TypeAlias = Literal["what is not known", "writes", "everything"]
+"""What the engine asks for: what its table does not say; all writes, too; or all requests, whatever is known."""
 
 
 @dataclass(slots=True)
@@ -94,6 +98,19 @@ class Attachment:
         self._pool: ThreadPoolExecutor | None = None
         self._next_cluster: Key | None = None
         self._ready: dict[tuple[int, int], bytes | None] = {}
+        self._asks: Asks = "what is not known"
+
+    def ask(self, what: Asks) -> None:
+        """What the engine comes here for from now on. When it returns no request is in flight that did not."""
+        if what != self._asks:
+            self._asks = what
+            self.forget()
+            self._synchronize()
+
+    @property
+    def asks_everything(self) -> bool:
+        """Whether no request is served from the table: what is written must be written here."""
+        return self._asks == "everything"
 
     def read(self, offset: int, length: int) -> bytes | None:
         """A read that faulted: its bytes, or None once the table has changed and the engine may look again."""
@@ -106,7 +123,7 @@ class Attachment:
         if look.corrupt is not None:
             raise self.chain.contradiction(int(look.found[look.corrupt]), look.first + look.corrupt)
         if not look.keys:
-            self.table.install(look.first, look.found.data)
+            self._tell(look.first, look.found)
             return None
         made = self._make(look.keys)
         data = self._bytes(look, made, offset, length)
@@ -146,7 +163,7 @@ class Attachment:
     def publish(self, first: int, end: int) -> None:
         """Tells the engine where units [first, end) are."""
         if first < end:
-            self.table.install(first, self._for_engine(self.chain.places(first, end - first), first).data)
+            self._tell(first, self._for_engine(self.chain.places(first, end - first), first))
 
     def install(self, first: int, entries: Words) -> None:
         """Tells the engine where units of the *top image* are from `first` on: entries of its table. What is not filled
@@ -158,7 +175,7 @@ class Attachment:
             if stretch in self._filled.get(stretch * _STRETCH // self._page, ()):
                 start, stop = max(low, stretch * _STRETCH), min(end, (stretch + 1) * _STRETCH)
                 part = entries[start - low >> shift : -(-(stop - low) >> shift)]
-                self.table.install(start, places.spread(part, shift, self._bits)[: stop - start].data)
+                self._tell(start, places.spread(part, shift, self._bits)[: stop - start])
 
     def only_read(self, cluster: int) -> bool:
         """See `Relocation.only_read`."""
@@ -214,7 +231,15 @@ class Attachment:
 
     def _install(self, look: _Look) -> None:
         """Tells the engine, memory included."""
-        self.table.install(look.low, self._for_engine(look.around, look.low).data)
+        self._tell(look.low, self._for_engine(look.around, look.low))
+
+    def _tell(self, first: int, entries: Words) -> None:
+        """Stores entries of the engine's table, as far as it may serve requests by them."""
+        if self._asks == "everything":
+            return
+        if self._asks == "writes":
+            entries = np.where(places.kinds(entries) == _DATA, entries ^ places.READ_ONLY_BIT, entries)
+        self.table.install(first, entries.data)
 
     def _whole_clusters(self, first: int, end: int) -> tuple[int, int]:
         """Units that make whole clusters of every layer."""

@@ -10,7 +10,7 @@ Source: dm-qcow2 (Tkhai 2020), drivers/md/dm-qcow2-cmd.c.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from blkloom.errors import UsageError
 from blkloom.qcow2.injection import INJECTED, Injection, errno_named
@@ -20,6 +20,7 @@ from blkloom.qcow2.watched import WatchedStorage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from blkloom.qcow2.attachment import Asks
     from blkloom.qcow2.chain import Chain
     from blkloom.qcow2.errors import CorruptImage
     from blkloom.qcow2.storage import Role
@@ -75,6 +76,24 @@ class Attendant:
                 raise
 
         return meet
+
+    @property
+    def asks(self) -> Asks:
+        """What the engine has to ask for, so that requests of clients can be made to fail."""
+        if self._injection is None:
+            return "what is not known"
+        reads, writes = self._injection.armed("data_reads"), self._injection.armed("data_writes")
+        return "everything" if reads else "writes" if writes else "what is not known"
+
+    def meet_request(self, kind: Literal["data_read", "data_write"], path: str, offset: int, length: int) -> None:
+        """A client's request comes to the image at `path`. Raises OSError if it is to fail."""
+        if self._injection is None:
+            return
+        try:
+            self._injection.meet("data_reads" if kind == "data_read" else "data_writes", path)
+        except OSError as error:
+            self.troubles.note(kind, error, f"{length} bytes at {offset} of the disk in {path}")
+            raise
 
     @property
     def wants_check(self) -> bool:

@@ -9,7 +9,6 @@ mapper's). May fail: CorruptImage, OSError, FaultError (EOPNOTSUPP: zeros asked 
 from __future__ import annotations
 
 import errno
-import itertools
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -213,14 +212,9 @@ class Discarder:
             return
         bits = self._geometry.unit_bits
         first, stop = low >> bits, -(-high >> bits)
-        units = self._mapping.image.units(first, stop - first)
-        breaks = np.flatnonzero(np.diff(units.offsets) != 1 << bits) + 1
-        cuts = [0, *breaks.tolist(), stop - first]
         withdrawn = self._mapping.withdraw(first, stop - first)
         try:
-            for one, other in itertools.pairwise(cuts):
-                start, end = max(low, first + one << bits), min(high, first + other << bits)
-                host = int(units.offsets[one]) + start - (first + one << bits)
+            for start, end, host in self._mapping.hosts(low, high):
                 self._mapping.data.zero(HostOffset(host), end - start)
             self._mapping.filled()
         finally:

@@ -1,6 +1,7 @@
 """Faults on purpose, for tests: the next operations of a kind fail, of whatever image of a chain.
 
-Only a table with the option `fault_injection` has one, and only its storage (`watched.py`) asks. Any thread.
+Only a table with the option `fault_injection` has one. Its storage (`watched.py`) asks, and the target, for requests of
+clients: while these are to fail, the engine asks for each. Any thread.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class Injection:
         """Nothing fails any more."""
         with self._lock:
             self._armed.clear()
+
+    def armed(self, kind: Injected) -> bool:
+        """Whether the next operation fails."""
+        with self._lock:
+            return self._armed.get(kind, (0, 0))[1] > 0
 
     def meet(self, kind: Injected, path: str) -> None:
         """An operation begins. Raises OSError if it is to fail."""

@@ -8,6 +8,7 @@ OSError (ENOSPC); then what had been changed until then holds, and nothing is ha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE: Final = 1 << 20
 """Units."""
-_READ_ONLY_BIT: Final = places.DATA ^ places.READ_ONLY
 
 Install = Callable[[int, Words], None]
 """Stores consecutive entries of the engine's table: (first unit, an entry for each unit of the image)."""
@@ -215,6 +215,16 @@ class Mapping:
             end=self.image.data_end,
         )
 
+    def hosts(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+        """(from, to, host offset) of guest bytes [low, high), all of which have a place of their own, a piece each."""
+        bits = self.layout.geometry.unit_bits
+        first, stop = low >> bits, -(-high >> bits)
+        offsets = self.image.units(first, stop - first).offsets
+        breaks = np.flatnonzero(np.diff(offsets) != 1 << bits) + 1
+        for one, other in itertools.pairwise([0, *breaks.tolist(), stop - first]):
+            start, end = max(low, first + one << bits), min(high, first + other << bits)
+            yield start, end, int(offsets[one]) + start - (first + one << bits)
+
     def withdraw(self, first: int, count: int) -> bool:
         """Keeps the engine from writing to units before they are published again, if it could undo what is written to
         them here: its direct write of less than a block reads the block and writes all of it. Returns whether it could.
@@ -242,4 +252,4 @@ def _read_only(entries: Words, which: NDArray[np.bool_]) -> Words:
     """The same entries, but that writes to data fault where `which` says so."""
     if not which.any():
         return entries
-    return np.where(which & (places.kinds(entries) == 1), entries ^ _READ_ONLY_BIT, entries)
+    return np.where(which & (places.kinds(entries) == 1), entries ^ places.READ_ONLY_BIT, entries)

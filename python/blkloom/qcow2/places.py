@@ -25,6 +25,8 @@ MOST_FILES: Final = 1 << 12
 SHOWS_THROUGH: Final = np.uint64(entries.FAULT)
 DATA: Final = np.uint64(1 << 61)
 READ_ONLY: Final = np.uint64(2 << 61)
+READ_ONLY_BIT: Final = DATA ^ READ_ONLY
+"""What tells one from the other."""
 ZERO: Final = np.uint64(entries.ZERO)
 IN_MEMORY: Final = np.uint64(5 << 61)
 CORRUPT: Final = np.uint64(6 << 61)

@@ -135,7 +135,7 @@ class Writer:
             synchronize=synchronize,
             sync_data=sync_data or (image.data_storage.sync if header.has_data_file else _nothing),
         )
-        mapping = Mapping(
+        self._mapping = mapping = Mapping(
             image,
             self.allocator,
             self._write_back,
@@ -173,6 +173,12 @@ class Writer:
             done = self._preparer.prepare(Payload(GuestOffset(offset), length, payload))
         self._limit()
         return done
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Writes to where `prepare_write` made room for all of it, in the engine's place."""
+        with self._changing(offset, len(data)):
+            for start, end, host in self._mapping.hosts(offset, offset + len(data)):
+                self._image.data_storage.write(HostOffset(host), data[start - offset : end - offset])
 
     def discard(self, offset: int, length: int) -> None:
         """The contents are not needed any more."""

@@ -207,6 +207,7 @@ class Qcow2(Target):
 
         self._attendant.attend(chain)
         self._attachment = Attachment(chain, self._length, cache=self.cache, synchronize=self._live.synchronize)
+        self._attachment.ask(self._attendant.asks)
         self._block_status = BlockStatus(chain, snapshot=bool(self.snapshot))
         return [(Bytes(0), self._length, Extent.table(self._attachment.table))]
 
@@ -284,27 +285,36 @@ class Qcow2(Target):
 
     @override
     def message(self, words: list[str]) -> str | None:
-        return self._attendant.answer(words)
+        answer = self._attendant.answer(words)
+        self._follow_injection()
+        return answer
 
     # Faults
 
     @override
     def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
+        self._meet_injection("data_read", offset, length)
         with self._meeting_corruption():
             data = self._attached.read(offset, length)
         return RETRY if data is None else data
 
     @override
     def write_lazily(self, offset: Bytes, length: Bytes, fetch: Callable[[], bytes], *, fua: bool) -> Retry | None:
+        self._meet_injection("data_write", offset, length)
         if self._attached.leads_to_data(offset, length):
             return RETRY
         with self._meeting_corruption():
             self._attached.prepare(offset, length)
             try:
-                return None if self._changing.prepare_write(offset, length, fetch) else RETRY
+                if self._changing.prepare_write(offset, length, fetch):
+                    return None
+                if not self._attached.asks_everything:
+                    return RETRY
+                self._changing.write(offset, fetch())
             except OSError as error:
                 self._meet(error)
                 raise
+        return None
 
     @override
     def full(self, offset: Bytes, length: Bytes, number: int) -> Retry:
@@ -331,7 +341,8 @@ class Qcow2(Target):
 
     @override
     def expect(self, reads: Sequence[tuple[Bytes, Bytes]]) -> None:
-        self._attached.expect(reads)
+        if not self._attached.asks_everything:  # then they fail
+            self._attached.expect(reads)
 
     @override
     def extents(self, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
@@ -341,6 +352,24 @@ class Qcow2(Target):
     def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterator[tuple[Bytes, int]]:
         assert self._block_status is not None, "nothing faults while it is suspended"
         return ((Bytes(run), flags) for run, flags in self._block_status.runs(context, offset, length))
+
+    def _meet_injection(self, kind: Literal["data_read", "data_write"], offset: int, length: int) -> None:
+        """A client's request came here. Raises OSError, LaterError if it is to fail."""
+        if not self.fault_injection:
+            return
+        try:
+            self._attendant.meet_request(kind, self.path, offset, length)
+        except OSError as error:
+            if kind == "data_write":
+                self._meet(error)
+            raise
+        finally:
+            self._follow_injection()
+
+    def _follow_injection(self) -> None:
+        """Has the engine ask for requests for as long as they are to fail, and no longer."""
+        if self._attachment:
+            self._attachment.ask(self._attendant.asks)
 
     @contextmanager
     def _meeting_corruption(self) -> Iterator[None]:
