@@ -44,7 +44,7 @@ $(VENV)/.created:
 # Editable: Python's sources are used where they are, so only the engine's are listed.
 $(VENV)/.built: $(VENV)/.build-tools $(SOURCES)
 	@echo "building the engine (a minute or two the first time)"
-	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/maturin develop --release --quiet
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(VENV)/bin/maturin develop --release --quiet
 	@touch $@
 
 # The groups of pyproject.toml: build (the back end's), test, lint.
@@ -61,11 +61,11 @@ test-tools: $(VENV)/.test-tools ## what the tests need: Debian packages, and a k
 	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
 
 # Two lines of tests, about as long as each other: those in virtual machines and those of one process first of all,
-# and beside them those that start many. (What a shell starts in the background ignores Ctrl-C unless told otherwise.)
+# and beside them those that start many.
 test: setup test-tools ## the engine's tests, then the others
 	$(CARGO) test $(ENGINE_TESTS)
 	@log=$$(mktemp); here=0; beside=0; \
-	env --default-signal=INT $(VENV)/bin/python -m pytest -o cache_dir=.pytest_cache/beside $(BESIDE) \
+	$(VENV)/bin/python -m pytest -o cache_dir=.pytest_cache/beside $(BESIDE) \
 		>$$log 2>&1 & other=$$!; \
 	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(BESIDE)) || here=$$?; \
 	echo "waiting for the tests in virtual machines, and for those of one process"; \

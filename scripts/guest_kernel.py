@@ -1,8 +1,9 @@
-"""A Linux kernel for the tests under tests/kernel, unpacked into a directory and never installed.
+"""A Linux kernel and udev for the tests under tests/kernel, unpacked into a directory and never installed.
 
 `guest_kernel.py DIRECTORY` puts there `vmlinuz`, `lib/modules/RELEASE` with its dependencies worked
-out, and `busybox`, from Debian's backports of the machine's release. A kernel that is there already is
-kept. Needs no root; needs kmod. Exits 1 with the reason when the kernel cannot be had.
+out, and `busybox`, from Debian's backports of the machine's release; and in `udev` the program and the
+rules of the release's package of that name, for guests, whether or not the machine has it. What is
+there already is kept. Needs no root; needs kmod. Exits 1 with the reason when something cannot be had.
 """
 
 from __future__ import annotations
@@ -21,12 +22,32 @@ KERNEL = "6.12"
 
 
 def fetch(directory: Path) -> str:
-    """Puts the newest kernel of the series there; returns its release. Raises DebianError."""
+    """Puts what is missing there; returns what that was. Raises DebianError."""
     work = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     apt = BackportsApt(work / "apt")
     apt.update()
+    got = []
+    if not _has_kernel(directory):
+        got.append(f"Linux {_fetch_kernel(apt, work, directory)}")
+    if not _has_udev(directory):
+        _fetch_udev(apt, work, directory)
+        got.append("udev")
+    shutil.rmtree(work)
+    return " and ".join(got)
+
+
+def _has_kernel(directory: Path) -> bool:
+    return (directory / "vmlinuz").exists()
+
+
+def _has_udev(directory: Path) -> bool:
+    return (directory / "udev" / "udevadm").exists()
+
+
+def _fetch_kernel(apt: BackportsApt, work: Path, directory: Path) -> str:
+    """The newest one of the series; returns its release."""
     image = _image_package(apt)
     release = image.removeprefix("linux-image-")
     unpacked = work / "unpacked"
@@ -41,8 +62,18 @@ def fetch(directory: Path) -> str:
     _work_out_dependencies(result, release)
     shutil.rmtree(directory, ignore_errors=True)
     result.rename(directory)
-    shutil.rmtree(work)
     return release
+
+
+def _fetch_udev(apt: BackportsApt, work: Path, directory: Path) -> None:
+    """What runs of it in a guest: the program and the rules."""
+    unpacked, result = work / "udev-unpacked", work / "udev"
+    apt.unpack(["udev"], unpacked)
+    result.mkdir()
+    _either(unpacked, "bin/udevadm").rename(result / "udevadm")
+    _either(unpacked, "lib/udev/rules.d").rename(result / "rules.d")
+    shutil.rmtree(directory / "udev", ignore_errors=True)
+    result.rename(directory / "udev")
 
 
 def _image_package(apt: BackportsApt) -> str:
@@ -74,17 +105,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: {Path(__file__).name} DIRECTORY", file=sys.stderr)
         return 2
     directory = Path(arguments[0]).absolute()
-    if (directory / "vmlinuz").exists():
+    if _has_kernel(directory) and _has_udev(directory):
         return 0
     if not is_debian() or platform.machine() != "x86_64":
         print("the kernel for tests comes from Debian's archive, for amd64: tests/kernel will be skipped here")
         return 0
     try:
-        release = fetch(directory)
+        got = fetch(directory)
     except (DebianError, subprocess.CalledProcessError) as error:
-        print(f"no kernel for the tests: {error}", file=sys.stderr)
+        print(f"no kernel and udev for the tests: {error}", file=sys.stderr)
         return 1
-    print(f"Linux {release} is in {directory}")
+    print(f"{got} is in {directory}")
     return 0
 
 

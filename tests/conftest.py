@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,12 +23,21 @@ import pytest
 
 SYSTEM_PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 """mkfs and its kin are outside the PATH of those who are not root."""
+LONGEST_TMPDIR = 24
+"""Bytes. What a test puts below it has up to 80, and the path of a Unix socket fits 107. Tables take no spaces."""
 STOP_TIMEOUT = 60.0
 """Seconds after which a server that was asked to stop is taken to hang."""
 
 
 def pytest_configure() -> None:
-    """`make fuzz` asks for longer searches."""
+    """`make fuzz` asks for longer searches. Signals end what a test starts, though this was started in the background
+    of a shell or by nohup. Temporary files are where their sockets can be reached.
+    """
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR or len(tempfile.gettempdir().split()) > 1:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     if cases := os.environ.get("BLKLOOM_FUZZ_CASES"):
         hypothesis.settings.register_profile("fuzz", max_examples=int(cases), deadline=None, print_blob=True)
         hypothesis.settings.load_profile("fuzz")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blkloom.partitions import Disk, PartitionTable, find_partitions
+from conformance.file_systems import needs_root
 
 SIZE = 64 << 20
 Program = Callable[[str, str], str]
@@ -132,6 +133,7 @@ def sfdisk(label: str, *partitions: tuple[int, int, str], block: int = 512) -> C
         script = "".join(f"start={start}, size={size}{kind}\n" for start, size, kind in partitions)
         where = str(path)
         if block != 512:
+            needs_root(f"a disk with blocks of {block}")
             losetup = program("losetup", "mount")
             where = run(losetup, "--find", "--show", f"--sector-size={block}", path).strip()
         try:

@@ -16,8 +16,8 @@ KERNEL = Path(__file__).parents[2] / ".cache" / "kernel"
 @pytest.fixture
 def guest(program: Callable[[str, str], str], blkloom: str, tmp_path: Path) -> Guest:
     """A guest that shares the test's own directory. Skips where it cannot be booted."""
-    if not (KERNEL / "vmlinuz").exists():
-        pytest.skip(f"no kernel in {KERNEL} (make test-tools)")
+    if not (KERNEL / "vmlinuz").exists() or not (KERNEL / "udev" / "udevadm").exists():
+        pytest.skip(f"no kernel and udev in {KERNEL} (make test-tools)")
     virtme_run = Path(sys.executable).with_name("virtme-run")
     if not virtme_run.exists():
         pytest.skip("virtme-run is missing (Python package virtme-ng)")

@@ -9,11 +9,13 @@
 #   device NAME          the device as a table of another names it
 #   waits PID            whether the process has nothing to do but wait, or has ended
 #   settle NAME          returns when the device is gone
+#   quiet                returns when nothing else looks at devices: udev opens them when something has happened
 #
 # `t COMMAND...` prints the command, what it says and its exit status. A title begins with "##".
 
 t() {
     local status=0 line
+    quiet
     echo "$ ${*//$'\n'/\\n}"
     "$@" >"$TMPDIR/out" 2>"$TMPDIR/err" || status=$?
     while IFS= read -r line || [ -n "$line" ]; do echo "1> $line"; done <"$TMPDIR/out"

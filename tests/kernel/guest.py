@@ -6,6 +6,10 @@ The script sees that root through a mount that keeps what was read: virtme-ng's 
 every page of every program that starts. Without KVM a boot takes about ten seconds, and Python some
 more to start.
 
+What the guest starts does not depend on what the host has installed. virtme-ng's init starts the host's
+systemd-udevd and follows its tmpfiles.d, where there are such, so guest_init.sh runs before that init and
+hides them. A guest that is to have udev gets the one that scripts/guest_kernel.py unpacked.
+
 The guest has no network and reaches nothing of the host but files: a Unix socket of the host cannot
 be connected to from it, so servers run in the guest. /run is memory of the guest.
 """
@@ -26,18 +30,43 @@ from pathlib import Path
 # Seconds. A boot takes ten, and several times that where the machine is busy.
 _BOOT = 75.0
 
+_HERE = Path(__file__).parent
+
 _ENTER = """\
+source {hide}
 root=/run/root
 mkdir $root
 mount -t 9p -o ro,version=9p2000.L,trans=virtio,access=any,msize=512000,cache=loose kept $root
-for shared in /dev /proc /sys /run {directory}; do mount --rbind $shared $root$shared; done
+{udev_rules}
+hide $root
+for shared in /dev /proc /sys /run {directory}; do mount --rbind "$shared" "$root$shared"; done
 exec chroot $root bash -euo pipefail {script}
 """
 
-_PRELUDE = """\
-export PATH={path} HOME=/run TMPDIR=/run LC_ALL=C PYTHONDONTWRITEBYTECODE=1
-# There is no udev: dmsetup is to make the nodes itself.
+# dmsetup's own rules belong to its version.
+_UDEV_RULES = """\
+mkdir -p /run/udev/rules.d
+cp {udev}/rules.d/* $root/usr/lib/udev/rules.d/{{55-dm,60-persistent-storage-dm,95-dm-notify}}.rules \
+    /run/udev/rules.d
+"""
+
+_UDEV_START = """\
+PATH=$PATH:{udev}
+export SYSTEMD_IGNORE_CHROOT=1
+(exec -a systemd-udevd udevadm --daemon) >/run/udevd.log 2>&1
+udevadm trigger --action=add --subsystem-match=block --subsystem-match=misc
+udevadm settle
+"""
+
+_NO_UDEV = """\
+# dmsetup is to make the nodes itself.
 export DM_DISABLE_UDEV=1
+"""
+
+_PRELUDE = """\
+export PATH={path} HOME=/run TMPDIR=/run LC_ALL=C TZ=UTC PYTHONDONTWRITEBYTECODE=1
+umask 022
+{udev}
 trap 'echo "--- the kernel"; dmesg | tail -n 15' ERR
 cd {directory}
 {modprobe}
@@ -66,12 +95,15 @@ class GuestError(Exception):
 
 @dataclass(frozen=True)
 class Guest:
-    """How to boot. kernel: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run."""
+    """How to boot. kernel: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run.
+    udev: whether udev runs in it.
+    """
 
     virtme_run: Path
     kernel: Path
     directory: Path
     memory: str = "1G"
+    udev: bool = False
 
     def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 150.0) -> str:
         """Boots, loads modules, runs the bash script as root with `-euo pipefail`, and powers off.
@@ -81,10 +113,10 @@ class Guest:
         work = self.directory / ".guest"
         work.mkdir(exist_ok=True)
         files = {name: work / name for name in ("enter", "script", "output", "status", "console")}
+        quoted = {name: shlex.quote(str(path)) for name, path in files.items()}
+        files["enter"].write_text(self._enter(quoted["script"]))
         files["script"].write_text(self._script(script, modules))
-        places = {"directory": shlex.quote(str(self.directory)), "script": shlex.quote(str(files["script"]))}
-        files["enter"].write_text(_ENTER.format_map(places))
-        inside = f"bash -euo pipefail {files['enter']} >{files['output']} 2>&1; echo $? >{files['status']}"
+        inside = f"bash -euo pipefail {quoted['enter']} >{quoted['output']} 2>&1; echo $? >{quoted['status']}"
         if not any(self._begins(inside, files, timeout) for _ in range(2)):
             raise GuestError(f"the guest did not come up, twice\n{_printed(files)}")
         if not files["status"].exists():
@@ -123,6 +155,19 @@ class Guest:
             warnings.warn(f"a guest did not come up\n{_printed(files)}", stacklevel=3)
         return begun
 
+    @property
+    def _udev(self) -> str:
+        """Its folder, as a shell has it."""
+        return shlex.quote(str(self.kernel / "udev"))
+
+    def _enter(self, script: str) -> str:
+        return _ENTER.format(
+            hide=shlex.quote(str(_HERE / "guest_hide.sh")),
+            udev_rules=_UDEV_RULES.format(udev=self._udev) if self.udev else "",
+            directory=shlex.quote(str(self.directory)),
+            script=script,
+        )
+
     def _script(self, script: str, modules: Sequence[str]) -> str:
         path = [str(Path(sys.executable).parent), "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"]
         modprobe = ["modprobe", "-d", str(self.kernel), "-a", *modules] if modules else ["true"]
@@ -130,12 +175,14 @@ class Guest:
             path=shlex.quote(":".join([*path, "/sbin", "/bin"])),
             directory=shlex.quote(str(self.directory)),
             modprobe=shlex.join(modprobe),
+            udev=_UDEV_START.format(udev=self._udev) if self.udev else _NO_UDEV,
             script=script,
         )
 
     def _command(self, inside: str) -> list[str]:
         return [
             *(str(self.virtme_run), "--kimg", str(self.kernel / "vmlinuz"), "--mods=auto"),
+            *("--qemu-bin", str(_HERE / "guest_qemu.sh")),
             *("--busybox", str(self.kernel / "busybox")),
             # The same everywhere: with KVM, or with virtiofs, a test would not be the one CI runs.
             *("--disable-kvm", "--force-9p", "--disable-microvm"),

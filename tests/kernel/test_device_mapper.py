@@ -6,6 +6,7 @@ dmsetup with the loop devices over the same files.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -87,8 +88,10 @@ def test_tables_mean_the_same_to_the_kernel(guest: Guest, program: Callable[[str
             assert (folder / "after").read_bytes() == device.pread(device.size, 0), template
 
 
-def test_what_dmsetup_prints_is_served_as_it_is(guest: Guest, program: Callable[[str, str], str]) -> None:
+@pytest.mark.parametrize("udev", [False, True], ids=["without udev", "with udev"])
+def test_what_dmsetup_prints_is_served_as_it_is(guest: Guest, program: Callable[[str, str], str], udev: bool) -> None:
     """`dmsetup table` and its concise form, which name devices by their numbers."""
+    guest = dataclasses.replace(guest, udev=udev)
     program("dmsetup", "dmsetup")
     program("nbd-client", "nbd-client")
     backing_files(guest.directory, seed=99)
@@ -106,9 +109,10 @@ def test_what_dmsetup_prints_is_served_as_it_is(guest: Guest, program: Callable[
         dmsetup remove woven
 
         cat printed concise
-        # What udev does elsewhere.
-        mkdir -p /dev/block
-        for n in 0 1 2; do ln -s ../loop$n /dev/block/7:$n; done
+        if [ -n "${DM_DISABLE_UDEV:-}" ]; then
+            mkdir /dev/block
+            for n in 0 1 2; do ln -s ../loop$n /dev/block/7:$n; done
+        fi
         serve uri --table-file printed --concise "$(cat concise)" --read-only --shared --socket /run/nbd.sock
         nbd-client -unix /run/nbd.sock /dev/nbd0
         nbd-client -unix /run/nbd.sock -name woven /dev/nbd1

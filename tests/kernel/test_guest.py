@@ -23,6 +23,26 @@ def test_a_guest_that_does_not_come_up_is_started_once_more(tmp_path: Path) -> N
     assert (tmp_path / "aborted").exists()
 
 
+WHAT_RUNS = """
+for process in /proc/[0-9]*/exe; do echo "runs $(readlink $process)"; done
+for folder in /usr/lib/systemd /usr/lib/udev /usr/lib/tmpfiles.d; do
+    [ ! -d $folder ] || find $folder -mindepth 1 -printf "left %p\\n"
+done
+[ ! -e /run/udev/control ] || udevadm info --query=property --name=/dev/loop0
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("udev", [False, True], ids=["without udev", "with udev"])
+def test_what_the_host_has_installed_does_not_run_in_a_guest(guest: Guest, udev: bool) -> None:
+    """Its udev and its tmpfiles.d. Where udev is asked for, another one runs."""
+    said = dataclasses.replace(guest, udev=udev).run(WHAT_RUNS, modules=["loop"]).splitlines()
+    wanted = {f"runs {(guest.kernel / 'udev' / 'udevadm').resolve()}"} if udev else set()
+    assert {line for line in said if line.startswith("runs ") and "udev" in line} == wanted
+    assert ("DEVNAME=/dev/loop0" in said) == udev
+    assert not [line for line in said if line.startswith("left ")]
+
+
 @pytest.mark.kernel
 def test_a_guest_that_does_not_come_up_is_tried_twice_and_shown(guest: Guest, tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"

@@ -28,9 +28,13 @@ def test_partitions_are_those_the_kernel_shows(guest: Guest, program: Callable[[
     found = {}
     for name, image in IMAGES.items():
         path = guest.directory / f"{name}@{image.block}.img"
-        make(name, program, path)
+        try:
+            make(name, program, path)
+        except pytest.skip.Exception:
+            path.unlink()  # who is not root has the others
+            continue
         found[name] = by_number(found_in(path, image.block))
-    shown: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in IMAGES}
+    shown: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in found}
     for line in guest.run(SCRIPT, modules=["loop"]).splitlines():
         if line.startswith("part "):
             name, number, start, size = line.split()[1:]
