@@ -96,8 +96,9 @@ class Run:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     client = Recorder()
+    monkeypatch.setenv("BLKLOOM_RUN_DIR", str(tmp_path))
 
     @contextmanager
     def connect(run_dir: str | None, *, start: bool = True) -> Iterator[Recorder]:

@@ -191,6 +191,7 @@ def test_backing_files_are_opened_for_reading_only_and_claimed_with_others(tmp_p
     with blkloom.open(f"0 128 qcow2 {paths[0]}", read_only=True) as first:
         with blkloom.open(f"0 128 qcow2 {paths[1]}", read_only=True) as second:
             assert first.pread(512, 0) == second.pread(512, 0)
+        (tmp_path / "base").chmod(0o644)
         with pytest.raises(blkloom.errors.BusyError):
             blkloom.open(f"0 8 loop {tmp_path / 'base'}")
 
