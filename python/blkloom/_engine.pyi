@@ -69,6 +69,20 @@ class File:
         """Operations that storage has not answered: handed to io_uring or a thread, or keeping a caller
         waiting. What is done at once, out of the page cache, does not count.
         """
+    def sync(self) -> None:
+        """As fdatasync(2). Once it has failed, here or for a request, it always fails: the kernel tells of an error
+        once, and what was written before may be lost.
+        """
+    @property
+    def sync_error(self) -> int:
+        """The errno of the sync that failed, which all that follow fail with; 0: none has."""
+    def fail_syncs(self, errno: int) -> None:
+        """They fail from now on: one has failed, or what was written is lost otherwise. The first errno stays."""
+    @property
+    def has_unreported_failure(self) -> bool:
+        """A sync has failed, and `set_failure_reported` was not called since."""
+    def set_failure_reported(self) -> None:
+        """The failure is known to who must remember it when this process has ended: flushes need not wait for that."""
 
 @final
 class Region:
@@ -219,6 +233,11 @@ class Fault:
     def fast(self) -> bool:
         """write_zeroes: only if faster than writing; ENOTSUP otherwise."""
     @property
+    def sync_failed(self) -> bool:
+        """A file of the device, or of one below, has an unreported failure. The request fails, whatever is answered,
+        but not before; the operation is "flush" and the owner has no meaning.
+        """
+    @property
     def again(self) -> bool:
         """Its request was held before."""
     @property
@@ -270,9 +289,9 @@ class Device:
 
     # life
     def suspend(self, *, flush: bool = True, timeout: float | None = None) -> None:
-        """Stop new requests (they park), finish those in flight, flush. TimeoutError leaves the
-        device as it was; `File.in_flight` says which file holds it up. It comes in time also while
-        another suspend, swap or resume is under way.
+        """Stop new requests (they park), finish those in flight, flush; files whose failure is reported
+        already are passed over. TimeoutError leaves the device as it was; `File.in_flight` says which
+        file holds it up. It comes in time also while another suspend, swap or resume is under way.
         """
     def swap(self, map: Map) -> None:
         """Replace the map. Live: returns when no request that began before is in flight. Raises

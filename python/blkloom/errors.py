@@ -103,6 +103,12 @@ class ResourceError(BlkloomError, OSError):
     exit_code = 71  # EX_OSERR
 
 
+class LostData(BlkloomError, OSError):
+    """What was written may be lost: a file could not be synced."""
+
+    exit_code = 74  # EX_IOERR
+
+
 class DrainError(BlkloomError, TimeoutError):
     """Requests in flight did not end in time; the device is as it was. path: the file that does not
     answer, "" where it is none.

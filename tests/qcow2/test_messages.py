@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from blkloom.errors import UsageError
+from blkloom.errors import LostData, UsageError
 
 from . import qemu
 from .full_disk import KIB, MIB, Attached, attached, image
@@ -110,20 +112,31 @@ def test_a_failed_write_of_metadata_fails_the_flush_and_the_next_one_does_its_wo
         assert str(path) in found["metadata_write"]
         it.device.flush()
         assert "md_writeback_error" not in errors(it)
+    assert qemu.check(path).whole
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "written back by the target alone"])
+def test_a_failed_sync_of_metadata_refuses_the_suspend_and_fails_the_image(tmp_path: Path, flush: bool) -> None:
+    path = image(tmp_path, SIZE)
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(LostData, match=f"a sync of {path} had failed"))
+        it = stack.enter_context(attached(path, SIZE, "fault_injection"))
+        it.device.pwrite(b"a" * MIB, 0)
+        it.device.flush()
         it.device.pwrite(b"b" * MIB, 4 * MIB)
         it.say("set_fault_injection", "syncs", "5", "1")
-        assert number_of(it.device.suspend) == errno.EIO
+        with pytest.raises(OSError, match="Input/output error"):
+            it.device.suspend(flush=flush)
         assert not it.device.suspended
         assert errors(it)["sync"].startswith("1 EIO")
         assert it.device.pread(512, 4 * MIB) == b"b" * 512
-        it.say("set_fault_injection", "syncs", "5", "1")
-        with pytest.raises(OSError, match="injected"):  # written back by the target alone
-            it.device.suspend(flush=False)
-        assert not it.device.suspended
-        assert it.device.pread(512, 4 * MIB) == b"b" * 512
-        it.device.flush()
-    assert qemu.check(path).whole
-    assert qemu.content(path)[4 * MIB : 5 * MIB] == b"b" * MIB
+        assert number_of(it.device.flush) == errno.EIO
+        assert number_of(partial(it.device.pwrite, b"c" * 512, 0)) == errno.EIO
+        it.device.suspend()
+        it.device.resume()
+        assert number_of(it.device.flush) == errno.EIO
+        assert it.device.pread(512, 0) == b"a" * 512
+    assert qemu.content(path)[:MIB] == b"a" * MIB
 
 
 def test_failed_reads_fail_their_requests_and_no_others(tmp_path: Path) -> None:

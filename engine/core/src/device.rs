@@ -252,6 +252,14 @@ impl Device {
             || self.mapping.load().as_ref().is_some_and(|mapping| mapping.lower.iter().any(|lower| lower.has_owners()))
     }
 
+    /// Whether a file that a write may have reached, here or below, cannot be synced any more.
+    pub(crate) fn has_failed_syncs(&self) -> bool {
+        self.mapping.load().as_ref().is_some_and(|mapping| {
+            mapping.files.iter().any(|file| file.sync_error().is_some())
+                || mapping.lower.iter().any(|lower| lower.has_failed_syncs())
+        })
+    }
+
     /// Stops new requests, finishes those in flight, then runs `flush`.
     pub fn suspend(
         &self,

@@ -42,6 +42,9 @@ pub struct Fault {
     pub flags: Flags,
     /// Of extents.
     pub context: Context,
+    /// A file of the device, or of one below, could not be synced. The operation, a flush or what ends with one, fails
+    /// whatever is answered; but not before.
+    pub sync_failed: bool,
     /// It was held before.
     pub again: bool,
     /// A write that was sent where the map says, and refused there with this errno (no space); else 0.

@@ -5,25 +5,59 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use blkloom_io::{Busy, Errno, File, RangeGuard, Slice, Stretch};
+use blkloom_io::{Busy, Errno, File, RangeGuard, Slice, Stretch, Syncing};
 
 use crate::inbox::{Inbox, Message, TaskId};
 use crate::lock;
 
 /// One piece of work on one file.
 pub enum Chore {
-    Read { offset: u64, into: Slice },
-    Write { offset: u64, from: Slice, durable: bool },
+    Read {
+        offset: u64,
+        into: Slice,
+    },
+    Write {
+        offset: u64,
+        from: Slice,
+        durable: bool,
+    },
+    /// See `File::examine`: a durable write in the ring failed with that errno.
+    Examine {
+        offset: u64,
+        from: Slice,
+        errno: Errno,
+        syncing: Syncing<Arc<File>>,
+    },
     Sync,
-    Punch { offset: u64, len: u64 },
-    Zero { offset: u64, len: u64, unmap: bool, fast: bool },
-    Stretches { offset: u64, len: u64, most: usize },
-    Prefetch { offset: u64, len: u64 },
+    Punch {
+        offset: u64,
+        len: u64,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+        fast: bool,
+    },
+    Stretches {
+        offset: u64,
+        len: u64,
+        most: usize,
+    },
+    Prefetch {
+        offset: u64,
+        len: u64,
+    },
 }
 
 /// What came of it.
 pub enum Work {
     Ended(Result<(), Errno>),
+    /// The file's syncs fail from now on. unreported: see `File::has_unreported_failure`.
+    SyncFailed {
+        errno: Errno,
+        unreported: bool,
+    },
     Stretches(Result<Vec<Stretch>, Errno>),
 }
 
@@ -85,7 +119,13 @@ fn run(shared: &Shared) {
     loop {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
-            let work = job.chore.work(&job.file);
+            let syncs = job.chore.syncs();
+            let work = match job.chore.work(&job.file) {
+                Work::Ended(Err(errno)) if syncs && job.file.sync_error().is_some() => {
+                    Work::SyncFailed { errno, unreported: job.file.has_unreported_failure() }
+                }
+                work => work,
+            };
             drop(job.file);
             job.inbox.send(Message::Worked(job.task, work));
             state = lock(&shared.state);
@@ -100,10 +140,23 @@ fn run(shared: &Shared) {
 }
 
 impl Chore {
+    /// Whether it fails where a sync does. (Block devices are synced to be zeroed, see `File::zero`.)
+    fn syncs(&self) -> bool {
+        match self {
+            Chore::Write { durable, .. } => *durable,
+            Chore::Examine { .. } | Chore::Sync | Chore::Punch { .. } | Chore::Zero { .. } => true,
+            Chore::Read { .. } | Chore::Stretches { .. } | Chore::Prefetch { .. } => false,
+        }
+    }
+
     fn work(self, file: &File) -> Work {
         match self {
             Chore::Read { offset, into } => Work::Ended(file.read(offset, into)),
             Chore::Write { offset, from, durable } => Work::Ended(file.write(offset, from, durable)),
+            Chore::Examine { offset, from, errno, syncing } => {
+                file.examine(offset, from, errno, syncing);
+                Work::Ended(Err(errno))
+            }
             Chore::Sync => Work::Ended(file.sync()),
             Chore::Punch { offset, len } => Work::Ended(file.punch(offset, len)),
             Chore::Zero { offset, len, unmap, fast } => Work::Ended(file.zero(offset, len, unmap, fast)),

@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Busy, Completion, File, Ring, Stretch, errno::EIO, errno::ESHUTDOWN, errno::ETIMEDOUT};
+use blkloom_io::{Busy, Completion, File, Ring, Stretch, Syncing, errno::EIO, errno::ESHUTDOWN, errno::ETIMEDOUT};
 use slab::Slab;
 
 use self::flush::must_flush;
@@ -99,6 +99,8 @@ enum Kind {
         done: u64,
         write: bool,
         durable: bool,
+        /// While a durable write is in the ring.
+        syncing: Option<Syncing<Arc<File>>>,
         _share: BlockShare,
     },
     Pool {
@@ -106,6 +108,8 @@ enum Kind {
     },
     Fault {
         deadline: Instant,
+        /// The errno it ends with, whatever the answer is.
+        outcome: Option<i32>,
     },
     Held {
         errno: i32,
@@ -256,19 +260,31 @@ impl Queue {
                 continue;
             };
             let id = TaskId { slot: key as usize, generation: task.generation };
-            let Kind::Ring { done, .. } = &mut task.kind else {
+            let Kind::Ring { file, done, durable, syncing, .. } = &mut task.kind else {
                 continue;
             };
+            let syncing = syncing.take();
             match result {
                 -4 => self.push(id, true),
                 // Out of requests, or a descriptor that is O_NONBLOCK: again, but not in circles.
                 -11 => self.push(id, false),
-                ..0 => self.finish(id, Err(-result)),
+                ..0 => match syncing {
+                    Some(syncing) => self.examine(id, -result, syncing),
+                    None => self.finish(id, Err(-result)),
+                },
                 // The end of the file inside the device: somebody truncated it.
                 0 => self.finish(id, Err(EIO)),
                 moved => {
                     *done += moved as u64;
-                    if *done < task.len { self.push(id, true) } else { self.finish(id, Ok(())) }
+                    let failed = durable.then(|| file.sync_error()).flatten();
+                    if let Some(errno) = failed {
+                        let unreported = file.has_unreported_failure();
+                        self.sync_failed(id, errno, unreported);
+                    } else if *done < task.len {
+                        self.push(id, true);
+                    } else {
+                        self.finish(id, Ok(()));
+                    }
                 }
             }
         }
@@ -302,6 +318,7 @@ impl Queue {
         };
         let result = match work {
             Work::Ended(result) => result,
+            Work::SyncFailed { errno, unreported } => return self.sync_failed(id, errno, unreported),
             Work::Stretches(Ok(stretches)) => {
                 debug_assert!(matches!(task.kind, Kind::Pool { sparse: true }));
                 let mut offset = task.offset;
@@ -321,6 +338,9 @@ impl Queue {
         let Some(task) = self.tasks.get(id.slot).filter(|task| task.generation == id.generation) else {
             return;
         };
+        if let Kind::Fault { outcome: Some(errno), .. } = task.kind {
+            return self.finish(id, Err(errno));
+        }
         let active = &mut self.actives[task.active];
         let op = if active.phase == Phase::Main { active.request.op } else { Op::Flush };
         let result = match answer {
@@ -366,7 +386,11 @@ impl Queue {
             && deadline <= now
         {
             self.deadlines.remove(&(deadline, id));
-            self.finish(id, Err(ETIMEDOUT));
+            let errno = match self.tasks.get(id.slot).map(|task| &task.kind) {
+                Some(Kind::Fault { outcome: Some(errno), .. }) => *errno,
+                _ => ETIMEDOUT,
+            };
+            self.finish(id, Err(errno));
         }
     }
 }

@@ -4,7 +4,8 @@
 //! threads and synchronous callers), and *later* (`Ring`). A transfer is never silently short: an end
 //! of file met inside the device is EIO, for the table promised those bytes and somebody truncated
 //! the file. Direct files accept any alignment: what does not fit goes through `blocking`, which
-//! reads, modifies and writes whole blocks under a range lock.
+//! reads, modifies and writes whole blocks under a range lock. Once a sync has failed, all later ones do
+//! (`durability`).
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Deref;
@@ -20,6 +21,7 @@ use rustix::io::{Errno as Os, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::Errno;
 use crate::buffer::{ALIGNMENT, Buffer};
+use crate::durability::{Durability, Syncing};
 use crate::errno::{EAGAIN, EIO, EOPNOTSUPP};
 use crate::memory::Slice;
 use crate::range_lock::{RangeGuard, RangeLock};
@@ -92,6 +94,7 @@ pub struct File {
     memory_alignment: u64,
     blocks: Arc<RangeLock>,
     busy: AtomicUsize,
+    durability: Durability,
 }
 
 /// Counts as one of the file's operations that storage has not answered, until it is dropped.
@@ -153,6 +156,7 @@ impl File {
             memory_alignment,
             blocks: Arc::default(),
             busy: AtomicUsize::new(0),
+            durability: Durability::default(),
         })
     }
 
@@ -191,6 +195,30 @@ impl File {
     /// Operations that storage has not answered; not those that are tried at once.
     pub fn in_flight(&self) -> usize {
         self.busy.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn durability(&self) -> &Durability {
+        &self.durability
+    }
+
+    /// The errno of the sync that failed: from then on all fail, for what was written before may be lost.
+    pub fn sync_error(&self) -> Option<Errno> {
+        self.durability.error()
+    }
+
+    /// A sync has failed, here or in a former process that had the same open file description; or what was written to
+    /// this file is lost for another reason.
+    pub fn fail_syncs(&self, errno: Errno) {
+        self.durability.fail(errno);
+    }
+
+    /// A sync has failed, and whoever must remember that has not been told yet (`set_failure_reported`).
+    pub fn has_unreported_failure(&self) -> bool {
+        self.durability.is_unreported()
+    }
+
+    pub fn set_failure_reported(&self) {
+        self.durability.set_reported();
     }
 
     /// Bytes, now.
@@ -289,7 +317,32 @@ impl File {
 
     /// Writes all of `from`; `durable` as if followed by fdatasync.
     pub fn write(&self, offset: u64, from: Slice, durable: bool) -> Result<(), Errno> {
-        let flags = if durable { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
+        if !durable {
+            return self.write_with(offset, from, ReadWriteFlags::empty());
+        }
+        if let Some(errno) = self.sync_error() {
+            return Err(errno);
+        }
+        let syncing = Syncing::new(self);
+        if let Err(errno) = self.write_with(offset, from, ReadWriteFlags::DSYNC) {
+            self.examine(offset, from, errno, syncing);
+            return Err(errno);
+        }
+        self.sync_error().map_or(Ok(()), Err)
+    }
+
+    /// A durable write has failed: finds out whether the write or the sync in it has, by writing once more without a
+    /// sync. What storage takes now it took then, too.
+    pub fn examine<F: Deref<Target = File>>(&self, offset: u64, from: Slice, errno: Errno, _syncing: Syncing<F>) {
+        match self.write_with(offset, from, ReadWriteFlags::empty()) {
+            // A direct write meets the device itself, and a cached one only space and limits. Where a cached one has
+            // met an error of the device, the pages of others may be lost with it.
+            Err(again) if self.direct || again == errno && errno != EIO => {}
+            _ => self.fail_syncs(errno),
+        }
+    }
+
+    fn write_with(&self, offset: u64, from: Slice, flags: ReadWriteFlags) -> Result<(), Errno> {
         if self.fits(offset, from) {
             let _shared = self.direct.then(|| self.blocks.lock(offset, offset + from.len() as u64, false));
             return self.write_whole(offset, from, flags);
@@ -391,15 +444,25 @@ impl File {
         pwritev2(&self.fd, &[IoSlice::new(bytes)], offset, flags)
     }
 
-    /// fdatasync.
+    /// fdatasync. Fails for ever once it has failed, or a durable write's sync.
     pub fn sync(&self) -> Result<(), Errno> {
+        if let Some(errno) = self.sync_error() {
+            return Err(errno);
+        }
+        let syncing = Syncing::new(self);
         loop {
             match fdatasync(&self.fd) {
-                Ok(()) => return Ok(()),
+                Ok(()) => break,
                 Err(Os::INTR) => {}
-                Err(error) => return Err(error.raw_os_error()),
+                Err(error) => {
+                    self.fail_syncs(error.raw_os_error());
+                    break;
+                }
             }
         }
+        drop(syncing);
+        self.durability.wait_for_others();
+        self.sync_error().map_or(Ok(()), Err)
     }
 
     /// Gives the range's blocks back. A hint: where holes cannot be punched it does nothing.

@@ -6,6 +6,7 @@
 //! No thread is started here and nothing here knows of devices or requests. Errors are errnos.
 
 mod buffer;
+mod durability;
 mod file;
 mod fork;
 mod memory;
@@ -14,6 +15,7 @@ mod region;
 mod ring;
 
 pub use buffer::{Buffer, BufferPool};
+pub use durability::Syncing;
 pub use file::{Busy, File, FileError, Inline, InlinePolicy, Stretch};
 pub use fork::Process;
 pub use memory::Slice;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use blkloom_io::{Buffer, File, FileError, Inline, InlinePolicy, Slice, Stretch};
+use blkloom_io::{Buffer, File, FileError, Inline, InlinePolicy, Slice, Stretch, Syncing};
 use proptest::prelude::*;
 
 const EIO: i32 = 5;
@@ -368,5 +368,38 @@ fn only_files_and_block_devices_are_files() {
     for path in ["/dev/null", "/"] {
         let fd = std::fs::File::open(path).unwrap();
         assert!(matches!(File::new(fd.into(), false, false, path.into()), Err(FileError::NotAFile)), "{path}");
+    }
+}
+
+#[test]
+fn a_failed_sync_fails_all_that_follow_with_its_errno() {
+    let temporary = Temporary::new(4096);
+    let file = temporary.buffered();
+    file.sync().unwrap();
+    file.write(0, slice(&[1; 512]), true).unwrap();
+    file.fail_syncs(EIO);
+    file.fail_syncs(EOPNOTSUPP);
+    assert!(file.has_unreported_failure());
+    file.set_failure_reported();
+    assert!(!file.has_unreported_failure());
+    assert_eq!(file.sync(), Err(EIO));
+    assert_eq!(file.write(0, slice(&[2; 512]), true), Err(EIO));
+    file.write(512, slice(&[3; 512]), false).unwrap();
+    assert_eq!(read(&file, 0, 1024).unwrap(), [[1; 512], [3; 512]].concat());
+}
+
+#[test]
+fn a_sync_counts_only_when_those_beside_it_have_ended() {
+    let temporary = Temporary::new(4096);
+    for _ in 0..100 {
+        let file = temporary.buffered();
+        let beside = Syncing::new(&file);
+        std::thread::scope(|scope| {
+            let syncing = scope.spawn(|| file.sync());
+            std::thread::yield_now();
+            file.fail_syncs(EIO); // which the kernel told the other one alone
+            drop(beside);
+            assert_eq!(syncing.join().unwrap(), Err(EIO));
+        });
     }
 }

@@ -71,6 +71,11 @@ impl Fault {
     }
 
     #[getter]
+    fn sync_failed(&self) -> bool {
+        self.with(|fault| fault.sync_failed)
+    }
+
+    #[getter]
     fn again(&self) -> bool {
         self.with(|fault| fault.again)
     }

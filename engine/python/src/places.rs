@@ -91,6 +91,28 @@ impl File {
     fn in_flight(&self) -> usize {
         self.0.in_flight()
     }
+
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.sync()).map_err(|errno| os_error(errno, &format!("{}: fdatasync", self.0.label())))
+    }
+
+    #[getter]
+    fn sync_error(&self) -> i32 {
+        self.0.sync_error().unwrap_or(0)
+    }
+
+    fn fail_syncs(&self, errno: i32) {
+        self.0.fail_syncs(if errno > 0 { errno } else { blkloom_io::errno::EIO });
+    }
+
+    #[getter]
+    fn has_unreported_failure(&self) -> bool {
+        self.0.has_unreported_failure()
+    }
+
+    fn set_failure_reported(&self) {
+        self.0.set_failure_reported();
+    }
 }
 
 #[pyclass(frozen, module = "blkloom._engine")]

@@ -48,7 +48,8 @@ def blkloom(context: click.Context, run_dir: str | None, verbose: int, quiet: bo
     something failed. `blkloom VERB --help` tells more of each.
 
     Exit status of serve: 0 success, 64 usage, 65 a bad table, 66 a backing file that cannot be used,
-    69 a socket that cannot be listened on, 71 the system lacks something, 75 a backing file in use.
+    69 a socket that cannot be listened on, 71 the system lacks something, 74 data that was written may
+    be lost, 75 a backing file in use.
     """
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     if context.invoked_subcommand != "supervisor":  # its log goes to the journal where there is one

@@ -10,9 +10,9 @@ and are counted in its `fds`. Two conversations use it:
 Either side greets with `Hello` first. Who gets a `Request` sends exactly one `Reply` or `Failure` with
 its `id`, in any order. While a request is open the one who serves it may send `OpenFile` ("open this
 file with your rights", answered by `Opened` or `OpenRefused`). A worker may at any time send `Keep`,
-`Drop` and `Happened`; they are not answered, and what a worker sent before a `Reply` is acted on before.
-Unknown fields are ignored (a newer peer may add some). A request with an unknown verb, or with a value that is
-none or out of range, gets a `Failure`, and the conversation goes on.
+`Drop` and `Happened`; they are not answered, and what a worker sent before a `Reply` is acted on before. `SyncFailed`
+is answered with `Noted`. Unknown fields are ignored (a newer peer may add some). A request with an unknown verb, or
+with a value that is none or out of range, gets a `Failure`, and the conversation goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from blkloom.control.states import DeviceState, ExportState, Label, Loaded, LoopNotes, Number
+from blkloom.control.states import DeviceState, ExportState, FailedSync, Label, Loaded, LoopNotes, Number
 
 PROTOCOL: Final = 1
 """Grows when an old peer would misunderstand a new one."""
@@ -531,9 +531,25 @@ class Happened(_Message, tag="happened"):
     connections: int
     event: int
     opened: bool = False
+    failed_syncs: list[FailedSync] = []
+    """All there are."""
+
+
+class SyncFailed(_Message, tag="sync_failed"):
+    """Remember these, all that the device has, and answer with `Noted`: until then no client is told."""
+
+    id: int
+    minor: int
+    failed_syncs: list[FailedSync]
+
+
+class Noted(_Message, tag="noted"):
+    """A worker that takes the place of the one which said `SyncFailed` will know of it."""
+
+    id: int
 
 
 FromClient = ClientRequest | Opened | OpenRefused | Hello
 ToClient = Hello | Reply | Failure | OpenFile
-ToWorker = Hello | WorkerRequest | Opened | OpenRefused
-FromWorker = Hello | Reply | Failure | OpenFile | Keep | Drop | Happened
+ToWorker = Hello | WorkerRequest | Opened | OpenRefused | Noted
+FromWorker = Hello | Reply | Failure | OpenFile | Keep | Drop | Happened | SyncFailed

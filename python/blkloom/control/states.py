@@ -32,6 +32,15 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
     key: str
 
 
+class FailedSync(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that could not be synced through the descriptor of that label, and the errno: what was written through it
+    may be lost, and every flush fails until its load has gone.
+    """
+
+    label: Label
+    errno: int
+
+
 class Loaded(_Value):
     """A table in a slot. load: a number no other load of this run directory has had. read_only: so is the device for
     as long as this table is live, and only so long. whole: see `Target.whole`.
@@ -109,6 +118,7 @@ class DeviceState(_Value):
     opened: bool = False
     """It has had a user."""
     loop: LoopNotes | None = None
+    failed_syncs: list[FailedSync] = []
 
 
 class OpenedFile(_Value):
@@ -155,5 +165,9 @@ class DeviceInfo(_Value):
     """What it stands on: `blkloom:NAME` and paths."""
     holders: list[str] = []
     """Devices that stand on it."""
+    sync_errors: list[str] = []
+    """`<path> had failed: <why>` of each file that could not be synced, here or below; flushes fail until it is opened
+    anew.
+    """
     autoclear: bool = False
     loop: LoopNotes | None = None

@@ -12,19 +12,20 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 from blkloom import _engine
 from blkloom.device.async_device import AsyncDevice
 from blkloom.device.at_exit import close_at_exit, forget
-from blkloom.device.compose import LoadedTable, compose
+from blkloom.device.compose import LoadedTable, Owner, compose
 from blkloom.device.mapper import Mapper
 from blkloom.device.raw_io import RawDevice
-from blkloom.errors import DrainError, UsageError
+from blkloom.errors import DrainError, LostData, UsageError
 from blkloom.forked import OwnProcess, ProcessLock
 from blkloom.table import Table
 from blkloom.target.base import Mapped
@@ -35,6 +36,11 @@ from blkloom.target.opening import Opening
 from blkloom.units import Sectors
 
 _log = logging.getLogger(__name__)
+
+_LOST: Final = (
+    "what was written may be lost, and every flush fails until the file is opened anew "
+    "(load the table again and resume, or remove the device and create it)"
+)
 
 
 class Device(_engine.Device):
@@ -78,6 +84,7 @@ class Device(_engine.Device):
         device_folder: str = "",
         held: HeldFiles | None = None,
         on_event: Callable[[str], None] = lambda _what: None,
+        on_sync_failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Loads `table` and goes live; without one the device starts suspended and empty.
 
@@ -88,7 +95,8 @@ class Device(_engine.Device):
         shared: claim no files; others may change them at the same time.
         devices: the devices that `blkloom:NAME` in tables may name. device_folder: paths in it name
         them too. held: where its files are kept, None for a place of its own. on_event: told, on
-        whatever thread, what a target has its users know.
+        whatever thread, what a target has its users know. on_sync_failed: a file could not be synced, and the one who
+        has descriptors kept was told; the flush that met it fails when this returns. On the mapper's thread, mostly.
         Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
         """
         self.read_only = self._read_only = read_only
@@ -106,6 +114,7 @@ class Device(_engine.Device):
         self._closed = False
         self._held = held if held is not None else HeldFiles()
         self._on_event = on_event
+        self._on_sync_failed = on_sync_failed
         self._owner_numbers = itertools.count()
         self._active: LoadedTable | None = None
         self._inactive: LoadedTable | None = None
@@ -222,6 +231,7 @@ class Device(_engine.Device):
             for owner in self._active.owners.values() if self._active else ():
                 self._mapper.ask(owner.target.postsuspend)
         except BaseException:
+            self.note_failed_syncs()
             self._go_live()
             raise
 
@@ -229,12 +239,15 @@ class Device(_engine.Device):
         """Tells the targets, and lets requests in. Raises what they raise; it stays suspended then."""
         loaded = self._active
         if loaded and self.suspended:
-            for number, owner in list(loaded.owners.items()):
-                mapped = self._mapper.ask(owner.target.preresume)
-                if mapped is not None:
-                    loaded.remap(number, mapped)
-                    super().swap(loaded.map)
-            self._mapper.ask(loaded.ask_contexts)
+            try:
+                for number, owner in list(loaded.owners.items()):
+                    mapped = self._mapper.ask(owner.target.preresume)
+                    if mapped is not None:
+                        loaded.remap(number, mapped)
+                        super().swap(loaded.map)
+                self._mapper.ask(loaded.ask_contexts)
+            finally:
+                self.note_failed_syncs()
         super().resume()
 
     def resume(self, *, flush: bool = True, timeout: float | None = None, swap: bool = True) -> None:
@@ -263,13 +276,18 @@ class Device(_engine.Device):
         the handler that runs.
         """
         with self._control:
-            owners = list(self._active.owners.values()) if self._active else []
+            owners = list(self._active.owners.items()) if self._active else []
             segments = self._active.table.segments if self._active else ()
-            texts = [self._mapper.ask(owner.target.status) for owner in owners]
+            texts = [self._mapper.ask(partial(self._status, number, owner)) for number, owner in owners]
         return [
             (segment.start, segment.length, segment.target.name, text)
             for segment, text in zip(segments, texts, strict=True)
         ]
+
+    def _status(self, number: int, owner: Owner) -> str:
+        text = owner.target.status()
+        error = self._active.opening.sync_error(number) if self._active else 0
+        return f"{text} sync_failed={errno.errorcode.get(error, error)}".lstrip() if error else text
 
     def message(self, sector: Sectors, words: list[str]) -> str | None:
         """Gives a message to the target whose segment holds `sector` (sectors). Its answer, or None.
@@ -328,6 +346,7 @@ class Device(_engine.Device):
         self.read_only = new.read_only
         if old:
             self._mapper.retire(old)
+            self.note_failed_syncs()
 
     def remap(
         self, owner: int, mapped: Mapped, *, drained: Callable[[], None] = lambda: None, timeout: float | None = None
@@ -359,6 +378,62 @@ class Device(_engine.Device):
                 if live:
                     super().resume()
 
+    # Syncs that failed
+
+    @property
+    def sync_errors(self) -> dict[str, int]:
+        """Files that could not be synced since they were opened for the active table, here and below, and the errno:
+        what was written to them may be lost, and every flush fails.
+        """
+        found: dict[str, int] = {}
+        for device in (self, *self.all_below()):
+            for file in device._active.opening.written() if device._active else ():
+                if file.sync_error:
+                    found.setdefault(file.label, file.sync_error)
+        return found
+
+    @property
+    def sync_error(self) -> int:
+        """An errno of `sync_errors`; 0 where there are none."""
+        return next(iter(self.sync_errors.values()), 0)
+
+    def note_failed_syncs(self) -> None:
+        """Has those that nobody knows of remembered, here and below, and says so; does nothing where there are none."""
+        for device in (*self.all_below(), self):
+            if any(file.has_unreported_failure for file in device._written()):
+                device._mapper.ask(device._note_failed_syncs)
+
+    def _note_failed_syncs(self) -> None:
+        """In the mapper's turn, which makes this one at a time."""
+        tables = self._tables()
+        for loaded in tables:
+            for owner in loaded.owners.values():
+                self._mapper.try_tell(owner, owner.target.sync_failed)
+        failed = [file for file in self._written() if file.has_unreported_failure]
+        for file in failed:
+            why = os.strerror(file.sync_error)
+            _log.error("device %r: %s: a sync failed: %s; %s", self.name, file.label, why, _LOST)
+        for loaded in tables:
+            loaded.opening.keep_failures()
+        if failed:
+            self._on_sync_failed()
+        for file in failed:
+            file.set_failure_reported()
+
+    def _tables(self) -> list[LoadedTable]:
+        return [loaded for loaded in (self._active, self._inactive) if loaded]
+
+    def _written(self) -> list[_engine.File]:
+        return [file for loaded in self._tables() for file in loaded.opening.written()]
+
+    def _lost(self) -> LostData | None:
+        """What to say at the end."""
+        if not (errors := self.sync_errors):
+            return None
+        texts = [f"a sync of {path} had failed: {os.strerror(number)}" for path, number in errors.items()]
+        what = f"data written to device {self.name!r} may be lost" if self.name else "data that was written may be lost"
+        return LostData(f"{what}: {'; '.join(texts)}", cure="check what is there", errno=self.sync_error)
+
     def tell(self, what: str) -> None:
         """An event of the device: to the log, and to whoever made it."""
         _log.warning("device %r: %s", self.name, what)
@@ -373,7 +448,7 @@ class Device(_engine.Device):
         ends the mapper thread. I/O after that fails with ESHUTDOWN. Does no harm twice, and nothing at all in a fork
         of the process that made the device.
 
-        Raises OSError if the last flush failed, TimeoutError if requests did not end in time; the
+        Raises OSError if the last flush failed, or one before it, TimeoutError if requests did not end in time; the
         device is closed even so.
         """
         if not self._process.is_current:
@@ -385,11 +460,7 @@ class Device(_engine.Device):
                 return
             self._closed = True
             try:
-                if not self.suspended:
-                    self.fail_held()  # here they would wait for a resume that does not come
-                    super().suspend(flush=flush, timeout=self._fault_timeout)
-                    for owner in self._active.owners.values() if self._active and flush else ():
-                        self._mapper.ask(owner.target.postsuspend)
+                self._finish(flush=flush)
             except TimeoutError as error:
                 what = f"device {self.name!r} closed with requests not ended after {self._fault_timeout:g} s"
                 raise self.stuck(what) from error
@@ -401,6 +472,22 @@ class Device(_engine.Device):
                 if self._owns_engine:
                     self.engine.close()
                 forget(self)
+
+    def _finish(self, *, flush: bool) -> None:
+        """The last that is done with its targets. Raises OSError if something was not written."""
+        failure: OSError | None = None
+        if not self.suspended:
+            self.fail_held()  # here they would wait for a resume that does not come
+            try:
+                super().suspend(flush=flush, timeout=self._fault_timeout)
+                for owner in self._active.owners.values() if self._active and flush else ():
+                    self._mapper.ask(owner.target.postsuspend)
+            except OSError as error:
+                failure = error
+        if flush and not isinstance(failure, TimeoutError) and (lost := self._lost()):
+            raise lost from failure
+        if failure:
+            raise failure
 
     def _check_open(self) -> None:
         if self._closed:

@@ -16,13 +16,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from blkloom import _engine
 from blkloom.device.compose import LoadedTable, Owner
 from blkloom.errors import FaultError, LaterError
 from blkloom.target.base import RETRY, Target
 from blkloom.units import Bytes
+
+if TYPE_CHECKING:
+    from blkloom.device.device import Device
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -40,7 +43,7 @@ class Mapper:
     refers to the device, so that a closed one is freed at once.
     """
 
-    def __init__(self, device: _engine.Device) -> None:
+    def __init__(self, device: Device) -> None:
         self._name = device.name
         self._turn = threading.Lock()
         self._tables: list[LoadedTable] = []
@@ -73,9 +76,18 @@ class Mapper:
                 loaded.close()
 
     def ask(self, question: Callable[[], _T]) -> _T:
-        """Asks a target something between two batches of faults."""
+        """Asks a target something between two batches of faults; from a handler at once."""
+        if self.is_current_thread():
+            return question()
         with self._turn:
             return question()
+
+    def try_tell(self, owner: Owner, tell: Callable[[], None]) -> None:
+        """Tells a target something. What it raises is logged. In `ask`."""
+        try:
+            tell()
+        except Exception:
+            _log.exception("device %r: target %s", self._name, owner.target.name)
 
     def ended(self, timeout: float) -> bool:
         """Waits for the thread after the device was closed; whether it has ended (and closed all)."""
@@ -89,14 +101,14 @@ class Mapper:
         """Whether the caller is a fault handler."""
         return threading.current_thread() is self._thread
 
-    def _run(self, device: _engine.Device) -> None:
+    def _run(self, device: Device) -> None:
         try:
             while self._answer_next(device):
                 pass
         finally:
             self._close_tables()
 
-    def _answer_next(self, device: _engine.Device) -> bool:
+    def _answer_next(self, device: Device) -> bool:
         """Waits for a batch and answers it; False once the device has closed."""
         faults: list[_engine.Fault] | None = []
         try:
@@ -110,7 +122,7 @@ class Mapper:
             _log.error("device %r: out of memory while answering faults", self._name)
         return faults is not None
 
-    def _until_retry(self, device: _engine.Device) -> float | None:
+    def _until_retry(self, device: Device) -> float | None:
         """Has what waits asked for again when it is time; seconds until it is, None while nothing waits."""
         if not device.held:
             self._retry_at = None
@@ -129,8 +141,14 @@ class Mapper:
             while self._tables:
                 self._tables.pop().close()
 
-    def _answer_all(self, device: _engine.Device, faults: list[_engine.Fault]) -> None:
+    def _answer_all(self, device: Device, faults: list[_engine.Fault]) -> None:
         """Flushes last: they then cover the batch's other requests too, and share a call a target."""
+        if any(fault.sync_failed for fault in faults):
+            device.note_failed_syncs()
+            for fault in faults:
+                if fault.sync_failed:
+                    fault.fail(errno.EIO)  # its own errno counts
+            faults = [fault for fault in faults if not fault.sync_failed]
         self._announce(faults)
         flushes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
         for fault in faults:
@@ -156,7 +174,7 @@ class Mapper:
             except BaseException as error:  # it will come again, as the answer to one of them
                 self._errno_of(error, owner, waiting[0])
 
-    def _answer(self, device: _engine.Device, faults: list[_engine.Fault]) -> None:
+    def _answer(self, device: Device, faults: list[_engine.Fault]) -> None:
         """Answers one fault, or flushes of one target with one call."""
         first = faults[0]
         owner = self._owners.get(first.owner)
@@ -176,6 +194,7 @@ class Mapper:
             else:
                 _ask(owner, first)
         except LaterError as error:
+            device.note_failed_syncs()
             first_of_all = not (first.again or device.held)
             for fault in faults:
                 fault.hold(error.errno or errno.EIO)
@@ -183,6 +202,7 @@ class Mapper:
                 self._say_that_it_waits(error, owner, first)
         except BaseException as error:  # not even SystemExit from a target may end the thread
             number = self._errno_of(error, owner, first)
+            device.note_failed_syncs()
             for fault in faults:
                 fault.fail(number)
 

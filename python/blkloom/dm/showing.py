@@ -22,6 +22,8 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
     yield f"State:             {state}"
     if info.reason:
         yield f"Reason:            {info.reason}"
+    for failed in info.sync_errors:
+        yield f"Lost data:         a sync of {failed}"
     yield f"Tables present:    {tables or 'None'}"
     yield f"Open count:        {info.open_count}"
     yield f"Event number:      {info.event}"

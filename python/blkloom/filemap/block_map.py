@@ -9,7 +9,6 @@ file later sees what was written below it. One thread at a time, but for `given_
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Self
 
@@ -57,9 +56,13 @@ class BlockMap:
         keep_writers_out: bool,
     ) -> Self:
         """Raises Unsound, OSError."""
+        if file.sync_error:
+            raise Unsound(
+                "a sync of it has failed, so its blocks may not hold what was written", "load the table again"
+            )
         leave = leases.take(file.fileno(), file.label, stopped, given_up, keep_writers_out=keep_writers_out)
         try:
-            if not page_cache.empty(file.fileno()):
+            if not page_cache.empty(file):
                 raise Unsound(
                     "somebody holds pages of it in memory, which would not change with it",
                     "end who reads it (a pipe or socket may have what he read)",
@@ -107,15 +110,15 @@ class BlockMap:
         empty. What fails there is logged: the file has to be let go even so.
         """
         try:
-            os.fdatasync(self.disk.fileno())
-            page_cache.drop(self._file.fileno())
+            self.disk.sync()
+            page_cache.drop(self._file)
         except OSError as error:
             _log.error("%s: syncing: %s", self._file.label, error)
 
     def close(self, *, changed: bool) -> None:
         """Lets go of the file; nothing may be in flight. changed: whether it may have been written to."""
         try:
-            page_cache.drop(self._file.fileno())
+            page_cache.drop(self._file)
         finally:
             self._leave(changed)
 

@@ -14,6 +14,8 @@ import os
 import time
 from typing import Final
 
+from blkloom._engine import File
+
 _CACHESTAT: Final = 451
 """The same on every architecture; since Linux 6.5."""
 _CHUNK: Final = 1 << 30
@@ -32,19 +34,25 @@ class _Counts(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently"))
 
 
-def drop(fd: int) -> None:
+def drop(file: File) -> None:
     """Has the file's pages written and forgotten, but for those that somebody holds. Raises OSError."""
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if not file.sync_error:  # otherwise what could not be written is clean, and has to go
+        file.sync()
+    forget(file)
 
 
-def empty(fd: int) -> bool:
+def forget(file: File) -> None:
+    """Drops the pages that need not be written."""
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def empty(file: File) -> bool:
     """Drops the file's pages; whether all of them have gone. Raises OSError."""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
-        drop(fd)
-        if not cached(fd):
+        drop(file)
+        if not cached(file.fileno()):
             return True
     return False
 

@@ -20,6 +20,7 @@ from blkloom.qcow2.watched import WatchedStorage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from blkloom._engine import File
     from blkloom.qcow2.attachment import Asks
     from blkloom.qcow2.chain import Chain
     from blkloom.qcow2.errors import CorruptImage
@@ -47,9 +48,9 @@ class Attendant:
         self._chain: Chain | None = None
         self._wanted_check = False
 
-    def storage(self, fd: int, path: str, role: Role) -> WatchedStorage:
+    def storage(self, file: File, path: str, role: Role) -> WatchedStorage:
         """As `chain.StorageOf`."""
-        return WatchedStorage(fd, path, role, self.troubles, self._injection)
+        return WatchedStorage(file, path, role, self.troubles, self._injection)
 
     def attend(self, chain: Chain | None) -> None:
         """These are the images from now on; None: they are let go of."""

@@ -60,13 +60,13 @@ class Files(Protocol):
         """As `Opening.warn`."""
 
 
-StorageOf = Callable[[int, str, Role], FileStorage]
-"""Makes the storage of a file open as a descriptor, whose path that is, for one role of it."""
+StorageOf = Callable[["File", str, Role], FileStorage]
+"""Makes the storage of an open file, whose path that is, for one role of it."""
 
 
-def plain(fd: int, path: str, role: Role) -> FileStorage:
+def plain(file: File, path: str, role: Role) -> FileStorage:
     """The same for every role."""
-    return FileStorage(fd, path)
+    return FileStorage(file.fileno(), path, file)
 
 
 class Chain:
@@ -256,7 +256,7 @@ class _Opener:
             data_storage = self._storage(data_path, writable=writable, what="data file", role="data")
             self.files.warn(f"{path}: its data is in the external file {data_path}")
         else:
-            data_storage = self.storage(storage.fd, path, "data")
+            data_storage = self.storage(self._open(path, writable=writable), path, "data")
         chosen = find_snapshot(read_snapshots(storage, header), snapshot, path=path) if snapshot else None
         image = Image.open(storage, writable=writable, data_storage=data_storage, header=header, snapshot=chosen)
         return ImageLayer(number, image), self._data(data_path, writable=writable, unit=image.geometry.unit)
@@ -278,7 +278,7 @@ class _Opener:
                 path=named_by,
                 cure="qcow2 and raw are known; convert it with qemu-img",
             )
-        storage = self.storage(self._open(path, writable=False).fileno(), path, "data")
+        storage = self.storage(self._open(path, writable=False), path, "data")
         form = "qcow2" if storage.read(HostOffset(0), 4) == MAGIC else "raw"
         self.files.warn(
             f"{named_by} does not say which format its backing file {path} has; it looks like {form} "
@@ -299,7 +299,7 @@ class _Opener:
                 errno=errno.ELOOP,
             )
         self.seen[identity] = path
-        return self.storage(file.fileno(), path, role)
+        return self.storage(file, path, role)
 
     def _open(self, path: str, *, writable: bool) -> File:
         return self.files.file(path, read_only=not writable, direct_io=False, claimed=self.claimed, exclusive=writable)

@@ -11,9 +11,12 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from blkloom.qcow2.types import HostOffset
+
+if TYPE_CHECKING:
+    from blkloom._engine import File
 
 _UNABLE: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY}
 """What a file system says that cannot punch holes, or reserve space."""
@@ -78,11 +81,14 @@ class Storage(Protocol):
 
 
 class FileStorage:
-    """The file open as `fd`, which stays the caller's. `fd` must not be O_DIRECT."""
+    """The file open as `fd`, which stays the caller's. `fd` must not be O_DIRECT. file: which has that descriptor, and
+    must know when a sync of it fails; None where nothing else uses it.
+    """
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, file: File | None = None) -> None:
         self._fd = fd
         self._path = path
+        self._file = file
         self._has_holes = True
         """Nobody has said otherwise."""
         self._pages: memoryview | None = None
@@ -135,7 +141,10 @@ class FileStorage:
 
     def sync(self) -> None:
         """See `Storage.sync`."""
-        os.fdatasync(self._fd)
+        if self._file:
+            self._file.sync()
+        else:
+            os.fdatasync(self._fd)
 
     def zero(self, offset: HostOffset, length: int) -> None:
         """See `Storage.zero`."""

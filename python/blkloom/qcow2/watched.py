@@ -6,6 +6,7 @@ errors are those of `FileStorage`; what failed is raised on.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ from typing_extensions import override
 from blkloom.qcow2.storage import FileStorage, Role
 
 if TYPE_CHECKING:
+    from blkloom._engine import File
     from blkloom.qcow2.injection import Injected, Injection
     from blkloom.qcow2.troubles import Kind, Troubles
     from blkloom.qcow2.types import HostOffset
@@ -30,10 +32,11 @@ _WRITES: Final[dict[Role, tuple[Kind, Injected]]] = {
 
 
 class WatchedStorage(FileStorage):
-    """The file open as `fd`, for one role of it. injection: None where nothing is ever made to fail."""
+    """`file`, for one role of it. injection: None where nothing is ever made to fail."""
 
-    def __init__(self, fd: int, path: str, role: Role, troubles: Troubles, injection: Injection | None) -> None:
-        super().__init__(fd, path)
+    def __init__(self, file: File, path: str, role: Role, troubles: Troubles, injection: Injection | None) -> None:
+        super().__init__(file.fileno(), path, file)
+        self._opened = file
         self._reads = _READS[role]
         self._writes = _WRITES[role]
         self._troubles = troubles
@@ -75,8 +78,12 @@ class WatchedStorage(FileStorage):
     @override
     def sync(self) -> None:
         try:
-            if self._injection:
-                self._injection.meet("syncs", self.path)
+            try:
+                if self._injection:
+                    self._injection.meet("syncs", self.path)
+            except OSError as error:
+                self._opened.fail_syncs(error.errno or errno.EIO)
+                raise
             super().sync()
         except OSError as error:
             self._troubles.note("sync", error, self.path)

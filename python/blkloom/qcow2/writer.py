@@ -88,13 +88,13 @@ class Writer:
         image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. relocation: how to
         copy clusters quickly, if there is a way. sync_data: makes guest data durable, if it is in another file.
         reserve, secure: see `Allocator`.
-        broke: the image was found corrupt; from then on all units are `guarded`, and the engine should know.
+        broke: the image is `broken`; from then on all units are `guarded`, and the engine should know.
         """
         assert image.writable, "it was opened so"
         self._image = image
         self._options = options or Options()
-        self.broken: CorruptImage | None = None
-        """Why nothing is written any more."""
+        self.broken: OSError | None = None
+        """Why nothing is written any more: the image is corrupt, or a sync of it failed."""
         self._changed = False
         """Something may have to be written."""
         self._said_so = False
@@ -202,7 +202,7 @@ class Writer:
             with self._finding_corruption():
                 self._write_back.write_back()
         elif self._write_back.dirty:
-            raise FaultError(errno.EIO, f"what was written before the image was found corrupt is lost: {self.broken}")
+            raise FaultError(errno.EIO, f"what was not flushed before is lost: {self.broken}")
 
     def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
         """Of `count` units from `first` on, those that the engine may not write to by itself, though they are the
@@ -252,6 +252,16 @@ class Writer:
             if self._broke:
                 self._broke()
 
+    def fail(self, error: OSError) -> None:
+        """A sync of one of its files failed. What was written before may be lost, tables may lead to it, and what is on
+        disk now is not known any more: only reads from now on. The image is not marked, for nothing that would be
+        written could be relied on.
+        """
+        if self.broken is None:
+            self.broken = error
+            if self._broke:
+                self._broke()
+
     # below: the beginning and the end
 
     def _attach(self) -> None:
@@ -269,7 +279,7 @@ class Writer:
     @contextmanager
     def _changing(self, offset: int, length: int) -> Iterator[None]:
         if self.broken is not None:
-            raise FaultError(errno.EIO, f"the image is corrupt and only read: {self.broken}")
+            raise FaultError(errno.EIO, f"the image is only read any more: {self.broken}")
         with self._finding_corruption():
             if not self._said_so:
                 self._first_change()

@@ -98,6 +98,7 @@ class Adoption:
         for entry in self._registry:
             save(self._run_dir, entry)
             self._workers.changed(entry)  # a deferred removal may have become due
+        self._workers.complete.set()
 
     async def _adopt(self, found: _Found) -> None:
         group = found.group
@@ -178,6 +179,7 @@ class Adoption:
             autoclear=state.autoclear,
             opened=state.opened,
             loop=state.loop,
+            failed_syncs=state.failed_syncs,
         )
         if written is not None and written.state.name == state.name:
             entry.restarts, entry.deferred = written.restarts, written.deferred

@@ -11,7 +11,8 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -44,6 +45,9 @@ class Heard(Protocol):
     def happened(self, news: m.Happened) -> None:
         """A device's clients or event number changed."""
 
+    async def sync_failed(self, news: m.SyncFailed) -> None:
+        """A worker that takes this one's place will know of it when this returns."""
+
     def gone(self) -> None:
         """The channel has ended."""
 
@@ -59,7 +63,7 @@ class Link:
         self._open: dict[int, tuple[asyncio.Future[Any], Opener | None]] = {}
         self._files: Counter[int] = Counter()
         """Opened for a call so far; their descriptors are stored when it succeeds."""
-        self._opening: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
         self._ended = False
         self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
 
@@ -119,7 +123,7 @@ class Link:
             for answer, _ in self._open.values():
                 if not answer.done():
                     answer.set_exception(self._gone())
-            for task in self._opening:
+            for task in self._answering:
                 task.cancel()
         self._heard.gone()
 
@@ -133,10 +137,10 @@ class Link:
             case m.Happened():
                 self._heard.happened(message)
             case m.OpenFile():
-                task = asyncio.create_task(self._have_opened(message, fds), name=f"open {message.path}")
-                self._opening.add(task)
-                task.add_done_callback(self._opening.discard)
+                self._start(self._have_opened(message, fds), f"open {message.path}")
                 return
+            case m.SyncFailed():
+                self._start(self._note(message), f"failed syncs of {message.minor}")
             case m.Reply() | m.Failure() if message.id in self._open:
                 answer, _ = self._open[message.id]
                 if not answer.done():
@@ -146,6 +150,16 @@ class Link:
                         answer.set_exception(to_exception(message))
         for fd in fds:
             os.close(fd)
+
+    def _start(self, answer: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(answer, name=name)
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _note(self, news: m.SyncFailed) -> None:
+        await self._heard.sync_failed(news)
+        with suppress(ConnectionError):  # the listener notices
+            await self._channel.send(m.Noted(id=news.id))
 
     async def _have_opened(self, asked: m.OpenFile, opened: list[int]) -> None:
         """Owns what rode along."""

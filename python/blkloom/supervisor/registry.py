@@ -7,12 +7,13 @@ numbers are unique, nothing stands on itself, and who stands on a device keeps i
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from blkloom.control.messages import DeviceKey
-from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded, LoopNotes
+from blkloom.control.states import DeviceInfo, DeviceState, ExportState, FailedSync, Loaded, LoopNotes
 from blkloom.dm.names import check_new_name, check_uuid
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
 
@@ -59,6 +60,7 @@ class Entry:
     opened: bool = False
     """It has had a client, or a device on it that is not its partition."""
     loop: LoopNotes | None = None
+    failed_syncs: list[FailedSync] = field(default_factory=list)
 
     @property
     def below(self) -> frozenset[int]:
@@ -89,6 +91,7 @@ class Entry:
             autoclear=self.autoclear,
             opened=self.opened,
             loop=self.loop,
+            failed_syncs=[failed for failed in self.failed_syncs if failed.label.load in self.loads],
         )
 
 
@@ -339,7 +342,18 @@ class Registry:
             holders=[holder.name for holder in self.holders(entry)],
             autoclear=entry.autoclear,
             loop=entry.loop,
+            sync_errors=self.sync_errors(entry),
         )
+
+    def sync_errors(self, entry: Entry) -> list[str]:
+        """Which files could not be synced that its live table stands on, and why."""
+        below = _each_after([entry.minor], lambda minor: self._entries[minor].below_active & self._entries.keys())
+        found: dict[str, str] = {}
+        for lower in (self._entries[minor] for minor in reversed(below)):
+            for failed in lower.failed_syncs:
+                if lower.active is not None and failed.label.load == lower.active.load:
+                    found.setdefault(failed.label.key[2:], os.strerror(failed.errno))
+        return [f"{path} had failed: {why}" for path, why in found.items()]
 
 
 def _count(connections: int) -> str:

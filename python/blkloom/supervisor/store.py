@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -30,7 +31,8 @@ class Store:
         for label in labels:
             kept = self._kept.get(label.device, {})
             if (fd := kept.pop(label, None)) is not None:
-                os.close(fd)
+                with suppress(OSError):  # storage that breaks may say so here, too; it is closed even so
+                    os.close(fd)
             if not kept:
                 self._kept.pop(label.device, None)
 

@@ -25,6 +25,7 @@ from blkloom.errors import (
     BlkloomError,
     DeviceBusy,
     DeviceFailed,
+    LostData,
     NoSuchDevice,
     ResourceError,
     UsageError,
@@ -387,8 +388,10 @@ class Verbs:
         try:
             if group.link is not None and not entry.failed:
                 await group.call(m.Release(minor=entry.minor, fail=fail), wait=None if fail else LEAVE_SECONDS)
+            elif not fail:
+                unwritten = self._lost(entry)
         except WorkerGone:
-            pass
+            unwritten = None if fail else self._lost(entry)
         except BaseException as error:
             if not fail:
                 _log.error("device %r was removed, but not all of it was written", entry.name)
@@ -398,6 +401,13 @@ class Verbs:
             await self._workers.end(group, flush=not fail and unwritten is None)
         if unwritten is not None:
             raise unwritten
+
+    def _lost(self, entry: Entry) -> LostData | None:
+        """What a device without a worker is to be removed with."""
+        if not (errors := self._registry.sync_errors(entry)):
+            return None
+        texts = "; ".join(f"a sync of {error}" for error in errors)
+        return LostData(f"data written to device {entry.name!r} may be lost: {texts}", cure="check what is there")
 
     def _forget(self, entry: Entry, group: Group) -> None:
         for export in entry.exports:

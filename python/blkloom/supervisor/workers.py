@@ -67,6 +67,16 @@ class _Ears:
             entry.connections = news.connections
             entry.opened |= news.opened
             entry.event = max(entry.event, news.event)
+            entry.failed_syncs = news.failed_syncs
+            self._workers.changed(entry)
+
+    async def sync_failed(self, news: m.SyncFailed) -> None:
+        """To the entry and its state file. A worker of a former supervisor may speak before its devices are entered."""
+        if self._workers.registry.get(news.minor) is None:
+            await self._workers.complete.wait()
+        if entry := self._workers.registry.get(news.minor):
+            entry.failed_syncs = news.failed_syncs
+            states.save(self._workers.run_dir, entry)
             self._workers.changed(entry)
 
     def gone(self) -> None:
@@ -91,10 +101,12 @@ class Workers:
         self.groups: dict[str, Group] = {}
         self.resting = False
         """The supervisor ends and its workers stay."""
+        self.complete = asyncio.Event()
+        """All devices that a former supervisor left are in the registry."""
         self.ending = False
         """Everything is on its way out: no worker that dies is replaced."""
         self.hello = m.Hello(pid=os.getpid())
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self._deaths = deaths
         self._forker = Forker(run_dir, self._exited)
 
@@ -137,7 +149,7 @@ class Workers:
         group.leaving = True
         self.groups.pop(group.id, None)
         await group.leave(flush=flush)
-        self._unlink(str(self._run_dir.worker(group.id)))  # a worker that was killed left it
+        self._unlink(str(self.run_dir.worker(group.id)))  # a worker that was killed left it
 
     @asynccontextmanager
     async def locked(self, *entries: Entry) -> AsyncIterator[None]:
@@ -249,7 +261,7 @@ class Workers:
             _log.warning("%s: %s; started again", ", ".join(entry.name for entry in entries), reason)
             for entry in entries:
                 entry.failed = ""
-                states.save(self._run_dir, entry)
+                states.save(self.run_dir, entry)
                 self.changed(entry)
             return
 
@@ -269,7 +281,7 @@ class Workers:
                 self.store.drop([Label(device=minor, load=0, role="listen", key=export.id)])
                 if export.unix:
                     self._unlink(export.unix)
-            states.save(self._run_dir, entry)
+            states.save(self.run_dir, entry)
             self.changed(entry)
 
     def _unlink(self, path: str) -> None:
@@ -325,7 +337,7 @@ class Workers:
         for minor in minors:
             if entry := self.registry.get(minor):
                 entry.group = group
-                states.save(self._run_dir, entry)
+                states.save(self.run_dir, entry)
                 self.changed(entry)
 
     async def _freeze(self, group: Group) -> list[DeviceState]:
@@ -375,7 +387,7 @@ class Workers:
         channel = AsyncChannel(connected, m.FromWorker)
         try:
             async with asyncio.timeout(DESCRIBE_SECONDS):
-                await asyncio.get_running_loop().sock_connect(connected, str(self._run_dir.worker(group.id)))
+                await asyncio.get_running_loop().sock_connect(connected, str(self.run_dir.worker(group.id)))
                 await channel.receive()  # its greeting
         except TimeoutError:
             return f"it accepts no connection within {DESCRIBE_SECONDS:g} s, perhaps for want of descriptors"

@@ -173,6 +173,12 @@ class Target(ABC):
         """Make durable what completed writes left in memory. Concurrent flushes share one call."""
         return
 
+    def sync_failed(self) -> None:
+        """A file of the device could not be synced (`File.sync_error`), and every flush fails from now on. For targets
+        whose files belong together, or that should not go on writing. Must not fail, nor drain the device.
+        """
+        return
+
     def discard(self, offset: Bytes, length: Bytes) -> Retry | None:
         """The range's contents are not needed any more. A hint: targets that write may ignore it."""
         if type(self).write is Target.write:

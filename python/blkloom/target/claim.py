@@ -79,13 +79,20 @@ class Claim:
             except OSError as error:
                 _log.debug("%s: unlocking: %s", self.path, error)  # where locks do not exist
             finally:
-                os.close(fd)
+                self._close(fd)
 
     def abandon(self) -> None:
         """Gives the descriptor up without ending the claim."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        """It is closed even if storage that breaks says so here, too."""
+        try:
             os.close(fd)
+        except OSError as error:
+            _log.error("%s: closing: %s", self.path, error)
 
     @property
     def writable(self) -> bool:

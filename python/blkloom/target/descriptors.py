@@ -45,6 +45,12 @@ class Descriptors(Protocol):
     def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
         """What `open` gave will not be used, but `fd`, which is the same file opened the same way."""
 
+    def sync_error(self, path: str, *, writable: bool, direct: bool) -> int:
+        """The errno of a sync that failed in a former process through what `open` gives; 0: none did."""
+
+    def sync_failed(self, path: str, *, writable: bool, direct: bool, number: int) -> None:
+        """A sync of what `open` gave, or of what is used in place of it, failed with that errno."""
+
     def claimed(self, path: str) -> int | None:
         """The descriptor whose open file description has the device's claim on `path` already."""
 
@@ -76,6 +82,14 @@ class OwnDescriptors:
         return open_file(at, writable=writable, direct=direct)
 
     def instead(self, path: str, *, writable: bool, direct: bool, fd: int) -> None:
+        """Nobody needs to know."""
+        return
+
+    def sync_error(self, path: str, *, writable: bool, direct: bool) -> int:
+        """0: there was no process before this one."""
+        return 0
+
+    def sync_failed(self, path: str, *, writable: bool, direct: bool, number: int) -> None:
         """Nobody needs to know."""
         return
 

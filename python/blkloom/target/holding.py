@@ -13,12 +13,14 @@ import fcntl
 import logging
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from blkloom import open_files
 from blkloom._engine import File
 from blkloom.errors import BackingError
+from blkloom.filemap import page_cache
 from blkloom.filemap.lease import Leases
 from blkloom.target.claim import Claim
 from blkloom.target.descriptors import Descriptors, descriptor_path
@@ -79,11 +81,7 @@ class HeldFiles:
             elif writable and not shared:
                 held.claim.extend(descriptors)
             try:
-                file = held.files.get((writable, direct))
-                if file:  # one open file description is enough, and more would be in the way of a lease
-                    descriptors.instead(path, writable=writable, direct=direct, fd=file.fileno())
-                else:
-                    file = File(fd, writable=writable, direct=direct, label=path)
+                file = self._file(held, fd, path, writable=writable, direct=direct, descriptors=descriptors)
                 if held.claim and held.claim.descriptor >= 0:
                     descriptors.claim(path, held.claim.descriptor)
             except BaseException as error:
@@ -99,12 +97,34 @@ class HeldFiles:
         self._held[identity] = held
         return identity, file
 
+    @staticmethod
+    def _file(held: _Held, fd: int, path: str, *, writable: bool, direct: bool, descriptors: Descriptors) -> File:
+        """That of the device, for one open file description is enough, and more would be in the way of a lease; but one
+        of its own where a sync of that has failed. Raises OSError.
+        """
+        known = held.files.get((writable, direct))
+        error = descriptors.sync_error(path, writable=writable, direct=direct)
+        if known and bool(known.sync_error) == bool(error):
+            descriptors.instead(path, writable=writable, direct=direct, fd=known.fileno())
+            return known
+        file = File(fd, writable=writable, direct=direct, label=path)
+        if error:
+            file.fail_syncs(error)
+            file.set_failure_reported()
+        elif known:  # what was lost is in the page cache still, and would pass for what the file holds
+            page_cache.drop(file)
+        return file
+
     def release(self, identity: Identity) -> None:
         """One use less; the last one gives the file and its claim up."""
         held = self._held[identity]
         held.users -= 1
         if held.users == 0:
             del self._held[identity]
+            for file in held.files.values():
+                if file.sync_error:
+                    with suppress(OSError):  # its file system may have gone
+                        page_cache.forget(file)
             held.files.clear()
             self._end(held)
 

@@ -50,6 +50,13 @@ class LiveSegment:
         if self._device is not None:
             self._device.tell(what)
 
+    def note_failed_syncs(self) -> None:
+        """A target has synced a file of its by itself, and that may have failed. Not from a handler, which the mapper
+        does this for.
+        """
+        if self._device is not None:
+            self._device.note_failed_syncs()
+
     @property
     def held(self) -> int:
         """How many requests of the device wait because a handler raised LaterError."""

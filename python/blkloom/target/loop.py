@@ -153,6 +153,10 @@ class Loop(Target):
         return None
 
     @override
+    def sync_failed(self) -> None:
+        self._loaded.sync_failed()
+
+    @override
     def close(self) -> None:
         if "loaded" in self.__dict__:
             self.__dict__.pop("loaded").close()  # the files go with it at once: the two know each other
@@ -361,8 +365,15 @@ class _Loaded:
             return False  # its table has gone, or is not there yet: `preresume` finds the lease given up
         self._blocks, self._mode = None, "file"
         blocks.settle()
+        self._live.note_failed_syncs()
         self._live.event(f"block map of {self._target.path} given up: {why}; going on in file mode")
         return self._changed()
+
+    def sync_failed(self) -> None:
+        """What was written to the file's blocks by one way is lost by the other, too."""
+        for one, other in ((self._file, self._disk), (self._disk, self._file)):
+            if one and other and one.sync_error:
+                other.fail_syncs(one.sync_error)
 
     def preresume(self) -> Mapped | None:
         """Looks whether the map still holds, or can be had again. None: nothing has changed."""

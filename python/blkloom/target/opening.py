@@ -85,6 +85,7 @@ class Opening:
         self._unreachable: dict[_Way, BackingError] = {}
         self._by_blocks: dict[Identity, bool] = {}
         self._segments: dict[Identity, dict[int, bool]] = {}
+        self._stacked: dict[str, set[int]] = {}
 
     def file(
         self,
@@ -206,6 +207,7 @@ class Opening:
             raise self.refuse("Device lookup failed: no such blkloom device", value=name, cure=f"there are: {known}")
         if self._above is not None and self._above in (device, *device.all_below()):
             raise self.refuse("Device lookup failed: the device would stand on itself", value=name)
+        self._stacked.setdefault(name, set()).add(self.owner)
         if device not in self.below:
             self.below.append(device)
             self.deps.append(STACKED + name)
@@ -316,6 +318,22 @@ class Opening:
     def warn(self, what: str) -> None:
         """Says something about the segment being mapped in the log."""
         _log.warning("%s: %s", self.place, what) if self.place else _log.warning("%s", what)
+
+    def written(self, owner: int | None = None) -> list[File]:
+        """Files that may have been written to: of the target with that number, or of all."""
+        keys = list(self._files) if owner is None else self._asked_by(owner)
+        return list(dict.fromkeys(self._files[key][1] for key in keys if key[1]))
+
+    def keep_failures(self) -> None:
+        """Has the syncs that failed remembered with the descriptors."""
+        for (path, writable, direct, _), (_, file) in list(self._files.items()):
+            if file.sync_error:
+                self._descriptors.sync_failed(path, writable=writable, direct=direct, number=file.sync_error)
+
+    def sync_error(self, owner: int) -> int:
+        """The errno of a sync that failed of what the target with this number stands on; 0 where none has."""
+        below = (device.sync_error for name, device in self._devices.items() if owner in self._stacked.get(name, ()))
+        return next(filter(None, (*(file.sync_error for file in self.written(owner)), *below)), 0)
 
     def close(self) -> None:
         """Gives everything up. Does no harm twice."""

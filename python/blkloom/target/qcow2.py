@@ -132,6 +132,25 @@ class Qcow2(Target):
         return self._attach(chain)
 
     @override
+    def sync_failed(self) -> None:
+        if not (number := self._sync_error):
+            return
+        # A table in one file may lead to data in another, and either may be lost.
+        for file in self._opening.written(self._owner):
+            file.fail_syncs(number)
+        if self._writer:
+            self._writer.fail(self._failed(number))
+
+    @property
+    def _sync_error(self) -> int:
+        """The errno of a sync of a file of the image that failed since they were opened; 0: none."""
+        return next((file.sync_error for file in self._opening.written(self._owner) if file.sync_error), 0)
+
+    def _failed(self, number: int) -> FaultError:
+        what = "a sync of the image failed, and what it holds now is not certain"
+        return FaultError(number, f"{self.path}: {what}; load the table again and resume to open it anew")
+
+    @override
     def postsuspend(self) -> None:
         if self._writer:
             self._write_back(self._writer.close)
@@ -164,7 +183,9 @@ class Qcow2(Target):
         if self.whole:
             self._length = room
         mapped = self._attach(chain)
-        if self._writable:
+        if self._sync_error:
+            self.sync_failed()
+        elif self._writable:
             self._begin_writing(chain)
         return mapped
 
@@ -213,6 +234,7 @@ class Qcow2(Target):
 
     def _begin_writing(self, chain: Chain) -> None:
         """Only what is about to go live may change the file: before, another table may be at it."""
+        from blkloom.qcow2.errors import CorruptImage
         from blkloom.qcow2.writer import Options, Writer
 
         attachment, top = self._attached, chain.top
@@ -224,8 +246,9 @@ class Qcow2(Target):
         def broke() -> None:
             top.writable = False
             attachment.forget()
-            self._attendant.troubles.event("event_CORRUPT")
-            self._live.event("the image is corrupt and only read from now on")
+            if self._writer and isinstance(self._writer.broken, CorruptImage):
+                self._attendant.troubles.event("event_CORRUPT")
+                self._live.event("the image is corrupt and only read from now on")
 
         self._writer = Writer(
             top.image,
@@ -325,7 +348,8 @@ class Qcow2(Target):
 
     @override
     def flush(self) -> None:
-        if self._writer:
+        # A failed sync was told by the engine, which syncs the files first; but not to the last flush of a suspend.
+        if self._writer and not self._sync_error:
             with self._meeting_corruption():
                 self._write_back(self._writer.flush)
 
@@ -421,6 +445,8 @@ class Qcow2(Target):
 
     @property
     def _changing(self) -> Writer:
+        if self._writer is None and (number := self._sync_error):
+            raise self._failed(number)
         if self._writer is None:
             raise FaultError(errno.EROFS, f"{self.path} is attached to be read only")
         return self._writer

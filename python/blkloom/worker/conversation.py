@@ -25,12 +25,15 @@ from blkloom.control.messages import (
     Happened,
     Hello,
     Keep,
+    Noted,
     Opened,
     OpenFile,
     OpenRefused,
     Reply,
+    SyncFailed,
     WorkerRequest,
 )
+from blkloom.control.states import FailedSync
 from blkloom.errors import BackingError
 from blkloom.worker.stock import Ask
 
@@ -155,6 +158,19 @@ class Conversation:
         finally:
             del self._asked[wish.id]
 
+    async def confirm(self, minor: int, failed_syncs: list[FailedSync]) -> None:
+        """The supervisor has noted them when this returns. Raises ConnectionError when it goes."""
+        number = next(self._numbers)
+        noted: asyncio.Future[int] = self._loop.create_future()
+        self._asked[number] = noted
+        try:
+            if self._ended:
+                raise ConnectionResetError(errno.ECONNRESET, "the supervisor has gone")
+            self.post(SyncFailed(id=number, minor=minor, failed_syncs=failed_syncs))
+            await noted
+        finally:
+            del self._asked[number]
+
     def _take(self, message: object, descriptors: list[int]) -> None:
         match message:
             case Hello():
@@ -172,6 +188,8 @@ class Conversation:
                 asked.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             case OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_exception(OSError(message.errno, os.strerror(message.errno)))
+            case Noted() if (asked := self._asked.get(message.id)) and not asked.done():
+                asked.set_result(0)
         _close_all(descriptors)
 
     async def _serve(self, request: WorkerRequest, descriptors: list[int]) -> None:

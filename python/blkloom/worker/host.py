@@ -39,7 +39,7 @@ from blkloom.control.messages import (
     WorkerStatus,
     WorkerSuspend,
 )
-from blkloom.control.states import DeviceState, Label
+from blkloom.control.states import DeviceState, FailedSync, Label
 from blkloom.device.device import Device
 from blkloom.errors import ResourceError, UsageError
 from blkloom.table.places import LinePlaces
@@ -60,17 +60,28 @@ _STORED_AT_ONCE: Final = open_files.WORKER_RESERVE // 2
 Tell = Callable[[Keep | Drop | Happened, Sequence[int]], None]
 """Says something to the supervisor, if there is one; descriptors stay the caller's."""
 
+Confirm = Callable[[int, list[FailedSync]], Awaitable[None]]
+"""Has the failed syncs of a device (its minor number) remembered. Raises TimeoutError."""
+
 
 class Host:
     """Without devices at first. device_folder: where devices have their sockets."""
 
-    def __init__(self, targets: Targets, device_folder: str, tell: Tell, told: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        targets: Targets,
+        device_folder: str,
+        tell: Tell,
+        told: Callable[[], Awaitable[None]],
+        confirm: Confirm,
+    ) -> None:
         """told: returns when what `tell` said has been sent."""
         self.engine = _engine.Engine()
         self.devices: dict[int, HostedDevice] = {}
         self.stock = Stock()
         self.tell = tell
         self.told = told
+        self._confirm = confirm
         self._targets = targets
         self._device_folder = device_folder
         self._by_name: dict[str, Device] = {}
@@ -161,6 +172,9 @@ class Host:
             raise _lost(come, len(call.labels))
         for label in call.labels:
             self.stock.put(label, descriptors.pop(0))
+        for state in call.devices:
+            for failed in state.failed_syncs:
+                self.stock.fail(failed.label, failed.errno)
         known = {state.minor for state in self._held_back}
         self._held_back += [state for state in call.devices if state.minor not in known]
         if call.more:
@@ -200,6 +214,7 @@ class Host:
             device_folder=self._device_folder,
             on_change=self._on_change,
             on_drop=lambda labels: self.tell(Drop(labels=labels), ()),
+            on_sync_failed=self._on_sync_failed,
         )
         self.devices[state.minor] = device
         return device
@@ -227,8 +242,23 @@ class Host:
         changed, self._changed = self._changed, set()
         for minor in sorted(changed):
             if (device := self.devices.get(minor)) and not device.moving:
-                news = Happened(minor=minor, connections=device.connections, event=device.event, opened=device.opened)
+                news = Happened(
+                    minor=minor,
+                    connections=device.connections,
+                    event=device.event,
+                    opened=device.opened,
+                    failed_syncs=device.failed_syncs,
+                )
                 self.tell(news, ())
+
+    async def _on_sync_failed(self, device: HostedDevice) -> None:
+        for other in self.devices.values():
+            if device.device in (other.device, *other.device.all_below()):
+                other.happened()
+        try:
+            await self._confirm(device.minor, device.failed_syncs)
+        except TimeoutError:
+            _log.error("device %r: no supervisor could store that a sync failed; one that comes is told", device.name)
 
     def _rename(self, call: WorkerRename) -> None:
         device = self._device(call.minor)

@@ -11,9 +11,9 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Final
 
 from blkloom import _engine
 from blkloom.control.states import (
@@ -21,6 +21,7 @@ from blkloom.control.states import (
     DeviceInfo,
     DeviceState,
     ExportState,
+    FailedSync,
     Label,
     Loaded,
     OpenedFile,
@@ -42,12 +43,16 @@ from blkloom.worker.threads import in_thread
 
 _log = logging.getLogger(__name__)
 
+KEEP_SECONDS: Final = 10.0
+"""For a supervisor to store what must be, or to come back and do so."""
+
 
 class HostedDevice:
     """Made empty; `restore` and `serve` bring it up.
 
     devices: all of the worker's by name, this one among them while it lives. on_change: its clients or
-    its event number changed. on_drop: labels that are not needed any more.
+    its event number changed. on_drop: labels that are not needed any more. on_sync_failed: has the stock's failed syncs
+    of the device remembered by the supervisor; done when they are, or when it takes too long.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class HostedDevice:
         device_folder: str,
         on_change: Callable[[HostedDevice], None],
         on_drop: Callable[[list[Label]], None],
+        on_sync_failed: Callable[[HostedDevice], Awaitable[None]],
     ) -> None:
         self.name = state.name
         self.minor = state.minor
@@ -73,6 +79,7 @@ class HostedDevice:
         self._device_folder = device_folder
         self._on_change = on_change
         self._on_drop = on_drop
+        self._on_sync_failed = on_sync_failed
         self._held = HeldFiles()
         self._event_loop = asyncio.get_running_loop()
         self.device = Device(
@@ -82,6 +89,7 @@ class HostedDevice:
             device_folder=device_folder,
             held=self._held,
             on_event=self._on_event,
+            on_sync_failed=self._have_failures_kept,
         )
         self._active: Loaded | None = None
         self._inactive: Loaded | None = None
@@ -118,7 +126,13 @@ class HostedDevice:
             autoclear=self._autoclear,
             opened=self.opened,
             loop=self._loop_notes,
+            failed_syncs=self.failed_syncs,
         )
+
+    @property
+    def failed_syncs(self) -> list[FailedSync]:
+        """Through which descriptors a sync has failed."""
+        return self._stock.failed_syncs(self.minor)
 
     def info(self) -> DeviceInfo:
         """What a worker knows of it; holders, restarts and the like are the supervisor's."""
@@ -215,8 +229,11 @@ class HostedDevice:
             loaded.whole = any(owner.target.whole for owner in composed.owners.values())
             return table
 
+        failed = self.failed_syncs
         table = await in_thread(self._thread_name, work)
         labels = descriptors.succeed()
+        if self.failed_syncs != failed:  # it has files of the live table
+            self._on_change(self)
         self._inactive = loaded
         self._forget_outlived()
         return table, labels
@@ -249,7 +266,7 @@ class HostedDevice:
         else:
             self.device.resume(swap=False)  # refuses
         if size is not None and size != self.device.size:
-            self._happened()  # no client can be told, but who waits for events can
+            self.happened()  # no client can be told, but who waits for events can
         return {**_shape(self.device.table), "size": self.device.size, "event": self.event, **changed}, labels
 
     async def _go_live(self, load: int, ask: Ask) -> list[Label]:
@@ -257,10 +274,13 @@ class HostedDevice:
         before = self.device.table
         descriptors = self._descriptors[load]
         descriptors.go_on(ask)
+        failed = self.failed_syncs
         try:
             await in_thread(self._thread_name, lambda: self.device.resume(swap=False))
         finally:
             labels = descriptors.succeed()
+            if self.failed_syncs != failed:  # files may have been replaced
+                self._on_change(self)
         after = self.device.table
         if after is not None and after != before and self._active:
             self._active.table = format_table(after)
@@ -299,7 +319,7 @@ class HostedDevice:
                 export.rename(name)
         self.uuid = uuid or self.uuid
         if self._active:
-            self._happened()
+            self.happened()
 
     def rename_below(self, old: str, new: str) -> None:
         """A device that it may stand on is called `new` now."""
@@ -325,9 +345,21 @@ class HostedDevice:
             self._on_drop(labels)
 
     def _on_event(self, _what: str) -> None:
-        self._event_loop.call_soon_threadsafe(self._happened)
+        self._event_loop.call_soon_threadsafe(self.happened)
 
-    def _happened(self) -> None:
+    def _have_failures_kept(self) -> None:
+        """On a thread that may wait, and that holds back who must not know before the supervisor does."""
+
+        async def keep() -> None:
+            await self._on_sync_failed(self)
+
+        try:
+            asyncio.run_coroutine_threadsafe(keep(), self._event_loop).result(KEEP_SECONDS + 1)
+        except (RuntimeError, TimeoutError) as error:  # it ends, or is stuck: nobody takes it over
+            _log.error("device %r: failed syncs could not be stored: %s", self.name, error or "no answer")
+
+    def happened(self) -> None:
+        """Something that `wait` waits for."""
         self.event += 1
         self._on_change(self)
 

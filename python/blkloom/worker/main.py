@@ -20,11 +20,13 @@ from typing import Any, Final
 
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.messages import Drop, Happened, Hello, Keep, Leave, ToWorker, WorkerRequest
+from blkloom.control.states import FailedSync
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.peer import peer_of
 from blkloom.target.registry import Targets, all_targets
 from blkloom.worker.conversation import Conversation
 from blkloom.worker.host import Host
+from blkloom.worker.hosted import KEEP_SECONDS
 from blkloom.worker.stock import Ask
 
 _log = logging.getLogger(__name__)
@@ -49,9 +51,11 @@ class Worker:
     def __init__(self, id: str, run_dir: str, targets: Targets) -> None:
         self._id = id
         self._run_dir = run_dir
-        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told)
+        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told, self._confirm)
         self._conversations: set[asyncio.Task[None]] = set()
         self._supervisor: Conversation | None = None
+        self._spoken_to = asyncio.Event()
+        """There is a supervisor."""
         self._failed = False
         self._leaving: asyncio.Future[bool]
 
@@ -63,6 +67,7 @@ class Worker:
         listener = listen_unix(os.path.join(self._run_dir, "workers", f"{self._id}.sock"))
         loop.add_reader(listener.socket.fileno(), self._accept, listener.socket)
         self._supervisor = self._converse(channel_socket)
+        self._spoken_to.set()
         try:
             if await self._leaving and await self._host.close():
                 self._failed = True
@@ -113,6 +118,7 @@ class Worker:
     def _greeted(self, conversation: Conversation, _hello: Hello) -> None:
         """It speaks for the supervisor from now on; one that came before has been succeeded."""
         former, self._supervisor = self._supervisor, conversation
+        self._spoken_to.set()
         if former is not None and former is not conversation:
             self._conversations.add(task := asyncio.create_task(former.end()))
             task.add_done_callback(self._conversations.discard)
@@ -123,6 +129,7 @@ class Worker:
             _log.error("a supervisor's channel failed", exc_info=error)
         if self._supervisor is conversation:
             self._supervisor = None
+            self._spoken_to.clear()
             if not self._host.devices:
                 self._leave(False)  # nobody can want it for anything
 
@@ -133,6 +140,16 @@ class Worker:
     async def _told(self) -> None:
         if self._supervisor:
             await self._supervisor.told()
+
+    async def _confirm(self, minor: int, failed_syncs: list[FailedSync]) -> None:
+        async with asyncio.timeout(KEEP_SECONDS):
+            while True:
+                await self._spoken_to.wait()
+                try:
+                    if self._supervisor:
+                        return await self._supervisor.confirm(minor, failed_syncs)
+                except ConnectionError:  # another may come
+                    await asyncio.sleep(0)
 
     async def _answer(self, request: WorkerRequest, descriptors: list[int], ask: Ask) -> Any:
         if not isinstance(request.call, Leave):

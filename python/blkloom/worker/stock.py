@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from typing import Literal, Protocol
 
 from blkloom import open_files
-from blkloom.control.states import Label
+from blkloom.control.states import FailedSync, Label
 from blkloom.errors import BackingError, ResourceError
 
 
@@ -33,6 +34,7 @@ class Stock:
 
     def __init__(self) -> None:
         self._kept: dict[Label, int] = {}
+        self._failed: dict[Label, int] = {}
 
     def put(self, label: Label, fd: int) -> None:
         """Owns `fd` from now on; one that is there already makes way."""
@@ -49,11 +51,26 @@ class Stock:
         """The descriptor, from now on the caller's."""
         return self._kept.pop(label, None)
 
+    def fail(self, label: Label, number: int) -> None:
+        """A sync through that descriptor failed with an errno."""
+        self._failed[label] = number
+
+    def sync_error(self, label: Label) -> int:
+        """That errno; 0: none failed."""
+        return self._failed.get(label, 0)
+
+    def failed_syncs(self, device: int) -> list[FailedSync]:
+        """Those of a device."""
+        failed = list(self._failed.items())
+        return [FailedSync(label=label, errno=number) for label, number in failed if label.device == device]
+
     def discard(self, labels: Iterable[Label]) -> None:
-        """Closes them."""
+        """Closes them, and forgets their failures."""
         for label in labels:
+            self._failed.pop(label, None)
             if (fd := self.take(label)) is not None:
-                os.close(fd)
+                with suppress(OSError):  # storage that breaks may say so here, too; it is closed even so
+                    os.close(fd)
 
     def files(self, device: int, load: int) -> dict[str, int]:
         """A descriptor, which stays the stock's, of each file that a load has open, by its path; no directories."""
@@ -69,7 +86,8 @@ class Stock:
 
     def outlived(self, device: int, loads: Collection[int]) -> list[Label]:
         """Labels of the device whose load is none of `loads`."""
-        return [label for label in self.labels(device) if label.load not in loads]
+        labels = dict.fromkeys([*self.labels(device), *(failed.label for failed in self.failed_syncs(device))])
+        return [label for label in labels if label.load not in loads]
 
     def __iter__(self) -> Iterator[tuple[Label, int]]:
         return iter(list(self._kept.items()))
@@ -151,7 +169,7 @@ class LoadDescriptors:
         kept = self._find(label)
         if kept is None or not os.path.samestat(os.fstat(kept), os.fstat(fd)):
             claim = self._label("claim", path)
-            self._stock.discard([claim])
+            self._stock.discard([claim, label])
             for former in (label, claim):
                 if (old := self._new.pop(former, None)) is not None:
                     os.close(old)
@@ -164,6 +182,20 @@ class LoadDescriptors:
         if (former := self._new.pop(label, None)) is not None:
             os.close(former)
         self._keep(label, fd)
+
+    def sync_error(self, path: str, *, writable: bool, direct: bool) -> int:
+        """As the protocol says. What failed in the load `same_as` has, in whatever way that has the file open."""
+        label = self._file(path, writable=writable, direct=direct)
+        if not (number := self._stock.sync_error(label)):
+            failed = [failed for failed in self._stock.failed_syncs(self._device) if failed.label.load == self._same_as]
+            number = next((failed.errno for failed in failed if failed.label.key[2:] == path), 0)
+            if number:
+                self._stock.fail(label, number)
+        return number
+
+    def sync_failed(self, path: str, *, writable: bool, direct: bool, number: int) -> None:
+        """As the protocol says."""
+        self._stock.fail(self._file(path, writable=writable, direct=direct), number)
 
     def claimed(self, path: str) -> int | None:
         """What holds the claim of a former worker."""

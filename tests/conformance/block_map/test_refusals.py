@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import blkloom
+from blkloom._engine import File
 from blkloom.errors import BackingError, TableError
 from blkloom.filemap import fiemap, page_cache
 from blkloom.filemap.fiemap import Extents
@@ -93,13 +94,14 @@ def test_pages_in_memory_that_somebody_holds(file: Path, caplog: pytest.LogCaptu
 def test_pages_are_counted_by_older_kernels_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with file.open("rb") as stream:
         fd = stream.fileno()
-        assert page_cache.empty(fd)
+        opened = File(fd, writable=False)
+        assert page_cache.empty(opened)
         assert page_cache.cached(fd) == 0
         os.pread(fd, 1, SIZE // 2)
         counted = page_cache.cached(fd)
         monkeypatch.setattr(page_cache, "_CACHESTAT", -1)  # ENOSYS
         assert page_cache.cached(fd) == counted > 0
-        assert page_cache.empty(fd)
+        assert page_cache.empty(opened)
         assert page_cache.cached(fd) == 0
 
 

@@ -16,8 +16,8 @@ impl Queue {
         let device = self.actives[index].request.device.clone();
         // A flush changes no place, so it enters only the request's own device: what is below may
         // be suspended, and syncing its files then is harmless.
-        let gate_open = self.actives[index].request.flags.through_gate || inside;
-        let pin = if gate_open { Ok(device.epochs.pin(self.shard)) } else { device.enter(self.shard) };
+        let through_gate = self.actives[index].request.flags.through_gate;
+        let pin = if through_gate || inside { Ok(device.epochs.pin(self.shard)) } else { device.enter(self.shard) };
         let mut path = Vec::new();
         let walk = Walk { active: index, path: &mut path, inside: &[], attempt: Attempt::default(), pieces: 0 };
         match pin {
@@ -28,7 +28,9 @@ impl Queue {
             Err(refused) => self.fail(index, refused.errno()),
             Ok(pin) => {
                 walk.path.push(Inside { device: device.clone(), pin: Some(pin) });
-                for file in files(&device) {
+                // The last flush of a suspend is about what is not known to be lost.
+                let known = |file: &File| through_gate && file.sync_error().is_some() && !file.has_unreported_failure();
+                for file in files(&device).into_iter().filter(|file| !known(file)) {
                     self.chore(&walk, &file, Chore::Sync, 0, 0);
                 }
                 if self.actives[index].tasks == 0 {
@@ -59,7 +61,8 @@ impl Queue {
 pub(super) fn must_flush(request: &Request) -> bool {
     match request.op {
         Op::Flush => true,
-        Op::Write => request.flags.fua && request.device.has_owners(),
+        // Where something written before is lost, it fails with the flush.
+        Op::Write => request.flags.fua && (request.device.has_owners() || request.device.has_failed_syncs()),
         Op::Discard | Op::WriteZeroes => request.flags.fua && request.device.needs_flush(),
         _ => false,
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Busy, File, errno::EDQUOT, errno::EIO, errno::ENOSPC, errno::ESHUTDOWN};
+use blkloom_io::{Busy, File, Syncing, errno::EDQUOT, errno::EIO, errno::ENOSPC, errno::ESHUTDOWN};
 
 use super::{Active, Attempt, Inside, Kind, Phase, Queue, Task, Walk};
 use crate::device::Device;
@@ -12,7 +12,7 @@ use crate::fault::{Fault, Payload};
 use crate::held::Holding;
 use crate::inbox::{Message, TaskId};
 use crate::pool::{BlockShare, Chore};
-use crate::request::Memory;
+use crate::request::{Flags, Memory};
 use crate::stats::Op;
 
 /// A fault answered "retry" this often without the map helping is an error of the target.
@@ -39,7 +39,8 @@ impl Queue {
         durable: bool,
         share: BlockShare,
     ) {
-        let kind = Kind::Ring { file: Busy::new(file.clone()), at, done: 0, write, durable, _share: share };
+        let file = Busy::new(file.clone());
+        let kind = Kind::Ring { file, at, done: 0, write, durable, syncing: None, _share: share };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
         self.push(id, true);
     }
@@ -54,14 +55,21 @@ impl Queue {
         let (skip, rest) = ((task.offset - request.offset + done) as usize, (task.len - done) as usize);
         let memory = request.memory.slice().part(skip, rest);
         let (file, at, write, durable) = (Arc::clone(file), at + done, *write, *durable);
+        let began = durable.then(|| Syncing::new(file.clone()));
         let pushed = match &mut self.ring {
+            // What cannot become durable is refused by the pool.
+            Some(_) if durable && file.sync_error().is_some() => false,
             Some(ring) if use_ring && !ring.is_full() && file.fits(at, memory) => match write {
                 true => ring.write(&file, at, memory, durable, id.slot as u64).is_ok(),
                 false => ring.read(&file, at, memory, id.slot as u64).is_ok(),
             },
             _ => false,
         };
-        if !pushed {
+        if pushed {
+            if let Kind::Ring { syncing, .. } = &mut self.tasks[id.slot].kind {
+                *syncing = began;
+            }
+        } else {
             let chore = match write {
                 true => Chore::Write { offset: at, from: memory, durable },
                 false => Chore::Read { offset: at, into: memory },
@@ -70,6 +78,51 @@ impl Queue {
             self.tasks[id.slot].kind = Kind::Pool { sparse: false };
             self.pool.submit(file, chore, self.inbox.clone(), id);
         }
+    }
+
+    /// A durable write in the ring failed: the pool finds out in which part.
+    pub(super) fn examine(&mut self, id: TaskId, errno: i32, syncing: Syncing<Arc<File>>) {
+        let task = &mut self.tasks[id.slot];
+        let Kind::Ring { file, at, .. } = &task.kind else {
+            return;
+        };
+        let (file, at) = (Arc::clone(file), *at);
+        let request = &self.actives[task.active].request;
+        let from = request.memory.slice().part((task.offset - request.offset) as usize, task.len as usize);
+        task.kind = Kind::Pool { sparse: false };
+        self.pool.submit(file, Chore::Examine { offset: at, from, errno, syncing }, self.inbox.clone(), id);
+    }
+
+    /// The file of a task cannot be synced any more, and the task fails: where that is new, when the mapper of the
+    /// device has seen to it that it is not forgotten.
+    pub(super) fn sync_failed(&mut self, id: TaskId, errno: i32, unreported: bool) {
+        let task = &mut self.tasks[id.slot];
+        let waits = parked(&task.path);
+        leave(std::mem::replace(&mut task.path, waits));
+        let Some(device) = task.path.last().map(|inside| inside.device.clone()).filter(|_| unreported) else {
+            task.kind = Kind::Later;
+            return self.finish(id, Err(errno));
+        };
+        let deadline = Instant::now() + device.fault_timeout;
+        task.kind = Kind::Fault { deadline, outcome: Some(errno) };
+        self.deadlines.insert((deadline, id));
+        device.faults.push(Fault {
+            op: Op::Flush,
+            owner: 0,
+            offset: 0,
+            len: 0,
+            flags: Flags::default(),
+            context: None,
+            sync_failed: true,
+            again: false,
+            full: 0,
+            held: device.held.clone(),
+            payload: Payload::None,
+            inbox: self.inbox.clone(),
+            task: id,
+            deadline,
+            answered: false,
+        });
     }
 
     pub(super) fn chore(&mut self, walk: &Walk<'_>, file: &Arc<File>, chore: Chore, root: u64, len: u64) {
@@ -86,7 +139,7 @@ impl Queue {
         let device = last.device.clone();
         device.stats.fault(self.shard);
         let deadline = Instant::now() + device.fault_timeout;
-        let id = self.task(walk, root, len, parked(walk.path), Kind::Fault { deadline });
+        let id = self.task(walk, root, len, parked(walk.path), Kind::Fault { deadline, outcome: None });
         self.deadlines.insert((deadline, id));
         let request = &self.actives[walk.active].request;
         let skip = root.wrapping_sub(request.offset) as usize;
@@ -105,6 +158,7 @@ impl Queue {
             len,
             flags,
             context,
+            sync_failed: false,
             again,
             full,
             held,
@@ -147,7 +201,7 @@ impl Queue {
     /// Its target wants to be asked again, later.
     pub(super) fn hold(&mut self, id: TaskId, errno: i32, holding: Holding) {
         let task = &mut self.tasks[id.slot];
-        if let Kind::Fault { deadline } = task.kind {
+        if let Kind::Fault { deadline, .. } = task.kind {
             self.deadlines.remove(&(deadline, id));
         }
         task.kind = Kind::Held { errno, holding };
@@ -186,7 +240,7 @@ impl Queue {
             return self.walk_again(id, Past::Gates, full);
         }
         let Some(task) = self.take(id) else { return };
-        if let Kind::Fault { deadline } = task.kind {
+        if let Kind::Fault { deadline, .. } = task.kind {
             self.deadlines.remove(&(deadline, id));
         }
         if let Err(errno) = result {
@@ -221,7 +275,7 @@ impl Queue {
 
     fn walk_again(&mut self, id: TaskId, past: Past, attempt: impl FnOnce(Attempt) -> Attempt) {
         let Some(task) = self.take(id) else { return };
-        if let Kind::Fault { deadline } = task.kind {
+        if let Kind::Fault { deadline, .. } = task.kind {
             self.deadlines.remove(&(deadline, id));
         }
         // First, so that a request of very many pieces has room for the one it walks again.
