@@ -87,8 +87,20 @@ class FaultyFileSystem:
         """
         self._command({"fail": what, "errno": number, "name": name, "count": count})
 
+    def hold(self, what: What, *, name: str = "") -> None:
+        """Requests of that kind are taken and not answered until `mend`: not even a killed process that waits for one
+        ends before. At the end of the file system they fail.
+        """
+        self._command({"fail": what, "errno": 0, "name": name, "count": None})
+
+    def held(self) -> int:
+        """How many requests wait."""
+        answer = self._command({"held": True})
+        assert isinstance(answer, int)
+        return answer
+
     def mend(self) -> None:
-        """Nothing fails any more."""
+        """Nothing fails any more, and what was held is answered."""
         self._command({"mend": True})
 
     def count(self, what: What) -> int:

@@ -73,6 +73,9 @@ ASYNC_READ, BIG_WRITES, ASYNC_DIO, WRITEBACK_CACHE, MAX_PAGES = 1, 1 << 5, 1 << 
 SET_MODE, SET_SIZE = 1, 8
 MS_NOSUID, MS_NODEV, MNT_DETACH = 2, 4, 2
 
+HELD = 0
+"""The errno of a rule whose requests are not answered."""
+
 FAILING = {"read": Op.READ, "write": Op.WRITE, "fsync": Op.FSYNC, "fallocate": Op.FALLOCATE}
 """What can be made to fail, by the word that commands have for it."""
 
@@ -108,6 +111,8 @@ class Server:
         self._numbers: dict[str, int] = {}
         self._files: dict[int, int] = {}
         self._rules: list[Rule] = []
+        self._held: list[bytes] = []
+        """Requests that are answered at the next `mend`."""
         self._seen: Counter[int] = Counter()
 
     # commands
@@ -120,7 +125,12 @@ class Server:
                 return None
             case {"mend": True}:
                 self._rules.clear()
+                held, self._held = self._held, []
+                for request in held:
+                    self._serve(request)
                 return None
+            case {"held": True}:
+                return len(self._held)
             case {"count": str(what)}:
                 return self._seen[FAILING[what]]
         raise ValueError(f"no such command: {words}")
@@ -137,6 +147,9 @@ class Server:
             if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # it was interrupted before it was read
                 return True
             raise
+        return self._serve(request)
+
+    def _serve(self, request: bytes) -> bool:
         _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
         if opcode in (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT):  # the kernel expects no answer
             return True
@@ -147,6 +160,9 @@ class Server:
             answer = self._answer(opcode, node, request[IN_HEADER.size :])
         except Refused as refused:
             number = refused.number
+            if number == HELD:
+                self._held.append(request)
+                return True
         except OSError as error:
             number = error.errno or errno.EIO
         try:

@@ -142,7 +142,7 @@ class DeviceInfo(_Value):
     uuid: str = ""
     state: Literal["ACTIVE", "SUSPENDED", "FAILED"] = "ACTIVE"
     reason: str = ""
-    """Why it is FAILED."""
+    """Why it is FAILED, or what it waits for."""
     read_only: bool = False
     live: bool = False
     inactive: bool = False

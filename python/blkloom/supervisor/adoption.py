@@ -25,7 +25,7 @@ from blkloom.control.states import DeviceInfo, DeviceState, Loaded
 from blkloom.errors import BlkloomError, WorkerGone
 from blkloom.peer import peer_of
 from blkloom.supervisor import exporting, states
-from blkloom.supervisor.group import Group
+from blkloom.supervisor.group import Group, still_there
 from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.states import Written, save
 from blkloom.supervisor.store import Store
@@ -71,6 +71,8 @@ class Adoption:
         self._workers = workers
         self._tables = tables
         self._written = {written.state.minor: written for written in states.read_all(run_dir)}
+        self._unended: list[Group] = []
+        """Killed workers that have not ended, without devices that are known of."""
         self.failed_before = frozenset(minor for minor, written in self._written.items() if written.failed)
         """Devices that were FAILED already when the former supervisor ended."""
 
@@ -110,6 +112,10 @@ class Adoption:
             entry, info = self._enter(state, group), found.infos[state.minor]
             entry.connections, entry.size, entry.targets = info.connections, info.size, info.targets
             entry.types, entry.deps = info.types, info.deps
+        for other in self._unended if found.frozen else ():
+            if not await other.wait_for_end():  # it may be the one that this was to be handed over to
+                self._workers.give_up(group, other)
+                return
         try:
             for state in unfinished:
                 await group.call(m.Release(minor=state.minor, fail=True))
@@ -146,9 +152,13 @@ class Adoption:
             _log.error("worker %s cannot be adopted: %s", path.stem, error or "it does not answer")
             if (silent := self._workers.groups.get(path.stem)) is None:
                 return None
-            if isinstance(error, WorkerGone) or not self._keep_silent(silent, peer.pid):
+            if isinstance(error, WorkerGone):
                 silent.kill()
+            ended = isinstance(error, WorkerGone) and await silent.wait_for_end()
+            if ended or not self._keep_silent(silent, peer.pid):
                 await self._workers.end(silent, flush=False)
+                if silent.pidfd >= 0:
+                    self._unended.append(silent)
             elif silent.link:
                 await silent.link.close()
                 silent.link = None
@@ -202,6 +212,7 @@ class Adoption:
 
     async def _restart(self, members: list[Written]) -> None:
         group = self._workers.new_group()
+        group.after = still_there(members[0].group, members[0].worker, members[0].began)
         entries = []
         for written in members:
             entry = self._enter(written.state, group)

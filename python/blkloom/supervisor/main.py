@@ -56,7 +56,8 @@ _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging
 
 @dataclass(frozen=True)
 class Limits:
-    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. idle:
+    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. recovery:
+    seconds that I/O waits for a killed worker to end. idle:
     seconds without devices and clients after which it ends; 0 for never.
     """
 
@@ -64,6 +65,7 @@ class Limits:
     memory: int
     deaths: int
     idle: float
+    recovery: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Supervisor:
         self._store = Store()
         self._news = News()
         self._workers = Workers(
-            run_dir, self._registry, self._store, changed=lambda entry: self._verbs.look_at(entry), deaths=limits.deaths
+            run_dir,
+            self._registry,
+            self._store,
+            changed=lambda entry: self._verbs.look_at(entry),
+            deaths=limits.deaths,
+            recovery=limits.recovery,
         )
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
@@ -274,6 +281,7 @@ class Supervisor:
                 "ram": self._limits.memory,
                 "deaths": self._limits.deaths,
                 "idle": self._limits.idle,
+                "recovery": self._limits.recovery,
             },
         }
 
@@ -457,6 +465,14 @@ def _default_memory() -> int:
 @click.option("--max-ram", metavar="SIZE", help="For all RAM devices together; 80 % of the machine's memory.")
 @click.option("--max-deaths", type=click.IntRange(0), default=5, show_default=True, help="Of a worker in a minute.")
 @click.option(
+    "--recovery-timeout",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long I/O waits for a killed worker that storage holds; then its devices fail.",
+)
+@click.option(
     "--idle-timeout",
     type=click.FloatRange(0, 1e9),
     default=0,
@@ -472,6 +488,7 @@ def supervisor(
     max_ram: str | None,
     max_deaths: int,
     idle_timeout: float,
+    recovery_timeout: float,
     verbose: int,
     ready_fd: int | None,
     inherited: str | None,
@@ -489,8 +506,8 @@ def supervisor(
         raise click.BadParameter(str(error), param_hint="--max-ram") from error
     again = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(where.path)]
     again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}"]
-    again += [f"--idle-timeout={idle_timeout}", *["-v"] * verbose]
-    limits = Limits(max_devices, memory, max_deaths, idle_timeout)
+    again += [f"--idle-timeout={idle_timeout}", f"--recovery-timeout={recovery_timeout}", *["-v"] * verbose]
+    limits = Limits(max_devices, memory, max_deaths, idle_timeout, recovery_timeout)
     _log.info("RAM devices may have %s together", format_size(Bytes(memory)))
     kept = _parse_inherited(inherited) if inherited else None
     sys.exit(run(where, limits, ready_fd=ready_fd, inherited=kept, again=again))

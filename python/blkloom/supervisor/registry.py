@@ -324,7 +324,7 @@ class Registry:
             minor=entry.minor,
             uuid=entry.uuid,
             state="FAILED" if entry.failed else "SUSPENDED" if stopped else "ACTIVE",
-            reason=entry.failed,
+            reason=entry.failed or entry.group.waiting,
             read_only=entry.active is not None and entry.active.read_only,
             live=entry.active is not None,
             inactive=entry.inactive is not None,

@@ -26,6 +26,9 @@ class Written(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     state: DeviceState
     group: str
+    worker: int = 0
+    began: int = 0
+    """The worker's process, and when that began (`Group.began`)."""
     failed: str = ""
     restarts: int = 0
     deferred: bool = False
@@ -47,6 +50,8 @@ def save(run_dir: RunDir, entry: Entry) -> None:
     written = Written(
         state=msgspec.structs.replace(entry.state(), suspended=entry.suspended),
         group=entry.group.id,
+        worker=entry.group.pid,
+        began=entry.group.began if entry.group.pid else 0,
         failed=entry.failed,
         restarts=entry.restarts,
         deferred=entry.deferred,

@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 DEATHS_WITHIN: Final = 60.0
 """Seconds in which so many deaths are too many."""
 _STATUS_SECONDS: Final = 0.2
+_LOOK_SECONDS: Final = 1.0
+_END_SECONDS: Final = 1.0
+"""From the end of a process's main thread to its own, where storage does not hold it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 0.5
 FREEZE_SECONDS: Final = 30.0
 _ASKED_AT_ONCE: Final = 64
@@ -89,11 +92,19 @@ class Workers:
     """All groups of a supervisor.
 
     changed: told that an entry's clients, event number or state changed. deaths: more within
-    DEATHS_WITHIN seconds leave a device failed.
+    DEATHS_WITHIN seconds leave a device failed. recovery: seconds that I/O waits for a killed worker to end,
+    before which no other takes its place; after them its devices fail.
     """
 
     def __init__(
-        self, run_dir: RunDir, registry: Registry, store: Store, *, changed: Callable[[Entry], None], deaths: int
+        self,
+        run_dir: RunDir,
+        registry: Registry,
+        store: Store,
+        *,
+        changed: Callable[[Entry], None],
+        deaths: int,
+        recovery: float,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -108,6 +119,9 @@ class Workers:
         self.hello = m.Hello(pid=os.getpid())
         self.run_dir = run_dir
         self._deaths = deaths
+        self._recovery = recovery
+        self._looking: asyncio.Task[None] | None = None
+        self._awaited: set[asyncio.Task[None]] = set()
         self._forker = Forker(run_dir, self._exited)
 
     # groups
@@ -127,6 +141,8 @@ class Workers:
     async def _attach(self, group: Group, pid: int, pidfd: int, connected: socket.socket) -> None:
         group.pid, group.pidfd, group.leaving = pid, pidfd, False
         group.watch(self._died)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look(), name="look at workers")
         group.link = Link(group.id, AsyncChannel(connected, m.FromWorker), _Ears(group, self))
         await group.link.greet(self.hello)
 
@@ -185,12 +201,41 @@ class Workers:
             group.status = status
             group.status_told.set()
 
+    async def _look(self) -> None:
+        """For workers that were killed and cannot end: a look takes some ten microseconds of each."""
+        while True:
+            await asyncio.sleep(max(_LOOK_SECONDS, len(self.groups) / 1000))
+            for group in self.groups.values():
+                if group.look():
+                    task = asyncio.create_task(self._await_end(group, group.pid), name=f"end of worker {group.id}")
+                    self._awaited.add(task)
+                    task.add_done_callback(self._awaited.discard)
+
+    async def _await_end(self, group: Group, pid: int) -> None:
+        """Most end within a moment. Of one that does not, a thread waits for storage in the kernel."""
+        if await group.wait_for_end(_END_SECONDS) or group.pid != pid or self.resting:
+            return
+        if group.link:  # nobody answers there any more
+            await group.link.close()
+            group.link = None
+        group.waiting = f"waits for its former worker, process {pid}, which was killed and has not ended"
+        for entry in self.registry.lower_first(group.minors):
+            _log.warning("device %r %s: storage holds it; at most %g s", entry.name, group.waiting, self._recovery)
+            self.changed(entry)
+        ended = await group.wait_for_end(self._recovery)
+        if not ended and group.pid == pid and not group.leaving and not self.resting:
+            group.waiting = ""
+            self.fail(group, f"{_unended(group)}, for {self._recovery:g} s")
+
     def _died(self, group: Group) -> None:
+        group.waiting = ""
+        failed = False
         for minor in group.minors:
             if entry := self.registry.get(minor):
+                failed |= bool(entry.failed)
                 self.registry.lost_clients(entry)
                 self.changed(entry)
-        if not group.leaving and not self.resting and group.id in self.groups:
+        if not group.leaving and not self.resting and group.id in self.groups and not failed:
             group.restarting = asyncio.create_task(self._replace(group), name=f"restart {group.id}")
 
     async def _replace(self, group: Group) -> None:
@@ -221,8 +266,11 @@ class Workers:
         """
         loop = asyncio.get_running_loop()
         while True:
-            if group.pidfd >= 0:  # it lives and does not answer
-                await group.leave(flush=False)
+            for former in (group, group.after):  # it lives and does not answer
+                if former is not None and former.pidfd >= 0 and not await former.leave(flush=False):
+                    self.fail(group, _unended(former))
+                    return
+            group.after = None
             if group.link:
                 await group.link.close()
                 group.link = None
@@ -315,12 +363,21 @@ class Workers:
             self._check_whole(frozen)
             await self.hold(target, frozen)
         except BaseException as error:
-            if isinstance(error, WorkerStuck):  # it may take them up yet, and nobody may be served by two
+            answered = isinstance(error, OSError | ValueError) and not isinstance(error, WorkerStuck | WorkerGone)
+            if not answered:  # it may take them up yet, and nobody may be served by two
                 target.kill()
-                await target.wait_for_end()
+                if not await target.wait_for_end(self._recovery):
+                    self.give_up(group, target)
+                    raise
             await group.call(m.Thaw())
             raise
         self._belong(group, target)
+
+    def give_up(self, group: Group, other: Group) -> None:
+        """A frozen group, whose devices may be in the worker of another one that was killed and does not end."""
+        group.after, group.leaving = other, True
+        group.kill()
+        self.fail(group, _unended(other))
 
     def _check_whole(self, frozen: Sequence[DeviceState]) -> None:
         """Raises ResourceError where a client's socket has not come, for want of free descriptors here."""
@@ -420,17 +477,30 @@ class Workers:
     async def rest(self) -> None:
         """Lets go of everything: workers serve on until another supervisor comes."""
         self.resting = True
+        self._look_no_more()
         for group in self.groups.values():
             if group.link:
                 await group.link.close()
         await self._forker.close()
 
+    def _look_no_more(self) -> None:
+        for task in (self._looking, *self._awaited):
+            if task is not None:
+                task.cancel()
+
     async def close(self) -> None:
         """Ends the zygote, and workers that are left: all devices have gone."""
         self.resting = True
+        self._look_no_more()
         for group in list(self.groups.values()):
             if group.restarting:
                 group.restarting.cancel()
                 await asyncio.gather(group.restarting, return_exceptions=True)
             await self.end(group)
         await self._forker.close()
+
+
+def _unended(group: Group) -> str:
+    return (
+        f"its former worker, process {group.pid}, was killed and has not ended: storage holds it, and it may write yet"
+    )
