@@ -6,7 +6,6 @@ directory. A supervisor that has come meanwhile is asked, at every call.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from typing_extensions import override
@@ -37,6 +36,8 @@ class AbsentClient(Client):
             case m.Upgrade():
                 return {"workers": 0}
             case m.GetVersion():
+                from importlib.metadata import version  # no other command pays for it
+
                 return {
                     "version": version("blkloom"),
                     "protocol": m.PROTOCOL,

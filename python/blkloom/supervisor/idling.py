@@ -53,6 +53,7 @@ class Idling:
         if self._control is None or not self._is_idle():
             return
         if self._withdraw(self._control):
+            asyncio.get_running_loop().remove_reader(self._control)  # a client of systemd's socket is the next one's
             self._end()
         else:
             self._wait(_AGAIN_SECONDS)
