@@ -13,6 +13,8 @@ import pytest
 from blkloom.control.states import Label
 from blkloom.errors import BackingError, ResourceError
 from blkloom.target.descriptors import descriptor_path, open_file
+from blkloom.target.holding import HeldFiles
+from blkloom.target.opening import Opening
 from blkloom.worker.stock import LoadDescriptors, Stock
 
 
@@ -91,6 +93,33 @@ def test_the_next_process_s_load_finds_everything_without_asking(file: str) -> N
     assert names == [file, file, "/memfd:a (deleted)", "/memfd:b (deleted)"]
     assert second.succeed() == []
     close(*found)
+    empty(stock)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept by an older version"])
+def test_the_directory_of_a_relative_path_is_kept_and_is_none_of_the_files(
+    file: str, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    folder, real = Path(file).parent / "vm", file
+    folder.mkdir()
+    (folder / "link").symlink_to(real)
+    monkeypatch.chdir(folder.parent)
+    stock = Stock()
+
+    def name(load: LoadDescriptors) -> str:
+        opening = Opening(HeldFiles(), shared=True, descriptors=load)
+        try:
+            found = opening.file("vm/link", read_only=True)
+            return opening.absolute("vm/link", found) if kept or load.restored else ""
+        finally:
+            opening.close()
+            del found
+            load.succeed()
+
+    assert name(LoadDescriptors(stock, 1, 7, Caller())) == (f"{folder}/link" if kept else "")
+    monkeypatch.chdir("/")
+    assert list(stock.files(1, 7)) == ["vm/link"]
+    assert name(LoadDescriptors(stock, 1, 7, nobody, restored=True)) == (f"{folder}/link" if kept else real)
     empty(stock)
 
 
