@@ -187,7 +187,8 @@ class Engine:
     io_uring is forbidden (the log says so once).
 
     loops: 0 for one a CPU. spin_us: how long at most a loop polls before it sleeps (adapts down
-    to 0 when that gains nothing).
+    to 0 when that gains nothing). memory: bytes that clients of all exports together may make it keep, for payloads,
+    replies and copies; requests that find none wait, in order, and only their connections with them.
     """
 
     def __new__(
@@ -197,11 +198,14 @@ class Engine:
         io: Literal["auto", "io_uring", "threads"] = "auto",
         spin_us: int = 50,
         threads: int = 16,
+        memory: int = 268435456,
     ) -> Engine: ...
     @property
     def io(self) -> Literal["io_uring", "threads"]: ...
     @property
     def loops(self) -> int: ...
+    def memory(self) -> dict[str, int]:
+        """Of clients: `budget` and `reserved`, bytes, and `waiting`, requests that wait for some."""
     def close(self) -> None:
         """Closes every connection, finishes what is in flight and joins the threads. Nothing in a fork."""
 

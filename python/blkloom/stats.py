@@ -186,6 +186,24 @@ class Stats:
         return "\n".join([*lines, f"faults {self.faults}, in flight {self.in_flight}"])
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What clients make an engine keep: bytes of the budget, bytes reserved, and requests that wait for memory."""
+
+    budget: int
+    reserved: int
+    waiting: int
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {"budget": self.budget, "reserved": self.reserved, "waiting": self.waiting}
+
+    def to_text(self) -> str:
+        """A line for people."""
+        waiting = "1 request waits" if self.waiting == 1 else f"{self.waiting} requests wait"
+        return f"clients' memory {format_size(self.reserved)} of {format_size(self.budget)}, {waiting} for some"
+
+
 def format_nanoseconds(value: float) -> str:
     """`"850 ns"`, `"12.3 us"`, `"4.56 ms"`, `"7.89 s"`."""
     for unit in ("ns", "us", "ms"):

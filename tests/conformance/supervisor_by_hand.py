@@ -203,7 +203,7 @@ class Zygote:
     def fork(self, id: str, store: Store) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.channel.send(Fork(worker=id, run_dir=str(self.run_dir)), [theirs.fileno()])
+            self.channel.send(Fork(worker=id, run_dir=str(self.run_dir), client_memory=64 << 20), [theirs.fileno()])
         while True:
             message, received = self.channel.receive(PATIENCE)
             if isinstance(message, Exited):

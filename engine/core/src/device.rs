@@ -40,6 +40,8 @@ pub struct Mapping {
     /// Every file a write may have reached, once.
     pub(crate) files: Box<[Arc<File>]>,
     pub(crate) lower: Box<[Arc<Device>]>,
+    /// See `Device::copies`; but for the devices below.
+    copies: Copies,
 }
 
 impl Mapping {
@@ -51,7 +53,15 @@ impl Mapping {
                 files.push(file.clone());
             }
         };
+        let mut copies = Copies::None;
         for leaf in map.segments().iter().flat_map(|segment| segment.extent.leaves()) {
+            copies = copies.max(match leaf {
+                Extent::Data { file, .. } if file.direct() => Copies::Blocks,
+                Extent::Table(table) if table.files().iter().any(|file| file.direct()) => Copies::Blocks,
+                Extent::Data { writable: true, .. } | Extent::Device { writable: true, .. } => Copies::None,
+                Extent::Zero { discard_writes: true } | Extent::Memory { .. } | Extent::Error(_) => Copies::None,
+                _ => Copies::Bytes,
+            });
             match leaf {
                 Extent::Data { file, .. } => add(file),
                 Extent::Table(table) => table.files().iter().for_each(&mut add),
@@ -63,7 +73,7 @@ impl Mapping {
         }
         let hints = if map.segments().len() > WORTH_A_HINT { SHARDS } else { 0 };
         let hints = std::iter::repeat_with(Hint::default).take(hints).collect();
-        Mapping { map, hints, files: files.into(), lower: lower.into() }
+        Mapping { map, hints, files: files.into(), lower: lower.into(), copies }
     }
 
     /// `Map::lookup`, for requests of one shard.
@@ -83,6 +93,16 @@ impl Mapping {
     pub(crate) fn names(&self, device: &Device) -> bool {
         self.lower.iter().any(|lower| std::ptr::eq(&**lower, device))
     }
+}
+
+/// What is made of the bytes of a request on their way, at most.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Copies {
+    None,
+    /// A copy for a target.
+    Bytes,
+    /// One that whole blocks of direct I/O surround.
+    Blocks,
 }
 
 /// As good as for ever, and still a time the clock can tell.
@@ -105,6 +125,8 @@ pub struct Device {
     /// One suspend, swap, resume or close at a time.
     control: Turn,
     pub(crate) fault_timeout: Duration,
+    /// Of clients' memory, of small and of large requests: see `budget`.
+    pub(crate) reservations: [AtomicUsize; 2],
     /// A flush was asked for before the map knew of flush owners: see `needs_flush`.
     has_flush_owners: AtomicBool,
 }
@@ -148,6 +170,7 @@ impl Device {
             at_gate: Mutex::new(Vec::new()),
             control: Turn::default(),
             fault_timeout: fault_timeout.min(LONGEST_TIMEOUT),
+            reservations: Default::default(),
             has_flush_owners: AtomicBool::new(false),
         });
         if let Some(mapping) = mapping {
@@ -257,6 +280,13 @@ impl Device {
         self.mapping.load().as_ref().is_some_and(|mapping| {
             mapping.files.iter().any(|file| file.sync_error().is_some())
                 || mapping.lower.iter().any(|lower| lower.has_failed_syncs())
+        })
+    }
+
+    pub(crate) fn copies(&self) -> Copies {
+        self.mapping.load().as_ref().map_or(Copies::Blocks, |mapping| {
+            let below = mapping.lower.iter().map(|lower| lower.copies());
+            below.fold(mapping.copies, Copies::max)
         })
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use blkloom_io::errno::ESHUTDOWN;
 use blkloom_io::{Process, Ring};
 
+use crate::budget::{Budget, MemoryUse};
 use crate::call::nanoseconds;
 use crate::device::Export;
 use crate::inbox::{Inbox, Message};
@@ -19,6 +20,9 @@ use crate::notice::Notices;
 use crate::pool::Pool;
 use crate::request::Request;
 use crate::stats::Shard;
+
+/// What an engine keeps for its clients, unless told otherwise.
+const MEMORY: usize = 256 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum IoChoice {
@@ -59,6 +63,7 @@ pub struct Engine {
     count: usize,
     spin: Duration,
     pool: Arc<Pool>,
+    budget: Arc<Budget>,
     members: OnceLock<Result<Vec<Member>, String>>,
     next: AtomicUsize,
     next_connection: AtomicU64,
@@ -100,12 +105,23 @@ impl Engine {
             count: if loops == 0 { cpus } else { loops }.clamp(1, 64),
             spin,
             pool: Arc::new(Pool::new(threads)),
+            budget: Budget::new(MEMORY),
             members: OnceLock::new(),
             next: AtomicUsize::new(0),
             next_connection: AtomicU64::new(1),
             closed: Mutex::new(false),
             home: Process::current(),
         })
+    }
+
+    /// With another budget of memory for what clients make it keep. Before the first of them comes.
+    pub fn with_memory(mut self, bytes: usize) -> Engine {
+        self.budget = Budget::new(bytes);
+        self
+    }
+
+    pub fn memory_use(&self) -> MemoryUse {
+        self.budget.memory_use()
     }
 
     /// False in a fork of the process that made it: its threads are not there, and nothing of it may be used.
@@ -137,6 +153,7 @@ impl Engine {
             use_ring: self.use_ring,
             spin: self.spin,
             shard: Shard::of_loop(index),
+            buffers: self.budget.at_hand() / self.count,
             connections: connections.clone(),
         };
         let thread = match looper::start(index, settings.clone()) {
@@ -177,7 +194,7 @@ impl Engine {
         };
         let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
         member.connections.fetch_add(1, Ordering::Relaxed);
-        member.inbox.send(Message::Serve(Box::new(Connection::new(id, session))));
+        member.inbox.send(Message::Serve(Box::new(Connection::new(id, session, self.budget.clone()))));
         Ok(ConnectionHandle { inbox: member.inbox.clone(), id })
     }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blkloom_io::Process;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::budget::Reservation;
 use crate::fault::Answer;
 use crate::lock;
 use crate::nbd::Connection;
@@ -36,6 +37,12 @@ pub enum Message {
     Released(TaskId),
     /// A held task fails.
     HoldRefused(TaskId),
+    /// Memory that the connection's next request waited for.
+    Reserved {
+        slot: usize,
+        id: u64,
+        reservation: Reservation,
+    },
     Serve(Box<Connection>),
     CloseConnection(u64),
     DetachConnection {

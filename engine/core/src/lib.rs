@@ -5,6 +5,7 @@
 //! io_uring or the thread `Pool`, parks faults and completes the request as one. Threads here never
 //! call Python. Lookups take no lock; a device's `Epochs` say when an old map is out of use.
 
+mod budget;
 mod call;
 mod copy;
 mod device;
@@ -24,6 +25,7 @@ mod stacking;
 mod stats;
 mod turn;
 
+pub use budget::MemoryUse;
 pub use call::{Batch, Direction, Transfer};
 pub use copy::copy;
 pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};

@@ -51,6 +51,8 @@ pub struct LoopSettings {
     pub spin: Duration,
     pub shard: Shard,
     pub connections: Arc<AtomicUsize>,
+    /// Bytes of memory to keep at hand for the next requests.
+    pub buffers: usize,
 }
 
 struct Member {
@@ -94,7 +96,8 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
     }
     let bench = Workbench {
         queue: Queue::new(ring, settings.pool, settings.inbox.clone(), settings.shard),
-        buffers: BufferPool::new(BUFFERS),
+        buffers: BufferPool::new(settings.buffers.min(BUFFERS)),
+        inbox: settings.inbox.clone(),
         arena: Arena::new(ARENA),
         zeros: Vec::new(),
         shard: settings.shard,
@@ -323,6 +326,14 @@ impl Loop {
             Message::GateOpened(task) => self.bench.queue.gate_opened(task),
             Message::Released(task) => self.bench.queue.released(task),
             Message::HoldRefused(task) => self.bench.queue.hold_refused(task),
+            Message::Reserved { slot, id, reservation } => {
+                if let Some(member) = self.members.get_mut(slot).filter(|member| member.connection.id == id) {
+                    member.connection.reserved(reservation);
+                    if !self.active.contains(&slot) {
+                        self.active.push(slot);
+                    }
+                }
+            }
             Message::Serve(connection) => self.serve(*connection),
             Message::CloseConnection(id) => {
                 if let Some((slot, _)) = self.members.iter().find(|(_, member)| member.connection.id == id) {
@@ -403,6 +414,7 @@ impl Loop {
         let Some(member) = self.members.get_mut(slot) else {
             return;
         };
+        member.connection.count_kept();
         if member.connection.is_leaving() && !member.leaving {
             member.leaving = true;
             self.leaving += 1;

@@ -327,6 +327,7 @@ impl Queue {
                     offset += len;
                     Found { offset: offset - len, len, flags: if hole { 3 } else { 0 } }
                 }));
+                keep_the_first(found);
                 Ok(())
             }
             Work::Stretches(Err(errno)) => Err(errno),
@@ -370,6 +371,7 @@ impl Queue {
                     active.found.push(Found { offset, len, flags });
                     offset += len;
                 }
+                keep_the_first(&mut active.found);
                 Ok(())
             }
         };
@@ -392,5 +394,13 @@ impl Queue {
             };
             self.finish(id, Err(errno));
         }
+    }
+}
+
+/// Many tasks of a request may find extents at once; those that lie too far behind are not answered anyway.
+fn keep_the_first(found: &mut Vec<Found>) {
+    if found.len() > 2 * MOST_FOUND {
+        found.sort_unstable_by_key(|found| found.offset);
+        found.truncate(MOST_FOUND);
     }
 }

@@ -22,12 +22,17 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// `len` zeroed bytes.
     pub fn new(len: usize) -> Buffer {
-        let capacity = len.max(1).next_power_of_two().max(ALIGNMENT);
+        let capacity = Self::capacity(len);
         let layout = Self::layout(capacity);
         // SAFETY: the layout's size is not zero.
         let ptr = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = std::ptr::NonNull::new(ptr) else { handle_alloc_error(layout) };
         Buffer { ptr, capacity, len }
+    }
+
+    /// The memory that a buffer of `len` bytes takes.
+    pub fn capacity(len: usize) -> usize {
+        len.max(1).next_power_of_two().max(ALIGNMENT)
     }
 
     fn layout(capacity: usize) -> Layout {
@@ -110,6 +115,6 @@ impl BufferPool {
     }
 
     fn class(len: usize) -> usize {
-        len.max(ALIGNMENT).next_power_of_two().trailing_zeros() as usize
+        Buffer::capacity(len).trailing_zeros() as usize
     }
 }

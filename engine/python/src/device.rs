@@ -21,8 +21,9 @@ pub struct Engine(pub Arc<blkloom_core::Engine>);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (*, loops = 0, io = "auto", spin_us = 50, threads = 16))]
-    fn new(loops: usize, io: &str, spin_us: u64, threads: usize) -> PyResult<Engine> {
+    #[pyo3(signature = (*, loops = 0, io = "auto", spin_us = 50, threads = 16, memory = 268_435_456),
+        text_signature = "(*, loops=0, io='auto', spin_us=50, threads=16, memory=268435456)")]
+    fn new(loops: usize, io: &str, spin_us: u64, threads: usize, memory: usize) -> PyResult<Engine> {
         let choice = match io {
             "auto" => IoChoice::Auto,
             "io_uring" => IoChoice::Ring,
@@ -32,14 +33,13 @@ impl Engine {
             }
         };
         let spin = Duration::from_micros(spin_us.min(10_000));
-        blkloom_core::Engine::new(loops, choice, spin, threads).map(|engine| Engine(Arc::new(engine))).map_err(
-            |error| match &error {
-                blkloom_core::EngineError::NoRing(cause) => {
-                    os_error(cause.raw_os_error().unwrap_or(38), "io_uring is not available here")
-                }
-                _ => os_error(5, &error.to_string()),
-            },
-        )
+        let made = blkloom_core::Engine::new(loops, choice, spin, threads);
+        made.map(|engine| Engine(Arc::new(engine.with_memory(memory)))).map_err(|error| match &error {
+            blkloom_core::EngineError::NoRing(cause) => {
+                os_error(cause.raw_os_error().unwrap_or(38), "io_uring is not available here")
+            }
+            _ => os_error(5, &error.to_string()),
+        })
     }
 
     #[getter]
@@ -50,6 +50,15 @@ impl Engine {
     #[getter]
     fn loops(&self) -> usize {
         self.0.loops()
+    }
+
+    fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let used = self.0.memory_use();
+        let all = PyDict::new(py);
+        all.set_item("budget", used.budget)?;
+        all.set_item("reserved", used.reserved)?;
+        all.set_item("waiting", used.waiting)?;
+        Ok(all)
     }
 
     fn close(&self, py: Python<'_>) {

@@ -17,6 +17,7 @@ from blkloom.cli.serving import Listening, Report, run
 from blkloom.cli.tables import allow_backing_option
 from blkloom.errors import ResourceError, UsageError
 from blkloom.export.nbd.server import ServerLimits
+from blkloom.memory import default_budget, parse_budget
 from blkloom.units import Bytes, parse_size
 
 STATS = ("exit", "live", "json")
@@ -26,6 +27,14 @@ def _size(text: str) -> Bytes:
     """A byte count with a suffix."""
     try:
         return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _budget(text: str) -> int:
+    """A budget of memory."""
+    try:
+        return parse_budget(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -65,6 +74,12 @@ def _size(text: str) -> Bytes:
 @click.option("--io", type=click.Choice(["auto", "io_uring", "threads"]), default="auto", show_default=True)
 @click.option("--loops", type=click.IntRange(0, 64), default=0, help="Loop threads; 0 for one a CPU.")
 @click.option("--spin", type=click.IntRange(0, 10_000), default=50, show_default=True, help="Polling, in us at most.")
+@click.option(
+    "--client-memory",
+    type=_budget,
+    metavar="SIZE",
+    help="For requests of all clients together; an eighth of what the process may use, 64 MiB to 1 GiB.",
+)
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--fault-timeout", type=click.FloatRange(0.001), default=30.0, show_default=True, metavar="SECONDS")
 @click.option("--stall-timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, metavar="SECONDS")
@@ -90,6 +105,7 @@ def serve(
     io: str,
     loops: int,
     spin: int,
+    client_memory: int | None,
     max_connections: int,
     fault_timeout: float,
     stall_timeout: float,
@@ -135,7 +151,7 @@ def serve(
         raise UsageError("--allow-remote goes with --listen", cure="a Unix socket is for this user alone")
     listening = Listening(socket, listen, allow_remote, os.environ, os.getpid())
     limits = ServerLimits(connections=max_connections, stall=stall_timeout)
-    engine = _make_engine(io, loops, spin)
+    engine = _make_engine(io, loops, spin, client_memory or default_budget())
     try:
         with open_devices(
             devices,
@@ -145,14 +161,14 @@ def serve(
             shared=shared,
             fault_timeout=fault_timeout,
         ) as opened:
-            asyncio.run(run(opened, engine, listening, limits, description, Report(stats), once=once))
+            asyncio.run(run(opened, engine, listening, limits, description, Report(stats, engine), once=once))
     finally:
         engine.close()
 
 
-def _make_engine(io: str, loops: int, spin: int) -> _engine.Engine:
+def _make_engine(io: str, loops: int, spin: int, memory: int) -> _engine.Engine:
     try:
-        engine = _engine.Engine(io=io, loops=loops, spin_us=spin)  # type: ignore[arg-type]
+        engine = _engine.Engine(io=io, loops=loops, spin_us=spin, memory=memory)  # type: ignore[arg-type]
     except OSError as error:
         raise ResourceError(
             f"--io={io}: {error.strerror}", cure="use --io=auto, which falls back to threads", errno=error.errno

@@ -26,7 +26,7 @@ from blkloom.errors import ListenError
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
-from blkloom.stats import Stats
+from blkloom.stats import MemoryUse, Stats
 
 _log = logging.getLogger("blkloom.serve")
 _LIVE_INTERVAL = 1.0
@@ -47,10 +47,11 @@ class Listening:
 
 
 class Report:
-    """Counters for people or programs. when: "exit", "live", "json" or None."""
+    """Counters of what `engine` serves, for people or programs. when: "exit", "live", "json" or None."""
 
-    def __init__(self, when: str | None) -> None:
+    def __init__(self, when: str | None, engine: _engine.Engine) -> None:
         self._when = when
+        self._engine = engine
         self._console = Console(stderr=True, highlight=False)
         self._began = time.monotonic()
 
@@ -68,18 +69,23 @@ class Report:
                     + (now[name] - before[name]).to_text(seconds=_LIVE_INTERVAL)
                     for name in now
                 ]
-                live.update(Text("\n\n".join(texts)), refresh=True)
+                live.update(Text("\n\n".join([*texts, self._memory().to_text()])), refresh=True)
                 before = now
+
+    def _memory(self) -> MemoryUse:
+        return MemoryUse(**self._engine.memory())
 
     def final(self, exports: Mapping[str, NbdExport]) -> None:
         """Prints the sums on exit."""
         stats = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
         if self._when == "json":
-            click.echo(json.dumps({name: counters.to_dict() for name, counters in stats.items()}))
+            memory = self._memory().to_dict()
+            click.echo(json.dumps({name: {**counters.to_dict(), "memory": memory} for name, counters in stats.items()}))
         elif self._when:
             seconds = time.monotonic() - self._began
             for name, counters in stats.items():
                 click.echo(f"{_title(name)}, {seconds:.1f} s\n{counters.to_text(seconds=seconds)}", err=True)
+            click.echo(self._memory().to_text(), err=True)
 
 
 def _title(name: str) -> str:

@@ -258,7 +258,9 @@ class Wait(_Call, tag="wait"):
 
 
 class GetStats(_Call, tag="stats"):
-    """→ {name: {"device": `Device.stats()`, "exports": {id: `Export.stats()`}}}; device "": of all."""
+    """→ {name: {"device": `Device.stats()`, "exports": {id: `Export.stats()`}, "memory": `Engine.memory()` of its
+    worker}}; device "": of all.
+    """
 
     device: DeviceKey = ""
 
@@ -427,7 +429,7 @@ class WorkerRead(_Call, tag="read"):
 
 
 class WorkerStats(_Call, tag="stats"):
-    """→ {minor: {"device": ..., "exports": {id: ...}}} of all its devices."""
+    """→ {minor: {"device": ..., "exports": {id: ...}, "memory": ...}} of all its devices."""
 
 
 class Serve(_Call, tag="serve"):

@@ -49,6 +49,11 @@ _OF_DEVICES: Final = (
     _Metric("blkloom_device_holders", "gauge", "Devices that stand on this one."),
     _Metric("blkloom_device_worker_restarts_total", "counter", "How often the device's worker was started again."),
 )
+_OF_MEMORY: Final = (
+    _Metric("blkloom_device_client_memory_budget_bytes", "gauge", "What clients may make the device's worker keep."),
+    _Metric("blkloom_device_client_memory_reserved_bytes", "gauge", "Of that, what is reserved for requests."),
+    _Metric("blkloom_device_client_memory_waiting", "gauge", "Requests that wait for memory of the device's worker."),
+)
 _EXPORT_INFO: Final = _Metric("blkloom_export_info", "gauge", "Always 1; name and URI of the export are labels.")
 
 
@@ -66,6 +71,7 @@ def _lines(sample: Sample) -> Iterator[str]:
     for metric, (labels, value) in zip(_OF_SUPERVISOR, supervisor, strict=True):
         yield from _family(metric, [(labels, value)])
     yield from _devices(sample)
+    yield from _memory(sample)
     of_devices: list[tuple[Labels, Stats]] = []
     of_exports: list[tuple[Labels, Stats]] = []
     for device in sample.devices.values():
@@ -91,6 +97,17 @@ def _devices(sample: Sample) -> Iterator[str]:
         [(name, info.restarts) for name, info in zip(names, infos, strict=True)],
     )
     for metric, samples in zip(_OF_DEVICES, values, strict=True):
+        yield from _family(metric, samples)
+
+
+def _memory(sample: Sample) -> Iterator[str]:
+    found = [({"device": d.info.name}, d.memory) for d in sample.devices.values() if d.memory]
+    values: tuple[list[tuple[Labels, float]], ...] = (
+        [(name, memory.budget) for name, memory in found],
+        [(name, memory.reserved) for name, memory in found],
+        [(name, memory.waiting) for name, memory in found],
+    )
+    for metric, samples in zip(_OF_MEMORY, values, strict=True):
         yield from _family(metric, samples)
 
 

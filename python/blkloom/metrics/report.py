@@ -22,7 +22,8 @@ _PARTS: Final = " ▏▎▍▌▋▊▉"
 
 def as_dict(now: Sample, before: Sample | None = None) -> dict[str, Any]:
     """For JSON: {"version", "run_dir", "seconds" (with `before`), "devices": {name: {"state", ...,
-    "device": `Stats.to_dict` or null, "exports": {id: {"name", "uri", **`Stats.to_dict`}}}}}.
+    "device": `Stats.to_dict` or null, "memory": `MemoryUse.to_dict` or null,
+    "exports": {id: {"name", "uri", **`Stats.to_dict`}}}}}.
     """
     head: dict[str, Any] = {"version": now.version, "run_dir": now.run_dir}
     if before:
@@ -82,7 +83,7 @@ def _changes(now: Sample, before: Sample | None) -> Iterator[DeviceSample]:
             id: stats if anew or id not in earlier.exports else stats - earlier.exports[id]
             for id, stats in device.exports.items()
         }
-        yield DeviceSample(device.info, happened(earlier, device), exports)
+        yield DeviceSample(device.info, happened(earlier, device), exports, device.memory)
 
 
 def _device_dict(device: DeviceSample) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def _device_dict(device: DeviceSample) -> dict[str, Any]:
         "clients": info.connections,
         "restarts": info.restarts,
         "device": device.stats.to_dict() if device.stats else None,
+        "memory": device.memory.to_dict() if device.memory else None,
         "exports": {
             export.id: {"name": export.name, "uri": uri_of(export), **device.exports[export.id].to_dict()}
             for export in info.exports
@@ -118,6 +120,8 @@ def _block(
         if histogram:
             for name in device.stats:
                 yield from _spread(name, device.stats[name])
+    if device.memory:
+        yield f"  {device.memory.to_text()}"
     for export in info.exports if exports else ():
         if (stats := device.exports.get(export.id)) is not None:
             yield f"  export {export.id}: {uri_of(export)}"

@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from blkloom.control.states import DeviceInfo
-from blkloom.stats import Stats
+from blkloom.stats import MemoryUse, Stats
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """One device: what it is, its counters, and those of its exports by id."""
+    """One device: what it is, its counters, those of its exports by id, and the memory of its worker's clients."""
 
     info: DeviceInfo
     stats: Stats | None = None
     exports: Mapping[str, Stats] = field(default_factory=dict)
+    memory: MemoryUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +64,5 @@ def _device(info: DeviceInfo, counters: Mapping[str, Any] | None) -> DeviceSampl
         info,
         Stats.from_engine(counters["device"]),
         {id: Stats.from_engine(export) for id, export in counters["exports"].items()},
+        MemoryUse(**counters["memory"]) if "memory" in counters else None,
     )

@@ -34,10 +34,11 @@ _END_SECONDS: Final = 10.0
 
 
 class Forker:
-    """For one run directory. exited: told of worker, pid and status (minus a signal)."""
+    """For one run directory. exited: told of worker, pid and status (minus a signal). client_memory: see `Fork`."""
 
-    def __init__(self, run_dir: RunDir, exited: Callable[[str, int, int], None]) -> None:
+    def __init__(self, run_dir: RunDir, exited: Callable[[str, int, int], None], client_memory: int) -> None:
         self._run_dir = run_dir
+        self._client_memory = client_memory
         self._exited = exited
         self._process: asyncio.subprocess.Process | None = None
         self._channel: AsyncChannel | None = None
@@ -53,7 +54,12 @@ class Forker:
         self._waiting[worker] = forked
         try:
             with theirs:
-                order = Fork(worker=worker, run_dir=str(self._run_dir.path), targets=sorted(targets))
+                order = Fork(
+                    worker=worker,
+                    run_dir=str(self._run_dir.path),
+                    targets=sorted(targets),
+                    client_memory=self._client_memory,
+                )
                 await channel.send(order, [theirs.fileno()])
             async with asyncio.timeout(_FORK_SECONDS):
                 pid, pidfd = await forked

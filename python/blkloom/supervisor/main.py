@@ -32,6 +32,7 @@ from blkloom.control.rundir import RunDir
 from blkloom.errors import BlkloomError, ResourceError, UsageError
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
+from blkloom.memory import default_budget, parse_budget
 from blkloom.peer import peer_of
 from blkloom.supervisor.adoption import Adoption
 from blkloom.supervisor.idling import Idling
@@ -56,9 +57,9 @@ _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging
 
 @dataclass(frozen=True)
 class Limits:
-    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. recovery:
-    seconds that I/O waits for a killed worker to end. idle:
-    seconds without devices and clients after which it ends; 0 for never.
+    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. idle:
+    seconds without devices and clients after which it ends; 0 for never. recovery: seconds that I/O waits for a killed
+    worker to end. client_memory: bytes that its clients may make a worker keep.
     """
 
     devices: int
@@ -66,6 +67,7 @@ class Limits:
     deaths: int
     idle: float
     recovery: float
+    client_memory: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Supervisor:
             changed=lambda entry: self._verbs.look_at(entry),
             deaths=limits.deaths,
             recovery=limits.recovery,
+            client_memory=limits.client_memory,
         )
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
@@ -463,6 +466,11 @@ def _default_memory() -> int:
 @click.option("--run-dir", type=click.Path(), help="Its directory (see blkloom --help).")
 @click.option("--max-devices", type=click.IntRange(1), default=4096, show_default=True)
 @click.option("--max-ram", metavar="SIZE", help="For all RAM devices together; 80 % of the machine's memory.")
+@click.option(
+    "--client-memory",
+    metavar="SIZE",
+    help="For requests of all clients of a worker together; an eighth of what it may use, 64 MiB to 1 GiB.",
+)
 @click.option("--max-deaths", type=click.IntRange(0), default=5, show_default=True, help="Of a worker in a minute.")
 @click.option(
     "--recovery-timeout",
@@ -486,6 +494,7 @@ def supervisor(
     run_dir: str | None,
     max_devices: int,
     max_ram: str | None,
+    client_memory: str | None,
     max_deaths: int,
     idle_timeout: float,
     recovery_timeout: float,
@@ -504,10 +513,15 @@ def supervisor(
         memory: int = parse_size(max_ram) if max_ram else _default_memory()
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--max-ram") from error
+    try:
+        budget = parse_budget(client_memory) if client_memory else default_budget()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--client-memory") from error
     again = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(where.path)]
     again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}"]
-    again += [f"--idle-timeout={idle_timeout}", f"--recovery-timeout={recovery_timeout}", *["-v"] * verbose]
-    limits = Limits(max_devices, memory, max_deaths, idle_timeout, recovery_timeout)
+    again += [f"--idle-timeout={idle_timeout}", f"--recovery-timeout={recovery_timeout}"]
+    again += [f"--client-memory={budget}", *["-v"] * verbose]
+    limits = Limits(max_devices, memory, max_deaths, idle_timeout, recovery_timeout, budget)
     _log.info("RAM devices may have %s together", format_size(Bytes(memory)))
     kept = _parse_inherited(inherited) if inherited else None
     sys.exit(run(where, limits, ready_fd=ready_fd, inherited=kept, again=again))

@@ -105,6 +105,7 @@ class Workers:
         changed: Callable[[Entry], None],
         deaths: int,
         recovery: float,
+        client_memory: int,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -122,7 +123,7 @@ class Workers:
         self._recovery = recovery
         self._looking: asyncio.Task[None] | None = None
         self._awaited: set[asyncio.Task[None]] = set()
-        self._forker = Forker(run_dir, self._exited)
+        self._forker = Forker(run_dir, self._exited, client_memory)
 
     # groups
 

@@ -65,7 +65,9 @@ Confirm = Callable[[int, list[FailedSync]], Awaitable[None]]
 
 
 class Host:
-    """Without devices at first. device_folder: where devices have their sockets."""
+    """Without devices at first. device_folder: where devices have their sockets. client_memory: bytes that all clients
+    together may make it keep.
+    """
 
     def __init__(
         self,
@@ -74,9 +76,10 @@ class Host:
         tell: Tell,
         told: Callable[[], Awaitable[None]],
         confirm: Confirm,
+        client_memory: int,
     ) -> None:
         """told: returns when what `tell` said has been sent."""
-        self.engine = _engine.Engine()
+        self.engine = _engine.Engine(memory=client_memory)
         self.devices: dict[int, HostedDevice] = {}
         self.stock = Stock()
         self.tell = tell
@@ -139,7 +142,8 @@ class Host:
                 data = await self._device(call.minor).read(call.offset, call.length)
                 return base64.b64encode(data).decode("ascii")
             case WorkerStats():
-                return {str(minor): device.stats() for minor, device in self.devices.items()}
+                memory = self.engine.memory()
+                return {str(minor): {**device.stats(), "memory": memory} for minor, device in self.devices.items()}
             case Unserve():
                 return await self._device(call.minor).unserve(call.id)
             case Describe():

@@ -34,10 +34,14 @@ _ACCEPT_RETRY: Final = 1.0
 """Seconds before a supervisor that could not be accepted is tried again."""
 
 
-def run(channel_socket: socket.socket, worker_id: str, run_dir: str, *, targets: Targets | None = None) -> int:
-    """Lives as the worker `worker_id`. Returns the exit status: 1 when something could not be flushed."""
+def run(
+    channel_socket: socket.socket, worker_id: str, run_dir: str, *, targets: Targets | None = None, client_memory: int
+) -> int:
+    """Lives as the worker `worker_id`, whose clients may make it keep `client_memory` bytes. Returns the exit status: 1
+    when something could not be flushed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return asyncio.run(Worker(worker_id, run_dir, targets or all_targets()).live(channel_socket))
+    return asyncio.run(Worker(worker_id, run_dir, targets or all_targets(), client_memory).live(channel_socket))
 
 
 @functools.cache
@@ -48,10 +52,10 @@ def _version() -> str:
 class Worker:
     """The worker `id` of the supervisor that has `run_dir`."""
 
-    def __init__(self, id: str, run_dir: str, targets: Targets) -> None:
+    def __init__(self, id: str, run_dir: str, targets: Targets, client_memory: int) -> None:
         self._id = id
         self._run_dir = run_dir
-        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told, self._confirm)
+        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told, self._confirm, client_memory)
         self._conversations: set[asyncio.Task[None]] = set()
         self._supervisor: Conversation | None = None
         self._spoken_to = asyncio.Event()

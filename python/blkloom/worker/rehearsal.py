@@ -28,6 +28,7 @@ from blkloom.control.messages import (
     WorkerStatus,
 )
 from blkloom.control.states import DeviceState, ExportState, Loaded
+from blkloom.memory import LEAST_BUDGET
 from blkloom.target.registry import Targets
 from blkloom.worker.main import Worker
 
@@ -43,7 +44,7 @@ def rehearse(targets: Targets, *, rounds: int = 10) -> None:
 async def _rehearsal(targets: Targets, run_dir: str) -> None:
     ours, theirs = socket.socketpair()
     channel = AsyncChannel(ours, FromWorker)
-    life = asyncio.create_task(Worker("rehearsal", run_dir, targets).live(theirs))
+    life = asyncio.create_task(Worker("rehearsal", run_dir, targets, LEAST_BUDGET).live(theirs))
     device = DeviceState(name="rehearsal", minor=0)
     calls: list[WorkerCall] = [
         Hold(devices=[device]),

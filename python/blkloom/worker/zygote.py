@@ -45,10 +45,13 @@ class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=Tru
 
 
 class Fork(_Message, tag="fork"):
-    """To the zygote: a worker for `run_dir`, on the channel that rides along. targets: that its tables will name."""
+    """To the zygote: a worker for `run_dir`, on the channel that rides along. targets: that its tables will name.
+    client_memory: bytes that its clients may make it keep.
+    """
 
     worker: str
     run_dir: str
+    client_memory: int
     targets: list[str] = []
     fds: int = 1
 
@@ -167,7 +170,7 @@ class Zygote:
         """In the new process."""
         self._channel.close()
         become_worker(asked.worker)
-        return run(connection, asked.worker, asked.run_dir, targets=self._targets)
+        return run(connection, asked.worker, asked.run_dir, targets=self._targets, client_memory=asked.client_memory)
 
     def _reap(self) -> None:
         while self._workers:

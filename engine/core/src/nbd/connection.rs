@@ -2,7 +2,8 @@
 //!
 //! `pump` takes everything that has arrived in one receive, serves what it can at once and sends all
 //! replies in one send; requests that take time go to the loop's queue and come back through
-//! `finish`. An idle connection owns no buffers. Only its loop's thread touches a connection.
+//! `finish`. An idle connection owns no buffers. Only its loop's thread touches a connection. What a request needs
+//! memory for is reserved first (see `budget`); one that must wait for that stays in the stash, and nothing is received.
 //!
 //! A connection that must end is `Ending` (nothing more is read, what is in flight is answered) or
 //! `Gone` (nobody listens any more; what is in flight still has to finish before it is forgotten). One
@@ -10,6 +11,7 @@
 
 mod answer;
 mod detach;
+mod memory;
 mod transfer;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,9 +25,11 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
 use super::output::{Arena, Output};
+use crate::budget::{Account, Budget, Kept, Reservation, Waiting};
 use crate::call::nanoseconds;
 use crate::device::{Export, LONGEST_TIMEOUT};
 use crate::engine::NbdSession;
+use crate::inbox::Inbox;
 use crate::notice::{Notices, Outcome};
 use crate::now::{self, Now};
 use crate::queue::Queue;
@@ -77,6 +81,7 @@ pub struct Workbench {
     pub queue: Queue,
     pub buffers: BufferPool,
     pub arena: Arena,
+    pub inbox: Arc<Inbox>,
     pub zeros: Vec<(u64, u64)>,
     pub shard: Shard,
 }
@@ -91,6 +96,7 @@ pub struct Ticket {
     command: Command,
     /// A block status: what the contexts say, in order, as far as they were asked.
     told: Vec<Vec<(u64, u32)>>,
+    reservation: Reservation,
 }
 
 enum Input {
@@ -101,6 +107,7 @@ enum Input {
         /// For all of that, or for a part at a time.
         buffer: Buffer,
         have: usize,
+        reservation: Reservation,
     },
     Skip(Skipping),
 }
@@ -148,6 +155,12 @@ pub struct Connection {
     /// What the engine that had it before was skipping: comes behind what is stashed.
     skips_next: Option<Skipping>,
     output: Output,
+    account: Arc<Account>,
+    kept: Kept,
+    /// For memory; the next request is in the stash.
+    waiting: Option<Waiting>,
+    /// For the next request, which waited for it.
+    reserved: Option<Reservation>,
     in_flight: usize,
     in_flight_bytes: u64,
     /// Requests given to the queue, ever.
@@ -163,13 +176,15 @@ pub struct Connection {
 const MOST_IN_FLIGHT: usize = 1024;
 const MOST_BYTES_IN_FLIGHT: u64 = 64 << 20;
 const MOST_OUTPUT: usize = 4 << 20;
+/// Received at once while memory is tight, and kept without being counted.
+const LITTLE: usize = 4096;
 /// Reads up to this size are answered through the arena.
 const THROUGH_ARENA: u64 = 256 << 10;
 /// Room a head, an error or a block status that fits a page takes at most.
 const HEAD: usize = 4096 + 64;
 
 impl Connection {
-    pub fn new(id: u64, session: NbdSession) -> Connection {
+    pub fn new(id: u64, session: NbdSession, budget: Arc<Budget>) -> Connection {
         let NbdSession { export, fd, session, notices, token } = session;
         export.connections.fetch_add(1, Ordering::Relaxed);
         let rules = Rules {
@@ -182,12 +197,13 @@ impl Connection {
         let Unfinished { initial, unsent, skipping } = session.unfinished;
         let mut output = Output::default();
         if !unsent.is_empty() {
-            output.push(unsent, None);
+            output.push(unsent, None, None);
         }
         let (input, skips_next) = match skipping {
             Some(skipping) if initial.is_empty() => (Input::Skip(skipping), None),
             skipping => (Input::Header, skipping),
         };
+        let account = Account::new(budget, export.device.clone(), id, is_own_process(&fd));
         Connection {
             id,
             fd,
@@ -201,6 +217,10 @@ impl Connection {
             stash: initial,
             skips_next,
             output,
+            kept: Kept::new(account.clone()),
+            account,
+            waiting: None,
+            reserved: None,
             in_flight: 0,
             in_flight_bytes: 0,
             queued: 0,
@@ -260,16 +280,17 @@ impl Connection {
     }
 
     fn full(&self) -> bool {
-        self.in_flight >= MOST_IN_FLIGHT
+        self.waiting.is_some()
+            || self.in_flight >= MOST_IN_FLIGHT
             || self.in_flight_bytes >= MOST_BYTES_IN_FLIGHT
             || self.output.bytes() >= MOST_OUTPUT
+            || !self.output.is_empty() && self.account.is_tight()
     }
 
     pub fn end(&mut self, reason: &str) {
         if matches!(self.state, State::Open) {
             self.state = State::Ending(reason.to_owned());
-            self.stash = Vec::new();
-            self.input = Input::Header;
+            self.forget_input();
         }
     }
 
@@ -281,11 +302,17 @@ impl Connection {
             };
             self.state = State::Gone(reason);
             self.output.clear();
-            self.stash = Vec::new();
-            self.input = Input::Header;
+            self.forget_input();
             // A peer that still writes is told at once, whoever else holds the socket.
             let _unconnected = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
         }
+    }
+
+    fn forget_input(&mut self) {
+        self.stash = Vec::new();
+        self.input = Input::Header;
+        self.waiting = None;
+        self.reserved = None;
     }
 
     /// Says that it is over.
@@ -336,7 +363,7 @@ impl Connection {
     /// Receives once. A payload under way is filled first.
     fn receive(&mut self, into: &mut Buffer) -> Result<Received, Errno> {
         let mut filled = false;
-        if let Input::Payload { header, buffer, have } = &mut self.input {
+        if let Input::Payload { header, buffer, have, .. } = &mut self.input {
             let want = buffer.len() - *have;
             match receive(&self.fd, &mut buffer.bytes_mut()[*have..]) {
                 Ok(0) => return Ok(Received::End),
@@ -355,13 +382,16 @@ impl Connection {
         if behind >= into.len() || self.skips_next.is_some() {
             return Ok(Received::Nothing); // what there is must be served first
         }
-        match receive(&self.fd, &mut into.bytes_mut()[behind..]) {
+        let room = if self.account.is_tight() { LITTLE } else { into.len() };
+        let end = into.len().min(behind + room);
+        match receive(&self.fd, &mut into.bytes_mut()[behind..end]) {
             // An end or an error shows again at the next receive, after this payload was served.
             Ok(0) | Err(_) if filled => Ok(Received::Payload),
             Ok(0) => Ok(Received::End),
             Ok(count) => {
                 into.bytes_mut()[..behind].copy_from_slice(&self.stash);
                 self.stash.clear();
+                self.stash.shrink_to(LITTLE);
                 Ok(Received::Bytes { count, behind })
             }
             Err(Errno::AGAIN) => Ok(Received::Nothing),
@@ -389,8 +419,11 @@ impl Connection {
             }
             match self.rules.style.header(&bytes[at..]) {
                 Ok(Some(header)) => {
-                    at += self.rules.style.header_size();
-                    at += self.request(slot, header, &bytes[at..], bench, started);
+                    let behind = at + self.rules.style.header_size();
+                    match self.request(slot, header, &bytes[behind..], bench, started) {
+                        Some(taken) => at = behind + taken,
+                        None => break,
+                    }
                 }
                 Ok(None) => break,
                 Err(malformed) => {
@@ -407,19 +440,23 @@ impl Connection {
                 self.input = Input::Skip(skipping);
             }
         }
+        self.reserved = None; // whatever was to use it does not need it any more
     }
 
     /// Serves a write whose payload has come whole, or what has come of one that is written in parts.
     fn finish_payload(&mut self, slot: usize, bench: &mut Workbench, started: Instant) {
         match std::mem::replace(&mut self.input, Input::Header) {
-            Input::Payload { header, buffer, have } if (buffer.len() as u64) < header.length => {
-                self.input = self.next_part(header, buffer, have, bench);
+            Input::Payload { header, buffer, have, reservation } if (buffer.len() as u64) < header.length => {
+                self.input = self.next_part(header, buffer, have, reservation, bench);
             }
-            Input::Payload { header, buffer, have } if have == buffer.len() => {
+            Input::Payload { header, buffer, have, reservation } if have == buffer.len() => {
                 // SAFETY: the buffer lives to the end of this block; the write happens in `write_now`.
                 let memory = unsafe { buffer.slice() };
                 match self.write_now(&header, memory, bench) {
-                    Some(done) => self.later(slot, &header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+                    Some(done) => {
+                        let memory = Memory::Owned(Arc::new(buffer));
+                        self.later(slot, &header, (memory, reservation), done, bench, started);
+                    }
                     None => bench.buffers.put(buffer),
                 }
             }
@@ -427,8 +464,15 @@ impl Connection {
         }
     }
 
-    /// One request; returns how many of the bytes behind its header it took.
-    fn request(&mut self, slot: usize, header: Header, rest: &[u8], bench: &mut Workbench, started: Instant) -> usize {
+    /// One request; returns how many of the bytes behind its header it took. None: it waits for memory.
+    fn request(
+        &mut self,
+        slot: usize,
+        header: Header,
+        rest: &[u8],
+        bench: &mut Workbench,
+        started: Instant,
+    ) -> Option<usize> {
         self.rules.size = self.export.device.size();
         let request = header.request(&self.rules);
         let framing = self.framing(&header);
@@ -441,7 +485,7 @@ impl Connection {
             }
             if self.rules.style == Style::Extended && request.payload > self.rules.max_payload {
                 self.gone("a payload longer than the maximum");
-                return 0;
+                return Some(0);
             }
             if request.payload == 0 {
                 self.refuse(&framing, refusal, bench);
@@ -450,7 +494,7 @@ impl Connection {
                 blkloom_wire::error(&framing, &mut reply, refusal.code, refusal.why);
                 self.input = Input::Skip(Skipping { left: request.payload, reply });
             }
-            return 0;
+            return Some(0);
         }
         match request.command {
             Some(Command::Disconnect) => {
@@ -458,11 +502,11 @@ impl Connection {
                 self.parting = Some(header);
             }
             Some(Command::Write) => return self.write(slot, &header, rest, bench, started),
-            Some(Command::Read) => self.read(slot, &header, bench, started),
-            Some(command) => self.command(slot, &header, command, bench, started),
+            Some(Command::Read) => self.read(slot, &header, bench, started)?,
+            Some(command) => self.command(slot, &header, command, bench, started)?,
             None => {}
         }
-        0
+        Some(0)
     }
 
     fn framing(&self, header: &Header) -> Framing {
@@ -475,7 +519,7 @@ impl Connection {
             self.flush(bench);
         }
         match bench.arena.room() < reply.len() {
-            true => self.output.push(reply, None),
+            true => self.output.push(reply, None, None),
             false => bench.arena.put(&reply),
         }
     }
@@ -487,7 +531,14 @@ impl Connection {
         blkloom_wire::error(framing, &mut bench.arena, refusal.code, refusal.why);
     }
 
-    fn command(&mut self, slot: usize, header: &Header, command: Command, bench: &mut Workbench, started: Instant) {
+    fn command(
+        &mut self,
+        slot: usize,
+        header: &Header,
+        command: Command,
+        bench: &mut Workbench,
+        started: Instant,
+    ) -> Option<()> {
         let op = operation(command);
         let device = &self.export.device;
         let wanted = wanted(header.flags);
@@ -498,8 +549,10 @@ impl Connection {
             _ => Now::Later(0),
         };
         if let Some(done) = self.answer_now(header, op, attempt, bench) {
-            self.later(slot, header, Memory::None, done, bench, started);
+            let reservation = self.reserve(slot, self.need(header, command), bench)?;
+            self.later(slot, header, (Memory::None, reservation), done, bench, started);
         }
+        Some(())
     }
 
     /// Gives the rest of a request to the queue.
@@ -507,7 +560,7 @@ impl Connection {
         &mut self,
         slot: usize,
         header: &Header,
-        memory: Memory,
+        (memory, reservation): (Memory, Reservation),
         done: u64,
         bench: &mut Workbench,
         started: Instant,
@@ -516,7 +569,8 @@ impl Connection {
             return;
         };
         let (op, length) = (operation(command), header.length);
-        let ticket = Ticket { slot, id: self.id, order: self.queued, header: *header, command, told: Vec::new() };
+        let ticket =
+            Ticket { slot, id: self.id, order: self.queued, header: *header, command, told: Vec::new(), reservation };
         self.queued += 1;
         self.in_flight += 1;
         self.in_flight_bytes += if matches!(memory, Memory::None) { 0 } else { length };
@@ -582,6 +636,11 @@ fn receive(fd: &OwnedFd, into: &mut [u8]) -> Result<usize, Errno> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The client is a thread of this very process.
+fn is_own_process(fd: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_peercred(fd).is_ok_and(|peer| peer.pid == rustix::process::getpid())
 }
 
 fn operation(command: Command) -> Op {

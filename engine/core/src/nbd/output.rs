@@ -13,6 +13,8 @@ use blkloom_wire::Sink;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
 
+use crate::budget::Reservation;
+
 /// A loop's buffer for the replies of one turn.
 pub struct Arena {
     buffer: Buffer,
@@ -64,11 +66,17 @@ struct Chunk {
     head: Vec<u8>,
     body: Option<Buffer>,
     sent: usize,
+    /// Of the memory that it takes, if that was reserved.
+    reservation: Option<Reservation>,
 }
 
 impl Chunk {
     fn len(&self) -> usize {
         self.head.len() + self.body.as_ref().map_or(0, Buffer::len)
+    }
+
+    fn unreserved(&self) -> usize {
+        if self.reservation.is_some() { 0 } else { self.len() }
     }
 }
 
@@ -76,6 +84,7 @@ impl Chunk {
 pub struct Output {
     queue: VecDeque<Chunk>,
     bytes: usize,
+    unreserved: usize,
 }
 
 /// The most parts of one gathered send.
@@ -91,16 +100,22 @@ impl Output {
         self.bytes
     }
 
-    pub fn push(&mut self, head: Vec<u8>, body: Option<Buffer>) {
-        let chunk = Chunk { head, body, sent: 0 };
+    /// Of them, those in memory that nobody reserved.
+    pub fn unreserved(&self) -> usize {
+        self.unreserved
+    }
+
+    pub fn push(&mut self, head: Vec<u8>, body: Option<Buffer>, reservation: Option<Reservation>) {
+        let chunk = Chunk { head, body, sent: 0, reservation };
         self.bytes += chunk.len();
+        self.unreserved += chunk.unreserved();
         self.queue.push_back(chunk);
     }
 
     /// What waits, for another engine to send.
     pub fn take(&mut self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.bytes);
-        for Chunk { head, body, sent } in std::mem::take(self).queue {
+        for Chunk { head, body, sent, .. } in std::mem::take(self).queue {
             let in_head = sent.min(head.len());
             bytes.extend_from_slice(&head[in_head..]);
             bytes.extend_from_slice(body.as_ref().map_or(&[], |body| &body.bytes()[sent - in_head..]));
@@ -129,7 +144,7 @@ impl Output {
             }
         }
         if sent < arena.used() {
-            self.push(arena.bytes()[sent..].to_vec(), None);
+            self.push(arena.bytes()[sent..].to_vec(), None, None);
         }
         arena.rewind(0);
         Ok(())
@@ -171,6 +186,7 @@ impl Output {
                 return;
             }
             count -= left;
+            self.unreserved -= chunk.unreserved();
             if let Some(body) = self.queue.pop_front().and_then(|chunk| chunk.body) {
                 buffers.put(body);
             }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use blkloom_io::Buffer;
 use blkloom_io::errno::{EINVAL, EIO};
 use blkloom_wire::{Command, ErrorCode, Framing, Sink, flags};
 
+use super::memory::REQUEST;
 use super::{Connection, Ticket, Workbench};
 use crate::call::nanoseconds;
 use crate::queue::{Ended, MOST_FOUND};
@@ -62,12 +64,16 @@ impl Connection {
             }
         }
         match buffer {
-            Some(buffer) if error == 0 && ticket.command == Command::Read => self.output.push(head, Some(buffer)),
+            Some(buffer) if error == 0 && ticket.command == Command::Read => {
+                let mut reservation = ticket.reservation;
+                reservation.shrink(Buffer::capacity(buffer.len()) + REQUEST);
+                self.output.push(head, Some(buffer), Some(reservation));
+            }
             Some(buffer) => {
                 bench.buffers.put(buffer);
-                self.output.push(head, None);
+                self.output.push(head, None, None);
             }
-            None => self.output.push(head, None),
+            None => self.output.push(head, None, None),
         }
     }
 

@@ -17,6 +17,8 @@ impl Connection {
     /// drain: once the client has taken its replies. Without it also ends the waiting for that.
     pub fn detach(&mut self, drain: bool) {
         self.leaving = true;
+        self.waiting = None;
+        self.reserved = None;
         match (&mut self.state, self.parting) {
             (State::Open, _) => self.state = State::Detaching { returned: Vec::new(), drain },
             (State::Detaching { drain: before, .. }, _) => *before &= drain,
@@ -77,7 +79,7 @@ impl Connection {
     fn unserved(&mut self, mut returned: Vec<(u64, Vec<u8>)>) -> Vec<u8> {
         returned.sort_unstable_by_key(|(order, _)| *order);
         let mut bytes: Vec<u8> = returned.into_iter().flat_map(|(_, bytes)| bytes).collect();
-        if let Input::Payload { header, buffer, have } = &self.input {
+        if let Input::Payload { header, buffer, have, .. } = &self.input {
             header.put(self.rules.style, &mut bytes);
             bytes.extend_from_slice(&buffer.bytes()[..*have]);
         }

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blkloom_io::{Buffer, Slice};
-use blkloom_wire::{Framing, Header, Style, flags};
+use blkloom_wire::{Command, Framing, Header, Style, flags};
 
+use super::memory::REQUEST;
 use super::{Connection, HEAD, Input, THROUGH_ARENA, Workbench};
+use crate::budget::Reservation;
 use crate::now::{self, Besides, Now, Patience};
 use crate::request::Memory;
 use crate::stats::Op;
@@ -26,14 +28,16 @@ fn part(header: &Header, have: u64) -> u64 {
 }
 
 impl Connection {
-    pub(super) fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+    /// None: it waits for memory.
+    pub(super) fn read(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) -> Option<()> {
         let framing = self.framing(header);
         let length = header.length as usize;
         if length == 0 {
-            return blkloom_wire::success(&framing, &mut bench.arena);
+            blkloom_wire::success(&framing, &mut bench.arena);
+            return Some(());
         }
-        if header.length > THROUGH_ARENA {
-            return self.read_large(slot, header, bench, started);
+        if header.length > THROUGH_ARENA || self.account.is_tight() {
+            return self.read_apart(slot, header, bench, started);
         }
         if bench.arena.room() < length + HEAD {
             self.flush(bench);
@@ -49,7 +53,8 @@ impl Connection {
             Now::Done => {
                 let bytes = bench.arena.bytes()[data..].to_vec();
                 bench.arena.rewind(start);
-                self.sparse(&framing, &bytes, bench);
+                let out = sparse(&framing, &bytes, &bench.zeros);
+                self.put(out, bench);
                 self.tally(Op::Read, header.length, false);
             }
             Now::Failed(errno) => {
@@ -58,42 +63,24 @@ impl Connection {
                 self.tally(Op::Read, 0, true);
             }
             Now::Later(done) => {
+                let Some(reservation) = self.reserve(slot, self.need(header, Command::Read), bench) else {
+                    bench.arena.rewind(start);
+                    return None;
+                };
                 let mut buffer = bench.buffers.take(length);
                 let read = done as usize;
                 buffer.bytes_mut()[..read].copy_from_slice(&bench.arena.bytes()[data..data + read]);
                 bench.arena.rewind(start);
-                self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+                self.later(slot, header, (Memory::Owned(Arc::new(buffer)), reservation), done, bench, started);
             }
         }
+        Some(())
     }
 
-    fn may_send_holes(&self, header: &Header) -> bool {
-        self.rules.style != Style::Simple && header.flags & flags::DF == 0
-    }
-
-    /// A read whose data has zeros in it (in `bench.zeros`): data and holes as chunks of their own.
-    fn sparse(&mut self, framing: &Framing, bytes: &[u8], bench: &mut Workbench) {
-        let mut out = Vec::with_capacity(bytes.len());
-        let (mut at, end) = (0u64, bytes.len() as u64);
-        let data = |out: &mut Vec<u8>, from: u64, to: u64| {
-            blkloom_wire::read_data(framing, out, framing.offset + from, to - from, to == end);
-            out.extend_from_slice(&bytes[from as usize..to as usize]);
-        };
-        for &(start, len) in &bench.zeros {
-            if start > at {
-                data(&mut out, at, start);
-            }
-            at = start + len;
-            blkloom_wire::hole(framing, &mut out, framing.offset + start, len, at == end);
-        }
-        if at < end {
-            data(&mut out, at, end);
-        }
-        self.put(out, bench);
-    }
-
-    fn read_large(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) {
+    /// A read through memory of its own, which the reply keeps until the client has taken it.
+    fn read_apart(&mut self, slot: usize, header: &Header, bench: &mut Workbench, started: Instant) -> Option<()> {
         let framing = self.framing(header);
+        let mut reservation = self.reserve(slot, self.need(header, Command::Read), bench)?;
         let buffer = bench.buffers.take(header.length as usize);
         // SAFETY: the buffer is kept below until the read has ended.
         let memory = unsafe { buffer.slice() };
@@ -101,15 +88,20 @@ impl Connection {
         let besides = Besides { zeros: self.may_send_holes(header).then_some(&mut bench.zeros), next: None };
         match now::read(&self.export.device, bench.shard, header.offset, memory, Patience::Nowait, besides) {
             Now::Done if !bench.zeros.is_empty() => {
-                self.sparse(&framing, buffer.bytes(), bench);
+                self.flush(bench);
+                let out = sparse(&framing, buffer.bytes(), &bench.zeros);
                 bench.buffers.put(buffer);
+                reservation.shrink(out.capacity() + REQUEST);
+                self.output.push(out, None, Some(reservation));
+                self.send(bench);
                 self.tally(Op::Read, header.length, false);
             }
             Now::Done => {
                 self.flush(bench);
                 let mut head = Vec::with_capacity(48);
                 blkloom_wire::read_data(&framing, &mut head, header.offset, header.length, true);
-                self.output.push(head, Some(buffer));
+                reservation.shrink(Buffer::capacity(buffer.len()) + REQUEST);
+                self.output.push(head, Some(buffer), Some(reservation));
                 self.send(bench);
                 self.tally(Op::Read, header.length, false);
             }
@@ -118,12 +110,16 @@ impl Connection {
                 self.fail(&framing, errno, &mut bench.arena);
                 self.tally(Op::Read, 0, true);
             }
-            Now::Later(done) => self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started),
+            Now::Later(done) => {
+                self.later(slot, header, (Memory::Owned(Arc::new(buffer)), reservation), done, bench, started);
+            }
         }
+        Some(())
     }
 
     // Writing
 
+    /// None: it waits for memory.
     pub(super) fn write(
         &mut self,
         slot: usize,
@@ -131,28 +127,36 @@ impl Connection {
         rest: &[u8],
         bench: &mut Workbench,
         started: Instant,
-    ) -> usize {
+    ) -> Option<usize> {
         let length = header.length as usize;
         if length == 0 {
             blkloom_wire::success(&self.framing(header), &mut bench.arena);
-            return 0;
+            return Some(0);
         }
         if rest.len() < length {
-            self.input = self.payload(*header, rest, bench);
-            return rest.len();
+            let reservation = self.reserve(slot, self.need(header, Command::Write), bench)?;
+            self.input = self.payload(*header, rest, reservation, bench);
+            return Some(rest.len());
         }
         // SAFETY: `rest` is borrowed for the whole call; `write_now` only reads from the memory.
         let memory = unsafe { Slice::new(rest.as_ptr().cast_mut(), length) };
         if let Some(done) = self.write_now(header, memory, bench) {
+            let reservation = self.reserve(slot, self.need(header, Command::Write), bench)?;
             let mut buffer = bench.buffers.take(length);
             buffer.bytes_mut().copy_from_slice(&rest[..length]);
-            self.later(slot, header, Memory::Owned(Arc::new(buffer)), done, bench, started);
+            self.later(slot, header, (Memory::Owned(Arc::new(buffer)), reservation), done, bench, started);
         }
-        length
+        Some(length)
     }
 
     /// A write whose payload has only begun to come.
-    fn payload(&mut self, mut header: Header, mut rest: &[u8], bench: &mut Workbench) -> Input {
+    fn payload(
+        &mut self,
+        mut header: Header,
+        mut rest: &[u8],
+        reservation: Reservation,
+        bench: &mut Workbench,
+    ) -> Input {
         let mut size = header.length;
         if self.goes_in_parts(&header, bench) {
             let first = part(&header, rest.len() as u64) as usize;
@@ -165,7 +169,7 @@ impl Connection {
         }
         let mut buffer = bench.buffers.take(size as usize);
         buffer.bytes_mut()[..rest.len()].copy_from_slice(rest);
-        Input::Payload { header, buffer, have: rest.len() }
+        Input::Payload { header, buffer, have: rest.len(), reservation }
     }
 
     /// A durable write ends with a flush of all of it. An extended reply names the offset that was asked for, which the
@@ -183,11 +187,12 @@ impl Connection {
         mut header: Header,
         mut buffer: Buffer,
         mut have: usize,
+        reservation: Reservation,
         bench: &mut Workbench,
     ) -> Input {
         let count = part(&header, have as u64) as usize;
         if count == 0 {
-            return Input::Payload { header, buffer, have };
+            return Input::Payload { header, buffer, have, reservation };
         }
         // SAFETY: the buffer lives to the end of this function; `write_part` only reads from the memory.
         if self.write_part(&mut header, unsafe { buffer.slice() }.part(0, count), bench) {
@@ -199,7 +204,7 @@ impl Connection {
             whole.bytes_mut()[..have].copy_from_slice(&buffer.bytes()[..have]);
             bench.buffers.put(std::mem::replace(&mut buffer, whole));
         }
-        Input::Payload { header, buffer, have }
+        Input::Payload { header, buffer, have, reservation }
     }
 
     /// Writes the beginning of a write at once and makes the header that of the rest; false if it cannot. Until the
@@ -244,4 +249,26 @@ impl Connection {
             Now::Later(done) => Some(done),
         }
     }
+}
+
+/// The reply to a read whose data has zeros in it: data and holes as chunks of their own.
+fn sparse(framing: &Framing, bytes: &[u8], zeros: &[(u64, u64)]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    let (mut at, end) = (0u64, bytes.len() as u64);
+    let data = |out: &mut Vec<u8>, from: u64, to: u64| {
+        blkloom_wire::read_data(framing, out, framing.offset + from, to - from, to == end);
+        out.extend_from_slice(&bytes[from as usize..to as usize]);
+    };
+    for &(start, len) in zeros {
+        if start > at {
+            data(&mut out, at, start);
+        }
+        at = start + len;
+        blkloom_wire::hole(framing, &mut out, framing.offset + start, len, at == end);
+    }
+    if at < end {
+        data(&mut out, at, end);
+    }
+    out.shrink_to_fit();
+    out
 }
