@@ -279,7 +279,8 @@ class Writer:
     @contextmanager
     def _changing(self, offset: int, length: int) -> Iterator[None]:
         if self.broken is not None:
-            raise FaultError(errno.EIO, f"the image is only read any more: {self.broken}")
+            corrupt = "corrupt and " if isinstance(self.broken, CorruptImage) else ""
+            raise FaultError(errno.EIO, f"the image is {corrupt}only read: {self.broken}")
         with self._finding_corruption():
             if not self._said_so:
                 self._first_change()
