@@ -307,7 +307,23 @@ class Device:
         faults do not count, so a fault handler may call it.
         """
     def next_faults(self, timeout: float | None = None) -> list[Fault] | None:
-        """All waiting faults, waiting for the first; [] after `timeout`; None once closed."""
+        """All waiting faults, waiting for the first; [] after `timeout`, or when there are new I/O errors; None once
+        closed.
+        """
+    @property
+    def io_errors(self) -> int:
+        """Requests that storage has failed, or a target that was asked, since the device was made; not what a client
+        asked for and may not have, and not what the target `error` fails.
+        """
+    @property
+    def last_io_error(self) -> tuple[str, int, int, str] | None:
+        """(operation, offset, errno, path of the file or "") of the last."""
+    @property
+    def has_new_io_errors(self) -> bool: ...
+    def new_io_errors(self) -> tuple[list[tuple[str, int, int, str, int]], int]:
+        """What has come since this was called before: (operation, offset, errno, path, how many) of the last one of
+        each operation, errno and path, 8 at most; and how many more there were of others.
+        """
     @property
     def held(self) -> int:
         """How many requests wait because `Fault.hold` said so."""

@@ -8,6 +8,7 @@ one, so `except OSError` keeps working.
 from __future__ import annotations
 
 import errno as _errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -191,3 +192,12 @@ class LaterError(FaultError):
     def __init__(self, errno: int, what: str, *, begins: Callable[[], None]) -> None:
         super().__init__(errno, what)
         self.begins = begins
+
+
+def describe_io_error(operation: str, offset: int, number: int, file: str) -> str:
+    """A request that storage has failed, for a log and for people. offset: bytes of the device. number: the errno.
+    file: its path; "" where a target failed the request.
+    """
+    where = "" if operation == "flush" else f" at byte {offset}"
+    name = _errno.errorcode.get(number, str(number))
+    return f"{operation}{where} failed: {os.strerror(number)} ({name}), {f'file {file}' if file else 'by its target'}"

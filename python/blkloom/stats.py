@@ -111,12 +111,14 @@ class OperationStats:
 @dataclass(frozen=True, slots=True)
 class Stats:
     """operations by name (read, write, flush, discard, write_zeroes, extents, ...), faults that
-    went to the mapper, and requests in flight when the snapshot was taken.
+    went to the mapper, requests in flight when the snapshot was taken, and I/O errors: requests that storage failed,
+    where an operation's errors are all that failed. Exports count none of those.
     """
 
     operations: Mapping[str, OperationStats] = field(default_factory=dict)
     faults: int = 0
     in_flight: int = 0
+    io_errors: int = 0
 
     @classmethod
     def from_engine(cls, counters: Mapping[str, Any]) -> Self:
@@ -124,9 +126,9 @@ class Stats:
         operations = {
             name: OperationStats(value["count"], value["bytes"], value["errors"], Histogram(tuple(value["latency"])))
             for name, value in counters.items()
-            if name not in ("faults", "in_flight")
+            if name not in ("faults", "in_flight", "io_errors")
         }
-        return cls(operations, counters["faults"], counters["in_flight"])
+        return cls(operations, counters["faults"], counters["in_flight"], counters.get("io_errors", 0))
 
     def __getitem__(self, operation: str) -> OperationStats:
         """The operation's; zeros if there were none."""
@@ -141,6 +143,7 @@ class Stats:
             {name: self[name] + other[name] for name in {**self.operations, **other.operations}},
             self.faults + other.faults,
             self.in_flight + other.in_flight,
+            self.io_errors + other.io_errors,
         )
 
     def __sub__(self, earlier: Stats) -> Stats:
@@ -149,6 +152,7 @@ class Stats:
             {name: self[name] - earlier[name] for name in self.operations},
             self.faults - earlier.faults,
             self.in_flight,
+            self.io_errors - earlier.io_errors,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,6 +163,7 @@ class Stats:
             "operations": {name: _operation_dict(operation) for name, operation in self.operations.items()},
             "faults": self.faults,
             "in_flight": self.in_flight,
+            "io_errors": self.io_errors,
         }
 
     def to_json(self, *, indent: int | None = None) -> str:
@@ -183,7 +188,8 @@ class Stats:
             )
             for row in rows
         ]
-        return "\n".join([*lines, f"faults {self.faults}, in flight {self.in_flight}"])
+        io_errors = f", I/O errors {self.io_errors}" if self.io_errors else ""
+        return "\n".join([*lines, f"faults {self.faults}, in flight {self.in_flight}{io_errors}"])
 
 
 @dataclass(frozen=True, slots=True)

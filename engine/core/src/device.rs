@@ -12,9 +12,10 @@ use crate::epoch::{Epochs, Pin};
 use crate::fault::{Fault, FaultQueue};
 use crate::held::Held;
 use crate::inbox::{Inbox, Message, TaskId};
+use crate::io_errors::{IoError, IoErrors};
 use crate::lock;
 use crate::stacking::{self, Users};
-use crate::stats::{SHARDS, Shard, Stats};
+use crate::stats::{Op, SHARDS, Shard, Stats};
 use crate::turn::Turn;
 
 /// What the engine's maps name.
@@ -119,6 +120,7 @@ pub struct Device {
     gate: AtomicU8,
     pub(crate) epochs: Epochs,
     pub(crate) stats: Stats,
+    io_errors: IoErrors,
     pub(crate) faults: FaultQueue,
     pub(crate) held: Arc<Held>,
     at_gate: Mutex<Vec<(Arc<Inbox>, TaskId)>>,
@@ -165,6 +167,7 @@ impl Device {
             gate: AtomicU8::new(SUSPENDED),
             epochs: Epochs::default(),
             stats: Stats::default(),
+            io_errors: IoErrors::default(),
             faults: FaultQueue::default(),
             held: Arc::default(),
             at_gate: Mutex::new(Vec::new()),
@@ -218,6 +221,18 @@ impl Device {
 
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    pub fn io_errors(&self) -> &IoErrors {
+        &self.io_errors
+    }
+
+    /// A request to the device ends with this error of storage: counts it, and wakes the mapper, which tells of it.
+    pub(crate) fn io_failed(&self, op: Op, offset: u64, errno: i32, file: Option<&File>) {
+        let file = file.map_or("", File::label).to_owned();
+        if self.io_errors.record(IoError { op, offset, errno, file }) {
+            self.faults.wake();
+        }
     }
 
     /// Enters the device: what is looked up after this stays in use until `leave`.

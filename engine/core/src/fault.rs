@@ -97,6 +97,7 @@ impl Drop for Fault {
 #[derive(Default)]
 struct State {
     faults: Vec<Fault>,
+    woken: bool,
     attached: bool,
     closed: bool,
 }
@@ -122,12 +123,18 @@ impl FaultQueue {
         }
     }
 
-    /// All that wait, waiting for the first; empty after `timeout`, None once closed.
+    /// Has `next` return, though nothing waits.
+    pub fn wake(&self) {
+        lock(&self.state).woken = true;
+        self.arrived.notify_one();
+    }
+
+    /// All that wait, waiting for the first; empty after `timeout` or a `wake`, None once closed.
     pub fn next(&self, timeout: Option<Duration>) -> Option<Vec<Fault>> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout.min(LONGEST_TIMEOUT));
         let mut state = lock(&self.state);
         loop {
-            if !state.faults.is_empty() {
+            if std::mem::take(&mut state.woken) || !state.faults.is_empty() {
                 return Some(std::mem::take(&mut state.faults));
             }
             if state.closed {

@@ -8,6 +8,7 @@ use blkloom_io::{Busy, File, Inline, InlinePolicy, Slice, Stretch, errno::EDQUOT
 use blkloom_map::Place;
 
 use crate::device::{Device, Kinds, Refused};
+use crate::io_errors;
 use crate::request::Flags;
 use crate::stats::{Op, Shard};
 
@@ -105,15 +106,18 @@ pub fn read(
         let part = into.part(at, len as usize);
         at += len as usize;
         match place {
-            Place::Data { file, offset, .. } => match read_data(file, *offset, part, at as u64 - len, &mut zeros) {
-                Inline::Done => Now::Done,
-                Inline::Failed(errno) => Now::Failed(errno),
-                Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
-                Inline::Wait(done) => {
-                    let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
-                    Busy::new(&***file).read(offset, part).map_or_else(Now::Failed, |()| Now::Done)
+            Place::Data { file, offset: place, .. } => {
+                let failed = |errno| failed(device, Op::Read, offset + at as u64 - len, errno, file);
+                match read_data(file, *place, part, at as u64 - len, &mut zeros) {
+                    Inline::Done => Now::Done,
+                    Inline::Failed(errno) => failed(errno),
+                    Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
+                    Inline::Wait(done) => {
+                        let (place, part) = (*place + done as u64, part.part(done, part.len() - done));
+                        Busy::new(&***file).read(place, part).map_or_else(failed, |()| Now::Done)
+                    }
                 }
-            },
+            }
             Place::Memory { region, offset } => {
                 if let Some(zeros) = &mut zeros {
                     note_unwritten(region, *offset, len, (at - len as usize) as u64, zeros);
@@ -215,16 +219,24 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: 
         let part = from.part(at, len as usize);
         at += len as usize;
         match place {
-            Place::Data { file, offset, writable: true, punch } => match file.write_now(*offset, part) {
-                Inline::Done => Now::Done,
-                Inline::Failed(errno) => refused(errno, *punch),
-                Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
-                Inline::Wait(done) => {
-                    let (offset, part) = (*offset + done as u64, part.part(done, part.len() - done));
-                    let written = Busy::new(&***file).write(offset, part, false);
-                    written.map_or_else(|errno| refused(errno, *punch), |()| Now::Done)
+            Place::Data { file, offset: place, writable: true, punch } => {
+                let refused = |errno| {
+                    // Where a table sent it, its target may know what to do for want of space.
+                    if !punch && matches!(errno, ENOSPC | EDQUOT) {
+                        return Now::Later(0);
+                    }
+                    failed(device, Op::Write, offset + at as u64 - len, errno, file)
+                };
+                match file.write_now(*place, part) {
+                    Inline::Done => Now::Done,
+                    Inline::Failed(errno) => refused(errno),
+                    Inline::Wait(done) if patience == Patience::Nowait => Now::Later(done as u64),
+                    Inline::Wait(done) => {
+                        let (place, part) = (*place + done as u64, part.part(done, part.len() - done));
+                        Busy::new(&***file).write(place, part, false).map_or_else(refused, |()| Now::Done)
+                    }
                 }
-            },
+            }
             Place::Memory { region, offset } => {
                 region.write(*offset, part);
                 Now::Done
@@ -236,9 +248,12 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Slice, patience: 
     })
 }
 
-/// A write that storage refused. Where a table sent it, its target may know what to do for want of space.
-fn refused(errno: i32, punch: bool) -> Now {
-    if !punch && matches!(errno, ENOSPC | EDQUOT) { Now::Later(0) } else { Now::Failed(errno) }
+/// A request that the file has failed.
+fn failed(device: &Device, op: Op, offset: u64, errno: i32, file: &File) -> Now {
+    if io_errors::is_of_storage(errno) {
+        device.io_failed(op, offset, errno, Some(file));
+    }
+    Now::Failed(errno)
 }
 
 /// Discards or zeroes a range where that is quick: memory, and files on file systems that are.
@@ -248,12 +263,12 @@ pub fn clear(device: &Device, shard: Shard, op: Op, offset: u64, len: u64, flags
     }
     let unmap = op == Op::Discard || flags.unmap;
     visit(device, shard, (offset, len), true, &mut |place, len| match place {
-        Place::Data { file, offset, writable: true, punch: true } if file.policy() == InlinePolicy::Always => {
+        Place::Data { file, offset: place, writable: true, punch: true } if file.policy() == InlinePolicy::Always => {
             let result = match op {
-                Op::Discard => file.punch(*offset, len),
-                _ => file.zero(*offset, len, unmap, flags.fast),
+                Op::Discard => file.punch(*place, len),
+                _ => file.zero(*place, len, unmap, flags.fast),
             };
-            result.map_or_else(Now::Failed, |()| Now::Done)
+            result.map_or_else(|errno| failed(device, op, offset, errno, file), |()| Now::Done)
         }
         Place::Memory { region, offset } => region.zero(*offset, len, unmap).map_or_else(Now::Failed, |()| Now::Done),
         Place::Zero { discard_writes: true } => Now::Done,

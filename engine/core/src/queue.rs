@@ -27,6 +27,7 @@ use crate::epoch::Pin;
 use crate::fault::Answer;
 use crate::held::Holding;
 use crate::inbox::{Inbox, TaskId};
+use crate::io_errors;
 use crate::pool::{BlockShare, Pool, Work};
 use crate::request::{Found, Request};
 use crate::stats::{Op, Shard};
@@ -48,6 +49,8 @@ struct Active {
     todo: Vec<(u64, u64)>,
     tasks: u32,
     error: i32,
+    /// Where in the device storage failed, and which file, if that is what the error is.
+    failure: Option<(u64, Option<Arc<File>>)>,
     phase: Phase,
     found: Vec<Found>,
     /// A durable write left something to the flush that follows it.
@@ -104,6 +107,7 @@ enum Kind {
         _share: BlockShare,
     },
     Pool {
+        file: Arc<File>,
         sparse: bool,
     },
     Fault {
@@ -184,6 +188,7 @@ impl Queue {
             request,
             tasks: 0,
             error: 0,
+            failure: None,
             phase: Phase::Main,
             found: Vec::new(),
             unflushed: false,
@@ -235,6 +240,9 @@ impl Queue {
     fn end(&mut self, index: usize) {
         let mut active = self.actives.remove(index);
         active.found.sort_unstable_by_key(|found| found.offset);
+        if let Some((offset, file)) = active.failure {
+            active.request.device.io_failed(active.request.op, offset, active.error, file.as_deref());
+        }
         self.ended.push(Ended { request: active.request, error: active.error, found: active.found });
     }
 
@@ -243,6 +251,15 @@ impl Queue {
         if active.error == 0 {
             active.error = errno;
         }
+    }
+
+    /// Fails a request because storage has: at `offset` of its device, in `file`, if it was one.
+    fn fail_in(&mut self, index: usize, errno: i32, offset: u64, file: Option<&Arc<File>>) {
+        let active = &mut self.actives[index];
+        if active.error == 0 && io_errors::is_of_storage(errno) {
+            active.failure = Some((offset, file.cloned()));
+        }
+        self.fail(index, errno);
     }
 
     // What comes back
@@ -320,7 +337,7 @@ impl Queue {
             Work::Ended(result) => result,
             Work::SyncFailed { errno, unreported } => return self.sync_failed(id, errno, unreported),
             Work::Stretches(Ok(stretches)) => {
-                debug_assert!(matches!(task.kind, Kind::Pool { sparse: true }));
+                debug_assert!(matches!(task.kind, Kind::Pool { sparse: true, .. }));
                 let mut offset = task.offset;
                 let found = &mut self.actives[task.active].found;
                 found.extend(stretches.iter().map(|&Stretch { len, hole }| {

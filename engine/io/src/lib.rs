@@ -27,6 +27,7 @@ pub use ring::{Completion, Ring};
 pub type Errno = i32;
 
 pub mod errno {
+    pub const EPERM: i32 = 1;
     pub const EIO: i32 = 5;
     pub const EAGAIN: i32 = 11;
     pub const EINVAL: i32 = 22;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blkloom_core::{Direction, Flags, IoChoice, Memory, Op, Owner, Request, SuspendError, Transfer};
+use blkloom_core::{Direction, Flags, IoChoice, IoError, Memory, News, Op, Owner, Request, SuspendError, Transfer};
 use blkloom_io::Slice;
 use pyo3::exceptions::{PyTimeoutError, PyValueError};
 use pyo3::ffi;
@@ -391,6 +391,30 @@ impl Device {
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        stats(py, self.inner.stats().totals())
+        let all = stats(py, self.inner.stats().totals())?;
+        all.set_item("io_errors", self.inner.io_errors().count())?;
+        Ok(all)
+    }
+
+    #[getter]
+    fn io_errors(&self) -> u64 {
+        self.inner.io_errors().count()
+    }
+
+    #[getter]
+    fn last_io_error(&self) -> Option<(&'static str, u64, i32, String)> {
+        self.inner.io_errors().last().map(|IoError { op, offset, errno, file }| (op.name(), offset, errno, file))
+    }
+
+    #[getter]
+    fn has_new_io_errors(&self) -> bool {
+        self.inner.io_errors().waiting()
+    }
+
+    #[allow(clippy::type_complexity, reason = "a list of tuples, as Python sees it")]
+    fn new_io_errors(&self) -> (Vec<(&'static str, u64, i32, String, u64)>, u64) {
+        let News { kinds, others } = self.inner.io_errors().take();
+        let told = |(IoError { op, offset, errno, file }, times)| (op.name(), offset, errno, file, times);
+        (kinds.into_iter().map(told).collect(), others)
     }
 }

@@ -59,7 +59,10 @@ def status(
     noflush: bool,
     command: str | None,
 ) -> None:
-    """Print what the targets of devices (of all, without DEVICE) say of themselves."""
+    """Print what the targets of devices (of all, without DEVICE) say of themselves.
+
+    What storage has failed is told on standard error: how often, and the last time.
+    """
 
     def segments(wire: str) -> list[Segment]:
         if inactive:  # A table that is not live has nothing to tell but what it is made of.
@@ -86,6 +89,9 @@ class _Tables:
             if lines is None:
                 continue
             session.tell(Named(info.name, name=info.name))
+            if not self._task and info.io_errors:
+                failed = f"{info.io_errors} I/O errors, the last: {info.last_io_error}"
+                click.echo(f"blkloom: device {info.name!r}: {failed}", err=True)
             if not command or session.verbose:
                 name = f"{session.show(info.name)}: " if several and not session.verbose else ""
                 for line in lines:

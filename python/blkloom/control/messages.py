@@ -527,12 +527,16 @@ class Drop(_Message, tag="drop"):
 
 
 class Happened(_Message, tag="happened"):
-    """The device's clients or event number changed. opened: there was a client since the device began."""
+    """The device's clients or event number changed, or it has had I/O errors. opened: there was a client since the
+    device began. io_errors, last_io_error: as in `DeviceState`.
+    """
 
     minor: int
     connections: int
     event: int
     opened: bool = False
+    io_errors: int = 0
+    last_io_error: str = ""
     failed_syncs: list[FailedSync] = []
     """All there are."""
 

@@ -119,6 +119,10 @@ class DeviceState(_Value):
     """It has had a user."""
     loop: LoopNotes | None = None
     failed_syncs: list[FailedSync] = []
+    io_errors: int = 0
+    """Of the workers it has had, too."""
+    last_io_error: str = ""
+    """As `errors.describe_io_error` says it."""
 
 
 class OpenedFile(_Value):
@@ -171,3 +175,6 @@ class DeviceInfo(_Value):
     """
     autoclear: bool = False
     loop: LoopNotes | None = None
+    io_errors: int = 0
+    """Requests of its clients that storage has failed since the device was made."""
+    last_io_error: str = ""

@@ -85,6 +85,7 @@ class Device(_engine.Device):
         held: HeldFiles | None = None,
         on_event: Callable[[str], None] = lambda _what: None,
         on_sync_failed: Callable[[], None] = lambda: None,
+        on_io_errors: Callable[[], None] = lambda: None,
     ) -> None:
         """Loads `table` and goes live; without one the device starts suspended and empty.
 
@@ -97,6 +98,7 @@ class Device(_engine.Device):
         them too. held: where its files are kept, None for a place of its own. on_event: told, on
         whatever thread, what a target has its users know. on_sync_failed: a file could not be synced, and the one who
         has descriptors kept was told; the flush that met it fails when this returns. On the mapper's thread, mostly.
+        on_io_errors: called on the mapper's thread when the log has been told of I/O errors.
         Raises TableError, BackingError, BusyError, ResourceError; then nothing stays open.
         """
         self.read_only = self._read_only = read_only
@@ -118,7 +120,7 @@ class Device(_engine.Device):
         self._owner_numbers = itertools.count()
         self._active: LoadedTable | None = None
         self._inactive: LoadedTable | None = None
-        self._mapper = Mapper(self)
+        self._mapper = Mapper(self, on_io_errors)
         try:
             self.attach_mapper()
             self._mapper.start()

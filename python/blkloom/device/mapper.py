@@ -3,7 +3,8 @@
 One thread a device, so a target's Python runs on one thread at a time; whoever closes a target
 from elsewhere takes the same turn (`retire`). Nothing a target does ends the thread: an `OSError`
 gives the request its errno, anything else EIO. What a target wants to be asked later (`LaterError`)
-waits in the engine, and every `RETRY_SECONDS` it is asked again. It ends when the device has closed, and
+waits in the engine, and every `RETRY_SECONDS` it is asked again. It tells of I/O errors, too, which the engine has
+counted: in the log, at most once in `TELL_SECONDS`, and to `told`. It ends when the device has closed, and
 then closes what is still loaded.
 """
 
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from blkloom import _engine
 from blkloom.device.compose import LoadedTable, Owner
-from blkloom.errors import FaultError, LaterError
+from blkloom.errors import FaultError, LaterError, describe_io_error
 from blkloom.target.base import RETRY, Target
 from blkloom.units import Bytes
 
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 RETRY_SECONDS: Final = 5.0
 """How often what a target has wait is asked for again."""
+TELL_SECONDS: Final = 1.0
+"""Between two reports of I/O errors, at least."""
 
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 _ALLOCATION: Final = "base:allocation"
@@ -43,7 +46,10 @@ class Mapper:
     refers to the device, so that a closed one is freed at once.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, told: Callable[[], None]) -> None:
+        """told: called when the log has been told of I/O errors."""
+        self._told = told
+        self._tell_at = 0.0
         self._name = device.name
         self._turn = threading.Lock()
         self._tables: list[LoadedTable] = []
@@ -105,6 +111,8 @@ class Mapper:
         try:
             while self._answer_next(device):
                 pass
+            if device.has_new_io_errors:
+                self._tell(device)
         finally:
             self._close_tables()
 
@@ -112,7 +120,8 @@ class Mapper:
         """Waits for a batch and answers it; False once the device has closed."""
         faults: list[_engine.Fault] | None = []
         try:
-            faults = device.next_faults(self._until_retry(device))
+            waits = (self._until_retry(device), self._until_told(device))
+            faults = device.next_faults(min((seconds for seconds in waits if seconds is not None), default=None))
             if faults:
                 with self._turn:
                     self._answer_all(device, faults)
@@ -134,6 +143,26 @@ class Mapper:
         if self._retry_at is None:
             self._retry_at = now + RETRY_SECONDS
         return self._retry_at - now
+
+    def _until_told(self, device: _engine.Device) -> float | None:
+        """Tells of I/O errors if it is time; seconds until it is, None while there are none."""
+        if not device.has_new_io_errors:
+            return None
+        if (wait := self._tell_at - time.monotonic()) > 0:
+            return wait
+        self._tell(device)
+        return None
+
+    def _tell(self, device: _engine.Device) -> None:
+        self._tell_at = time.monotonic() + TELL_SECONDS
+        errors, others = device.new_io_errors()
+        for operation, offset, number, file, times in errors:
+            what = describe_io_error(operation, offset, number, file)
+            more = f" ({times} times, that was the last)" if times > 1 else ""
+            _log.error("device %r: %s%s", self._name, what, more)
+        if others:
+            _log.error("device %r: %d more I/O errors, of other operations or files", self._name, others)
+        self._told()
 
     def _close_tables(self) -> None:
         with self._turn:

@@ -251,6 +251,10 @@ SECTIONS: Final = (
             Field("worker", "Worker", 6, lambda row: row.info.worker, "Process id of its worker.", number=True),
             Field("restarts", "Restarts", 8, lambda row: row.info.restarts, "Deaths of its worker.", number=True),
             Field(
+                "io_errors", "IOErrs", 6, lambda row: row.info.io_errors, "Requests its storage failed.", number=True
+            ),
+            Field("last_io_error", "LastIOErr", 9, lambda row: row.info.last_io_error, "The last of them."),
+            Field(
                 "socket",
                 "Socket",
                 16,

@@ -15,7 +15,9 @@ Segment = tuple[int, int, str, str]
 
 
 def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
-    """Lines as dmsetup's, an empty one last; a failed device has its reason. shown: the name."""
+    """Lines as dmsetup's, an empty one last; a failed device has its reason, and one whose storage has failed says how
+    often and the last time. shown: the name.
+    """
     state = info.state + (" (READ-ONLY)" if info.read_only else "") + (" (DEFERRED REMOVE)" if info.deferred else "")
     tables = " & ".join([*(["LIVE"] if info.live else []), *(["INACTIVE"] if info.inactive else [])])
     yield f"Name:              {shown}"
@@ -29,6 +31,9 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
     yield f"Event number:      {info.event}"
     yield f"Major, minor:      {MAJOR}, {info.minor}"
     yield f"Number of targets: {info.targets}"
+    if info.io_errors:
+        yield f"I/O errors:        {info.io_errors}"
+        yield f"Last error:        {info.last_io_error}"
     if info.uuid:
         yield f"UUID: {info.uuid}"
     yield ""

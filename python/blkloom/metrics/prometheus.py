@@ -47,6 +47,7 @@ _OF_DEVICES: Final = (
     _Metric("blkloom_device_size_bytes", "gauge", "Size of the device."),
     _Metric("blkloom_device_clients", "gauge", "NBD clients connected."),
     _Metric("blkloom_device_holders", "gauge", "Devices that stand on this one."),
+    _Metric("blkloom_device_io_errors_total", "counter", "Requests that storage failed, since the device was made."),
     _Metric("blkloom_device_worker_restarts_total", "counter", "How often the device's worker was started again."),
 )
 _OF_MEMORY: Final = (
@@ -94,6 +95,7 @@ def _devices(sample: Sample) -> Iterator[str]:
         [(name, info.size) for name, info in zip(names, infos, strict=True)],
         [(name, info.connections) for name, info in zip(names, infos, strict=True)],
         [(name, len(info.holders)) for name, info in zip(names, infos, strict=True)],
+        [(name, info.io_errors) for name, info in zip(names, infos, strict=True)],
         [(name, info.restarts) for name, info in zip(names, infos, strict=True)],
     )
     for metric, samples in zip(_OF_DEVICES, values, strict=True):

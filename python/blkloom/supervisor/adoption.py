@@ -190,6 +190,8 @@ class Adoption:
             opened=state.opened,
             loop=state.loop,
             failed_syncs=state.failed_syncs,
+            io_errors=state.io_errors,
+            last_io_error=state.last_io_error,
         )
         if written is not None and written.state.name == state.name:
             entry.restarts, entry.deferred = written.restarts, written.deferred

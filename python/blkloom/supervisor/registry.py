@@ -61,6 +61,8 @@ class Entry:
     """It has had a client, or a device on it that is not its partition."""
     loop: LoopNotes | None = None
     failed_syncs: list[FailedSync] = field(default_factory=list)
+    io_errors: int = 0
+    last_io_error: str = ""
 
     @property
     def below(self) -> frozenset[int]:
@@ -92,6 +94,8 @@ class Entry:
             opened=self.opened,
             loop=self.loop,
             failed_syncs=[failed for failed in self.failed_syncs if failed.label.load in self.loads],
+            io_errors=self.io_errors,
+            last_io_error=self.last_io_error,
         )
 
 
@@ -343,6 +347,8 @@ class Registry:
             autoclear=entry.autoclear,
             loop=entry.loop,
             sync_errors=self.sync_errors(entry),
+            io_errors=entry.io_errors,
+            last_io_error=entry.last_io_error,
         )
 
     def sync_errors(self, entry: Entry) -> list[str]:

@@ -71,6 +71,8 @@ class _Ears:
             entry.opened |= news.opened
             entry.event = max(entry.event, news.event)
             entry.failed_syncs = news.failed_syncs
+            if news.io_errors > entry.io_errors:
+                entry.io_errors, entry.last_io_error = news.io_errors, news.last_io_error
             self._workers.changed(entry)
 
     async def sync_failed(self, news: m.SyncFailed) -> None:

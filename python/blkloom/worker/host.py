@@ -252,6 +252,8 @@ class Host:
                     event=device.event,
                     opened=device.opened,
                     failed_syncs=device.failed_syncs,
+                    io_errors=device.io_errors,
+                    last_io_error=device.last_io_error,
                 )
                 self.tell(news, ())
 

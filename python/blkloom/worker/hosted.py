@@ -27,7 +27,7 @@ from blkloom.control.states import (
     OpenedFile,
 )
 from blkloom.device.device import Device
-from blkloom.errors import UsageError
+from blkloom.errors import UsageError, describe_io_error
 from blkloom.export.nbd.session import Moving
 from blkloom.stats import without_tails
 from blkloom.table import Table, format_table, parse
@@ -90,6 +90,7 @@ class HostedDevice:
             held=self._held,
             on_event=self._on_event,
             on_sync_failed=self._have_failures_kept,
+            on_io_errors=self._on_io_errors,
         )
         self._active: Loaded | None = None
         self._inactive: Loaded | None = None
@@ -98,6 +99,7 @@ class HostedDevice:
         self._descriptors: dict[int, LoadDescriptors] = {}
         self._autoclear, self._loop_notes = state.autoclear, state.loop
         self.opened = state.opened
+        self._former_io_errors, self._last_io_error = state.io_errors, state.last_io_error
         self.exports: dict[str, ServedExport] = {}
         self._frozen: list[tuple[ConnectionState, int]] | None = None
         self._resumes_after = False
@@ -109,6 +111,17 @@ class HostedDevice:
     def connections(self) -> int:
         """Clients in transmission."""
         return sum(export.connections for export in self.exports.values())
+
+    @property
+    def io_errors(self) -> int:
+        """Since the device was made, in whatever process."""
+        return self._former_io_errors + self.device.io_errors
+
+    @property
+    def last_io_error(self) -> str:
+        """For people; "" for none."""
+        last = self.device.last_io_error
+        return self._last_io_error if last is None else describe_io_error(*last)
 
     def state(self) -> DeviceState:
         """All that makes it; with its connections while it is frozen."""
@@ -127,6 +140,8 @@ class HostedDevice:
             opened=self.opened,
             loop=self._loop_notes,
             failed_syncs=self.failed_syncs,
+            io_errors=self.io_errors,
+            last_io_error=self.last_io_error,
         )
 
     @property
@@ -357,6 +372,9 @@ class HostedDevice:
             asyncio.run_coroutine_threadsafe(keep(), self._event_loop).result(KEEP_SECONDS + 1)
         except (RuntimeError, TimeoutError) as error:  # it ends, or is stuck: nobody takes it over
             _log.error("device %r: failed syncs could not be stored: %s", self.name, error or "no answer")
+
+    def _on_io_errors(self) -> None:
+        self._event_loop.call_soon_threadsafe(self._on_change, self)
 
     def happened(self) -> None:
         """Something that `wait` waits for."""

@@ -11,6 +11,7 @@ use crate::device::Device;
 use crate::fault::{Fault, Payload};
 use crate::held::Holding;
 use crate::inbox::{Message, TaskId};
+use crate::io_errors;
 use crate::pool::{BlockShare, Chore};
 use crate::request::{Flags, Memory};
 use crate::stats::Op;
@@ -75,7 +76,7 @@ impl Queue {
                 false => Chore::Read { offset: at, into: memory },
             };
             // The share of the blocks that the task holds would be in a write's own way.
-            self.tasks[id.slot].kind = Kind::Pool { sparse: false };
+            self.tasks[id.slot].kind = Kind::Pool { file: file.clone(), sparse: false };
             self.pool.submit(file, chore, self.inbox.clone(), id);
         }
     }
@@ -89,13 +90,20 @@ impl Queue {
         let (file, at) = (Arc::clone(file), *at);
         let request = &self.actives[task.active].request;
         let from = request.memory.slice().part((task.offset - request.offset) as usize, task.len as usize);
-        task.kind = Kind::Pool { sparse: false };
+        task.kind = Kind::Pool { file: file.clone(), sparse: false };
         self.pool.submit(file, Chore::Examine { offset: at, from, errno, syncing }, self.inbox.clone(), id);
     }
 
     /// The file of a task cannot be synced any more, and the task fails: where that is new, when the mapper of the
     /// device has seen to it that it is not forgotten.
     pub(super) fn sync_failed(&mut self, id: TaskId, errno: i32, unreported: bool) {
+        let task = &self.tasks[id.slot];
+        let file = match &task.kind {
+            Kind::Ring { file, .. } => Some(Arc::clone(file)),
+            Kind::Pool { file, .. } => Some(Arc::clone(file)),
+            _ => None,
+        };
+        self.fail_in(task.active, errno, task.offset, file.as_ref());
         let task = &mut self.tasks[id.slot];
         let waits = parked(&task.path);
         leave(std::mem::replace(&mut task.path, waits));
@@ -126,7 +134,7 @@ impl Queue {
     }
 
     pub(super) fn chore(&mut self, walk: &Walk<'_>, file: &Arc<File>, chore: Chore, root: u64, len: u64) {
-        let kind = Kind::Pool { sparse: matches!(chore, Chore::Stretches { .. }) };
+        let kind = Kind::Pool { file: file.clone(), sparse: matches!(chore, Chore::Stretches { .. }) };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
         self.pool.submit(file.clone(), chore, self.inbox.clone(), id);
     }
@@ -134,7 +142,7 @@ impl Queue {
     pub(super) fn fault(&mut self, walk: &Walk<'_>, owner: u32, op: Op, root: u64, at: u64, len: u64) {
         let Some(last) = walk.path.last() else { return };
         if walk.attempt.retries >= MOST_RETRIES {
-            return self.fail(walk.active, EIO);
+            return self.fail_in(walk.active, EIO, root, None);
         }
         let device = last.device.clone();
         device.stats.fault(self.shard);
@@ -244,7 +252,14 @@ impl Queue {
             self.deadlines.remove(&(deadline, id));
         }
         if let Err(errno) = result {
-            self.fail(task.active, errno);
+            match &task.kind {
+                Kind::Ring { file, .. } => self.fail_in(task.active, errno, task.offset, Some(file)),
+                Kind::Pool { file, .. } => self.fail_in(task.active, errno, task.offset, Some(file)),
+                Kind::Fault { .. } if io_errors::is_of_target(errno) => {
+                    self.fail_in(task.active, errno, task.offset, None);
+                }
+                _ => self.fail(task.active, errno),
+            }
         }
         self.actives[task.active].tasks -= 1;
         self.advance(task.active, !task.path.is_empty());

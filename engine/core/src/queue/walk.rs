@@ -126,7 +126,7 @@ impl Queue {
             (Op::Cache, _) => {}
             (_, Place::Error(errno)) if op != Op::Extents => self.fail(walk.active, errno),
             (Op::Read, Place::Data { file, offset, .. }) => match read_in_place(file, offset, memory) {
-                Inline::Failed(errno) => self.fail(walk.active, errno),
+                Inline::Failed(errno) => self.fail_in(walk.active, errno, root, Some(file)),
                 Inline::Done => {}
                 Inline::Wait(_) if file.fits(offset, memory) => {
                     self.transfer(walk, file, offset, root, len, false, false, None);
@@ -136,8 +136,8 @@ impl Queue {
             (Op::Read, Place::Memory { region, offset }) => region.read(offset, memory, Slice::empty()),
             (Op::Read, Place::Zero { .. }) => memory.zero(),
             // Only where a table sent it, which its target changes, can the target do anything.
-            (Op::Write, Place::Data { writable: true, punch: true, .. }) if walk.attempt.full != 0 => {
-                self.fail(walk.active, walk.attempt.full);
+            (Op::Write, Place::Data { file, writable: true, punch: true, .. }) if walk.attempt.full != 0 => {
+                self.fail_in(walk.active, walk.attempt.full, root, Some(file));
             }
             (Op::Write, Place::Data { file, offset, writable: true, punch }) if walk.attempt.full == 0 => {
                 match if durable { Inline::Wait(0) } else { write_in_place(file, offset, memory) } {
@@ -147,7 +147,7 @@ impl Queue {
                         walk.attempt.full = 0;
                         return;
                     }
-                    Inline::Failed(errno) => return self.fail(walk.active, errno),
+                    Inline::Failed(errno) => return self.fail_in(walk.active, errno, root, Some(file)),
                     Inline::Done => return,
                     Inline::Wait(_) => {}
                 }
@@ -168,7 +168,7 @@ impl Queue {
             }
             (Op::Discard | Op::WriteZeroes, Place::Memory { region, offset }) => {
                 if let Err(errno) = region.zero(offset, len, op == Op::Discard || flags.unmap) {
-                    self.fail(walk.active, errno);
+                    self.fail_in(walk.active, errno, root, None);
                 }
             }
             (Op::Extents, Place::Data { file, offset, .. }) => {
