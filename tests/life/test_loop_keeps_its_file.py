@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from blkloom.control.client import Client
 from blkloom.control.states import LoopNotes
 from conformance.backing_files import write_in_extents
 from conformance.file_systems import EXT4, made_on_a_device
-from conformance.nbd_client import FLUSH, WRITE, NbdClient
+from conformance.nbd_client import FLUSH, READ, WRITE, NbdClient
 
 from .conftest import Life, a_life, info, read, until
 from .loop_commands import Loop
@@ -93,6 +94,24 @@ def test_it_is_the_open_file_after_whatever_happens(
         loop("--direct-io=off", "loop0")
         loop("--direct-io=on", "loop0")
         assert read(connect("loop0")) == b"f" * 512
+
+
+@pytest.mark.parametrize("after", ["a killed worker", "an upgrade"])
+@pytest.mark.parametrize("target", ["loop {file}", "loop {file} 0 1 round_up", "linear {file} 0"])
+def test_a_device_whose_file_was_cut_off_stays_and_fails_only_what_is_missing(
+    client: Client, file: Path, connect: Callable[[str], NbdClient], target: str, after: str
+) -> None:
+    client.create("disk", table=f"0 16 {target.format(file=file)}")
+    os.truncate(file, 4096)
+    if after == "a killed worker":
+        os.kill(info(client, "disk").worker, signal.SIGKILL)
+        until(client, "disk", lambda found: found.restarts == 1)
+    else:
+        client.upgrade()
+    nbd = connect("disk")
+    assert read(nbd, 3584) == b"f" * 512
+    assert [nbd.ask(READ, offset, 512).error for offset in (4096, 7680)] == [errno.EIO] * 2
+    assert (info(client, "disk").state, info(client, "disk").size) == ("ACTIVE", 8192)
 
 
 def test_a_table_that_is_loaded_names_the_file_that_is_there_now(

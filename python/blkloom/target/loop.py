@@ -254,7 +254,8 @@ class _Loaded:
         way, _, how = target.way.partition("=")
         direct = way == "direct_io" or (opening.direct_io and way != "block_map")
         self._file = self._open(opening, direct=direct)
-        target.check_size(opening, Bytes(self._file.size), self._length)
+        if not opening.restored:  # of what was cut off since, each request fails by itself
+            target.check_size(opening, Bytes(self._file.size), self._length)
         status = os.fstat(self._file.fileno())
         if pid := opening.mapped_to_write.get((status.st_dev, status.st_ino)):
             opening.warn(f"{target.path}: is mapped into userspace for writing by process {pid}")
@@ -286,9 +287,10 @@ class _Loaded:
     def _through_the_file_system(self) -> Mapped:
         file, offset = self._file, self._target.offset
         data = Extent.data(file, offset, read_only=not file.writable)
-        whole = Bytes(min(self._length, to_bytes(to_sectors(Bytes(file.size - offset)))))
-        if whole == self._length:
-            return [(Bytes(0), whole, data)]
+        missing = offset + self._length - file.size
+        if not (self._target.round_up and 0 < missing < SECTOR):
+            return [(Bytes(0), self._length, data)]
+        whole = Bytes(self._length - SECTOR)
         self.last = PartialSector(file, offset + whole)
         return [*([(Bytes(0), whole, data)] if whole else []), (whole, Bytes(SECTOR), self.last.extent())]
 
