@@ -35,8 +35,15 @@ _MOST_LOOKS: Final = 256
 _A_LOOK: Final = 64
 """Questions to a file that take as long."""
 
+_FEW: Final = 64
+"""Pieces that are quicker looked at one by one."""
+
 _FOR_EVER: Final = 1 << 63
-_OFFSET: Final = (np.uint64(1) << places.FILE_SHIFT) - np.uint64(1)
+_NONE: Final = np.uint64(0)
+_FILE_SHIFT: Final = int(places.FILE_SHIFT)
+_FILE_MASK: Final = int(places.FILE_MASK)
+_SECTOR_SHIFT: Final = int(places.SECTOR_SHIFT)
+_OFFSET: Final = (1 << _FILE_SHIFT) - 1
 
 
 def allocation(chain: Chain, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -52,6 +59,7 @@ class _Question:
         self._bits = chain.unit_bits
         self._at = at
         self._end = end
+        self._step = np.uint64(1 << self._bits >> _SECTOR_SHIFT)
         self._files = [_Holes(layer.data) for layer in chain.layers]
 
     def runs(self) -> Iterator[tuple[int, int]]:
@@ -67,11 +75,24 @@ class _Question:
 
     def _stretch(self, first: int, found: Words) -> Iterator[tuple[int, int]]:
         """Units from `first` on that are at `found`."""
-        holes = found == places.ZERO
         kinds = places.kinds(found)
         data = (kinds == 1) | (kinds == 2)
+        steps = found[1:] - found[:-1]
+        cuts = (np.flatnonzero(steps != np.where(data[1:], self._step, _NONE)) + 1).tolist()
+        if len(cuts) > _FEW:
+            yield from self._scattered(first, found, data)
+            return
+        for one, other in zip([0, *cuts], [*cuts, found.size], strict=True):
+            if data[one]:
+                yield from self._ask(first + one, int(found[one]), first + other)
+            else:
+                yield self._upto(first + other, HOLE if found[one] == places.ZERO else DATA)
+
+    def _scattered(self, first: int, found: Words, data: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+        """`_stretch`, in many pieces: files are asked about all of theirs first."""
+        holes = found == places.ZERO
         numbers = (found >> places.FILE_SHIFT & places.FILE_MASK).astype(np.intp)
-        hosts = (found & _OFFSET) << places.SECTOR_SHIFT
+        hosts = (found & np.uint64(_OFFSET)) << places.SECTOR_SHIFT
         mixed = np.zeros(found.size, np.bool_)
         for number in np.unique(numbers[data]).tolist():
             mine = data & (numbers == number)
@@ -81,28 +102,19 @@ class _Question:
                 mixed |= mine
             elif hole:
                 holes |= mine
-        for one, other in self._pieces(holes, mixed, numbers, hosts):
+        code = holes.view(np.uint8) | mixed.view(np.uint8) << np.uint8(1)
+        breaks = (code[1:] != code[:-1]) | mixed[1:] & (found[1:] - found[:-1] != self._step)
+        cuts = (np.flatnonzero(breaks) + 1).tolist()
+        for one, other in zip([0, *cuts], [*cuts, found.size], strict=True):
             if mixed[one]:
-                host = int(hosts[one]) + self._at - (first + one << self._bits)
-                yield from self._ask(self._files[int(numbers[one])], host, first + other)
+                yield from self._ask(first + one, int(found[one]), first + other)
             else:
                 yield self._upto(first + other, HOLE if holes[one] else DATA)
 
-    def _pieces(
-        self, holes: NDArray[np.bool_], mixed: NDArray[np.bool_], numbers: NDArray[np.intp], hosts: Words
-    ) -> list[tuple[int, int]]:
-        """(from, to) of units of which one thing is said, or that lie one behind the other in one file."""
-        code = holes.view(np.uint8) | mixed.view(np.uint8) << np.uint8(1)
-        breaks = code[1:] != code[:-1]
-        if mixed.any():
-            follows = (hosts[1:] == hosts[:-1] + np.uint64(1 << self._bits)) & (numbers[1:] == numbers[:-1])
-            breaks |= mixed[1:] & ~follows
-        cuts = (np.flatnonzero(breaks) + 1).tolist()
-        return list(zip([0, *cuts], [*cuts, code.size], strict=True))
-
-    def _ask(self, file: _Holes, host: int, end: int) -> Iterator[tuple[int, int]]:
-        """Up to unit `end`, from what the file has at `host` on."""
-        ahead = host - self._at
+    def _ask(self, unit: int, place: int, end: int) -> Iterator[tuple[int, int]]:
+        """Units up to `end`, of which `unit` is at `place` in a file, and the others behind it."""
+        file = self._files[place >> _FILE_SHIFT & _FILE_MASK]
+        ahead = ((place & _OFFSET) << _SECTOR_SHIFT) - (unit << self._bits)
         while self._at < min(end << self._bits, self._end):
             until, hole = file.at(self._at + ahead)
             yield self._to(min(until - ahead, end << self._bits), HOLE if hole else DATA)
