@@ -51,7 +51,7 @@ cp {udev}/rules.d/* $root/usr/lib/udev/rules.d/{{55-dm,60-persistent-storage-dm,
 """
 
 _UDEV_START = """\
-PATH=$PATH:{udev}
+PATH={udev}:$PATH
 export SYSTEMD_IGNORE_CHROOT=1
 (exec -a systemd-udevd udevadm --daemon) >/run/udevd.log 2>&1
 udevadm trigger --action=add --subsystem-match=block --subsystem-match=misc
