@@ -181,7 +181,7 @@ def test_reading_through_the_supervisor_is_no_use_of_a_device(client: Client, fi
 @pytest.mark.parametrize(("offset", "length"), [(-1, 512), (0, 0), (0, (1 << 20) + 1), (8192, 1), (8000, 512)])
 def test_reading_what_is_not_there_or_too_much_is_refused(client: Client, file: Path, offset: int, length: int) -> None:
     make(client, file)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read|offset is -1"):
         client.read("disk", offset, length)
 
 
