@@ -25,9 +25,9 @@ class JobError(Exception):
 @dataclass(frozen=True)
 class Job:
     """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
-    connections: fio threads, each with a connection of its own. batch: requests a call, for the
+    connections: each is a fio thread's own; nbd_load has one thread for all. batch: requests a call, for the
     in-process contenders, which have neither depth nor connections. client: fio sends and receives request by
-    request; `nbd_load`, which only writes, all that it can together. flushed: a flush at the end is part of it.
+    request; `nbd_load` all that it can together. flushed: a flush at the end is part of it.
     """
 
     pattern: Pattern
@@ -85,13 +85,14 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
 
 def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
     """The same job for nbd_load. where: fio's words; their URI tells the socket. Its JSON comes on its output."""
-    if job.connections != 1 or job.pattern not in ("write", "randwrite") or job.flushed:
-        raise JobError(f"nbd_load has one connection, writes and does not flush; the job is {job}")
+    if job.flushed:
+        raise JobError(f"nbd_load does not flush at the end; the job is {job}")
     (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
     if uri.path != "/":
         raise JobError(f"nbd_load asks for the default export; the job is for {uri.path}")
     (socket,) = parse_qs(uri.query)["socket"]
-    return [program, socket, job.pattern, *(f"{number}" for number in (job.block, job.depth, size, seconds or 0))]
+    numbers = (job.block, job.depth, job.connections, size, seconds or 0)
+    return [program, socket, job.pattern, *(f"{number}" for number in numbers)]
 
 
 def nbd_load_outcome(text: str) -> Outcome:

@@ -1,82 +1,307 @@
-//! A load generator for NBD servers that spends little itself: it sends what it has to send together and takes all
-//! replies that have come, as a client in a kernel or a virtual machine may. `make bench` uses it where fio, which sends
-//! and receives request by request, is what limits the figures.
+//! A load generator for NBD servers that costs little itself: it sends all requests it may have in flight together, takes
+//! all replies that have arrived together, and sleeps in epoll when there is nothing to do, as a client in a kernel or a
+//! virtual machine may. fio's nbd engine sends and receives request by request, and so is often what limits its figures.
 //!
-//! Writes blocks, in order or at random (repeatably, and some more than once), with a number of requests in flight, over
-//! a connection with simple replies. Prints a line of JSON. Arguments: the path of a Unix socket, `write` or `randwrite`,
-//! bytes a block, requests in flight, bytes of the device, and seconds (0: until as many bytes are written). Sending
-//! waits for nobody: with hundreds of requests in flight a server that does so, too, and it might wait for each other.
+//! One thread, any number of connections with simple replies, nonblocking both ways. Prints a line of JSON.
+//! Arguments: SOCKET PATTERN BLOCK DEPTH CONNECTIONS SIZE SECONDS
+//!
+//! PATTERN: read, write, randread, randwrite, randrw (half of each), or randwrite-flush (a flush after each write, in
+//! the same slot). BLOCK: bytes a request. DEPTH: requests in flight a connection. SIZE: bytes of the device that are
+//! used. SECONDS: how long; 0: until SIZE bytes have been read or written. Offsets repeat from run to run.
 
-use std::fs;
-use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::collections::VecDeque;
+use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use blkloom_wire::{Header, Style};
+use rustix::event::epoll;
 
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const GO: u32 = 7;
 const ACKNOWLEDGED: u32 = 1;
 const INFORMATION: u32 = 3;
+const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
+const FLUSH: u16 = 3;
 const REPLY: [u8; 4] = 0x6744_6698u32.to_be_bytes();
 const REPLY_SIZE: usize = 16;
+const HEADER_SIZE: usize = 28;
+/// Bytes a receive takes at most.
+const INPUT: usize = 256 << 10;
+/// IOV_MAX; see writev(2).
+const MOST_SLICES: usize = 1024;
 
+#[derive(Clone, Copy)]
 struct Job {
     random: bool,
+    /// Of 256 requests, how many are writes.
+    writes: u64,
+    flush: bool,
     block: usize,
     depth: usize,
     blocks: u64,
-    /// None: as many blocks as the device has.
+    /// None: as many requests as the device has blocks.
     time: Option<Duration>,
+}
+
+/// What the connections have in common.
+struct Run {
+    job: Job,
+    started: Instant,
+    begun: u64,
+    state: u64,
+    errors: u64,
+    latencies: Vec<Duration>,
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    kind: u16,
+    since: Instant,
+}
+
+struct Client {
+    server: UnixStream,
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    /// Requests not wholly sent: header, and whether a payload follows it.
+    output: VecDeque<([u8; HEADER_SIZE], bool)>,
+    /// Bytes of the first of them that were sent.
+    sent: usize,
+    /// Bytes of a read's data that have not arrived.
+    data: usize,
+    /// The beginning of a reply's header.
+    partial: Vec<u8>,
 }
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [socket, pattern, numbers @ ..] = &arguments[..] else { return Err(ErrorKind::InvalidInput.into()) };
     let numbers: Vec<f64> = numbers.iter().map(|text| text.parse().map_err(Error::other)).collect::<Result<_>>()?;
-    let &[block, depth, size, seconds] = &numbers[..] else { return Err(ErrorKind::InvalidInput.into()) };
+    let &[block, depth, connections, size, seconds] = &numbers[..] else { return Err(ErrorKind::InvalidInput.into()) };
+    let (random, writes, flush) = match &pattern[..] {
+        "read" => (false, 0, false),
+        "write" => (false, 256, false),
+        "randread" => (true, 0, false),
+        "randwrite" => (true, 256, false),
+        "randrw" => (true, 128, false),
+        "randwrite-flush" => (true, 256, true),
+        _ => return Err(Error::new(ErrorKind::InvalidInput, format!("{pattern}: no such pattern"))),
+    };
     let job = Job {
-        random: match &pattern[..] {
-            "write" => false,
-            "randwrite" => true,
-            _ => return Err(Error::new(ErrorKind::InvalidInput, format!("{pattern}: neither write nor randwrite"))),
-        },
+        random,
+        writes,
+        flush,
         block: block as usize,
         depth: depth as usize,
         blocks: (size / block) as u64,
         time: (seconds > 0.0).then(|| Duration::from_secs_f64(seconds)),
     };
-    if job.block == 0 || job.depth == 0 || job.blocks == 0 {
-        return Err(Error::new(
-            ErrorKind::InvalidInput,
-            "a block, a request in flight and a device of a block at least",
-        ));
+    if job.block == 0 || job.depth == 0 || job.blocks == 0 || connections < 1.0 {
+        let least = "a block, a request in flight, a connection and a device of a block at least";
+        return Err(Error::new(ErrorKind::InvalidInput, least));
     }
-    let mut server = UnixStream::connect(socket)?;
-    handshake(&mut server)?;
-    let (began, cpu) = (Instant::now(), cpu_seconds()?);
-    let (mut latencies, errors) = load(&mut server, &job)?;
-    let seconds = began.elapsed().as_secs_f64();
+    let mut clients: Vec<Client> =
+        (0..connections as usize).map(|_| Client::connect(socket, job.depth)).collect::<Result<_>>()?;
+    let cpu = cpu_seconds()?;
+    let mut run = Run {
+        job,
+        started: Instant::now(),
+        begun: 0,
+        state: 0x9e37_79b9_7f4a_7c15,
+        errors: 0,
+        latencies: Vec::with_capacity(1 << 20),
+    };
+    run.all(&mut clients)?;
+    let seconds = run.started.elapsed().as_secs_f64();
     let busy = (cpu_seconds()? - cpu) / seconds;
-    latencies.sort_unstable();
-    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6;
+    run.latencies.sort_unstable();
+    let at = |share: f64| run.latencies[((run.latencies.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6;
     println!(
-        "{{\"operations\": {}, \"seconds\": {seconds}, \"errors\": {errors}, \"p50_us\": {}, \"p99_us\": {}, \"busy\": {busy}}}",
-        latencies.len(),
+        "{{\"operations\": {}, \"seconds\": {seconds}, \"errors\": {}, \"p50_us\": {}, \"p99_us\": {}, \"busy\": {busy}}}",
+        run.latencies.len(),
+        run.errors,
         at(0.5),
         at(0.99),
     );
-    Ok(())
+    clients.into_iter().try_for_each(Client::disconnect)
 }
 
 /// Of this thread, which is all there is. Source: the kernel's Documentation/scheduler/sched-stats, whose unit is the
 /// nanosecond; those of proc_pid_stat(5) are too long for this.
 fn cpu_seconds() -> Result<f64> {
-    let text = fs::read_to_string("/proc/self/schedstat")?;
+    let text = std::fs::read_to_string("/proc/self/schedstat")?;
     let running: f64 = text.split(' ').next().and_then(|word| word.parse().ok()).ok_or(ErrorKind::InvalidData)?;
     Ok(running / 1e9)
+}
+
+impl Run {
+    /// Runs the job to its end over all connections.
+    fn all(&mut self, clients: &mut [Client]) -> Result<()> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        // Edge-triggered: each direction is driven until it would wait.
+        let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        // Written data is the same everywhere, and never looked at.
+        let payload: Vec<u8> = (0..self.job.block).map(|at| (at * 37 % 251) as u8).collect();
+        let mut input = vec![0; INPUT];
+        let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
+        for (index, client) in clients.iter_mut().enumerate() {
+            epoll::add(&epoll, &client.server, epoll::EventData::new_u64(index as u64), interest)?;
+            self.refill(client);
+            client.send(&payload)?;
+        }
+        while clients.iter().any(|client| client.free.len() < self.job.depth) {
+            let ready = match epoll::wait(&epoll, &mut events, None) {
+                Ok((ready, _)) => ready,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            for event in ready.iter() {
+                let client = &mut clients[event.data.u64() as usize];
+                while client.receive(&mut input, self)? {
+                    self.refill(client);
+                    client.send(&payload)?;
+                }
+                client.send(&payload)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing new is begun any more.
+    fn is_over(&self, now: Instant) -> bool {
+        self.job.time.map_or(self.begun >= self.job.blocks, |time| now - self.started >= time)
+    }
+
+    fn refill(&mut self, client: &mut Client) {
+        let now = Instant::now();
+        while !self.is_over(now)
+            && let Some(slot) = client.free.pop()
+        {
+            self.state ^= self.state << 13;
+            self.state ^= self.state >> 7;
+            self.state ^= self.state << 17;
+            let number = if self.job.random { self.state >> 8 } else { self.begun } % self.job.blocks;
+            let kind = if self.state & 255 < self.job.writes { WRITE } else { READ };
+            let length = self.job.block as u64;
+            client.request(slot, kind, number * length, length, now);
+            self.begun += 1;
+        }
+    }
+}
+
+impl Client {
+    fn connect(socket: &str, depth: usize) -> Result<Client> {
+        let mut server = UnixStream::connect(socket)?;
+        handshake(&mut server)?;
+        server.set_nonblocking(true)?;
+        Ok(Client {
+            server,
+            slots: vec![None; depth],
+            free: (0..depth).collect(),
+            output: VecDeque::new(),
+            sent: 0,
+            data: 0,
+            partial: Vec::new(),
+        })
+    }
+
+    fn request(&mut self, slot: usize, kind: u16, offset: u64, length: u64, since: Instant) {
+        let mut header = Vec::with_capacity(HEADER_SIZE);
+        Header { flags: 0, kind, cookie: slot as u64, offset, length }.put(Style::Simple, &mut header);
+        let mut bytes = [0; HEADER_SIZE];
+        bytes.copy_from_slice(&header);
+        self.output.push_back((bytes, kind == WRITE));
+        self.slots[slot] = Some(Slot { kind, since });
+    }
+
+    /// Sends what the socket takes.
+    fn send(&mut self, payload: &[u8]) -> Result<()> {
+        while !self.output.is_empty() {
+            let requests = self.output.iter().take(MOST_SLICES / 2);
+            let mut slices: Vec<IoSlice> = requests
+                .flat_map(|(header, with_payload)| [&header[..], if *with_payload { payload } else { &[] }])
+                .map(IoSlice::new)
+                .collect();
+            let mut left = &mut slices[..];
+            IoSlice::advance_slices(&mut left, self.sent);
+            let mut count = match self.server.write_vectored(left) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                other => other? + self.sent,
+            };
+            while let Some((_, with_payload)) = self.output.front() {
+                let whole = HEADER_SIZE + if *with_payload { payload.len() } else { 0 };
+                if count < whole {
+                    break;
+                }
+                count -= whole;
+                self.output.pop_front();
+            }
+            self.sent = count;
+        }
+        Ok(())
+    }
+
+    /// Receives once; whether anything came.
+    fn receive(&mut self, input: &mut [u8], run: &mut Run) -> Result<bool> {
+        let mut bytes: &[u8] = loop {
+            match self.server.read(input) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(count) => break &input[..count],
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        };
+        let now = Instant::now();
+        loop {
+            let data = self.data.min(bytes.len());
+            self.data -= data;
+            bytes = &bytes[data..];
+            let header = (REPLY_SIZE - self.partial.len()).min(bytes.len());
+            if header == 0 {
+                return Ok(true);
+            }
+            self.partial.extend_from_slice(&bytes[..header]);
+            bytes = &bytes[header..];
+            if self.partial.len() == REPLY_SIZE {
+                self.reply(now, run)?;
+                self.partial.clear();
+            }
+        }
+    }
+
+    /// A reply's header has arrived.
+    fn reply(&mut self, now: Instant, run: &mut Run) -> Result<()> {
+        if self.partial[..4] != REPLY {
+            return Err(Error::other("this is no simple reply"));
+        }
+        let failed = self.partial[4..8] != [0; 4];
+        let index = self.partial[8..].iter().fold(0, |cookie, &byte| cookie << 8 | usize::from(byte));
+        let slot = self.slots.get_mut(index).and_then(Option::take);
+        let Slot { kind, since } = slot.ok_or_else(|| Error::other("a reply to no request"))?;
+        run.errors += u64::from(failed);
+        if kind == READ && !failed {
+            self.data = run.job.block;
+        }
+        if kind == WRITE && run.job.flush {
+            self.request(index, FLUSH, 0, 0, since);
+        } else {
+            run.latencies.push(now - since);
+            self.free.push(index);
+        }
+        Ok(())
+    }
+
+    fn disconnect(mut self) -> Result<()> {
+        self.server.set_nonblocking(false)?;
+        let mut header = Vec::with_capacity(HEADER_SIZE);
+        Header { flags: 0, kind: DISCONNECT, cookie: 0, offset: 0, length: 0 }.put(Style::Simple, &mut header);
+        self.server.write_all(&header)
+    }
 }
 
 fn take<const N: usize>(server: &mut UnixStream) -> Result<[u8; N]> {
@@ -101,61 +326,4 @@ fn handshake(server: &mut UnixStream) -> Result<()> {
             _ => return Err(Error::other(format!("the server answered NBD_OPT_GO with {kind:#x}"))),
         }
     }
-}
-
-/// The time each request took, and how many failed.
-fn load(server: &mut UnixStream, job: &Job) -> Result<(Vec<Duration>, u64)> {
-    let mut latencies = Vec::with_capacity(1 << 20);
-    let (mut errors, mut state) = (0, 0x9e37_79b9_7f4a_7c15u64);
-    let mut sent: Vec<Option<Instant>> = vec![None; job.depth];
-    let mut free: Vec<usize> = (0..job.depth).collect();
-    let unit = Style::Simple.header_size() + job.block;
-    // What is written is there already; only headers are put before it.
-    let mut output: Vec<u8> = (0..job.depth * unit).map(|at| (at * 37 % 251) as u8).collect();
-    let (mut begun, mut header) = (0, Vec::with_capacity(unit - job.block));
-    let (mut input, mut have) = (vec![0; job.depth * REPLY_SIZE], 0);
-    let start = Instant::now();
-    loop {
-        let over = job.time.map_or(begun >= job.blocks, |time| start.elapsed() >= time);
-        if over && free.len() == job.depth {
-            break;
-        }
-        let (now, mut used) = (Instant::now(), 0);
-        while let Some(slot) = free.pop_if(|_| !over && (job.time.is_some() || begun < job.blocks)) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let number = if job.random { state } else { begun } % job.blocks;
-            let (offset, length) = (number * job.block as u64, job.block as u64);
-            header.clear();
-            Header { flags: 0, kind: WRITE, cookie: slot as u64, offset, length }.put(Style::Simple, &mut header);
-            output[used..used + header.len()].copy_from_slice(&header);
-            used += unit;
-            sent[slot] = Some(now);
-            begun += 1;
-        }
-        server.write_all(&output[..used])?;
-        match server.read(&mut input[have..])? {
-            0 => return Err(ErrorKind::UnexpectedEof.into()),
-            count => have += count,
-        }
-        let now = Instant::now();
-        let whole = have / REPLY_SIZE * REPLY_SIZE;
-        for reply in input[..whole].chunks_exact(REPLY_SIZE) {
-            if reply[..4] != REPLY {
-                return Err(Error::other("this is no simple reply"));
-            }
-            errors += u64::from(reply[4..8] != [0; 4]);
-            let slot = reply[8..].iter().fold(0, |cookie, &byte| cookie << 8 | usize::from(byte));
-            let asked = sent.get_mut(slot).and_then(Option::take);
-            latencies.push(now - asked.ok_or_else(|| Error::other("nobody waits for this reply"))?);
-            free.push(slot);
-        }
-        input.copy_within(whole..have, 0);
-        have -= whole;
-    }
-    header.clear();
-    Header { flags: 0, kind: DISCONNECT, cookie: 0, offset: 0, length: 0 }.put(Style::Simple, &mut header);
-    server.write_all(&header)?;
-    Ok((latencies, errors))
 }
