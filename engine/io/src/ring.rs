@@ -10,6 +10,7 @@ use io_uring::{IoUring, opcode, types};
 use rustix::fd::BorrowedFd;
 use slab::Slab;
 
+use crate::errno::EINVAL;
 use crate::file::File;
 use crate::memory::Slice;
 
@@ -32,7 +33,20 @@ const RWF_DSYNC: i32 = 2;
 impl Ring {
     /// entries: submission slots; completions may wait in four times as many.
     pub fn new(entries: u32) -> std::io::Result<Ring> {
-        let ring = IoUring::builder().setup_clamp().setup_cqsize(entries * 4).dontfork().build(entries)?;
+        let build = |cooperative: bool| {
+            let mut builder = IoUring::builder();
+            builder.setup_clamp().setup_cqsize(entries * 4).dontfork();
+            if cooperative {
+                // The loop enters the kernel all the time: completions need not interrupt it for that.
+                builder.setup_coop_taskrun();
+            }
+            builder.build(entries)
+        };
+        let ring = match build(true) {
+            // Linux before 5.19.
+            Err(error) if error.raw_os_error() == Some(EINVAL) => build(false)?,
+            other => other?,
+        };
         let limit = ring.params().cq_entries() as usize;
         Ok(Ring { ring, in_flight: Slab::new(), unsubmitted: 0, limit })
     }
