@@ -358,7 +358,7 @@ class Device:
         request.
         """
 
-    # I/O, asynchronous: the result comes as a notice (token, result, errno)
+    # I/O, asynchronous
     def submit(
         self,
         notices: Notices,
@@ -372,7 +372,10 @@ class Device:
         unmap: bool = True,
         fast: bool = False,
         context: str = "base:allocation",
-    ) -> None: ...
+    ) -> bool:
+        """True: it was small, nothing had to be waited for, and it is done. Raises OSError of what failed as fast.
+        False: its end comes as a notice (token, result, errno), and `buffer` must stay as it is until then.
+        """
     def stats(self) -> dict[str, Any]:
         """See `blkloom.stats.Stats`: counters and histograms; reading them costs the loops nothing."""
 

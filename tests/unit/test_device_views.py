@@ -108,6 +108,22 @@ def test_many_coroutines_run_at_once(path: Path) -> None:
         assert found == [device.pread(16, 16 * i) for i in range(1000)]
 
 
+def test_what_need_not_wait_is_done_without_a_turn_of_the_event_loop() -> None:
+    async def use(device: blkloom.Device) -> None:
+        async with device.asyncio() as disk:
+            reading = disk.pread(4096, 0)
+            with pytest.raises(StopIteration) as done:
+                reading.send(None)
+            assert done.value.value == b"once" + bytes(4092)
+            large = disk.pread(1 << 20, 0)
+            assert large.send(None) is not None, "a loop reads this one, and the coroutine waits"
+            large.close()
+
+    with blkloom.open("0 4096 ram") as device:
+        device.pwrite(b"once", 0)
+        asyncio.run(use(device))
+
+
 def test_an_asynchronous_error_carries_its_errno(path: Path) -> None:
     async def use(device: blkloom.Device) -> None:
         async with device.asyncio() as disk:

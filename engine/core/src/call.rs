@@ -29,6 +29,9 @@ impl Direction {
 /// Larger reads find their own way into the caches, and would drive each other out.
 const WORTH_FETCHING: u64 = 16 << 10;
 
+/// Larger transfers are done by a loop while their caller, who has other things to do, goes on.
+const AT_ONCE: u64 = 256 << 10;
+
 /// How many reads of a batch ahead memory is fetched.
 const AHEAD: usize = 2;
 
@@ -205,6 +208,35 @@ impl Engine {
         self.submit(Request { device, op, offset, len, flags, memory, owner, started, context, done: 0 });
         let (errors, found) = waiter.wait();
         if errors[0] == 0 { Ok(found) } else { Err(errors[0]) }
+    }
+
+    /// Does a request now if it is small and need not wait for anything: its result, and no notice follows. None:
+    /// `start` it; what was done of it is noted in it.
+    pub fn attempt(&self, request: &mut Request) -> Option<Result<(), i32>> {
+        let Request { device, op, offset, len, flags, .. } = request;
+        let shard = Shard::of_caller();
+        let attempt = match (*op, check(device, *op, *offset, *len)) {
+            (_, Err(errno)) => Now::Failed(errno),
+            (Op::Read | Op::Write, _) if *len > AT_ONCE || flags.fua && device.needs_flush() => return None,
+            (Op::Read, _) => {
+                now::read(device, shard, *offset, request.memory.slice(), Patience::Nowait, Besides::default())
+            }
+            (Op::Write, _) => now::write(device, shard, *offset, request.memory.slice(), Patience::Nowait),
+            (Op::Flush, _) => now::flush(device, shard),
+            (Op::Discard | Op::WriteZeroes, _) => now::clear(device, shard, *op, *offset, *len, *flags),
+            _ => return None,
+        };
+        let (bytes, errno) = match attempt {
+            Now::Later(done) => {
+                request.done = done;
+                return None;
+            }
+            Now::Done => (*len, 0),
+            Now::Failed(errno) => (0, errno),
+        };
+        device.stats.start(shard, 1);
+        device.stats.end(shard, *op, 1, bytes, u64::from(errno != 0), nanoseconds(request.started));
+        Some(if errno == 0 { Ok(()) } else { Err(errno) })
     }
 
     /// Starts a request whose end is a notice; the memory is the caller's until then.

@@ -353,41 +353,37 @@ impl Device {
         unmap: bool,
         fast: bool,
         context: &str,
-    ) -> PyResult<()> {
+    ) -> PyResult<bool> {
         self.check_here(py)?;
         let op = self::operation(operation)?;
-        let memory = match (op, buffer) {
-            (Op::Read | Op::Write, Some(buffer)) => {
-                let bytes = Bytes::of(buffer, op == Op::Read)?;
-                if bytes.len() as u64 != length {
-                    return Err(value_error(format!("a buffer of {} bytes for {length}", bytes.len())));
-                }
-                let memory = Memory::Borrowed(bytes.slice());
-                notices.hold(token, Some(bytes))?;
-                memory
-            }
-            (Op::Read | Op::Write, None) => {
-                return Err(value_error(format!("{operation} needs a buffer")));
-            }
-            _ => {
-                notices.hold(token, None)?;
-                Memory::None
-            }
+        let bytes = match (op, buffer) {
+            (Op::Read | Op::Write, Some(buffer)) => Some(Bytes::of(buffer, op == Op::Read)?),
+            (Op::Read | Op::Write, None) => return Err(value_error(format!("{operation} needs a buffer"))),
+            _ => None,
         };
-        let request = Request {
+        if let Some(bytes) = bytes.as_ref().filter(|bytes| bytes.len() as u64 != length) {
+            return Err(value_error(format!("a buffer of {} bytes for {length}", bytes.len())));
+        }
+        let mut request = Request {
             device: self.inner.clone(),
             op,
             offset,
             len: length,
             flags: Flags { fua, unmap, fast, ..Flags::default() },
-            memory,
+            memory: bytes.as_ref().map_or(Memory::None, |bytes| Memory::Borrowed(bytes.slice())),
             owner: Owner::Notice { notices: notices.inner.clone(), token },
             started: Instant::now(),
             context: blkloom_core::context(context),
             done: 0,
         };
+        match py.detach(|| self.engine.attempt(&mut request)) {
+            Some(Ok(())) => return Ok(true),
+            Some(Err(errno)) => return Err(self.error(errno, &format!("{} of {length} bytes at {offset}", op.name()))),
+            None => {}
+        }
+        notices.hold(token, bytes)?;
         py.detach(|| self.engine.start(request));
-        Ok(())
+        Ok(false)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

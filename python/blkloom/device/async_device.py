@@ -1,7 +1,7 @@
 """A device's I/O as coroutines: submitted to the engine's loops, finished through one descriptor.
 
-No threads are involved: `submit` hands the request over, an event descriptor tells the event loop
-that requests have ended. An AsyncDevice belongs to the loop it was made in. Cancelling a coroutine
+No threads are involved: what is small and need not wait is done in place, without a turn of the event loop; `submit`
+hands the rest over, and an event descriptor tells the event loop that requests have ended. An AsyncDevice belongs to the loop it was made in. Cancelling a coroutine
 abandons the wait, not the I/O: the engine keeps the buffer until the I/O has ended, so a buffer
 given to a cancelled `pread_into` may still be written to.
 """
@@ -140,13 +140,10 @@ class AsyncDevice:
         if self._closed:
             raise RuntimeError("the asynchronous view of the device is closed")
         token = next(self._tokens)
+        if self.device.submit(self._notices, token, operation, offset, length, buffer, **how):
+            return None
         future: asyncio.Future[Any] = self._loop.create_future()
         self._waiting[token] = (future, buffer)
-        try:
-            self.device.submit(self._notices, token, operation, offset, length, buffer, **how)
-        except BaseException:
-            del self._waiting[token]
-            raise
         # Shielded, so that cancelling leaves the entry (and with it the buffer) to `_collect`.
         return await asyncio.shield(future)
 
