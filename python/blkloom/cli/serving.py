@@ -15,9 +15,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import click
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from blkloom import _engine
 from blkloom.control.rundir import user_runtime
@@ -52,15 +49,18 @@ class Report:
     def __init__(self, when: str | None, engine: _engine.Engine) -> None:
         self._when = when
         self._engine = engine
-        self._console = Console(stderr=True, highlight=False)
         self._began = time.monotonic()
 
     async def live(self, exports: Mapping[str, NbdExport]) -> None:
         """Shows what happened in the last second, until cancelled."""
         if self._when != "live":
             return
+        from rich.console import Console  # not for servers that show nothing
+        from rich.live import Live
+        from rich.text import Text
+
         before = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+        with Live(console=Console(stderr=True, highlight=False), auto_refresh=False, transient=True) as live:
             while True:
                 await asyncio.sleep(_LIVE_INTERVAL)
                 now = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}

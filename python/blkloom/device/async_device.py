@@ -1,9 +1,10 @@
 """A device's I/O as coroutines: submitted to the engine's loops, finished through one descriptor.
 
-No threads are involved: what is small and need not wait is done in place, without a turn of the event loop; `submit`
-hands the rest over, and an event descriptor tells the event loop that requests have ended. An AsyncDevice belongs to the loop it was made in. Cancelling a coroutine
-abandons the wait, not the I/O: the engine keeps the buffer until the I/O has ended, so a buffer
-given to a cancelled `pread_into` may still be written to.
+No threads are involved: what is small and need not wait is done in place, without a turn of the
+event loop; `submit` hands the rest over, and an event descriptor tells the event loop that requests
+have ended. An AsyncDevice belongs to the loop it was made in. Cancelling a coroutine abandons the
+wait, not the I/O: the engine keeps the buffer until the I/O has ended, so a buffer given to a
+cancelled `pread_into` may still be written to.
 """
 
 from __future__ import annotations

@@ -2,16 +2,18 @@
 
 Built-in targets and plug-ins are imported when first asked for, so reading a table needs neither
 the engine nor a plug-in the table does not name; a plug-in that cannot be imported harms only the
-tables that name it. Immutable once made; safe to share between threads.
+tables that name it. Installed packages are asked for theirs when a name is neither passed nor built in: that takes
+longer than all the rest of reading a table. Immutable once made; safe to share between threads.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Iterator
-from importlib.metadata import EntryPoint, entry_points
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Final, Protocol
 
 from blkloom.errors import Place, UnknownTarget, UsageError
 from blkloom.target.base import Target
@@ -33,17 +35,51 @@ BUILTIN: Final = {
 _log = logging.getLogger(__name__)
 
 
+class Entry(Protocol):
+    """The name of a target and where its class is; `importlib.metadata.EntryPoint` is one."""
+
+    @property
+    def name(self) -> str:
+        """The word in tables."""
+        ...
+
+    @property
+    def value(self) -> str:
+        """Where the class is: "module:Class"."""
+        ...
+
+    def load(self) -> Any:
+        """Imports it. May raise anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BuiltIn:
+    name: str
+    value: str
+
+    def load(self) -> Any:
+        module, _, cls = self.value.partition(":")
+        return getattr(import_module(module), cls)
+
+
 class Targets:
     """Looks target classes up by the word in the table.
 
     A class passed by the caller goes before a plug-in, a plug-in never before a built-in target.
     """
 
-    def __init__(self, classes: Iterable[type[Target]] = (), *, installed: Iterable[EntryPoint] = ()) -> None:
-        """classes: targets of the caller's own. Raises UsageError for one without a fit name, or two
-        of one name.
+    def __init__(
+        self,
+        classes: Iterable[type[Target]] = (),
+        *,
+        installed: Iterable[Entry] = (),
+        plugins: Callable[[], Iterable[Entry]] = tuple,
+    ) -> None:
+        """classes: targets of the caller's own. plugins: more of `installed`, called when first needed. Raises
+        UsageError for a class without a fit name, or two of one name.
         """
-        self._installed = {point.name: point for point in installed}
+        self._known = {entry.name: entry for entry in installed}
+        self._find_plugins = plugins
         self._classes: dict[str, type[Target]] = {}
         for cls in classes:
             name = getattr(cls, "name", None)
@@ -58,8 +94,10 @@ class Targets:
         """
         if name in self._classes:
             return self._classes[name]
-        if name in self._installed:
-            return self._load(self._installed[name], place)
+        if (entry := self._known.get(name) or self._installed.get(name)) is not None:
+            return self._load(entry, place)
+        import difflib  # only this error needs it
+
         near = difflib.get_close_matches(name, self.names(), n=1)
         known = f"there are: {', '.join(self.names())}"
         raise UnknownTarget(
@@ -74,7 +112,7 @@ class Targets:
         return sorted({*self._classes, *self._installed})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._classes or name in self._installed
+        return name in self._classes or name in self._known or name in self._installed
 
     def __iter__(self) -> Iterator[type[Target]]:
         """Every class, by name. A plug-in that cannot be imported is left out, with a warning."""
@@ -87,9 +125,15 @@ class Targets:
     def extended(self, classes: Iterable[type[Target]]) -> Targets:
         """These, and `classes` before them."""
         own = {cls.name: cls for cls in Targets(classes)._classes.values()}
-        return Targets((self._classes | own).values(), installed=self._installed.values())
+        plugins = self._find_plugins
+        return Targets((self._classes | own).values(), installed=self._known.values(), plugins=plugins)
 
-    def _load(self, point: EntryPoint, place: Place | None) -> type[Target]:
+    @cached_property
+    def _installed(self) -> dict[str, Entry]:
+        """All of them; what is built in goes first."""
+        return {entry.name: entry for entry in self._find_plugins()} | self._known
+
+    def _load(self, point: Entry, place: Place | None) -> type[Target]:
         try:
             found = point.load()
         except Exception as error:  # a plug-in's import may raise anything
@@ -103,17 +147,21 @@ class Targets:
 
 def builtin_targets() -> Targets:
     """The targets blkloom brings."""
-    return Targets(installed=_builtin_points())
+    return Targets(installed=_built_in())
 
 
 def all_targets(classes: Iterable[type[Target]] = ()) -> Targets:
     """`classes`, the built-in targets and those of installed packages (entry points of the group
     "blkloom.targets").
     """
-    builtin = _builtin_points()
-    plugins = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BUILTIN]
-    return Targets(classes, installed=[*builtin, *plugins])
+    return Targets(classes, installed=_built_in(), plugins=_plugins)
 
 
-def _builtin_points() -> list[EntryPoint]:
-    return [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in BUILTIN.items()]
+def _built_in() -> list[Entry]:
+    return [_BuiltIn(name, value) for name, value in BUILTIN.items()]
+
+
+def _plugins() -> Iterable[Entry]:
+    from importlib.metadata import entry_points  # costs more than the rest of this package
+
+    return entry_points(group=ENTRY_POINT_GROUP)
