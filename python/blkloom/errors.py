@@ -167,13 +167,15 @@ class NoSupervisor(ResourceError):
 
 
 class ForkedError(BlkloomError, OSError):
-    """`what` was used in a fork of the process that made it: the fork has none of the threads it needs."""
+    """Something was used in a fork of the process that made it: the fork has none of the threads it needs."""
 
     errno = _errno.ESHUTDOWN
     exit_code = 70  # EX_SOFTWARE
 
-    def __init__(self, what: str) -> None:
-        super().__init__(
+    @classmethod
+    def use_of(cls, what: str) -> ForkedError:
+        """The error that says so of `what`."""
+        return cls(
             f"{what} belongs to the process that made it; this is a fork of that one, without its threads",
             cure="make a new one here, or start the process with multiprocessing's spawn method",
         )

@@ -29,7 +29,7 @@ class OwnProcess:
     def check(self) -> None:
         """Raises ForkedError in a fork."""
         if not self.is_current:
-            raise ForkedError(self._what)
+            raise ForkedError.use_of(self._what)
 
 
 class ProcessLock:

@@ -19,7 +19,8 @@ pub fn os_error(errno: i32, what: &str) -> PyErr {
 
 /// For what an engine of another process would have to do: `blkloom.errors.ForkedError`.
 pub fn forked_error(py: Python<'_>, what: &str) -> PyErr {
-    let raised = py.import("blkloom.errors").and_then(|errors| errors.getattr("ForkedError")?.call1((what,)));
+    let raised =
+        py.import("blkloom.errors").and_then(|errors| errors.getattr("ForkedError")?.call_method1("use_of", (what,)));
     raised.map_or_else(|error| error, PyErr::from_value)
 }
 
