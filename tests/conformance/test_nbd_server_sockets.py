@@ -135,6 +135,12 @@ def test_foreign_address_says_so() -> None:
         asyncio.run(listen_tcp("192.0.2.1", 0, allow_remote=True))
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "no\0name"])
+def test_what_cannot_be_a_name_of_a_host_is_refused(host: str) -> None:
+    with pytest.raises(ListenError, match="is no address of this machine"):
+        asyncio.run(listen_tcp(host, 0))
+
+
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "::ffff:192.0.2.1"])
 def test_addresses_that_other_hosts_reach_are_refused_until_allowed(host: str) -> None:
     with pytest.raises(UsageError, match=r"other hosts reach .*; listen on localhost, or confirm it with --allow-rem"):

@@ -8,6 +8,7 @@ function of its `Session`, its words and its own options.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Set
 from typing import Any, Final
 
@@ -171,9 +172,11 @@ def _numbers(context: click.Context) -> None:
 
 
 def _integer(text: str) -> int:
-    """As atoi: what is no number is 0."""
-    digits = text.strip()
-    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else 0
+    """As atoi: what begins as no number is 0. But one that no device can have stays one: atoi's would wrap around to
+    that of another device.
+    """
+    begin = re.match(r"\s*([+-]?[0-9]{1,4000})", text, re.ASCII)  # int refuses more digits
+    return int(begin[1]) if begin else 0
 
 
 def _check(names: Set[str], selectors: frozenset[str]) -> None:

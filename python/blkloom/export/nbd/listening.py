@@ -107,9 +107,10 @@ async def listen_tcp(host: str, port: int, *, allow_remote: bool = False) -> lis
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what cannot be a name, as one with 64 bytes between its dots
+        why = error.strerror if isinstance(error, OSError) else error
         raise ListenError(
-            f"{host!r} is no address of this machine: {error.strerror}", cure="give a host name or an IP address"
+            f"{host!r} is no address of this machine: {why}", cure="give a host name or an IP address"
         ) from error
     if not allow_remote:
         _check_loopback(host, [str(address[0]) for *_, address in found])
