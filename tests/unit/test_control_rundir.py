@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from blkloom.control import rundir
+from blkloom.control.client import Client
 from blkloom.control.rundir import RunDir
 from blkloom.dm.names import unmangle
-from blkloom.errors import UsageError
+from blkloom.errors import NoSupervisor, UsageError
 
 
 @pytest.fixture
@@ -38,6 +39,20 @@ def test_without_a_runtime_directory_a_user_is_told_what_to_set(
 def test_roots_is_the_systems_whatever_the_environment_says(user: Callable[[int], None]) -> None:
     user(0)
     assert RunDir.default({"XDG_RUNTIME_DIR": "/run/user/1000"}).path == Path("/run/blkloom")
+
+
+@pytest.mark.parametrize("number", [0, 1000])
+def test_the_one_that_the_environment_names_goes_first(user: Callable[[int], None], number: int) -> None:
+    user(number)
+    assert RunDir.default({"BLKLOOM_RUN_DIR": "/x/y", "XDG_RUNTIME_DIR": "/run/user/1"}).path == Path("/x/y")
+
+
+def test_a_client_in_python_is_of_the_run_directory_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLKLOOM_RUN_DIR", str(tmp_path / "run"))
+    with pytest.raises(NoSupervisor, match=f"at {tmp_path}/run/control.sock"):
+        Client(start=False)
 
 
 def test_a_relative_path_stays_where_it_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

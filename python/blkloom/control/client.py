@@ -40,7 +40,7 @@ class Client:
     def __init__(
         self, run_dir: str | os.PathLike[str] | None = None, *, start: bool = True, timeout: float | None = None
     ) -> None:
-        """run_dir: None for the default. start: start a supervisor if there is none. timeout: seconds
+        """run_dir: None for `RunDir.default`. start: start a supervisor if there is none. timeout: seconds
         without an answer after which a call fails (`wait` excepted); None: the supervisor's own bounds
         are enough. Raises NoSupervisor, UsageError, OSError.
         """

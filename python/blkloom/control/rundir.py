@@ -36,11 +36,14 @@ class RunDir:
 
     @classmethod
     def default(cls, environment: Mapping[str, str]) -> Self:
-        """`/run/blkloom` for root, `$XDG_RUNTIME_DIR/blkloom` for others. Raises UsageError where that is not set.
+        """`$BLKLOOM_RUN_DIR`, else `/run/blkloom` for root and `$XDG_RUNTIME_DIR/blkloom` for others. Raises
+        UsageError where neither is set.
 
         Root's is where its unit has it. su(1) and sudo(8) may leave it the XDG_RUNTIME_DIR of another user, and
         the login manager removes its own when root logs out.
         """
+        if chosen := environment.get("BLKLOOM_RUN_DIR"):
+            return cls.at(chosen)
         if os.geteuid() == 0:
             return cls(Path("/run/blkloom"))
         if (runtime := user_runtime(environment)) is None:
