@@ -8,6 +8,7 @@ that serve raise it to the hard one. Those are not inherited by other programs: 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import sys
@@ -24,6 +25,17 @@ def raise_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def close(fd: int) -> None:
+    """A descriptor of a file of data. Storage that breaks says so here, too (FUSE, NFS), in whatever process closes a
+    copy: it is closed even so, and a sync will tell. Raises OSError only if it was none.
+    """
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
 
 
 def limit() -> int:

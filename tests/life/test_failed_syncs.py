@@ -188,6 +188,23 @@ def test_it_is_stored_before_it_is_told(
     assert fails(connect("disk"))
 
 
+def between_an_upgrade_that_finds_it(life: Life) -> None:
+    with life.client() as client, pytest.raises(OSError, match="flush on suspend: Input/output error"):
+        client.upgrade()
+    between_an_upgrade(life)
+
+
+@pytest.mark.parametrize("between", [between_an_upgrade_that_finds_it, between_a_killed_supervisor])
+def test_closing_a_copy_of_the_file_that_fails_does_not_end_the_device(
+    life: Life, faulty: FaultyFileSystem, disk: str, connect: Connect, between: Callable[[Life], None]
+) -> None:
+    nbd = connect("disk")
+    assert nbd.ask(WRITE, 0, payload=b"B" * 4096).error == 0
+    faulty.fail("write", errno.EIO, count=1)  # FUSE writes back at close(2), and says what came of it
+    between(life)
+    assert fails(connect("disk"))
+
+
 def test_a_flush_that_fails_while_there_is_no_supervisor_is_told_to_the_next(
     life: Life, faulty: FaultyFileSystem, disk: str, connect: Connect
 ) -> None:

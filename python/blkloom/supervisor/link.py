@@ -149,7 +149,7 @@ class Link:
                     else:
                         answer.set_exception(to_exception(message))
         for fd in fds:
-            os.close(fd)
+            open_files.close(fd)
 
     def _start(self, answer: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(answer, name=name)
@@ -179,12 +179,12 @@ class Link:
             try:
                 await self._channel.send(m.Opened(id=asked.id), [fd])
             finally:
-                os.close(fd)
+                open_files.close(fd)
         except ConnectionError:
             return  # the listener notices
         finally:
             while opened:
-                os.close(opened.pop())
+                open_files.close(opened.pop())
 
     def _gone(self) -> WorkerGone:
         return WorkerGone(f"worker {self.name} ended before it answered", cure="its devices come back; try again")

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import count
 from typing import Any, Final
 
+from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
@@ -148,7 +149,7 @@ class Session:
             case m.OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_exception(OSError(message.errno, os.strerror(message.errno)))
         for fd in fds:
-            os.close(fd)
+            open_files.close(fd)
 
     async def _serve(self, request: m.ClientRequest) -> None:
         async def opener(wish: m.OpenFile, opened: Sequence[int]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 
 import msgspec
 
@@ -31,8 +30,7 @@ class Store:
         for label in labels:
             kept = self._kept.get(label.device, {})
             if (fd := kept.pop(label, None)) is not None:
-                with suppress(OSError):  # storage that breaks may say so here, too; it is closed even so
-                    os.close(fd)
+                open_files.close(fd)
             if not kept:
                 self._kept.pop(label.device, None)
 
@@ -72,7 +70,7 @@ class Store:
                 continue
             self.put(label, fds.pop(0))
         while fds:
-            os.close(fds.pop())
+            open_files.close(fds.pop())
 
     def write(self) -> int:
         """For a program that is executed in place of this one: a memfd that `read` understands. The

@@ -91,7 +91,7 @@ class HeldFiles:
                     raise _refused(path, error, writable=writable) from error
                 raise
         finally:
-            os.close(fd)
+            open_files.close(fd)
         held.files[writable, direct] = file
         held.users += 1
         self._held[identity] = held

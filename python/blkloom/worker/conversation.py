@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, Final
 
+from blkloom import open_files
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
 from blkloom.control.framing import ChannelClosed
@@ -217,4 +218,4 @@ class Conversation:
 
 def _close_all(descriptors: list[int]) -> None:
     while descriptors:
-        os.close(descriptors.pop())
+        open_files.close(descriptors.pop())

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import errno
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -169,7 +168,7 @@ class Host:
         if len(call.labels) != len(descriptors):
             come = len(descriptors)
             while descriptors:
-                os.close(descriptors.pop())
+                open_files.close(descriptors.pop())
             for state in call.devices:  # of which some may have come in calls before
                 self.stock.discard(self.stock.labels(state.minor))
             self._held_back = []

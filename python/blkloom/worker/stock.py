@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
 from typing import Literal, Protocol
 
 from blkloom import open_files
@@ -41,7 +40,7 @@ class Stock:
         former = self._kept.get(label)
         self._kept[label] = fd
         if former is not None:
-            os.close(former)
+            open_files.close(former)
 
     def find(self, label: Label) -> int | None:
         """The descriptor; it stays the stock's."""
@@ -69,8 +68,7 @@ class Stock:
         for label in labels:
             self._failed.pop(label, None)
             if (fd := self.take(label)) is not None:
-                with suppress(OSError):  # storage that breaks may say so here, too; it is closed even so
-                    os.close(fd)
+                open_files.close(fd)
 
     def files(self, device: int, load: int) -> dict[str, int]:
         """A descriptor, which stays the stock's, of each file that a load has open, by its path; no directories."""
@@ -172,7 +170,7 @@ class LoadDescriptors:
             self._stock.discard([claim, label])
             for former in (label, claim):
                 if (old := self._new.pop(former, None)) is not None:
-                    os.close(old)
+                    open_files.close(old)
             self._keep(label, fd)
         return fd
 
@@ -180,7 +178,7 @@ class LoadDescriptors:
         """Keeps `fd` in the place of what was opened."""
         label = self._file(path, writable=writable, direct=direct)
         if (former := self._new.pop(label, None)) is not None:
-            os.close(former)
+            open_files.close(former)
         self._keep(label, fd)
 
     def sync_error(self, path: str, *, writable: bool, direct: bool) -> int:
@@ -243,7 +241,7 @@ class LoadDescriptors:
     def fail(self) -> None:
         """The load does not stand."""
         while self._new:
-            os.close(self._new.popitem()[1])
+            open_files.close(self._new.popitem()[1])
 
     def _label(self, role: Literal["file", "claim", "memory"], key: str, *, load: int | None = None) -> Label:
         return Label(device=self._device, load=self._load if load is None else load, role=role, key=key)
