@@ -60,6 +60,8 @@ struct Member {
     /// What epoll was told; None: nothing.
     interest: Option<epoll::EventFlags>,
     stalls_at: Option<Instant>,
+    /// `Connection::taken` when it was last looked at.
+    taken: Option<u64>,
     /// It counts among `Loop::leaving`.
     leaving: bool,
 }
@@ -358,7 +360,8 @@ impl Loop {
     }
 
     fn serve(&mut self, connection: Connection) {
-        let slot = self.members.insert(Member { connection, interest: None, stalls_at: None, leaving: false });
+        let slot =
+            self.members.insert(Member { connection, interest: None, stalls_at: None, taken: None, leaving: false });
         if self.stopping.is_some() {
             self.close(slot);
             return;
@@ -419,6 +422,10 @@ impl Loop {
             member.leaving = true;
             self.leaving += 1;
         }
+        // While replies wait nothing else counts: who sends requests and takes no replies would keep memory for ever.
+        let taken = member.connection.taken();
+        let progress = progress && (taken.is_none() || taken != member.taken);
+        member.taken = taken;
         if let Some(at) = member.stalls_at
             && (progress || !member.connection.is_waiting())
         {

@@ -221,6 +221,26 @@ fn a_client_that_stalls_with_memory_is_cut_and_the_next_one_served() {
 }
 
 #[test]
+fn a_client_that_sends_requests_and_takes_no_replies_is_cut_and_the_next_one_served() {
+    for engine in with_memory(BUDGET / 16) {
+        let server = Server::new(&engine, &hosts::memory_device(SIZE));
+        let mut stalled = server.connect(Duration::from_millis(200));
+        stalled.send(READ, 1, 0, 2 * MIB, &[]);
+        server.until(|used| used.reserved > 2 * MIB as usize);
+        let mut next = server.connect(PATIENT);
+        next.send(READ, 2, 0, 2 * MIB, &[]);
+        // Refused ones, which need no memory, until it is cut; so slowly that there are never enough replies waiting
+        // for it to be left unread.
+        let refused = hosts::request(Style::Structured, READ, 3, 1 << 40, 1);
+        while stalled.socket.write_all(&refused).is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(next.reply(|_| 2 * MIB as usize), (0, 2, vec![7; 2 * MIB as usize]));
+        assert!(server.next_end().contains("stalled"));
+    }
+}
+
+#[test]
 fn a_request_larger_than_the_whole_budget_is_served_alone() {
     for engine in with_memory(2 << 20) {
         let server = Server::new(&engine, &on_disk());

@@ -253,6 +253,11 @@ impl Connection {
         self.output.bytes()
     }
 
+    /// While replies wait: how many bytes of such ones the client has taken, ever.
+    pub fn taken(&self) -> Option<u64> {
+        self.wants_output().then(|| self.output.sent())
+    }
+
     pub fn is_gone(&self) -> bool {
         matches!(self.state, State::Gone(_))
     }

@@ -85,6 +85,8 @@ pub struct Output {
     queue: VecDeque<Chunk>,
     bytes: usize,
     unreserved: usize,
+    /// Bytes of what waited that the socket took, ever.
+    sent: u64,
 }
 
 /// The most parts of one gathered send.
@@ -100,7 +102,11 @@ impl Output {
         self.bytes
     }
 
-    /// Of them, those in memory that nobody reserved.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Of those that wait, those in memory that nobody reserved.
     pub fn unreserved(&self) -> usize {
         self.unreserved
     }
@@ -168,7 +174,7 @@ impl Output {
             }
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             match sendmsg(fd, &parts, &mut SendAncillaryBuffer::default(), flags) {
-                Ok(sent) => self.sent(sent, buffers),
+                Ok(sent) => self.forget(sent, buffers),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(error) => return Err(error),
@@ -177,8 +183,9 @@ impl Output {
         Ok(())
     }
 
-    fn sent(&mut self, mut count: usize, buffers: &mut BufferPool) {
+    fn forget(&mut self, mut count: usize, buffers: &mut BufferPool) {
         self.bytes -= count;
+        self.sent += count as u64;
         while let Some(chunk) = self.queue.front_mut() {
             let left = chunk.len() - chunk.sent;
             if count < left {
