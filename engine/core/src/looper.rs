@@ -427,7 +427,7 @@ impl Loop {
         let progress = progress && (taken.is_none() || taken != member.taken);
         member.taken = taken;
         if let Some(at) = member.stalls_at
-            && (progress || !member.connection.is_waiting())
+            && (progress || !member.connection.is_waiting() || member.connection.is_over())
         {
             self.stalls.remove(&(at, slot));
             member.stalls_at = None;
