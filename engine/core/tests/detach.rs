@@ -223,6 +223,30 @@ fn a_detach_that_drains_lets_the_client_take_its_replies_until_another_one_does_
 }
 
 #[test]
+fn a_connection_that_left_with_unsent_replies_does_not_end_the_one_that_comes_after_it() {
+    let host = Host::new(threads(), memory_device(8 << 20));
+    let stall = Duration::from_secs(2);
+    let connect = |stall| {
+        let (socket, served) = UnixStream::pair().unwrap();
+        let handle = host.serve(Style::Simple, served.into(), Vec::new(), stall);
+        (Client { socket, style: Style::Simple, told: 0 }, handle)
+    };
+    let (mut first, handle) = connect(stall);
+    ask_for_much(&host, &mut first);
+    handle.detach(false);
+    host.detached();
+    let (mut second, _handle) = connect(PATIENT);
+    second.send(FLUSH, 1, 0, 0, &[]);
+    second.done(1);
+    // The third stalls later than the first did: when it is cut, the first one's time is over, too.
+    let (mut third, _handle) = connect(stall);
+    third.socket.write_all(&[0x25]).unwrap();
+    assert!(matches!(host.next_end(), Outcome::Closed { reason } if reason.contains("stalled")));
+    second.send(FLUSH, 2, 0, 0, &[]);
+    second.done(2);
+}
+
+#[test]
 fn an_engine_that_closes_does_not_wait_for_a_client_that_takes_no_replies() {
     let host = Host::new(threads(), memory_device(8 << 20));
     let (mut client, _handle) = host.connect(Style::Simple);
