@@ -21,6 +21,8 @@ from blkloom.control.messages import DeviceKey, Selector
 from blkloom.control.states import DeviceInfo, ExportState
 from blkloom.dm.options import IGNORED, LONG
 from blkloom.errors import BackingError, Place, TableError, UsageError
+from blkloom.table import parse
+from blkloom.target.registry import builtin_targets
 
 DISK = DeviceInfo(
     name="my disk",
@@ -399,6 +401,16 @@ def test_a_device_that_is_there_is_a_failed_create_with_its_uuid(run: Run) -> No
     run.client.raises = UsageError("there is one", errno=errno.EBUSY)
     told = run("create", "a", "-u", "id", "--notable")
     assert told.err.splitlines()[0] == "device-mapper: create ioctl on a id failed: Device or resource busy"
+
+
+def test_a_file_that_is_no_text_is_refused_with_the_words_that_make_a_device_of_it(run: Run, tmp_path: Path) -> None:
+    disk = tmp_path / "a disk.img"
+    disk.write_bytes(bytes(1000))
+    told = run("create", "a", str(disk))
+    assert told.err.splitlines()[0] == f"{disk} is no table."
+    (table,) = re.findall(r"--table '(.*)'", told.err)
+    assert parse(table, targets=builtin_targets()).segments[0].target.format()[0] == str(disk)
+    assert f"blkloom loop -f --show '{disk}'" in told.err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Final
 import click
 
 from blkloom.dm.failing import VerbFailed
-from blkloom.errors import BackingError
+from blkloom.errors import BackingError, Place
 from blkloom.qcow2.probing import begins_like_image, is_image_name
+from blkloom.units import SECTOR
 
 _LONGEST: Final = 64 << 20
 """Bytes of a table file at most."""
@@ -101,6 +103,16 @@ def _read(path: str) -> str:
             f"{path} is no table.",
             what=f"{path}: it looks like a QCOW2 image; if it is to be one, give it a name that ends in .qcow2 (a link "
             "will do), or say so in a table",
+        )
+    if b"\0" in text:
+        from blkloom.table.words import join_words
+
+        words = ("loop", os.path.abspath(path), "0", "1", "round_up")
+        table = f"0 {-(-os.path.getsize(path) // SECTOR)} {join_words(words, Place(path))}"
+        raise VerbFailed(
+            f"{path} is no table.",
+            what=f"{path}: no text has such bytes; if what is in it is to be a device, use blkloom loop -f --show "
+            f"{shlex.quote(path)}, or --table {shlex.quote(table)}",
         )
     if len(text) > _LONGEST:
         raise VerbFailed(f"{path} is no table.", what=f"{path}: it has more than {_LONGEST} bytes")
