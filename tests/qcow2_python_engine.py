@@ -152,6 +152,11 @@ class Guest:
     def read(self, offset: int, length: int) -> bytes:
         return self.chain.read(offset, length)
 
+    def check_all(self) -> None:
+        """The background check, to its end."""
+        while self.writer.work():
+            pass
+
     def flush(self) -> None:
         self.disk.sync()
         self.writer.flush()

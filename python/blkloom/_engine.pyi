@@ -307,8 +307,8 @@ class Device:
         faults do not count, so a fault handler may call it.
         """
     def next_faults(self, timeout: float | None = None) -> list[Fault] | None:
-        """All waiting faults, waiting for the first; [] after `timeout`, or when there are new I/O errors; None once
-        closed.
+        """All waiting faults, waiting for the first; [] after `timeout`, when there are new I/O errors, and when
+        woken; None once closed.
         """
     @property
     def io_errors(self) -> int:
@@ -324,6 +324,8 @@ class Device:
         """What has come since this was called before: (operation, offset, errno, path, how many) of the last one of
         each operation, errno and path, 8 at most; and how many more there were of others.
         """
+    def wake_mapper(self) -> None:
+        """Has `next_faults` return now, or the next time it is called, though no fault waits."""
     @property
     def held(self) -> int:
         """How many requests wait because `Fault.hold` said so."""

@@ -25,6 +25,12 @@ def attached(path: Path, size: int, *options: str, read_only: bool = False) -> I
         yield device
 
 
+def await_check(device: Device) -> None:
+    """Returns when the background check of its image has ended."""
+    while "checking=1" in device.status()[0][3]:
+        pass
+
+
 def read_all(device: Device, piece: int = 1 << 20) -> bytes:
     """The whole device."""
     size = device.size

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,13 +126,15 @@ def _apply_torn(content: bytearray, event: Event, dice: random.Random, share: fl
 class Watch:
     """Records what a device does to its files. Metadata goes through FileStorage, whose methods are wrapped
     while this is entered; what the engine writes by itself is found by looking at the files before each of
-    those calls and after each request. That is exact as long as one request is made at a time. The engine syncs
-    before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`).
+    those calls and after each request. That is exact as long as one request is made at a time, whatever the
+    device does by itself meanwhile: such a call and its record are one thing for whoever looks. The engine
+    syncs before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`).
     """
 
     def __init__(self, paths: dict[str, Path]) -> None:
         self._paths = paths
         self._names = {os.path.realpath(path): name for name, path in paths.items()}
+        self._turn = threading.RLock()
         self.recorder = Recorder({name: bytearray(path.read_bytes()) for name, path in paths.items()})
 
     def __enter__(self) -> Self:
@@ -152,6 +155,10 @@ class Watch:
 
     def look(self) -> None:
         """Whatever the files hold and the recorder does not, the engine wrote."""
+        with self._turn:
+            self._look()
+
+    def _look(self) -> None:
         for name, path in self._paths.items():
             found, known = path.read_bytes(), self.recorder.files[name]
             if found == known:
@@ -168,9 +175,10 @@ class Watch:
 
     def engine_syncs(self) -> None:
         """The engine has synced the files, or is about to."""
-        self.look()
-        for name in self._paths:
-            self.recorder.do(Event(name, "sync"))
+        with self._turn:
+            self._look()
+            for name in self._paths:
+                self.recorder.do(Event(name, "sync"))
 
     def maintained(self) -> None:
         """Somebody else, to whom the files had been left, is done with them, and what he did is durable."""
@@ -180,12 +188,13 @@ class Watch:
 
     def _wrapped(self, kind: Kind, method: Callable[..., bool | None]) -> Callable[..., bool | None]:
         def call(storage: FileStorage, *arguments: Any) -> bool | None:
-            self.look()
-            answer = method(storage, *arguments)
-            assert answer is not False, "a file system with holes is what is replayed"
-            name = self._names[os.path.realpath(storage.path)]
-            self.recorder.do(_event(name, kind, *arguments))
-            return answer
+            with self._turn:
+                self._look()
+                answer = method(storage, *arguments)
+                assert answer is not False, "a file system with holes is what is replayed"
+                name = self._names[os.path.realpath(storage.path)]
+                self.recorder.do(_event(name, kind, *arguments))
+                return answer
 
         return call
 

@@ -14,6 +14,7 @@ import mmap
 import os
 import random
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blkloom.qcow2.storage import FileStorage
+from blkloom.qcow2.types import HostOffset
 from blkloom.qcow2.writer import Writer
 
 from . import qemu
 from .attached import attached, first_difference, read_all
-from .recording import SECTOR, Recorder
+from .recording import SECTOR, Recorder, Watch
 from .shapes import Made, Shape, make, shapes
 from .slow_image import SlowImage
 from .workload import Promise, Workload
@@ -225,3 +227,34 @@ def test_the_recorder_rebuilds_what_was_there_when_nothing_is_lost(tmp_path: Pat
     workload.run(20)
     recorder = workload.watch.recorder
     assert recorder.after_crash(len(recorder.log), None)["image"] == made.path.read_bytes()
+
+
+def test_the_recorder_never_takes_what_the_device_has_replaced_meanwhile_for_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device writes by itself while somebody looks: the record has its writes in their order, and no other."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(SECTOR))
+    watch = Watch({"image": path})
+    read, values = Path.read_bytes, [bytes([number]) * SECTOR for number in range(1, 4)]
+    with path.open("r+b") as file, watch:
+        storage = FileStorage(file.fileno(), str(path))
+        device = threading.Thread(target=lambda: [storage.write(HostOffset(0), value) for value in values])
+
+        looks = 0
+
+        def meanwhile(read_path: Path) -> bytes:
+            nonlocal looks
+            found = read(read_path)
+            if threading.current_thread() is not device:
+                looks += 1
+                if looks == 2:  # it has seen that the file is what it is
+                    device.start()
+                    device.join(0.2)  # until it is done, or waits for whoever looks
+            return found
+
+        monkeypatch.setattr(Path, "read_bytes", meanwhile)
+        os.pwrite(file.fileno(), b"\xee" * SECTOR, 0)  # as the engine does
+        watch.look()
+        device.join()
+    assert [event.data for event in watch.recorder.log] == [b"\xee" * SECTOR, *values]

@@ -219,7 +219,7 @@ def test_what_metadata_cannot_say_fails_alone(tmp_path: Path, caplog: pytest.Log
             with pytest.raises(OSError, match="Input/output"):
                 device.pread(512, number * 4096)
         assert device.pread(4, 4 * 4096) == b"fine"
-        assert device.status()[0][3].endswith("wants_check=1")
+        assert "wants_check=1" in device.status()[0][3]
     assert "past the end of the file" in caplog.text
 
 

@@ -284,7 +284,7 @@ def test_an_image_nobody_writes_to_stays_as_it_is(tmp_path: Path) -> None:
     assert guest.close() == image
 
 
-def test_a_dirty_image_is_repaired_before_it_is_written(tmp_path: Path) -> None:
+def test_a_dirty_image_is_repaired_in_the_background(tmp_path: Path) -> None:
     guest = Guest(create(tmp_path, MIB, "lazy_refcounts=on", "cluster_size=512").read_bytes(), options=ALONE)
     guest.write(0, b"x" * (40 * KIB))
     guest.writer.discard(0, 4 * KIB)
@@ -294,6 +294,7 @@ def test_a_dirty_image_is_repaired_before_it_is_written(tmp_path: Path) -> None:
     assert parse(crashed[:512], path="").incompatible & Incompatible.DIRTY
     assert "ERROR" in check(crashed, tmp_path), "its counts are behind"
     again = Guest(crashed)
+    again.check_all()
     assert not check(again.crash(), tmp_path), "they are exact, and nothing leaks"
     again.write(0, b"z" * KIB)
     assert again.read(4 * KIB, 36 * KIB) == b"x" * (36 * KIB)
@@ -334,8 +335,12 @@ def test_an_l1_table_that_counts_as_free_is_not_written_over(tmp_path: Path) -> 
     at = block + (header.l1_offset >> 16) * 2
     image[at : at + 2] = bytes(2)
     guest = Guest(bytes(image))
-    with pytest.raises(CorruptImage, match="L1 table"):
-        guest.write(0, b"x")
+    guest.write(0, b"x")
+    with pytest.raises(CorruptImage, match=f"{header.l1_offset:#x} is in use, and free by its refcount"):
+        guest.check_all()
+    assert guest.read(0, 1) == b"x"
+    with pytest.raises(OSError, match="corrupt"):
+        guest.write(0, b"y")
 
 
 # A full disk

@@ -373,6 +373,10 @@ impl Device {
         self.faults.next(timeout)
     }
 
+    pub fn wake_mapper(&self) {
+        self.faults.wake();
+    }
+
     /// Refuses what comes, lets what is in flight end, and lets the map go.
     pub fn close(&self) {
         // Bounded: a request may be waiting at the gate of a suspended device below, or for storage that

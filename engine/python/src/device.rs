@@ -188,6 +188,12 @@ impl Device {
         Ok(faults.map(|faults| faults.into_iter().map(Fault::new).collect()))
     }
 
+    fn wake_mapper(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_here(py)?;
+        self.inner.wake_mapper();
+        Ok(())
+    }
+
     #[getter]
     fn held(&self, py: Python<'_>) -> PyResult<usize> {
         self.check_here(py)?;

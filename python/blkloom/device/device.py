@@ -436,6 +436,11 @@ class Device(_engine.Device):
         what = f"data written to device {self.name!r} may be lost" if self.name else "data that was written may be lost"
         return LostData(f"{what}: {'; '.join(texts)}", cure="check what is there", errno=self.sync_error)
 
+    def has_work(self, owner: int) -> None:
+        """As `LiveSegment.has_work`, for the target with the number `owner`."""
+        self._mapper.has_work(owner)
+        self.wake_mapper()
+
     def tell(self, what: str) -> None:
         """An event of the device: to the log, and to whoever made it."""
         _log.warning("device %r: %s", self.name, what)

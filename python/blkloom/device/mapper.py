@@ -4,8 +4,9 @@ One thread a device, so a target's Python runs on one thread at a time; whoever 
 from elsewhere takes the same turn (`retire`). Nothing a target does ends the thread: an `OSError`
 gives the request its errno, anything else EIO. What a target wants to be asked later (`LaterError`)
 waits in the engine, and every `RETRY_SECONDS` it is asked again. It tells of I/O errors, too, which the engine has
-counted: in the log, at most once in `TELL_SECONDS`, and to `told`. It ends when the device has closed, and
-then closes what is still loaded.
+counted: in the log, at most once in `TELL_SECONDS`, and to `told`. While no fault waits, and now and then while
+faults keep coming, targets do a step of the work that no request waits for. The thread ends when the device has
+closed, and then closes what is still loaded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RETRY_SECONDS: Final = 5.0
 """How often what a target has wait is asked for again."""
 TELL_SECONDS: Final = 1.0
 """Between two reports of I/O errors, at least."""
+_WORK_SECONDS: Final = 0.05
+"""How long faults that keep coming put off a step of a target's own work."""
 
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 _ALLOCATION: Final = "base:allocation"
@@ -54,6 +57,9 @@ class Mapper:
         self._turn = threading.Lock()
         self._tables: list[LoadedTable] = []
         self._owners: dict[int, Owner] = {}
+        self._working: set[int] = set()
+        """Owners whose targets have work that no request waits for."""
+        self._worked_at = 0.0
         self._retry_at: float | None = None
         self._reported: set[tuple[type[Target], str, type[BaseException], int]] = set()
         self._thread = threading.Thread(
@@ -95,6 +101,10 @@ class Mapper:
         except Exception:
             _log.exception("device %r: target %s", self._name, owner.target.name)
 
+    def has_work(self, owner: int) -> None:
+        """The owner's target is to be asked to `work`. Any thread; the caller wakes this one."""
+        self._working.add(owner)
+
     def ended(self, timeout: float) -> bool:
         """Waits for the thread after the device was closed; whether it has ended (and closed all)."""
         if self._thread.ident is None:
@@ -120,11 +130,14 @@ class Mapper:
         """Waits for a batch and answers it; False once the device has closed."""
         faults: list[_engine.Fault] | None = []
         try:
-            waits = (self._until_retry(device), self._until_told(device))
+            waits = (0.0 if self._working else None, self._until_retry(device), self._until_told(device))
             faults = device.next_faults(min((seconds for seconds in waits if seconds is not None), default=None))
             if faults:
                 with self._turn:
                     self._answer_all(device, faults)
+            late = time.monotonic() > self._worked_at + _WORK_SECONDS
+            if self._working and faults is not None and (late or not faults):
+                self._work(device)
         except MemoryError:  # faults it cost us before we saw them have failed with EIO
             for fault in faults or ():
                 fault.fail(errno.ENOMEM)  # only the first answer counts
@@ -163,6 +176,21 @@ class Mapper:
         if others:
             _log.error("device %r: %d more I/O errors, of other operations or files", self._name, others)
         self._told()
+
+    def _work(self, device: Device) -> None:
+        """A step of each target's own work."""
+        for number in list(self._working):
+            with self._turn:
+                owner = self._owners.get(number)
+                try:
+                    more = owner is not None and owner.target.work()
+                except BaseException:  # as for a handler: it may not end the thread
+                    _log.exception("device %r: a target's own work failed", self._name)
+                    more = False
+                device.note_failed_syncs()
+                if not more:
+                    self._working.discard(number)
+        self._worked_at = time.monotonic()
 
     def _close_tables(self) -> None:
         with self._turn:

@@ -6,6 +6,8 @@ in memory is referred to by nothing, now or after a crash, and may be used for a
 
 The file grows over nothing that is referred to: were it cut short, zeros would stand for what is missing.
 
+Counts are not believed before all tables have been looked at (see `trust`): until then the file grows.
+
 Space is found by its counts, lowest first, a *run* at a time: a run is looked at once (that it is no metadata,
 whatever the counts say), made to read as zeros once (it is past the file's old end, or punched), and then given
 away cluster by cluster. One thread (the mapper's). May fail: CorruptImage, OSError of the storage (ENOSPC).
@@ -24,11 +26,12 @@ from numpy.typing import NDArray
 from blkloom.errors import BackingError
 from blkloom.qcow2.errors import CorruptImage
 from blkloom.qcow2.storage import NO_ROOM
-from blkloom.qcow2.types import HostOffset
+from blkloom.qcow2.types import HostOffset, L1Index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from blkloom.qcow2.recount import Recount
     from blkloom.qcow2.refcounts import Refcounts
     from blkloom.qcow2.storage import Storage
 
@@ -70,12 +73,13 @@ class Allocator:
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
         direct: bool = False,
+        doubtful: bool = False,
     ) -> None:
         """check_end: called before anything is handed out, when no change would be lost; it raises CorruptImage if
         anything past the end of the file is referred to. reserve: called with what is about to be handed out; it may
         take space for it, or raise ENOSPC. secure: takes space for a table from the file system before there is
         anything to be written to it, or raises ENOSPC; None: what is written finds space or does not. direct: what is
-        handed out is written past the page cache.
+        handed out is written past the page cache. doubtful: see `trust`.
         """
         self._refcounts = refcounts
         self._storage = storage
@@ -88,12 +92,22 @@ class Allocator:
         self._direct = direct
         self._secured: set[int] = set()
         self._first_size = storage.size()
+        self.file_end: Final = -(-self._first_size >> cluster_bits)
+        """Clusters that the file had when it was opened."""
+        self._end: int | None = None
         self._size = self._first_size
         """Bytes that the file has at least, unless another program cut it."""
         if direct:
             self._end_with_a_cluster()
+        self._doubtful = doubtful
+        self._floor = 0
+        """Nothing below is handed out."""
         self._hint = 0
         """Nothing below is free but what is at hand."""
+        self.recount: Recount | None = None
+        """Counts references meanwhile."""
+        self.freed_inside = False
+        """Clusters came to be free that will be handed out once they may be."""
         self._run = _NOTHING
         self._next = _NOTHING
         self._given_back: list[NDArray[np.uint64]] = []
@@ -174,8 +188,41 @@ class Allocator:
         else:
             self._next = found
 
-    def give_back(self, clusters: NDArray[np.uint64]) -> None:
-        """One reference to each cluster named is gone from memory (a cluster may be named twice)."""
+    def trust(self) -> None:
+        """What a *doubtful* allocator hands out lies past where the file ended when it was opened, and past all that
+        counts: no table that has not been read yet can name it. From now on every cluster that counts 0 is handed out,
+        for all tables have been looked at.
+        """
+        self._doubtful = self.freed_inside = False
+        self._floor = 0
+        self.forget_run()
+
+    @property
+    def doubtful(self) -> bool:
+        """See `trust`."""
+        return self._doubtful
+
+    @property
+    def end(self) -> int:
+        """The first cluster that is past the end the file had when it was opened, and past all that counted then. Asked
+        first before anything is handed out. Raises CorruptImage.
+        """
+        if self._end is None:
+            counted = self._refcounts.last_used() + 1 if self._refcounts.counts_past(self.file_end) else 0
+            self._end = max(self.file_end, counted)
+        return self._end
+
+    def moved(self, index: L1Index, entries: NDArray[np.uint64]) -> None:
+        """The L2 table with these entries is about to lie elsewhere."""
+        if self.recount:
+            self.recount.moved(index, entries)
+
+    def give_back(self, clusters: NDArray[np.uint64], index: L1Index | None = None) -> None:
+        """One reference to each cluster named is gone from memory (a cluster may be named twice): of L2 table `index`,
+        None for other metadata.
+        """
+        if self.recount:
+            self.recount.released(clusters, index)
         if clusters.size:
             self._given_back.append(clusters)
 
@@ -196,7 +243,10 @@ class Allocator:
         """
         if not self._given_back:
             return
-        free = self._refcounts.add(np.concatenate(self._given_back), -1)
+        clusters = np.concatenate(self._given_back)
+        free = self._refcounts.add(self.recount.settling(clusters) if self.recount else clusters, -1)
+        if self.recount:
+            self.recount.settled(clusters)
         self._given_back.clear()
         self.freed += free.size
         if self._secured:
@@ -204,6 +254,7 @@ class Allocator:
         if not free.size:
             return
         self._frees(free)
+        self.freed_inside |= self._doubtful and int(free[0]) < self.end
         self._look_from(int(free[0]))  # the file's end can wait
         for first, count in runs_of(free):
             self._punch(first, count)
@@ -214,6 +265,7 @@ class Allocator:
 
     def _look_from(self, cluster: int) -> None:
         """There may be free clusters from this one on, below those at hand."""
+        cluster = max(cluster, self._floor)
         if cluster < self._hint:
             self._hint, self._run, self._next = cluster, _NOTHING, _NOTHING
 
@@ -236,8 +288,14 @@ class Allocator:
     def _find(self, want: int) -> Run:
         """A run of free clusters that is described, checked, and as far as can be, zeros."""
         if self._check_end:
-            self._check_end()
-            self._check_end = None
+            check_end, self._check_end = self._check_end, None
+            try:
+                check_end()
+            except OSError:
+                self._check_end = check_end
+                raise
+        if self._doubtful and not self._floor:
+            self._floor = self._hint = self.end
         while True:
             size = self._storage.size()
             growth = min(max(size // 8, _GROWTH[0]), _GROWTH[1]) >> self._bits

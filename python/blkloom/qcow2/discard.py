@@ -145,7 +145,7 @@ class Discarder:
         """Puts `new` in place of [low, high); what `released` says is given back."""
         mapping = self._mapping
         old = table.entries[low:high].copy()
-        mapping.give_back(old[released])
+        mapping.give_back(table, old[released])
         table.entries[low:high] = new
         if table.bitmaps is not None and bitmaps is not None:
             table.bitmaps[low:high] = bitmaps

@@ -126,13 +126,15 @@ class WriteBack:
         self._l2.clear()
         self._l1 = None
         if self._allocator.waiting:
-            self._synchronize()
-            self._allocator.settle()
+            self._settle()
 
     def write_all(self) -> None:
         """`write_back`, and all counts too, so that the image is exact."""
         self.write_back()
         if self._refcounts.dirty:
+            self.write_refcounts()
+        if self._allocator.waiting:  # a refcount table that has moved, if nothing else was changed
+            self._settle()
             self.write_refcounts()
 
     def write_refcounts(self) -> None:
@@ -151,6 +153,10 @@ class WriteBack:
             self._storage.write(HostOffset(0), encode_fields(self._image.header))
         self._sync_all()
         self._refcounts.written()
+
+    def _settle(self) -> None:
+        self._synchronize()
+        self._allocator.settle()
 
     def _write_l2(self, table: L2Table) -> None:
         low, high = self._l2[table.index]

@@ -163,6 +163,10 @@ class Image:
             self.on_l2_read(table)
         return table
 
+    def cached_l2(self, index: L1Index) -> L2Table | None:
+        """The L2 table if it is in the cache, where it stays as long as it would have."""
+        return self._l2.get(index)
+
     def keep_l2(self, table: L2Table) -> None:
         """Puts a table into the cache (a writer's new one), and lets others go if there are too many."""
         self._l2[table.index] = table

@@ -133,6 +133,7 @@ class Mapping:
             bitmaps = None if table.bitmaps is None else table.bitmaps.copy()
             table = L2Table(index, offset, table.entries.copy(), bitmaps)
             self._overlaps.moved(Metadata.L2, old)
+            self._allocator.moved(index, table.entries)
             self._allocator.give_back(np.array([old], np.uint64))
         image.l1[index] = offset | COPIED
         self._l2_checks.met(index)
@@ -166,16 +167,16 @@ class Mapping:
         """Contents were put where an entry will point."""
         self._write_back.filled()
 
-    def give_back(self, entries: Words) -> None:
-        """What the entries referred to is not referred to by them any more."""
-        self._allocator.give_back(host_clusters(self.layout, entries))
+    def give_back(self, table: L2Table, entries: Words) -> None:
+        """What these entries of the table referred to is not referred to by them any more."""
+        self._allocator.give_back(host_clusters(self.layout, entries), table.index)
 
     def replace(
         self, table: L2Table, low: int, high: int, entries: Words | int, bitmaps: Words | np.uint64 | None
     ) -> None:
         """Puts entries in place of [low, high) and gives back what these referred to."""
         if table.entries[low:high].any():
-            self.give_back(table.entries[low:high])
+            self.give_back(table, table.entries[low:high])
         table.entries[low:high] = entries
         if table.bitmaps is not None:
             assert bitmaps is not None, "extended images have them"

@@ -157,11 +157,13 @@ class OverlapCheck:
         if wrong.any():
             raise self._prevented(int(mine[int(wrong.argmax())]), "a bitmap's table or bits", _FIXED_NAME)
 
-    def metadata(self) -> Iterator[Words]:
-        """All clusters with metadata but L2 tables, as it is now."""
-        for part, _ in self._changing():
-            yield part
-        yield from self._fixed.clusters()
+    def changing(self) -> list[Words]:
+        """Clusters with metadata that may move, but L2 tables, as it is now."""
+        return [part for part, _ in self._changing()]
+
+    def fixed(self) -> Iterator[Words]:
+        """Clusters with metadata that does not move in a session."""
+        return self._fixed.clusters()
 
     def _changing(self) -> list[tuple[Words, Metadata]]:
         header = self._image.header

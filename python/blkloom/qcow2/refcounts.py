@@ -181,11 +181,11 @@ class Refcounts:
         self._touch(index, block, start, end)
 
     def put(self, index: int, counts: NDArray[np.uint64]) -> int:
-        """Gives all that one block describes these counts. Returns how many were others."""
+        """Gives the first clusters that one block describes these counts. Returns how many had others."""
         block = self._described(index)
         if counts.size and int(counts.max()) > self.maximum:
             raise self._corrupt(f"a cluster is referred to {int(counts.max())} times, and counts end at {self.maximum}")
-        others = np.flatnonzero(block.counts != counts)
+        others = np.flatnonzero(block.counts[: counts.size] != counts)
         if others.size:
             block.counts[others] = counts[others].astype(self._widths.native)
             self._touch(index, block, int(others[0]), int(others[-1]) + 1)
@@ -219,6 +219,22 @@ class Refcounts:
             self._touch(index, block, int(within[0]), int(within[-1]) + 1)
             freed.append(within[after == 0].astype(np.uint64) + np.uint64(index * self.per_block))
         return np.concatenate(freed) if freed else np.zeros(0, np.uint64)
+
+    def lower(self, clusters: NDArray[np.uint64]) -> None:
+        """Takes 1 from each cluster's count, as often as it is named, where there is as much to be taken."""
+        named, times = np.unique(clusters, return_counts=True)
+        indices = named // np.uint64(self.per_block)
+        for index in np.unique(indices).tolist():
+            if (block := self._load(index)) is None:
+                continue
+            inside = indices == np.uint64(index)
+            within = (named[inside] % np.uint64(self.per_block)).astype(np.int64)
+            steps = times[inside].astype(np.uint64)
+            enough = block.counts[within] >= steps
+            if enough.any():
+                block, within = self._described(index), within[enough]
+                block.counts[within] -= steps[enough].astype(self._widths.native)
+                self._touch(index, block, int(within[0]), int(within[-1]) + 1)
 
     def free_run(self, start: int, most: int) -> tuple[int, int]:
         """The first free cluster from `start` on, and how many follow it without a break: up to `most`, and
@@ -263,24 +279,14 @@ class Refcounts:
         self.set(cluster, blocks + tables, 1)
         return blocks + tables
 
-    def describe_all(self, indices: list[int], at: int) -> None:
-        """Makes the blocks of these numbers, which there are none of, those that what is made here needs itself, and if
-        need be a larger table: at cluster `at` and what follows it, which nobody uses. Nothing is counted yet.
-        """
-        wanted, tables = set(indices), 0
-        while True:
-            end = at + len(wanted) + tables
-            around = range(at // self.per_block, (end - 1) // self.per_block + 1)
-            more = {index for index in around if not self.described(index * self.per_block)} - wanted
-            last = max(wanted | more)
-            larger = max(tables, self._table_for(last)) if last >= self.table.size else tables
-            if not more and larger == tables:
-                break
-            wanted, tables = wanted | more, larger
-        if tables:
-            self._move_table(at + len(wanted), tables)
-        for number, index in enumerate(sorted(wanted)):
-            self._make_block(index, at + number, counted=False)
+    def add_block(self, index: int, cluster: int) -> None:
+        """Makes the block of that number, which the table has room for, at a cluster that is counted already."""
+        self._make_block(index, cluster, counted=False)
+
+    def full(self, index: int, count: int) -> bool:
+        """Whether the first `count` clusters that a block describes all count more than 0."""
+        block = self._load(index)
+        return block is not None and bool(block.counts[:count].all())
 
     def describing(self, cluster: int) -> int:
         """How many clusters `describe` would take."""

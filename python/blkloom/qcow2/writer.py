@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from blkloom.errors import FaultError
 from blkloom.qcow2.ahead import Ahead
 from blkloom.qcow2.allocation import Allocator
+from blkloom.qcow2.background_check import BackgroundCheck
 from blkloom.qcow2.bitmaps import open_bitmaps
 from blkloom.qcow2.cow import Below, Copier, Payload, Relocation
 from blkloom.qcow2.discard import Discarder
@@ -36,7 +36,6 @@ from blkloom.qcow2.mapping import Install, Mapping
 from blkloom.qcow2.overlap_check import Metadata, OverlapCheck
 from blkloom.qcow2.preparing import Preparer
 from blkloom.qcow2.refcounts import Refcounts
-from blkloom.qcow2.repair import check_end, rebuild
 from blkloom.qcow2.snapshots import read_snapshots
 from blkloom.qcow2.tables import Kind
 from blkloom.qcow2.types import GuestOffset, HostOffset
@@ -81,14 +80,17 @@ class Writer:
         reserve: Callable[[HostOffset, int], None] | None = None,
         secure: Callable[[HostOffset, int], None] | None = None,
         broke: Callable[[], None] | None = None,
+        wants_work: Callable[[], None] = lambda: None,
+        checked: Callable[[int], None] = lambda _changed: None,
     ) -> None:
-        """Repairs refcounts if the image is dirty. Raises CorruptImage, OSError.
+        """Raises CorruptImage, OSError.
 
         read: what the disk holds now, zeros past its end. install: tells the engine of entries, in units of the
         image. synchronize: see `_engine.Device.synchronize`. below: the backing chain. relocation: how to
         copy clusters quickly, if there is a way. sync_data: makes guest data durable, if it is in another file.
         reserve, secure: see `Allocator`.
         broke: the image is `broken`; from then on all units are `guarded`, and the engine should know.
+        wants_work: `work` has something to do from now on. checked: all refcounts are right now; how many were not.
         """
         assert image.writable, "it was opened so"
         self._image = image
@@ -122,10 +124,11 @@ class Writer:
             cluster_bits=geometry.cluster_bits,
             metadata_in=self._overlaps.allocation,
             frees=self._overlaps.frees,
-            check_end=partial(check_end, image, self._refcounts, self._overlaps, snapshots),
+            check_end=lambda: me._check_end(),
             reserve=reserve,
             secure=secure,
             direct=self._options.direct and not header.has_data_file,
+            doubtful=True,
         )
         self._write_back = WriteBack(
             image,
@@ -151,12 +154,21 @@ class Writer:
         self.ahead: Final = Ahead(mapping, self._options.preallocate)
         self._preparer = Preparer(mapping, self.copier, self.ahead, self._overlaps)
         self._discarder = Discarder(mapping, self._preparer, self.ahead)
-        if image.needs_repair:
-            rebuild(image, self._refcounts, self._overlaps, snapshots, self._write_back.write_refcounts)
-            self._set_header(incompatible=image.header.incompatible & ~Incompatible.DIRTY)
-            image.wants_check = False
-            self._l2_checks.counts_hold = True
+        self._wants_work = wants_work
+        self._tell_checked = checked
+        self._check = BackgroundCheck(
+            image,
+            self._refcounts,
+            self._overlaps,
+            self._l2_checks,
+            snapshots,
+            self.allocator,
+            self._write_back,
+            ended=lambda changed: me._checked(changed),
+        )
         self._attach()
+        if self._check.running:
+            wants_work()
 
     # what the engine asks for
 
@@ -201,8 +213,22 @@ class Writer:
         if self.broken is None:
             with self._finding_corruption():
                 self._write_back.write_back()
+            if self.allocator.freed_inside:
+                self._look_for_space()
         elif self._write_back.dirty:
             raise FaultError(errno.EIO, f"what was not flushed before is lost: {self.broken}")
+
+    @property
+    def checking(self) -> bool:
+        """Whether tables are being looked at, after which clusters inside the file are used."""
+        return self._check.running
+
+    def work(self) -> bool:
+        """A step of the background check, a few milliseconds; whether there is more. Raises CorruptImage."""
+        if self.broken is not None:
+            return False
+        with self._finding_corruption():
+            return self._check.step()
 
     def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
         """Of `count` units from `first` on, those that the engine may not write to by itself, though they are the
@@ -219,6 +245,9 @@ class Writer:
 
     def close(self) -> None:
         """Writes everything, takes out what was given ahead in vain, cuts the file, and says that all is well."""
+        if self.broken is None:
+            with self._finding_corruption():
+                self._check.end()
         if self.broken is not None or not self._changed:
             return
         self._said_so = False  # nor, for certain, if this fails half-way
@@ -229,7 +258,7 @@ class Writer:
             self._store_bitmaps()
             self._write_back.write_all()
             self.allocator.trim_file()
-            if self._image.header.incompatible & Incompatible.DIRTY:
+            if self._image.header.incompatible & Incompatible.DIRTY and not self._check.unfinished:
                 self._set_header(incompatible=self._image.header.incompatible & ~Incompatible.DIRTY)
             else:
                 self._image.storage.sync()
@@ -263,6 +292,26 @@ class Writer:
                 self._broke()
 
     # below: the beginning and the end
+
+    def _look_for_space(self) -> None:
+        self._check.look_for_space()
+        if self._check.running:
+            self._wants_work()
+
+    def _check_end(self) -> None:
+        """Before the file grows for the first time: where counts go past its end, it may have been cut short. Counts of
+        an image that was not closed say nothing; there the background check finds it.
+        """
+        if not self._check.unfinished and self.allocator.end > self.allocator.file_end:
+            self._check.finish()
+
+    def _checked(self, changed: int) -> None:
+        """The background check has ended, and all counts are on disk."""
+        dirty = self._image.header.incompatible & Incompatible.DIRTY
+        if dirty and not (self._lazy and self._said_so):
+            self._set_header(incompatible=self._image.header.incompatible & ~Incompatible.DIRTY)
+        self._image.wants_check = False
+        self._tell_checked(changed)
 
     def _attach(self) -> None:
         """What must be so before anybody writes anything."""
@@ -299,6 +348,7 @@ class Writer:
         elif begun:
             self._image.storage.sync()
         self._changed = self._said_so = True
+        self._look_for_space()
 
     def _block_changes(self, number: int, cluster: int) -> None:
         self._overlaps.writes(Metadata.REFCOUNT_BLOCK, cluster, f"refcount block {number}")

@@ -216,6 +216,12 @@ class Target(ABC):
         """
         raise FaultError(errno.EINVAL, f"target {self.name} has no metadata context {context!r}")
 
+    def work(self) -> bool:
+        """Does a few milliseconds of what no request waits for; whether there is more. Called between faults after
+        `LiveSegment.has_work`. What it raises is logged, and ends it.
+        """
+        return False
+
     def close(self) -> None:
         """The table is gone. Files and memory from `opening` are closed by it."""
         return

@@ -67,6 +67,11 @@ class LiveSegment:
         if self._device is not None:
             self._device.retry_held()
 
+    def has_work(self) -> None:
+        """The target's `work` is to be called, again and again until it returns False."""
+        if self._device is not None:
+            self._device.has_work(self._owner)
+
     def synchronize(self) -> None:
         """Waits until no request is in flight that looked the map up before. The mapper's thread may call it."""
         if self._device is not None:

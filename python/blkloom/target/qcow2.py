@@ -261,6 +261,8 @@ class Qcow2(Target):
             reserve=self._attendant.meeting_allocations(self.path),
             secure=top.image.storage.reserve if self.on_enospc == "park" else None,
             broke=broke,
+            wants_work=self._live.has_work,
+            checked=self._checked,
         )
         top.writable, top.guarded = True, self._writer.guarded
         assert self._block_status is not None, "it is attached"
@@ -299,6 +301,7 @@ class Qcow2(Target):
             f"chain={len(self._attachment.chain.layers)}",
             f"parked={self._live.held}",
             f"wants_check={int(image.wants_check)}",
+            f"checking={int(self._writer is not None and self._writer.checking)}",
         ]
         return " ".join(words)
 
@@ -413,6 +416,22 @@ class Qcow2(Target):
             self._attendant.troubles.note("data_read", error)
             raise
 
+    @override
+    def work(self) -> bool:
+        if self._writer is None:
+            return False
+        try:
+            if self._writer.work():
+                return True
+        except CorruptImage:
+            pass  # it is marked and reported
+        self._live.retry()  # what waited for space inside the file
+        return False
+
+    def _checked(self, changed: int) -> None:
+        if changed:
+            self._live.event(f"{self.path}: checked; {changed} refcounts put right")
+
     def _meet(self, error: OSError) -> None:
         """A change failed. Raises LaterError where it is to wait for space."""
         if error.errno not in _FULL:
@@ -420,6 +439,8 @@ class Qcow2(Target):
         self._attendant.troubles.note("no_space", error)
         if self.on_enospc == "park":
             raise LaterError(error.errno, str(error), begins=self._begin_to_wait) from error
+        if self._writer and self._writer.checking:  # there may be space inside the file
+            raise LaterError(error.errno, str(error), begins=lambda: None) from error
 
     def _begin_to_wait(self) -> None:
         self._attendant.troubles.event("event_ENOSPC")
