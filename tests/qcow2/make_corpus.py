@@ -126,7 +126,6 @@ def _cut(length: int) -> Harm:
 
 
 _REFUSED: dict[str, tuple[str, Harm]] = {
-    "no_bytes": ("plain", _put(24, ">Q", 0)),
     "version_1": ("plain", _put(4, ">I", 1)),
     "version_4": ("plain", _put(4, ">I", 4)),
     "clusters_of_256_bytes": ("plain", _put(20, ">I", 8)),
@@ -189,6 +188,7 @@ _BROKEN: dict[str, tuple[str, Harm]] = {
     "compressed_past_the_end": ("compressed", _l2(lambda image: form.COMPRESSED | 1 << 40)),
 }
 _READS: dict[str, tuple[str, Harm]] = {
+    "no_bytes": ("plain", _put(24, ">Q", 0)),
     "snapshots_past_the_end": ("snapshot", _put(64, ">Q", 1 << 40)),
     "refcount_table_past_the_end": ("plain", _put(48, ">Q", 1 << 40)),
     "compressed_inflates": ("compressed", _inflating),

@@ -149,10 +149,15 @@ def test_a_write_into_the_last_sector_makes_the_file_a_whole_one(odd: Path, chan
     assert odd.read_bytes() == b"x" * 990 + new + b"\0\0\0e"
 
 
-def test_a_discard_of_the_last_sector_leaves_the_file_as_it_is(odd: Path) -> None:
+def test_a_discard_of_the_last_sector_zeroes_what_the_file_has_of_it(odd: Path) -> None:
     with blkloom.open(odd) as device:
+        device.discard(990, 34)
+        assert device.pread(1024, 0) == b"x" * 990 + bytes(34)
+        assert odd.stat().st_size == 1000, "the file does not grow for what it need not keep"
+        device.pwrite(b"y" * 34, 990)
         device.discard(512, 512)
-    assert odd.read_bytes() == b"x" * 1000
+        assert device.pread(1024, 0) == b"x" * 512 + bytes(512)
+    assert odd.read_bytes() == b"x" * 512 + bytes(512)
 
 
 @pytest.mark.parametrize("option", ["device", "table"])

@@ -142,7 +142,7 @@ class Loop(Target):
     def discard(self, offset: Bytes, length: Bytes) -> Retry | None:
         if self._loaded.last is None:
             return super().discard(offset, length)
-        self._loaded.last.discard()
+        self._loaded.last.discard(offset % SECTOR, length)
         return None
 
     @override

@@ -45,12 +45,16 @@ class PartialSector:
     def write_zeroes(self, offset: int, length: int) -> None:
         """These bytes, within the sector, alone: others of it may be written to meanwhile."""
         self._grow()
-        if os.pwrite(self._file.fileno(), bytes(length), self._start + offset) != length:
-            raise FaultError(errno.EIO, "the file system wrote a part only")
+        self._zero(offset, length)
 
-    def discard(self) -> None:
-        """A hint that is not followed. Raises FaultError where nothing may be written."""
+    def discard(self, offset: int, length: int) -> None:
+        """What the file has of these bytes, within the sector, reads as zeros; the file keeps its size."""
         self._check_writable()
+        self._zero(offset, min(length, self._there() - offset))
+
+    def _zero(self, offset: int, length: int) -> None:
+        if length > 0 and os.pwrite(self._file.fileno(), bytes(length), self._start + offset) != length:
+            raise FaultError(errno.EIO, "the file system wrote a part only")
 
     def _there(self) -> int:
         """How many bytes of the sector the file has, now."""
