@@ -132,8 +132,7 @@ def test_snapshots_are_read_by_id_and_by_name_whatever_happened_since(tmp_path: 
 
 def test_encrypted_images_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
-    words = ["--object", "secret,id=s,data=123456", "-f", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
-    qemu.qemu_img("create", "-q", *words, "-o", "encrypt.iter-time=10", path, "1M")
+    qemu.create_encrypted(path, MIB)
     with pytest.raises(BackingError, match=r"encrypted \(LUKS\)"):
         blkloom.open(path, read_only=True)
 

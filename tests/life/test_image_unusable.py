@@ -57,8 +57,7 @@ def _corrupt_bit(path: Path) -> None:
 
 def _luks(path: Path) -> None:
     other = path.with_suffix(".luks")
-    secret = ["--object", "secret,id=s,data=123456", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
-    qemu.qemu_img("create", "-q", "-f", "qcow2", *secret, "-o", "encrypt.iter-time=10", other, str(SIZE))
+    qemu.create_encrypted(other, SIZE)
     _put(path, other.read_bytes())
 
 
