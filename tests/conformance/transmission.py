@@ -8,6 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -80,13 +81,19 @@ class Transmission:
         *,
         payload: int | None = None,
     ) -> int:
-        """Sends a request and returns its cookie. payload: a length that is not that of `data`."""
+        """
+        Sends a request and returns its cookie. payload: a length that is not that of `data`.
+
+        A server that hangs up may do so before it has all of the request: what it answered before is still to be
+        read, and after that reading raises Hangup.
+        """
         cookie = next(self._cookies)
         length = len(data) if data and payload is None else length if payload is None else payload
         if self.style == "extended" and (command == WRITE or data):
             flags |= PAYLOAD_LEN
         self._asked[cookie] = (command, offset, length)
-        self.socket.sendall(self.header(command, cookie, offset, length, flags) + data)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.socket.sendall(self.header(command, cookie, offset, length, flags) + data)
         return cookie
 
     def header(self, command: int, cookie: int, offset: int, length: int, flags: int) -> bytes:
