@@ -61,16 +61,18 @@ test-tools: $(VENV)/.test-tools ## what the tests need: Debian packages, and a k
 	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
 
 # Two lines of tests, about as long as each other: those in virtual machines and those of one process first of all,
-# and beside them those that start many.
+# and beside them those that start many. Each has a directory of its own: pytest would share one for all its
+# runs, and the one that ends second fails when it removes what the first is removing.
 test: setup test-tools ## the engine's tests, then the others
 	$(CARGO) test $(ENGINE_TESTS)
-	@log=$$(mktemp); here=0; beside=0; \
-	$(VENV)/bin/python -m pytest -o cache_dir=.pytest_cache/beside $(BESIDE) \
+	@files=$$(mktemp -d -p /tmp); log=$$files/log; here=0; beside=0; \
+	$(VENV)/bin/python -m pytest --basetemp=$$files/b -o cache_dir=.pytest_cache/beside $(BESIDE) \
 		>$$log 2>&1 & other=$$!; \
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(BESIDE)) || here=$$?; \
+	$(VENV)/bin/python -m pytest --basetemp=$$files/a $(addprefix --ignore=,$(BESIDE)) || here=$$?; \
 	echo "waiting for the tests in virtual machines, and for those of one process"; \
-	wait $$other || beside=$$?; cat $$log; rm $$log; \
-	exit $$((here ? here : beside))
+	wait $$other || beside=$$?; cat $$log; failed=$$((here ? here : beside)); \
+	if [ $$failed -eq 0 ]; then rm -rf $$files; else echo "what the tests left is in $$files"; fi; \
+	exit $$failed
 
 # mypy reads what the code imports.
 lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and types in both languages

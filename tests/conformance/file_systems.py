@@ -81,6 +81,7 @@ def needs_root(what: str) -> None:
 @contextmanager
 def loop_device(program: Program, file: Path, *, sector: int = 512, read_only: bool = False) -> Iterator[Path]:
     """`file` as a block device of the kernel's with sectors of that many bytes."""
+    needs_root("a loop device")
     losetup = program("losetup", "mount")
     options = ["--read-only"] if read_only else []
     device = run(losetup, "--find", "--show", "--sector-size", str(sector), *options, file).strip()

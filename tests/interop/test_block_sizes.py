@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conformance.file_systems import loop_device, needs_root
+from conformance.file_systems import loop_device
 from conformance.nbd_client import FLUSH, READ, TRIM, WRITE, NbdClient
 
 pytestmark = pytest.mark.timeout(60)
@@ -45,7 +45,6 @@ def large_blocks(serve: Serve, image: Path) -> Any:
 @pytest.fixture
 def disk_of_large_sectors(program: Program, image: Path) -> Iterator[Path]:
     """`image` as a block device that takes 4096 bytes at a time only."""
-    needs_root("a block device of 4096-byte sectors")
     with loop_device(program, image, sector=4096) as device:
         yield device
 

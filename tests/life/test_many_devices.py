@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import pytest
 from .conftest import Life
 
 DEVICES = int(os.environ.get("BLKLOOM_DEVICES", "2000"))
-pytestmark = pytest.mark.timeout(290)
+_, LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)
+FILES = 4 * DEVICES  # what the supervisor holds for them, and some to spare
+pytestmark = [
+    pytest.mark.timeout(290),
+    pytest.mark.skipif(LIMIT < FILES, reason=f"{DEVICES} devices need {FILES} open files; the hard limit is {LIMIT}"),
+]
 
 
 def descriptors(pid: int) -> int:
