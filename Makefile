@@ -86,7 +86,7 @@ lint: setup $(VENV)/.lint-tools $(VENV)/.test-tools ## formatting, lints and typ
 	$(CARGO) clippy --manifest-path engine/Cargo.toml --workspace --all-targets -- -D warnings
 
 bench: setup ## against peers on this machine; needs fio and the peers
-	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit
+	@$(VENV)/bin/python scripts/debian.py install fio qemu-utils nbdkit linux-perf
 	$(CARGO) build --release --quiet --manifest-path engine/Cargo.toml --package blkloom-core --examples
 	$(VENV)/bin/python bench/run.py
 

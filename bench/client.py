@@ -1,4 +1,4 @@
-"""The clients: run against whoever serves, for their own account of it.
+"""The clients: run against whatever serves, for their own account of it.
 
 Source: fio(1); engine/core/examples/nbd_load.rs.
 """
@@ -11,30 +11,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from jobs import Job, JobError, Outcome, fio_arguments, fio_outcome, nbd_load_arguments, nbd_load_outcome
+from jobs import Client, Job, JobError, Outcome, fio_arguments, fio_outcome, nbd_load_arguments, nbd_load_outcome
 
 _NBD_LOAD: Final = Path(__file__).parents[1] / "engine/target/release/examples/nbd_load"
 _PATIENCE: Final = 120
 """Seconds beyond those that were asked for."""
 
 
-def run(job: Job, where: Sequence[str], *, size: int, scratch: Path, seconds: float | None) -> Outcome:
+def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: Path, seconds: float | None) -> Outcome:
     """The job on `size` bytes. where: fio's words for the engine and the data. seconds: how long; None: once over them.
     Raises JobError, OSError, subprocess.TimeoutExpired.
     """
-    output = scratch / "fio.json"
-    output.unlink(missing_ok=True)
-    ours = job.client == "nbd_load"
+    output, log = scratch / "fio.json", scratch / "fio-jobs"
+    for stale in (output, *_logs(log)):
+        stale.unlink(missing_ok=True)
+    ours = client == "nbd_load"
     command = (
         nbd_load_arguments(str(_NBD_LOAD), job, where, size=size, seconds=seconds)
         if ours
-        else fio_arguments(job, where, size=size, output=str(output), seconds=seconds)
+        else fio_arguments(job, where, size=size, output=str(output), log=str(log), seconds=seconds)
     )
     done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=(seconds or 60) + _PATIENCE)
     said = " ".join((done.stderr + done.stdout).split())
     if done.returncode if ours else not output.exists():
-        raise JobError(f"{job.client} ended with {done.returncode} and no result: {said[-400:]}")
-    outcome = nbd_load_outcome(done.stdout) if ours else fio_outcome(output.read_text())
+        raise JobError(f"{client} ended with {done.returncode} and no result: {said[-400:]}")
+    if ours:
+        outcome = nbd_load_outcome(done.stdout)
+    else:
+        outcome = fio_outcome(output.read_text(), [path.read_text() for path in _logs(log)])
     if not outcome.operations:
-        raise JobError(f"{job.client} did nothing: {said[-400:]}")
+        raise JobError(f"{client} did nothing: {said[-400:]}")
     return replace(outcome, errors=max(outcome.errors, int(done.returncode != 0)))
+
+
+def _logs(log: Path) -> list[Path]:
+    """The logs that fio's jobs write: `NAME_iops.NUMBER.log`."""
+    return list(log.parent.glob(f"{log.name}_*.log"))

@@ -1,7 +1,7 @@
 """The contenders on the run's own disk: a file on it three ways, the kernel's loop driver, bare blocks.
 
 A `Place` is what is driven: the file as blkloom's `loop` target takes it, the kernel's loop device over
-it, or as many bare blocks of the same disk. A class here is a client that drives it: fio's NBD engine
+it, or as many bare blocks of the same disk. A class here is a client that drives it: the NBD clients
 through `blkloom serve`, fio's io_uring engine with direct I/O, blkloom in process, plain system calls.
 A place that is a block device is served by blkloom as `loop DEVICE 0 1 direct_io`, so that the
 client, the protocol and the server are the same for all places and only what is behind differs.
@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import kernel_loop
 import own_disk
 from ground import Ground
-from jobs import Job
-from measuring import ClientSession
-from peers import ProgramSession, need, socket_of
+from jobs import Client, Job
+from measuring import NBD_CLIENTS, ClientSession
+from peers import ProgramSession, socket_of, unbuilt
 from servers import announcing
 
 Mode = Literal["file", "direct_io", "block_map"]
@@ -90,15 +90,16 @@ _PROGRAM: Final = Path(__file__).with_name("inprocess.py")
 
 @dataclass(frozen=True)
 class Served:
-    """fio's NBD engine against `blkloom serve`."""
+    """The NBD clients against `blkloom serve`."""
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     command: str
     family: str
     place: Place
     setting: str = "over NBD"
 
     def missing(self) -> str:
-        return own_disk.lack() or need(self.command, "blkloom: `make setup` builds it, --blkloom names another")
+        return own_disk.lack() or unbuilt(self.command)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
@@ -112,6 +113,7 @@ class Served:
 class Driven:
     """fio's io_uring engine with direct I/O on a block device; no blkloom."""
 
+    clients: ClassVar[tuple[Client, ...]] = ("fio",)
     family: str
     place: BlockDevice
     setting: str = "fio io_uring, direct=1"
@@ -134,13 +136,14 @@ class Opened:
     python: the interpreter that has the blkloom to measure.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
     family: str
     place: Place
     setting: str = "in process"
 
     def missing(self) -> str:
-        return own_disk.lack() or need(self.python, "blkloom: `make setup` makes it")
+        return own_disk.lack() or unbuilt(self.python)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
@@ -154,13 +157,14 @@ class Called:
     no blkloom.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
     family: str
     place: BlockDevice
     setting: str = "os.preadv, os.pwritev"
 
     def missing(self) -> str:
-        return own_disk.lack() or need(self.python, "blkloom: `make setup` makes it")
+        return own_disk.lack() or unbuilt(self.python)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:

@@ -31,11 +31,11 @@ class Ground:
     def __init__(self, *, size: int, tmpfs: Path, disk: Path) -> None:
         self.size = size
         self._most = size
-        """Of the files that all share, whatever size a copy of this is given."""
+        """Of the files that all share, whatever size a copy of this is given. Copies share files and folders too."""
         self._tmpfs, self._disk = tmpfs, disk
         self._files: dict[str, Path] = {}
         self._own_disk: OwnDisk | None = None
-        self._quick: Path | None = None
+        self._folders: dict[str, Path] = {}
         self._undo = ExitStack()
         self.scratch = Path(tempfile.mkdtemp(prefix="blkloom-bench-"))
 
@@ -62,12 +62,12 @@ class Ground:
         """
         if os.geteuid() != 0:
             return self._tmpfs
-        if self._quick is None:
+        if "quick" not in self._folders:
             folder = self._undo.enter_context(tempfile.TemporaryDirectory(prefix="blkloom-bench-"))
             subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "blkloom-bench", folder], check=True)
             self._undo.callback(subprocess.run, ["umount", folder], check=True)
-            self._quick = Path(folder)
-        return self._quick
+            self._folders["quick"] = Path(folder)
+        return self._folders["quick"]
 
     def disk_folder(self) -> Path:
         """On the machine's disk. Raises GroundError."""

@@ -1,6 +1,6 @@
 """Jobs: what the load generator is asked to do, and what it said it did.
 
-Pure: builds command lines and reads JSON; nothing is started here. Every contender of a workload gets
+Pure: builds command lines and reads their output; nothing is started here. Every contender of a workload gets
 the same job; only the words that say where the data is differ. Source: fio(1), and
 engine/core/examples/nbd_load.rs.
 """
@@ -8,14 +8,20 @@ engine/core/examples/nbd_load.rs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from typing import Any, Final, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
 Pattern = Literal["randrw", "randread", "randwrite", "write"]
+Client = Literal["nbd_load", "fio", ""]
+"""The load generator. `nbd_load` sends together all that it can; fio sends and receives request by request; "" is a
+program that does its I/O itself, without one."""
+
+_LOG_MILLISECONDS: Final = 20
+"""How often a job of fio writes a line of its log."""
 
 
 class JobError(Exception):
@@ -26,8 +32,8 @@ class JobError(Exception):
 class Job:
     """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
     connections: each is a fio thread's own; nbd_load has one thread for all. batch: requests a call, for the
-    in-process contenders, which have neither depth nor connections. client: fio sends and receives request by
-    request; `nbd_load` all that it can together. flushed: a flush at the end is part of it.
+    in-process contenders, which have neither depth nor connections. flush: after every write (each), or once at the
+    end and part of the measured time (end).
     """
 
     pattern: Pattern
@@ -35,8 +41,7 @@ class Job:
     depth: int = 1
     connections: int = 1
     batch: int = 1
-    client: Literal["fio", "nbd_load"] = "fio"
-    flushed: bool = False
+    flush: Literal["", "each", "end"] = ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,12 @@ class Outcome:
     busy: float = 0.0
 
 
-def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, seconds: float | None) -> list[str]:
+def fio_arguments(
+    job: Job, where: Sequence[str], *, size: int, output: str, log: str, seconds: float | None
+) -> list[str]:
     """The command line. where: the words that name the engine and the data. seconds: how long;
-    None goes once over `size` bytes, all connections together. The JSON goes to the file `output`.
+    None goes once over `size` bytes, all connections together. The JSON goes to the file `output`. log: the logs of
+    several jobs begin with this; their times say when each job ran.
 
     norandommap keeps fio from remembering what it touched, which would slow the client and not
     the server; the sequence of offsets is fio's default and so the same in every run.
@@ -63,6 +71,7 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
     until = [f"--io_size={size // job.connections}"]
     if seconds is not None:
         until = ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
+    logs = [f"--write_iops_log={log}", f"--log_avg_msec={_LOG_MILLISECONDS}", "--log_unix_epoch=1"]
     return [
         "fio",
         "--name=bench",
@@ -73,7 +82,8 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
         f"--numjobs={job.connections}",
         f"--size={size}",
         *until,
-        *(["--end_fsync=1"] if job.flushed else []),
+        *{"": [], "each": ["--fsync=1"], "end": ["--end_fsync=1"]}[job.flush],
+        *(logs if job.connections > 1 else []),
         "--norandommap",
         "--thread",
         "--group_reporting",
@@ -84,15 +94,12 @@ def fio_arguments(job: Job, where: Sequence[str], *, size: int, output: str, sec
 
 
 def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
-    """The same job for nbd_load. where: fio's words; their URI tells the socket. Its JSON comes on its output."""
-    if job.flushed:
-        raise JobError(f"nbd_load does not flush at the end; the job is {job}")
+    """The same job for nbd_load, which prints JSON. where: fio's words; their URI names socket and export."""
     (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
-    if uri.path != "/":
-        raise JobError(f"nbd_load asks for the default export; the job is for {uri.path}")
     (socket,) = parse_qs(uri.query)["socket"]
+    pattern = job.pattern + {"": "", "each": "-flush", "end": "-end-flush"}[job.flush]
     numbers = (job.block, job.depth, job.connections, size, seconds or 0)
-    return [program, socket, job.pattern, *(f"{number}" for number in numbers)]
+    return [program, socket, unquote(uri.path.removeprefix("/")), pattern, *(f"{number}" for number in numbers)]
 
 
 def nbd_load_outcome(text: str) -> Outcome:
@@ -103,14 +110,17 @@ def nbd_load_outcome(text: str) -> Outcome:
         raise JobError(f"nbd_load's output makes no sense ({error}): {text[:200]!r}") from error
 
 
-def fio_outcome(text: str) -> Outcome:
-    """Read fio's JSON (with --group_reporting: one job) as an Outcome. Raises JobError."""
+def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:
+    """Read fio's JSON (with --group_reporting: one job) as an Outcome. logs: the texts of the jobs' logs, where there
+    are several jobs. Raises JobError.
+    """
     try:
         (job,) = json.loads(text[text.index("{") :])["jobs"]
         sides = [side for side in (job["read"], job["write"]) if side["total_ios"]]
+        longest = max((side["runtime"] for side in sides), default=0) / 1000
         return Outcome(
             operations=sum(side["total_ios"] for side in sides),
-            seconds=max((side["runtime"] for side in sides), default=0) / 1000,
+            seconds=max(longest, wall_seconds(logs)) if logs else longest,
             errors=int(bool(job["error"])) + int(job.get("total_err", 0)),
             p50_us=_percentile(sides, "50.000000"),
             p99_us=_percentile(sides, "99.000000"),
@@ -118,6 +128,19 @@ def fio_outcome(text: str) -> Outcome:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"fio's output makes no sense ({error!r}): {text[:200]!r}") from error
+
+
+def wall_seconds(logs: Iterable[str]) -> float:
+    """The time from the first job's start to the last job's end, from fio's logs (a line: milliseconds, figure, ...).
+
+    fio divides all I/Os by the longest time that one job took. Where jobs start late, as many do when they are more
+    than the CPUs, they run one after the other in part, and that quotient is more than the machine did in any second.
+    Raises ValueError.
+    """
+    ends = [int(line.split(",", 1)[0]) for log in logs for line in log.splitlines() if line.strip()]
+    if not ends:
+        raise ValueError("the jobs wrote no line into their logs")
+    return (max(ends) - min(ends) + _LOG_MILLISECONDS) / 1000
 
 
 def _percentile(sides: list[dict[str, Any]], which: str) -> float:

@@ -31,10 +31,13 @@ def facts() -> dict[str, str]:
     }
 
 
-def versions(blkloom: str) -> dict[str, str]:
-    """Of blkloom, Python and every peer that is installed, as each calls itself."""
+def versions(blkloom: str, before: str | None = None) -> dict[str, str]:
+    """Of blkloom, Python and every peer that is installed, as each calls itself. before: an older build's command."""
     said = {"python": platform.python_version()}
-    for name, command in {"blkloom": [blkloom, "--version"], **_ASK}.items():
+    asked = {"blkloom": [blkloom, "--version"], **_ASK}
+    if before is not None:
+        asked["before"] = ["git", "-C", str(Path(before).parent), "describe", "--always", "--dirty"]
+    for name, command in asked.items():
         if shutil.which(command[0]):
             done = subprocess.run(command, capture_output=True, text=True)
             said[name] = done.stdout.partition("\n")[0].strip()

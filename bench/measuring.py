@@ -1,9 +1,10 @@
-"""Measuring: a client against a contender with the CPU accounts read before and after, and the rounds.
+"""Measuring: the clients against a contender with the CPU accounts read before and after, and the rounds.
 
 A `Session` is a contender that is up and can be measured; a `Contender` knows how to bring it up.
 Rounds are interleaved (A B C B A C ...), in an order that is another every round, and the same in every run: a
-machine whose speed drifts does it to everybody, and nobody is always the one who comes after another. One contender is
-up at a time and started anew every time. One thread; the processes measured are
+machine whose speed drifts does it to all, and no contender always comes after the same one. One contender is
+up at a time and started anew every time. What its clients have to warm up is warmed up by the first of them, and
+system calls and context switches are counted meanwhile. One thread; the processes measured are
 others. A contender that fails is reported with its reason and left out of later rounds.
 """
 
@@ -15,34 +16,52 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
-import client
+import client as clients
+import counting
+from counting import CountError, Counts
 from ground import Ground, GroundError
-from jobs import Job, JobError, Outcome
-from results import Contest, Goal, Missing, Sample, WorkloadResult
+from jobs import Client, Job, JobError, Outcome
+from results import Contest, Goal, Missing, Sample, TableName, WorkloadResult
 from servers import Server, ServerError
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
-Who = Literal["server", "kernel", "nobody"]
-"""Who serves the I/O, and so whose CPU is the server's: a process, kernel threads, or nobody but
-the client itself."""
+Who = Literal["server", "kernel", "none"]
+"""What serves the I/O, and so whose CPU time is the server's: a process, kernel threads, or only the client itself."""
+NBD_CLIENTS: Final[tuple[Client, ...]] = ("nbd_load", "fio")
+"""Every server that speaks NBD is measured with both; the first decides."""
+BESIDE: Final = 0.5
+"""A client that does not decide is measured for this share of the time."""
 
 
 class Session(Protocol):
     """A contender that is up."""
 
-    def measure(self, seconds: float) -> Sample:
+    def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
+        """Run the job before it is measured. again: this is not the first round. The sample counts; None where nothing
+        is to be warmed up. Raises CountError, JobError, ServerError, OSError.
+        """
+        ...
+
+    def measure(self, seconds: float, client: Client) -> Sample:
         """Run the job for about so long. Raises JobError, ServerError, OSError."""
         ...
 
 
 class Contender(Protocol):
-    """Somebody to measure; hashable."""
+    """What is measured; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def clients(self) -> tuple[Client, ...]:
+        """What it is measured with, one after the other."""
+        ...
 
     @property
     def family(self) -> str:
@@ -64,24 +83,32 @@ class Contender(Protocol):
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long: rounds, seconds a measurement, seconds of warming up before the first of a session."""
+
+    rounds: int
+    seconds: float
+    warm_up: float
+
+
+@dataclass(frozen=True)
 class Workload:
-    """One job for several contenders, and the rows of the report it gives."""
+    """One job for several contenders, and what the report says of it. table: of the report; "" for the appendix only.
+    slower: how many times as long it is measured as others.
+    """
 
     name: str
     title: str
     job: Job
     contenders: tuple[Contender, ...]
     goals: tuple[Goal, ...]
+    table: TableName = ""
     unit: Literal["IOPS", "s"] = "IOPS"
+    slower: float = 1.0
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How long: rounds, seconds a measurement, seconds of warming up before each."""
-
-    rounds: int
-    seconds: float
-    warm_up: float
+    def seconds(self, effort: Effort, client: Client, first: Client) -> float:
+        """How long to measure with a client of a contender whose first one is `first`."""
+        return effort.seconds * self.slower * (1.0 if client == first else BESIDE)
 
 
 @dataclass(frozen=True)
@@ -117,12 +144,19 @@ class Meter:
         self._server, self._who = server, who
         self._before = _Account.read(server)
 
-    def sample(self, outcome: Outcome, *, value: float | None = None, extra: dict[str, float] | None = None) -> Sample:
-        """value: of the sample; I/Os per second unless given."""
+    def sample(
+        self,
+        outcome: Outcome,
+        *,
+        value: float | None = None,
+        extra: dict[str, float] | None = None,
+        counts: Counts | None = None,
+    ) -> Sample:
+        """value: of the sample; I/Os per second unless given. counts: of the server meanwhile."""
         before, after = self._before, _Account.read(self._server)
         client = after.children - before.children
         rest = after.busy - before.busy - client - (after.own - before.own)
-        server = {"server": after.server - before.server, "kernel": max(rest, 0.0), "nobody": None}[self._who]
+        server = {"server": after.server - before.server, "kernel": max(rest, 0.0), "none": None}[self._who]
         return Sample(
             value=value if value is not None else outcome.operations / outcome.seconds,
             operations=outcome.operations,
@@ -136,11 +170,13 @@ class Meter:
             p99_us=outcome.p99_us,
             client_busy=outcome.busy,
             extra=extra or {},
+            calls=counts.calls / outcome.operations if counts else None,
+            switches=counts.switches / outcome.operations if counts else None,
         )
 
 
 class ClientSession:
-    """Measured with the job's client. where: fio's words for the engine and the data; extra: figures that every
+    """Measured with a load generator. where: fio's words for the engine and the data; extra: figures that every
     sample of this session carries.
     """
 
@@ -159,19 +195,32 @@ class ClientSession:
 
     def fill(self) -> None:
         """Write the whole device once, so that memory that is given out late is there."""
-        self._run(Job("write", 1 << 20, depth=4), seconds=None)
+        self._run(Job("write", 1 << 20, depth=4), "nbd_load", seconds=None)
 
-    def measure(self, seconds: float) -> Sample:
-        meter = Meter(self._server, self._who)
-        return meter.sample(self._run(self._job, seconds), extra=self._extra)
+    def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
+        return self._sample(seconds, client, counting_too=True)
 
-    def once(self) -> Sample:
+    def measure(self, seconds: float, client: Client) -> Sample:
+        return self._sample(seconds, client)
+
+    def once(self, client: Client, *, counting_too: bool = False) -> Sample:
         """The job over the whole disk, once, however long that takes."""
-        meter = Meter(self._server, self._who)
-        return meter.sample(self._run(self._job, None), extra=self._extra)
+        return self._sample(None, client, counting_too=counting_too)
 
-    def _run(self, job: Job, seconds: float | None) -> Outcome:
-        return client.run(job, self._where, size=self._ground.size, scratch=self._ground.scratch, seconds=seconds)
+    def _sample(self, seconds: float | None, client: Client, *, counting_too: bool = False) -> Sample:
+        meter = Meter(self._server, self._who)
+        with counts_of(self._server if counting_too else None) as counts:
+            outcome = self._run(self._job, client, seconds)
+        return meter.sample(outcome, extra=self._extra, counts=counts)
+
+    def _run(self, job: Job, client: Client, seconds: float | None) -> Outcome:
+        ground = self._ground
+        return clients.run(job, client, self._where, size=ground.size, scratch=ground.scratch, seconds=seconds)
+
+
+def counts_of(server: Server | None) -> AbstractContextManager[Counts | None]:
+    """What the server does in the block; None where there is no server, or nothing to count with."""
+    return nullcontext() if server is None or counting.lack() else counting.counted(server.pid)
 
 
 def measure(
@@ -187,7 +236,9 @@ def measure(
     keeps none either, since its figures would not stand for the same rounds as the others'.
     """
     trouble = {contender: contender.missing() for contender in workload.contenders}
-    samples: dict[Contender, list[Sample]] = {contender: [] for contender in workload.contenders}
+    samples: dict[tuple[Contender, Client], list[Sample]] = {
+        (contender, client): [] for contender in workload.contenders for client in contender.clients
+    }
     shuffled = random.Random(workload.name)
     for number in range(effort.rounds):
         for contender in shuffled.sample(workload.contenders, len(workload.contenders)):
@@ -196,22 +247,34 @@ def measure(
                 continue
             try:
                 with contender.session(ground, workload.job) as session:
-                    session.measure(effort.warm_up)
-                    samples[contender].append(session.measure(effort.seconds))
-            except (JobError, ServerError, GroundError, OSError, subprocess.TimeoutExpired) as error:
+                    for client, sample in _clients(session, contender, workload, effort, again=number > 0):
+                        samples[contender, client].append(sample)
+            except (CountError, JobError, ServerError, GroundError, OSError, subprocess.TimeoutExpired) as error:
                 trouble[contender] = f"{type(error).__name__}: {error}"
-                samples[contender].clear()
+                for client in contender.clients:
+                    samples[contender, client].clear()
     contests = [
-        Contest(contender.family, contender.setting, samples[contender], trouble[contender])
-        for contender in workload.contenders
+        Contest(contender.family, contender.setting, found, trouble[contender], client)
+        for (contender, client), found in samples.items()
     ]
     missing = [
         Missing(f"{workload.name}: {_label(contender)}", reason) for contender, reason in trouble.items() if reason
     ]
-    result = WorkloadResult(
-        workload.name, workload.title, workload.unit, workload.job.block, list(workload.goals), contests
-    )
+    block, goals = workload.job.block, list(workload.goals)
+    result = WorkloadResult(workload.name, workload.title, workload.unit, block, goals, contests, workload.table)
     return result, missing
+
+
+def _clients(
+    session: Session, contender: Contender, workload: Workload, effort: Effort, *, again: bool
+) -> list[tuple[Client, Sample]]:
+    """A sample with every client of the contender, in turn; the first also says what was counted while warming up."""
+    first, *_ = contender.clients
+    warm = session.warm_up(effort.warm_up, first, again=again)
+    found = {client: session.measure(workload.seconds(effort, client, first), client) for client in contender.clients}
+    if warm:
+        found[first] = replace(found[first], calls=warm.calls, switches=warm.switches)
+    return list(found.items())
 
 
 def _label(contender: Contender) -> str:

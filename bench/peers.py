@@ -2,8 +2,8 @@
 
 One class a way to bring something up. Every one serves the same backing: `Ground.size` bytes of the
 same file (or as much memory, written once before it is measured). Which setting of a peer is its
-best is not decided here: all are measured, the report takes the best. Source: qemu-nbd(8),
-nbdkit(1), nbdkit-file-plugin(1), nbdkit-memory-plugin(1), losetup(8), fio(1).
+best is not decided here: those are measured that ever were the best, and the report takes the best.
+Source: qemu-nbd(8), nbdkit(1), nbdkit-file-plugin(1), nbdkit-memory-plugin(1), losetup(8), fio(1).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import ClassVar, Final, Literal, Self
 from urllib.parse import quote
 
 import kernel_loop
 from ground import Ground
 from idle import idle_connections
-from jobs import Job, JobError, Outcome
-from measuring import ClientSession, Meter
+from jobs import Client, Job, JobError, Outcome
+from measuring import NBD_CLIENTS, ClientSession, Meter, counts_of
 from results import Sample
 from servers import Server, activated, announcing
 from tables import table_text
@@ -37,6 +37,11 @@ def need(program: str, package: str) -> str:
     return "" if shutil.which(program) else f"{program} is not installed (Debian: apt install {package})"
 
 
+def unbuilt(program: str) -> str:
+    """What to say if a program that comes with blkloom is not here."""
+    return "" if shutil.which(program) else f"{program} does not exist; `make setup` makes it, --blkloom names another"
+
+
 def socket_of(path: Path, export: str = "") -> list[str]:
     """Words that send fio to an NBD server that listens there."""
     return ["--ioengine=nbd", f"--uri=nbd+unix:///{quote(export)}?socket={quote(str(path))}"]
@@ -45,23 +50,23 @@ def socket_of(path: Path, export: str = "") -> list[str]:
 @dataclass(frozen=True)
 class Blkloom:
     """`blkloom serve` as it comes. segments: lines of the table over the backing file. idle:
-    connections that stay idle meanwhile. direct: direct I/O on the file on the disk. stacked: so many
-    linear devices on top of each other and of the first.
+    connections that stay idle meanwhile. on_disk: the file on the disk; direct: with direct I/O on that.
+    stacked: so many linear devices on top of each other and of the first.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     command: str
     family: str
     target: Literal["loop", "ram"] = "loop"
     setting: str = ""
+    on_disk: bool = False
     direct: bool = False
     segments: int = 1
     idle: int = 0
     stacked: int = 0
 
     def missing(self) -> str:
-        if shutil.which(self.command):
-            return ""
-        return f"{self.command} does not exist; `make setup` builds it, --blkloom names another"
+        return unbuilt(self.command)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
@@ -93,8 +98,8 @@ class Blkloom:
     def _table(self, ground: Ground) -> str:
         if self.target == "ram":
             return f"0 {ground.size // 512} ram\n"
-        if self.direct:
-            return f"0 {ground.size // 512} loop {ground.disk_file()} 0 1 direct_io\n"
+        if self.on_disk or self.direct:
+            return f"0 {ground.size // 512} loop {ground.disk_file()}{' 0 1 direct_io' if self.direct else ''}\n"
         return table_text(ground.tmpfs_file(), ground.size, self.segments)
 
 
@@ -102,7 +107,9 @@ class Blkloom:
 class QemuNbd:
     """qemu-nbd on the raw file, with as many clients allowed as there are connections."""
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     aio: Literal["threads", "io_uring"]
+    on_disk: bool = False
     family: str = "qemu-nbd"
 
     @property
@@ -117,7 +124,7 @@ class QemuNbd:
         socket = ground.scratch / "qemu-nbd.sock"
         command = ["qemu-nbd", "-t", "-f", "raw"]
         command += ["-e", str(job.connections + _SLACK), f"--aio={self.aio}", "--cache=writeback"]
-        command += [str(ground.tmpfs_file())]
+        command += [str(ground.disk_file() if self.on_disk else ground.tmpfs_file())]
         with activated(command, path=socket, log=ground.scratch / "qemu-nbd.log") as server:
             yield ClientSession(ground, job, socket_of(socket), who="server", server=server)
 
@@ -126,9 +133,11 @@ class QemuNbd:
 class Nbdkit:
     """nbdkit's file or memory plugin. threads: requests served at once on a connection."""
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     plugin: Literal["file", "memory"]
     threads: int
     allocator: Literal["sparse", "malloc"] = "sparse"
+    on_disk: bool = False
 
     @property
     def family(self) -> str:
@@ -149,7 +158,7 @@ class Nbdkit:
         socket = ground.scratch / "nbdkit.sock"
         command = ["nbdkit", "-t", str(self.threads), self.plugin]
         if self.plugin == "file":
-            command += [str(ground.tmpfs_file())]
+            command += [str(ground.disk_file() if self.on_disk else ground.tmpfs_file())]
         else:
             command += [str(ground.size), f"allocator={self.allocator}"]
         with activated(command, path=socket, log=ground.scratch / "nbdkit.log") as server:
@@ -165,6 +174,7 @@ class NullServer:
     machine can do at all. `make bench` builds it.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     family: str = "null server"
     setting: str = ""
 
@@ -184,6 +194,7 @@ class NullServer:
 class KernelLoop:
     """The kernel's loop device on the file, driven by libaio with direct I/O."""
 
+    clients: ClassVar[tuple[Client, ...]] = ("fio",)
     direct: bool
     family: str = "/dev/loop"
 
@@ -203,18 +214,23 @@ class KernelLoop:
 
 @dataclass(frozen=True)
 class FioOnFile:
-    """No server: fio's io_uring engine with direct I/O on the file on the disk itself."""
+    """No server: fio's io_uring engine on the file on the disk itself, with direct I/O or through the page cache."""
 
+    clients: ClassVar[tuple[Client, ...]] = ("fio",)
     family: str = "fio io_uring on the file"
-    setting: str = "--direct=1"
+    direct: bool = True
+
+    @property
+    def setting(self) -> str:
+        return f"--direct={self.direct:d}"
 
     def missing(self) -> str:
         return ""
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
-        where = ["--ioengine=io_uring", "--direct=1", f"--filename={ground.disk_file()}"]
-        yield ClientSession(ground, job, where, who="nobody")
+        where = ["--ioengine=io_uring", self.setting, f"--filename={ground.disk_file()}"]
+        yield ClientSession(ground, job, where, who="none")
 
 
 @dataclass(frozen=True)
@@ -224,6 +240,7 @@ class InProcess:
     python: the interpreter that has the blkloom to measure.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
     side: Literal["preadv", "ram", "map"]
     family: str
@@ -231,7 +248,7 @@ class InProcess:
     setting: str = ""
 
     def missing(self) -> str:
-        return "" if shutil.which(self.python) else f"{self.python} does not exist; `make setup` makes it"
+        return unbuilt(self.python)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
@@ -264,15 +281,21 @@ class ProgramSession:
                 raise JobError("the in-process program does not say it is ready")
             yield session
 
-    def measure(self, seconds: float) -> Sample:
+    def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
+        return self._sample(seconds, counting_too=True)
+
+    def measure(self, seconds: float, client: Client) -> Sample:
+        return self._sample(seconds)
+
+    def _sample(self, seconds: float, *, counting_too: bool = False) -> Sample:
         assert self._process.stdin
         meter = Meter(self._server, "server")
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._read())
+        with counts_of(self._server if counting_too else None) as counts:
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._read())
         outcome = Outcome(int(answer["operations"]), answer["seconds"], errors=0, p50_us=0, p99_us=0)
-        extra = {name: value for name, value in answer.items() if name == "parse_seconds"}
-        return meter.sample(outcome, value=outcome.seconds if self._seconds_wanted else None, extra=extra)
+        return meter.sample(outcome, value=outcome.seconds if self._seconds_wanted else None, counts=counts)
 
     def _read(self) -> str:
         assert self._process.stdout

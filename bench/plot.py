@@ -1,8 +1,9 @@
-"""The picture: one bar a goal, its length the ratio to the peer on a logarithmic scale, as SVG.
+"""The picture: a bar for each goal that has a headline, its length the ratio to the peer, as SVG.
 
-Pure: a Run in, text out. The line through a bar is the range of the ratios round by round; the
-black tick is the goal. Colours keep apart for the colour-blind and do not stand alone: the verdict
-is written beside each bar. The background is painted, so the picture reads on dark pages too.
+Pure: a Run in, text out. The scale is logarithmic; a bar begins at 1x. The line through a bar is the range of the
+ratios round by round; the black tick is the goal. A bar's label is in a line above it and its ratio right of the scale,
+with room for wider fonts, so that no renderer cuts or covers them. Colours keep apart for the colour-blind, and the
+verdict is also written beside each bar. The background is painted, so the picture reads on dark pages too.
 """
 
 from __future__ import annotations
@@ -14,50 +15,56 @@ from typing import Final
 
 from results import Comparison, Run, compare
 
-_LABEL, _BARS, _VERDICT, _ROW, _TOP = 470, 520, 190, 30, 70
-_COLOURS: Final = {"met": "#0072b2", "missed": "#d55e00", "reported": "#8c8c8c"}
+MOST_BARS: Final = 12
+LONGEST_LABEL: Final = 60
+"""Characters: the width of the picture at 13 pixels, in any font."""
+_LEFT, _BARS, _VERDICT, _ROW, _TOP = 24, 560, 300, 42, 76
+_WIDTH: Final = _LEFT + _BARS + _VERDICT
+_COLOURS: Final = {"met": "#0072b2", "at the floor": "#56b4e9", "missed": "#d55e00"}
+_OTHER: Final = "#8c8c8c"
 
 _Scale = Callable[[float], float]
 """From a ratio to a place across the picture."""
 
 
 def svg(run: Run) -> str:
-    """The picture of a run; goals without a ratio are left out, the report names them."""
-    rows = [c for workload in run.workloads if workload.unit == "IOPS" for c in compare(workload) if c.ratio]
+    """The picture of a run; goals without a headline or a ratio are left out, the page names them."""
+    rows = [c for workload in run.workloads for c in compare(workload) if c.ratio and c.goal.headline][:MOST_BARS]
     values = [v for c in rows for v in (c.ratio, c.round_low, c.round_high, c.goal.at_least) if v] + [0.9, 2.0]
     low, high = floor(log10(min(values)) * 4) / 4, ceil(log10(max(values)) * 4) / 4
 
     def x(value: float) -> float:
-        return _LABEL + (log10(value) - low) / (high - low) * _BARS
+        return _LEFT + (log10(value) - low) / (high - low) * _BARS
 
-    width, bottom = _LABEL + _BARS + _VERDICT, _TOP + _ROW * len(rows)
+    bottom = _TOP + _ROW * len(rows)
+    height = bottom + 34
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 40}" '
-        f'viewBox="0 0 {width} {bottom + 40}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{bottom + 40}" fill="#ffffff"/>',
-        '<text x="16" y="28" font-size="17" font-weight="bold">blkloom as a ratio of its peers (more is better)</text>',
-        f'<text x="16" y="48" fill="#555">medians of {run.rounds} rounds; thin line: range over the rounds; '
-        "black tick: the goal; logarithmic scale</text>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        f'viewBox="0 0 {_WIDTH} {height}" font-family="DejaVu Sans, Arial, Helvetica, sans-serif" font-size="13">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{_LEFT}" y="28" font-size="17" font-weight="bold" fill="#000">blkloom against others: '
+        "how many times as fast</text>",
+        f'<text x="{_LEFT}" y="50" fill="#555">Medians of {run.rounds} rounds. Thin line: range over the rounds. '
+        "Black tick: the goal.</text>",
     ]
     for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
         if low <= log10(tick) <= high:
             dark = "#666" if tick == 1 else "#ddd"
-            parts.append(f'<line x1="{x(tick):.1f}" y1="{_TOP - 6}" x2="{x(tick):.1f}" y2="{bottom}" stroke="{dark}"/>')
-            parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{tick:g}x</text>')
-    for number, comparison in enumerate(rows):
-        parts += _bar(comparison, _TOP + _ROW * number, x(1.0), x)
+            parts.append(f'<line x1="{x(tick):.1f}" y1="{_TOP - 4}" x2="{x(tick):.1f}" y2="{bottom}" stroke="{dark}"/>')
+            parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 20}" text-anchor="middle" fill="#555">{tick:g}x</text>')
+    for index, comparison in enumerate(rows):
+        parts += _bar(comparison, _TOP + _ROW * index, x)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _bar(c: Comparison, y: int, one: float, x: _Scale) -> list[str]:
+def _bar(c: Comparison, y: int, x: _Scale) -> list[str]:
     assert c.ratio is not None
-    end, middle = x(c.ratio), y + _ROW / 2 - 3
-    title = str(c).replace("`", "")
+    one, end, middle = x(1.0), x(c.ratio), y + 28
     parts = [
-        f'<text x="{_LABEL - 10}" y="{middle + 4}" text-anchor="end" font-size="{12 if len(title) < 68 else 10}">'
-        f"{escape(title)}</text>",
-        f'<rect x="{min(one, end):.1f}" y="{y + 3}" width="{max(abs(end - one), 1):.1f}" height="{_ROW - 12}" '
-        f'fill="{_COLOURS.get(c.verdict, "#8c8c8c")}"/>',
+        f'<rect x="{_LEFT}" y="{y}" width="{len(c.goal.headline) * 7.2:.0f}" height="17" fill="#ffffff"/>',
+        f'<text x="{_LEFT}" y="{y + 13}" fill="#000">{escape(c.goal.headline)}</text>',
+        f'<rect x="{min(one, end):.1f}" y="{y + 20}" width="{max(abs(end - one), 1):.1f}" height="16" '
+        f'fill="{_COLOURS.get(c.verdict, _OTHER)}"/>',
     ]
     if c.round_low and c.round_high:
         parts.append(
@@ -67,8 +74,8 @@ def _bar(c: Comparison, y: int, one: float, x: _Scale) -> list[str]:
     if c.goal.at_least:
         goal = x(c.goal.at_least)
         parts.append(
-            f'<line x1="{goal:.1f}" y1="{y}" x2="{goal:.1f}" y2="{y + _ROW - 6}" stroke="#000" stroke-width="3"/>'
+            f'<line x1="{goal:.1f}" y1="{y + 18}" x2="{goal:.1f}" y2="{y + 38}" stroke="#000" stroke-width="3"/>'
         )
-    words = f"{c.ratio:.2f}x, " + (f"{c.verdict} (goal {c.goal.at_least:g}x)" if c.goal.at_least else c.verdict)
-    parts.append(f'<text x="{_LABEL + _BARS + 12}" y="{middle + 4}">{escape(words)}</text>')
+    words = f"{c.ratio:.2f}x, {c.verdict}" + (f" (goal {c.goal.at_least:g}x)" if c.goal.at_least else "")
+    parts.append(f'<text x="{_LEFT + _BARS + 14}" y="{middle + 5}" fill="#000">{escape(words)}</text>')
     return parts

@@ -1,8 +1,9 @@
 """The contenders for QCOW2 images: blkloom, and qemu-nbd with the settings that may be its best.
 
-Which of qemu-nbd's settings is its best is not decided here: all are measured, the report takes the
-best. `--aio=native` needs `--cache=none`; the larger L2 cache matters only where the metadata does not
-fit the default one, and is measured only there. Source: qemu-nbd(8), qcow2's runtime options in
+Which of qemu-nbd's settings is its best is not decided here: several are measured, the report takes the
+best. They are those that were within a tenth of the best in an earlier run over all five. `--aio=native` needs
+`--cache=none`; the larger L2 cache matters only where the metadata does not fit the default one, and is measured only
+there. Source: qemu-nbd(8), qcow2's runtime options in
 qemu(1).
 """
 
@@ -12,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from ground import Ground
-from jobs import Job
-from measuring import ClientSession, Contender, Session
-from peers import ProgramSession, need, socket_of
+from jobs import Client, Job
+from measuring import NBD_CLIENTS, ClientSession, Contender, Session
+from peers import ProgramSession, need, socket_of, unbuilt
 from qcow2_images import Qcow2Image
 from reserve import reserve
 from results import Sample
@@ -26,17 +27,21 @@ from servers import Server, activated, announcing
 _SLACK: Final = 4  # connections beyond the job's, for those that have not quite ended
 _OPENING: Final = Path(__file__).with_name("qcow2_opening.py")
 _QEMU: Final = "qemu-nbd"
+_LARGE_BLOCK: Final = 1 << 20
+_Aio = Literal["native", "threads", "io_uring"]
+_Cache = Literal["none", "writeback"]
+_Way = tuple[_Aio, _Cache]
 
 
 class _Session(ClientSession):
-    """Measured with the job's client. weighed: every sample also has the server's memory, in bytes."""
+    """Measured with a load generator. weighed: every sample also has the server's memory, in bytes."""
 
     def __init__(self, ground: Ground, job: Job, *, server: Server, weighed: bool) -> None:
         super().__init__(ground, job, socket_of(_socket(ground)), who="server", server=server)
         self._process, self._weighed = server, weighed
 
-    def measure(self, seconds: float) -> Sample:
-        found = super().measure(seconds)
+    def measure(self, seconds: float, client: Client) -> Sample:
+        found = super().measure(seconds, client)
         if not self._weighed:
             return found
         return replace(found, extra={**found.extra, "memory": self._process.status("VmRSS") * 1024.0})
@@ -52,12 +57,19 @@ class _Filling:
     ) -> None:
         self._image, self._ground, self._serve = image, ground, serve
 
-    def measure(self, seconds: float) -> Sample:
+    def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
+        """Nothing is to be warmed up; the first round counts."""
+        return None if again else self._sample(client, counting_too=True)
+
+    def measure(self, seconds: float, client: Client) -> Sample:
+        return self._sample(client)
+
+    def _sample(self, client: Client, *, counting_too: bool = False) -> Sample:
         with self._image.made(self._ground) as path:
             if not self._image.on_disk:
                 reserve(path, self._ground.size)
             with self._serve(path) as session:
-                return session.once()
+                return session.once(client, counting_too=counting_too)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class BlkloomQcow2:
     memory too.
     """
 
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     command: str
     family: str
     image: Qcow2Image
@@ -78,7 +91,7 @@ class BlkloomQcow2:
         return "--direct-io" if self.direct else ""
 
     def missing(self) -> str:
-        return need("qemu-img", "qemu-utils") or need(self.command, "blkloom: `make setup` builds it")
+        return need("qemu-img", "qemu-utils") or unbuilt(self.command)
 
     def session(self, ground: Ground, job: Job) -> AbstractContextManager[Session]:
         return _session(self._up, self.image, ground, job, anew=self.anew, weighed=self.weighed)
@@ -95,8 +108,9 @@ class BlkloomQcow2:
 class QemuNbdQcow2:
     """qemu-nbd with a persistent Unix socket. l2_cache: bytes, 0 for its default."""
 
-    aio: Literal["native", "threads", "io_uring"]
-    cache: Literal["none", "writeback"]
+    clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
+    aio: _Aio
+    cache: _Cache
     image: Qcow2Image
     anew: bool = False
     l2_cache: int = 0
@@ -129,13 +143,14 @@ class QemuNbdQcow2:
 class OpenedQcow2:
     """A Python program that opens the image and reads a byte; the figure is the time that takes."""
 
+    clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
     family: str
     image: Qcow2Image
     setting: str = "in process"
 
     def missing(self) -> str:
-        return need("qemu-img", "qemu-utils") or need(self.python, "blkloom: `make setup` makes it")
+        return need("qemu-img", "qemu-utils") or unbuilt(self.python)
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
@@ -146,19 +161,28 @@ class OpenedQcow2:
                 yield session
 
 
+_SMALL: Final[tuple[_Way, ...]] = (("native", "none"), ("io_uring", "writeback"))
+_LARGE: Final[tuple[_Way, ...]] = (("threads", "none"), ("io_uring", "writeback"))
+_BY_FAR: Final[tuple[_Way, ...]] = (("native", "none"),)
+_COMPRESSED: Final[tuple[_Way, ...]] = (("io_uring", "writeback"),)
+_ON_DISK: Final[tuple[_Way, ...]] = (("threads", "none"), ("io_uring", "none"), ("io_uring", "writeback"))
+
+
 def qemu_nbd(
-    image: Qcow2Image, *, anew: bool = False, l2_cache: int = 0, weighed: bool = False
+    image: Qcow2Image, block: int, *, anew: bool = False, l2_cache: int = 0, weighed: bool = False
 ) -> tuple[Contender, ...]:
-    """The ways qemu-nbd may be at its best. l2_cache: measure it also with that one."""
-    ways: tuple[tuple[Literal["native", "threads", "io_uring"], Literal["none", "writeback"]], ...] = (
-        ("threads", "writeback"),
-        ("io_uring", "writeback"),
-        ("native", "none"),
-        ("io_uring", "none"),
-        ("threads", "none"),
-    )
-    caches = [0, l2_cache] if l2_cache else [0]
-    return tuple(QemuNbdQcow2(*way, image, anew, cache, weighed) for cache in caches for way in ways)
+    """The ways in which qemu-nbd may be at its best with requests of `block` bytes. l2_cache: with that one, without
+    which it never is.
+    """
+    if image.on_disk:
+        ways = _ON_DISK
+    elif image.compression:
+        ways = _COMPRESSED
+    elif block >= _LARGE_BLOCK:
+        ways = _LARGE
+    else:
+        ways = _SMALL if image.filled else _BY_FAR
+    return tuple(QemuNbdQcow2(*way, image, anew, l2_cache, weighed) for way in ways)
 
 
 @contextmanager

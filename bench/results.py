@@ -7,14 +7,23 @@ again from the file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
-Verdict = Literal["met", "missed", "reported", "not measured"]
+from jobs import Client
+
+Verdict = Literal["met", "at the floor", "missed", "reported", "not measured"]
+"""`at the floor`: short of the goal, but so near what the client and the machine can do that the goal counts as met."""
+TableName = Literal["mails", "nbd", "disk", "qcow2", "process", "scale", "start", ""]
+AT_THE_FLOOR: Final = 0.9
+"""Share of the floor from which a figure is at it."""
+BEFORE: Final = " (before)"
+"""Ends the family of a contender that is an older build of blkloom."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Sample:
     server process (utime + stime), or of the kernel's workers; None where nobody serves.
     client_cpu: of the load generator. other_cpu: what the rest of the machine used meanwhile, the
     disturbance. stolen: seconds the hypervisor took away. errors: I/O errors. p50_us, p99_us: latency.
-    client_busy: the share of the time that each client thread spent on a CPU.
+    client_busy: the share of the time that each client thread spent on a CPU. calls, switches: system calls and context
+    switches of the server an I/O, counted in a run before; None where there is no server, or they were not counted.
     extra: further figures by name (bytes, seconds).
     """
 
@@ -41,6 +51,8 @@ class Sample:
     p99_us: float = 0.0
     client_busy: float = 0.0
     extra: dict[str, float] = field(default_factory=dict)
+    calls: float | None = None
+    switches: float | None = None
 
     @property
     def cpu_per_million(self) -> float | None:
@@ -52,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender of a workload: family is who it is, setting how it was set up. samples are in
+    """One contender of a workload with one client: family is its name, setting how it was set up. samples are in
     the order of the rounds. trouble says why there are none.
     """
 
@@ -60,6 +72,7 @@ class Contest:
     setting: str
     samples: list[Sample]
     trouble: str = ""
+    client: Client = ""
 
     @property
     def values(self) -> list[float]:
@@ -76,8 +89,7 @@ class Contest:
 
     @property
     def cpu_per_million(self) -> float | None:
-        known = [cost for sample in self.samples if (cost := sample.cpu_per_million) is not None]
-        return median(known) if known else None
+        return _middle(sample.cpu_per_million for sample in self.samples)
 
     @property
     def client_cpu_per_million(self) -> float:
@@ -87,26 +99,45 @@ class Contest:
     def client_busy(self) -> float:
         return median(sample.client_busy for sample in self.samples)
 
+    @property
+    def calls(self) -> float | None:
+        """System calls of the server an I/O."""
+        return _middle(sample.calls for sample in self.samples)
+
+    @property
+    def switches(self) -> float | None:
+        """Context switches of the server an I/O."""
+        return _middle(sample.switches for sample in self.samples)
+
     def extra(self, name: str) -> float | None:
-        known = [sample.extra[name] for sample in self.samples if name in sample.extra]
-        return median(known) if known else None
+        return _middle(sample.extra.get(name) for sample in self.samples)
+
+
+def _middle(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 @dataclass(frozen=True)
 class Goal:
     """subject against peer, both families. at_least: the ratio wanted; at_most: a bound on the
-    subject's own figure; neither: reported only.
+    subject's own figure; neither: reported only. floor: the family that does nothing but what cannot be left out
+    there; "" where there is none. client: what the goal is judged with, on each side that was measured with it.
+    headline: words for the picture; "" leaves the goal out of it.
     """
 
     subject: str
     peer: str
     at_least: float | None = None
     at_most: float | None = None
+    floor: str = ""
+    client: Client = "nbd_load"
+    headline: str = ""
 
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """unit: of every value: "IOPS" (more is better) or "s" (less is better)."""
+    """unit: of every value: "IOPS" (more is better) or "s" (less is better). table: of the report."""
 
     name: str
     title: str
@@ -114,6 +145,7 @@ class WorkloadResult:
     block: int
     goals: list[Goal]
     contests: list[Contest]
+    table: TableName = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +173,8 @@ class Run:
 @dataclass(frozen=True)
 class Comparison:
     """A goal held against the figures. peer: its best setting. ratio: of the medians; round_ratio:
-    the median of the ratios round by round, with their range in round_low and round_high.
+    the median of the ratios round by round, with their range in round_low and round_high. floor_share: the subject's
+    figure as a share of the floor's. other_ratio: the same with fio, where both were measured with that as well.
     """
 
     workload: WorkloadResult
@@ -152,7 +185,13 @@ class Comparison:
     round_ratio: float | None
     round_low: float | None
     round_high: float | None
+    floor_share: float | None
+    other_ratio: float | None
     verdict: Verdict
+
+    @property
+    def is_met(self) -> bool:
+        return self.verdict in ("met", "at the floor")
 
     @property
     def way(self) -> str:
@@ -182,25 +221,39 @@ def compare(workload: WorkloadResult) -> list[Comparison]:
     return [_compare(workload, goal) for goal in workload.goals]
 
 
-def best(workload: WorkloadResult, family: str) -> Contest | None:
-    """The setting of `family` with the best median; None if none was measured."""
+def best(workload: WorkloadResult, family: str, client: Client = "nbd_load") -> Contest | None:
+    """The setting of `family` with the best median, of those measured with `client`, or of all where none was; None if
+    nothing was measured.
+    """
     measured = [contest for contest in workload.contests if contest.family == family and contest.samples]
+    measured = [contest for contest in measured if contest.client == client] or measured
     if not measured:
         return None
     return (max if workload.unit == "IOPS" else min)(measured, key=lambda contest: contest.figure)
 
 
 def _compare(workload: WorkloadResult, goal: Goal) -> Comparison:
-    subject, peer = best(workload, goal.subject), best(workload, goal.peer)
-    ratio = round_ratio = low = high = None
+    subject, peer, floor = (best(workload, family, goal.client) for family in (goal.subject, goal.peer, goal.floor))
+    ratio = share = round_ratio = low = high = None
     if subject and peer:
         ratio = subject.figure / peer.figure
         ratios = [a / b for a, b in zip(subject.values, peer.values, strict=False)]
         round_ratio, low, high = median(ratios), min(ratios), max(ratios)
-    return Comparison(workload, goal, subject, peer, ratio, round_ratio, low, high, _verdict(goal, subject, ratio))
+    if subject and floor:
+        share = subject.figure / floor.figure
+    other = _other_ratio(workload, goal) if subject and subject.client == "nbd_load" else None
+    verdict = _verdict(goal, subject, ratio, share)
+    return Comparison(workload, goal, subject, peer, ratio, round_ratio, low, high, share, other, verdict)
 
 
-def _verdict(goal: Goal, subject: Contest | None, ratio: float | None) -> Verdict:
+def _other_ratio(workload: WorkloadResult, goal: Goal) -> float | None:
+    subject, peer = (best(workload, family, "fio") for family in (goal.subject, goal.peer))
+    if subject and peer and subject.client == peer.client == "fio":
+        return subject.figure / peer.figure
+    return None
+
+
+def _verdict(goal: Goal, subject: Contest | None, ratio: float | None, share: float | None) -> Verdict:
     if subject is None:
         return "not measured"
     if subject.errors:
@@ -211,7 +264,9 @@ def _verdict(goal: Goal, subject: Contest | None, ratio: float | None) -> Verdic
         return "not measured"
     if goal.at_least is None:
         return "reported"
-    return "met" if ratio >= goal.at_least else "missed"
+    if ratio >= goal.at_least:
+        return "met"
+    return "at the floor" if share is not None and share >= AT_THE_FLOOR else "missed"
 
 
 def save(run: Run, path: Path) -> None:

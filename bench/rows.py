@@ -1,12 +1,14 @@
-"""The rows: what is measured, against whom, and how good it shall be.
+"""The rows: what is measured, against what, and how good it shall be.
 
 The one place to read or change what `make bench` does. At the top the contenders, below them one
 workload a job; a workload's goals are the rows of the report. "at least" figures are the project's
-goals; where there is none the row is reported for what it is.
+goals; where there is none the row is reported for what it is. Goals are judged with the client that sends together
+all that it can (`nbd_load`); the same with fio stands beside them. A full run is to take less than 45 minutes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,16 +17,18 @@ from jobs import Job, Pattern
 from measuring import Contender, Workload
 from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer, QemuNbd
 from qcow2_rows import qcow2_workloads
-from results import Goal
+from results import BEFORE, Goal
 
 _LOOP: Final = "blkloom loop"
 _RAM: Final = "blkloom ram"
-_QEMU: Final = (QemuNbd("threads"), QemuNbd("io_uring"))
-_NBDKIT: Final = (Nbdkit("file", 16), Nbdkit("file", 4), Nbdkit("file", 1))
-_MEMORY: Final = (Nbdkit("memory", 16, "malloc"), Nbdkit("memory", 1, "malloc"), Nbdkit("memory", 16, "sparse"))
+_QEMU: Final = QemuNbd("io_uring")
+_QEMU_LARGE: Final = QemuNbd("threads")
+"""Its best with requests of 1 MiB; with smaller ones the other is."""
+_NBDKIT: Final = (Nbdkit("file", 1), Nbdkit("file", 4))
+_MEMORY: Final = (Nbdkit("memory", 1, "malloc"),)
 _NULL: Final = NullServer()
-_LIMIT: Final = Goal(_LOOP, _NULL.family)
-"""How near the row comes to what this client and this machine can do; no goal can be beyond it."""
+_FLOOR: Final = _NULL.family
+"""No server can be faster than one that does nothing."""
 _SEGMENTS: Final = 10_000
 _IDLE: Final = 1_000
 _CHAIN: Final = 10
@@ -32,106 +36,178 @@ _KIB: Final = 1024
 _READ_AND_WRITE: Final[tuple[Pattern, ...]] = ("randread", "randwrite")
 
 
-def workloads(blkloom: str) -> list[Workload]:
-    """All of them, in the order of the report. blkloom: the command to measure."""
-    return [
-        *_small(blkloom),
+def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
+    """All of them, in the order of the report. blkloom: the command to measure. before: the command of an older build,
+    measured in the same rounds.
+    """
+    found = [
+        *_memory(blkloom),
+        *_one_at_a_time(blkloom),
         *_large(blkloom),
-        *_ram(blkloom),
         *_many_jobs(blkloom),
         *_direct(blkloom),
+        *_flushed(blkloom),
         *_on_a_disk(blkloom),
         *_on_a_disk_in_process(blkloom),
         *_in_process(blkloom),
         *_scale(blkloom),
         *qcow2_workloads(blkloom),
     ]
+    if before is None:
+        return found
+    return [_with_older(now, then) for now, then in zip(found, workloads(before), strict=True)]
 
 
-def _small(blkloom: str) -> list[Workload]:
-    loop = Blkloom(blkloom, _LOOP)
-    everybody = (loop, *_QEMU, *_NBDKIT, _NULL)
+def _with_older(now: Workload, then: Workload) -> Workload:
+    """The workload with what is blkloom's own of the older build beside it, and how the two compare."""
+    subjects: dict[str, Goal] = {}
+    for goal in now.goals:
+        subjects.setdefault(goal.subject, goal)
+    older = [
+        replace(contender, family=contender.family + BEFORE)
+        for contender in then.contenders
+        if contender.family in subjects and contender not in now.contenders
+    ]
+    compared = [
+        Goal(family, family + BEFORE, floor=goal.floor, client=goal.client)
+        for family, goal in subjects.items()
+        if family + BEFORE in {contender.family for contender in older}
+    ]
+    return replace(now, contenders=(*now.contenders, *older), goals=(*now.goals, *compared))
+
+
+def _memory(blkloom: str) -> list[Workload]:
+    """Where the server's own work is the limit: a file on tmpfs, and memory."""
+    rows = (
+        ("randrw-4k-c1-q16", "4K randrw, qd 16", Job("randrw", 4 * _KIB, depth=16)),
+        ("randrw-4k-c1-q64", "4K randrw, qd 64", Job("randrw", 4 * _KIB, depth=64)),
+        ("randrw-4k-c2-q16", "4K randrw, 2 connections, qd 16", Job("randrw", 4 * _KIB, depth=16, connections=2)),
+        ("randrw-4k-c64-q1", "4K randrw, 64 connections, qd 1", Job("randrw", 4 * _KIB, connections=64)),
+        ("randread-64k-c1-q16", "64K randread, qd 16", Job("randread", 64 * _KIB, depth=16)),
+        ("randwrite-64k-c1-q16", "64K randwrite, qd 16", Job("randwrite", 64 * _KIB, depth=16)),
+    )
+    shares = {"randrw-4k-c1-q16": 0.8, "randrw-4k-c2-q16": 0.8}
+    shown = {
+        "randrw-4k-c1-q16": "4K, qd 16",
+        "randrw-4k-c2-q16": "4K, 2 connections, qd 16",
+        "randread-64k-c1-q16": "64K reads, qd 16",
+    }
+    found = []
+    for name, title, job in rows:
+        bar = shown.get(name, "")
+        goals = (
+            Goal(_LOOP, "nbdkit file", 1.5, floor=_FLOOR, headline=bar and f"{bar}: loop / nbdkit"),
+            Goal(
+                _LOOP, "qemu-nbd", 3.0, floor=_FLOOR, headline=bar and f"{bar}: loop / qemu-nbd" if "c1" in name else ""
+            ),
+            Goal(_LOOP, _FLOOR, shares.get(name), floor=_FLOOR),
+            Goal(_RAM, "nbdkit memory", 1.5, floor=_FLOOR, headline=f"{bar}: ram / nbdkit" if "c2" in name else ""),
+            Goal(_RAM, _FLOOR, shares.get(name), floor=_FLOOR),
+        )
+        ours = (Blkloom(blkloom, _LOOP), Blkloom(blkloom, _RAM, "ram"))
+        found.append(Workload(name, title, job, (*ours, _QEMU, *_NBDKIT, *_MEMORY, _NULL), goals, "nbd"))
+    return found
+
+
+def _one_at_a_time(blkloom: str) -> list[Workload]:
     return [
         Workload(
-            "randrw-4k-c1-q16",
-            "4K randrw, 1 connection, qd 16",
-            Job("randrw", 4 * _KIB, depth=16),
-            everybody,
-            (Goal(_LOOP, "qemu-nbd", 4.0), Goal(_LOOP, "nbdkit file", 1.2), _LIMIT),
-        ),
-        Workload(
-            "randrw-4k-c2-q16",
-            "4K randrw, 2 connections, qd 16",
-            Job("randrw", 4 * _KIB, depth=16, connections=2),
-            everybody,
-            (Goal(_LOOP, "qemu-nbd", 6.0), Goal(_LOOP, "nbdkit file", 3.0), _LIMIT),
-        ),
-        Workload(
             "randrw-4k-c1-q1",
-            "4K randrw, 1 connection, qd 1",
+            "4K randrw, qd 1",
             Job("randrw", 4 * _KIB),
-            everybody,
-            (Goal(_LOOP, "nbdkit file", 2.0), Goal(_LOOP, "qemu-nbd"), _LIMIT),
-        ),
+            (Blkloom(blkloom, _LOOP), _QEMU, Nbdkit("file", 4), _NULL),
+            (
+                Goal(_LOOP, "nbdkit file", 2.0, floor=_FLOOR),
+                Goal(_LOOP, "qemu-nbd", floor=_FLOOR),
+                Goal(_LOOP, _FLOOR, floor=_FLOOR),
+            ),
+            "nbd",
+        )
     ]
 
 
 def _large(blkloom: str) -> list[Workload]:
-    patterns: tuple[tuple[Pattern, str], ...] = (("randread", "reads"), ("randwrite", "writes"))
     return [
         Workload(
             f"{pattern}-{name.lower()}-c2-q8",
-            f"{name} random {word}, 2 connections, qd 8",
+            f"{name} {pattern}, 2 connections, qd 8",
             Job(pattern, block, depth=8, connections=2),
-            (Blkloom(blkloom, _LOOP), *_QEMU),
-            (Goal(_LOOP, "qemu-nbd", 2.0),),
+            (Blkloom(blkloom, _LOOP), Blkloom(blkloom, _RAM, "ram"), qemu, _NULL),
+            (
+                Goal(_LOOP, "qemu-nbd", 2.0, floor=_FLOOR),
+                Goal(_LOOP, _FLOOR, floor=_FLOOR),
+                Goal(_RAM, _FLOOR, floor=_FLOOR),
+            ),
+            "nbd",
         )
-        for name, block in (("64K", 64 * _KIB), ("1M", 1024 * _KIB))
-        for pattern, word in patterns
-    ]
-
-
-def _ram(blkloom: str) -> list[Workload]:
-    return [
-        Workload(
-            f"ram-randrw-4k-c{connections}-q16",
-            f"4K randrw, {connections} connection{'s' * (connections > 1)}, qd 16",
-            Job("randrw", 4 * _KIB, depth=16, connections=connections),
-            (Blkloom(blkloom, _RAM, "ram"), *_MEMORY, _NULL),
-            (Goal(_RAM, "nbdkit memory", 2.0), Goal(_RAM, _NULL.family)),
-        )
-        for connections in (1, 2)
+        for name, block, qemu in (("64K", 64 * _KIB, _QEMU), ("1M", 1024 * _KIB, _QEMU_LARGE))
+        for pattern in _READ_AND_WRITE
     ]
 
 
 def _many_jobs(blkloom: str) -> list[Workload]:
-    """The test of the dm-ram mail (Mauelshagen 2018): 99 jobs."""
+    """The test of the dm-ram mail (Mauelshagen 2018): 99 jobs. fio alone drives a loop device, so the comparison with
+    that is fio's on both sides.
+    """
     return [
         Workload(
             f"randrw-{name.lower()}-j99-q12",
-            f"{name} randrw, 99 jobs, qd 12",
+            f"dm-ram: {name} randrw, 99 jobs, qd 12",
             Job("randrw", block, depth=12, connections=99),
             (
                 Blkloom(blkloom, _LOOP),
                 Blkloom(blkloom, _RAM, "ram"),
                 KernelLoop(direct=True),
                 KernelLoop(direct=False),
+                _NULL,
             ),
-            (Goal(_RAM, _LOOP, 1.0), Goal(_LOOP, "/dev/loop"), Goal(_RAM, "/dev/loop")),
+            (
+                Goal(_RAM, _LOOP, 1.0, floor=_FLOOR, headline=bar),
+                Goal(_RAM, "/dev/loop", client="fio", floor=_FLOOR),
+                Goal(_LOOP, "/dev/loop", client="fio", floor=_FLOOR),
+            ),
+            "mails",
+            slower=2.0,
         )
-        for name, block in (("4K", 4 * _KIB), ("32K", 32 * _KIB))
+        for name, block, bar in (("4K", 4 * _KIB, "4K, 99 jobs, qd 12: ram / loop"), ("32K", 32 * _KIB, ""))
     ]
 
 
 def _direct(blkloom: str) -> list[Workload]:
-    family = "blkloom loop direct_io"
+    family, alone = "blkloom loop direct_io", FioOnFile()
     return [
         Workload(
-            "direct-randread-4k-q32",
-            "4K randread, qd 32, a file on the machine's disk",
-            Job("randread", 4 * _KIB, depth=32),
-            (Blkloom(blkloom, family, direct=True), FioOnFile()),
-            (Goal(family, "fio io_uring on the file", 0.9),),
+            f"direct-randread-4k-q{depth}",
+            f"4K randread, qd {depth}, direct I/O, a file on ext4",
+            Job("randread", 4 * _KIB, depth=depth),
+            (Blkloom(blkloom, family, direct=True), alone),
+            (Goal(family, alone.family, 0.95, floor=alone.family, headline=bar),),
+            "disk",
+        )
+        for depth, bar in ((16, ""), (32, "4K reads from a disk, qd 32: loop / fio"))
+    ]
+
+
+def _flushed(blkloom: str) -> list[Workload]:
+    """Writes that are safe when they are answered."""
+    alone = FioOnFile("fio on the file", direct=False)
+    return [
+        Workload(
+            "randwrite-flush-4k-q16",
+            "4K randwrite, a flush after each, qd 16, a file on ext4",
+            Job("randwrite", 4 * _KIB, depth=16, flush="each"),
+            (
+                Blkloom(blkloom, _LOOP, on_disk=True),
+                *(replace(server, on_disk=True) for server in (_QEMU, _QEMU_LARGE)),
+                *(replace(server, on_disk=True) for server in _NBDKIT),
+                alone,
+            ),
+            (
+                Goal(_LOOP, "nbdkit file", 1.5, floor=alone.family, headline="4K writes, a flush each: loop / nbdkit"),
+                Goal(_LOOP, "qemu-nbd", 3.0, floor=alone.family),
+                Goal(_LOOP, alone.family, floor=alone.family),
+            ),
+            "disk",
         )
     ]
 
@@ -157,31 +233,32 @@ _PLACES: Final[dict[str, Place]] = {**_MODES, **_DEVICES}
 
 def _on_a_disk(blkloom: str) -> list[Workload]:
     """The test of the dm-loop mail (Patocka 2025), on one disk: a file three ways, the loop driver over
-    the same file, and bare blocks. All of them through the same NBD client and server, which is what
-    the goals are about: only what is behind the server differs. Beside them, the block devices as
-    fio drives them without NBD between: whoever is deeper, or moves more at once, is near that too.
+    the same file, and bare blocks. All of them through the same NBD clients and server, which is what
+    the goals are about: only what is behind the server differs. Beside them, the bare blocks as
+    fio drives them without NBD between.
     """
-    driven = {f"{family}, no NBD": place for family, place in _DEVICES.items()}
+    alone = f"{_BARE}, no NBD"
     contenders: tuple[Contender, ...] = (
         *(Served(blkloom, family, place) for family, place in _PLACES.items()),
-        *(Driven(family, place) for family, place in driven.items()),
+        Driven(alone, BareBlocks()),
     )
     found = []
-    for name, block in (("4K", 4 * _KIB), ("64K", 64 * _KIB)):
-        for depth in (1, 16):
-            ahead = 1.0 if (name, depth) == ("4K", 16) else None
-            # Here the disk is the limit, and not the time of client and server.
-            near = 0.95 if (name, depth) == ("64K", 16) else None
+    for name, block, depth in (("4K", 4 * _KIB, 1), ("4K", 4 * _KIB, 16), ("64K", 64 * _KIB, 16)):
+        ahead = 1.0 if (name, depth) == ("4K", 16) else None
+        # Here the disk is the limit, and not the time of client and server.
+        near = 0.95 if name == "64K" else None
+        for pattern in _READ_AND_WRITE:
+            bar = "dm-loop's test, 4K reads, qd 16: block_map / bare blocks" if ahead and pattern == "randread" else ""
             goals = (
                 Goal(_FILE, _BUFFERED_LOOP, ahead),
-                Goal(_DIRECT, _DIRECT_LOOP, ahead),
-                Goal(_BLOCK_MAP, _BARE, 0.95),
-                Goal(_BLOCK_MAP, f"{_BARE}, no NBD", near),
+                Goal(_DIRECT, _DIRECT_LOOP, ahead, floor=alone),
+                Goal(_BLOCK_MAP, _BARE, 0.95, floor=alone, headline=bar),
+                Goal(_BLOCK_MAP, alone, near, floor=alone),
             )
-            for pattern in _READ_AND_WRITE:
-                title = f"{name} {pattern}, qd {depth}, a file on a disk"
-                job = Job(pattern, block, depth=depth)
-                found.append(Workload(f"disk-{pattern}-{name.lower()}-q{depth}", title, job, contenders, goals))
+            title = f"dm-loop: {name} {pattern}, qd {depth}, a file on a disk"
+            job = Job(pattern, block, depth=depth)
+            row = f"disk-{pattern}-{name.lower()}-q{depth}"
+            found.append(Workload(row, title, job, contenders, goals, "mails"))
     return found
 
 
@@ -207,13 +284,16 @@ def _on_a_disk_in_process(blkloom: str) -> list[Workload]:
         )
         name, title = f"disk-in-process-{pattern}", f"in process, 4K {pattern}"
         found += [
-            Workload(f"{name}-1", f"{title}, a file on a disk", Job(pattern, 4 * _KIB), (*modes, *called), sync),
+            Workload(
+                f"{name}-1", f"{title}, a file on a disk", Job(pattern, 4 * _KIB), (*modes, *called), sync, "disk"
+            ),
             Workload(
                 f"{name}-16",
                 f"{title} in batches of 16, a file on a disk",
                 Job(pattern, 4 * _KIB, depth=16),
                 opened,
                 deep,
+                "disk",
             ),
         ]
     return found
@@ -229,6 +309,7 @@ def _in_process(blkloom: str) -> list[Workload]:
             Job("randread", 4 * _KIB),
             (InProcess(python, "ram", one), InProcess(python, "preadv", preadv)),
             (Goal(one, preadv, 0.7),),
+            "process",
         ),
         Workload(
             "in-process-4k-batch64",
@@ -236,6 +317,7 @@ def _in_process(blkloom: str) -> list[Workload]:
             Job("randread", 4 * _KIB, batch=64),
             (InProcess(python, "ram", many, 64), InProcess(python, "preadv", preadv, 64)),
             (Goal(many, preadv, 2.5),),
+            "process",
         ),
     ]
 
@@ -258,27 +340,31 @@ def _scale(blkloom: str) -> list[Workload]:
             Job("randread", 4 * _KIB),
             (InProcess(_python(blkloom), "map", many, _SEGMENTS), InProcess(_python(blkloom), "map", one, 1)),
             (Goal(many, one, at_most=1.0),),
+            "scale",
             unit="s",
         ),
         Workload(
             "segments-randread",
-            "4K randread, 1 connection, qd 16",
+            "4K randread, qd 16",
             job,
             (Blkloom(blkloom, many, segments=_SEGMENTS), Blkloom(blkloom, one)),
             (Goal(many, one, 0.9),),
+            "scale",
         ),
         Workload(
             "chain-randread",
-            "4K randread, 1 connection, qd 16",
+            "4K randread, qd 16",
             job,
             (Blkloom(blkloom, chain, stacked=_CHAIN), Blkloom(blkloom, alone)),
             (Goal(chain, alone, 0.9),),
+            "scale",
         ),
         Workload(
             "idle-randread",
-            "4K randread, 1 connection, qd 16",
+            "4K randread, qd 16",
             job,
             (Blkloom(blkloom, idle, idle=_IDLE), Blkloom(blkloom, busy)),
             (Goal(idle, busy, 0.9),),
+            "scale",
         ),
     ]

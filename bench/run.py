@@ -1,9 +1,10 @@
 """`make bench`: measure blkloom against its peers, keep the results, write the report.
 
-    bench/run.py                    all rows, 5 rounds; results go to bench/results
+    bench/run.py                    all rows, 5 rounds, less than 45 minutes; results go to bench/results
     bench/run.py --quick            2 short rounds, to see that it works
     bench/run.py --only 'direct'    some rows
-    bench/run.py --report           write docs/performance.md from bench/results/latest.json
+    bench/run.py --before COMMAND   an older build of blkloom in the same rounds; takes a third longer
+    bench/run.py --report           write docs/performance.md and its appendix from bench/results/latest.json
 
 Progress goes to standard error, the names of the files written to standard output. Exit codes: 0
 measured (goals met or not: the report says), 1 something kept a row of blkloom's from being
@@ -29,31 +30,51 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import counting
+from appendix import appendix
 from ground import Ground
+from jobs import Client
 from machine import facts, versions
 from measuring import Effort, Workload, measure
 from plot import svg
-from reporting import markdown
-from results import Run, compare, load, save
+from reporting import page
+from results import Missing, Run, compare, load, save
 from rows import workloads
 
 _HERE: Final = Path(__file__).resolve().parent
 _RESULTS: Final = _HERE / "results"
 _PAGE: Final = _HERE.parent / "docs" / "performance.md"
-_SIZE: Final = 1 << 30
-_FULL: Final = Effort(rounds=5, seconds=3.0, warm_up=0.7)
-_QUICK: Final = Effort(rounds=2, seconds=0.7, warm_up=0.2)
+_SIZE: Final = 512 << 20
+FULL: Final = Effort(rounds=5, seconds=0.8, warm_up=0.2)
+QUICK: Final = Effort(rounds=2, seconds=0.4, warm_up=0.15)
+
+_SESSION_SECONDS: Final = 0.45
+"""To start a contender, fill it if it is memory, and end it."""
+_CLIENT_SECONDS: Final[dict[Client, float]] = {"nbd_load": 0.05, "fio": 0.3, "": 0.0}
+"""To start a client and end it."""
+
+
+def minutes(chosen: list[Workload], effort: Effort) -> float:
+    """About how long it takes to measure them, without what is made for all of them (files, a disk)."""
+    seconds = 0.0
+    for workload in chosen:
+        for contender in workload.contenders:
+            seconds += _SESSION_SECONDS + effort.warm_up
+            first, *_ = contender.clients
+            seconds += sum(workload.seconds(effort, c, first) + _CLIENT_SECONDS[c] for c in contender.clients)
+    return seconds * effort.rounds / 60
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Two short rounds; figures are not for quoting.")
 @click.option("--only", metavar="REGEX", help="Only rows whose name matches (see --list).")
 @click.option("--list", "listing", is_flag=True, help="Print the rows and who takes part, and stop.")
-@click.option("--rounds", type=click.IntRange(1), help=f"Rounds; {_FULL.rounds} unless --quick.")
-@click.option("--seconds", type=click.FloatRange(0.1), help=f"Of each measurement; {_FULL.seconds:g} unless --quick.")
+@click.option("--rounds", type=click.IntRange(1), help=f"Rounds; {FULL.rounds} unless --quick.")
+@click.option("--seconds", type=click.FloatRange(0.1), help=f"Of each measurement; {FULL.seconds:g} unless --quick.")
 @click.option("--out", type=click.Path(path_type=Path), default=_RESULTS, help="Folder for the results.")
 @click.option("--report", is_flag=True, help="Measure nothing; write docs/performance.md from OUT/latest.json.")
 @click.option("--blkloom", "command", help="The blkloom command to measure; the one of this Python unless given.")
+@click.option("--before", metavar="COMMAND", help="The blkloom command of an older build, measured in the same rounds.")
 @click.option("--tmpfs-dir", type=click.Path(path_type=Path), default=Path("/dev/shm"), show_default=True)
 @click.option("--disk-dir", type=click.Path(path_type=Path), default=Path("/var/tmp"), show_default=True)
 def main(
@@ -65,12 +86,13 @@ def main(
     out: Path,
     report: bool,
     command: str | None,
+    before: str | None,
     tmpfs_dir: Path,
     disk_dir: Path,
 ) -> None:
     """Measure blkloom against qemu-nbd, nbdkit, /dev/loop, fio and os.preadv."""
     command = command or str(Path(sys.executable).with_name("blkloom"))
-    chosen = [workload for workload in workloads(command) if not only or re.search(only, workload.name)]
+    chosen = [workload for workload in workloads(command, before) if not only or re.search(only, workload.name)]
     if not chosen:
         raise click.UsageError(f"--only {only!r} matches no row; --list shows them")
     if listing:
@@ -78,14 +100,15 @@ def main(
     if report:
         return _report(out)
     _require_fio()
-    effort = _QUICK if quick else _FULL
+    effort = QUICK if quick else FULL
     effort = Effort(rounds or effort.rounds, seconds or effort.seconds, effort.warm_up)
-    complete = not only and effort.rounds >= _FULL.rounds and effort.seconds >= _FULL.seconds
+    complete = not only and effort.rounds >= FULL.rounds and effort.seconds >= FULL.seconds
     _prepare_process()
     when = datetime.now(UTC)
-    machine, known = facts(), versions(command)
+    machine, known = facts(), versions(command, before)
     stamp = f"{when:%Y%m%dT%H%M%S}"
-    run = begun = Run(f"{when:%Y-%m-%d}", False, effort.rounds, effort.seconds, machine, known, [], [])
+    lacking = [Missing("system calls and context switches", lack)] if (lack := counting.lack()) else []
+    run = begun = Run(f"{when:%Y-%m-%d}", False, effort.rounds, effort.seconds, machine, known, lacking, [])
     out.mkdir(parents=True, exist_ok=True)
     with Ground(size=_SIZE, tmpfs=tmpfs_dir, disk=disk_dir) as ground:
         for run in _measure(begun, chosen, ground, effort):
@@ -120,11 +143,10 @@ def _measure(run: Run, chosen: list[Workload], ground: Ground, effort: Effort) -
 
 
 def _keep(run: Run, out: Path, stamp: str) -> None:
-    """The results, their table and picture; a complete run also becomes latest.json."""
-    written = [out / f"{stamp}.{ending}" for ending in ("json", "md", "svg")]
+    """The results, their page, appendix and picture; a complete run also becomes latest.json."""
+    written = [out / f"{stamp}.json"]
     save(run, written[0])
-    written[1].write_text(markdown(run, plot=written[2].name))
-    written[2].write_text(svg(run))
+    written += _write(run, out / f"{stamp}.md")
     if run.complete:
         written.append(out / "latest.json")
         save(run, written[-1])
@@ -137,12 +159,17 @@ def _report(out: Path) -> None:
         run = load(out / "latest.json")
     except FileNotFoundError as error:
         raise click.ClickException(f"{error.filename} does not exist; a complete run makes it") from error
-    picture = _PAGE.with_suffix(".svg")
-    _PAGE.parent.mkdir(exist_ok=True)
-    _PAGE.write_text(markdown(run, plot=picture.name))
+    for path in _write(run, _PAGE):
+        click.echo(path)
+
+
+def _write(run: Run, path: Path) -> list[Path]:
+    """The page of a run at `path`, its appendix and its picture beside it."""
+    beside, picture = path.with_name(f"{path.stem}-appendix.md"), path.with_suffix(".svg")
+    path.write_text(page(run, plot=picture.name, appendix=beside.name))
+    beside.write_text(appendix(run, page=path.name))
     picture.write_text(svg(run))
-    click.echo(_PAGE)
-    click.echo(picture)
+    return [path, beside, picture]
 
 
 def _list(chosen: list[Workload]) -> None:
@@ -150,7 +177,8 @@ def _list(chosen: list[Workload]) -> None:
         click.echo(f"{workload.name}: {workload.title}")
         for contender in workload.contenders:
             lack = contender.missing()
-            click.echo(f"    {contender.family} {contender.setting}" + (f"  [missing: {lack}]" if lack else ""))
+            name = f"{contender.family} {contender.setting}".strip()
+            click.echo(f"    {name}" + (f"  [missing: {lack}]" if lack else ""))
 
 
 def _require_fio() -> None:

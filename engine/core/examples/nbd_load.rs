@@ -3,11 +3,12 @@
 //! virtual machine may. fio's nbd engine sends and receives request by request, and so is often what limits its figures.
 //!
 //! One thread, any number of connections with simple replies, nonblocking both ways. Prints a line of JSON.
-//! Arguments: SOCKET PATTERN BLOCK DEPTH CONNECTIONS SIZE SECONDS
+//! Arguments: SOCKET EXPORT PATTERN BLOCK DEPTH CONNECTIONS SIZE SECONDS
 //!
-//! PATTERN: read, write, randread, randwrite, randrw (half of each), or randwrite-flush (a flush after each write, in
-//! the same slot). BLOCK: bytes a request. DEPTH: requests in flight a connection. SIZE: bytes of the device that are
-//! used. SECONDS: how long; 0: until SIZE bytes have been read or written. Offsets repeat from run to run.
+//! EXPORT: its name, "" for the default export. PATTERN: read, write, randread, randwrite or randrw (half of each); with
+//! `-flush` behind it a flush follows each write, in the same slot; with `-end-flush` one flush ends the run and is part
+//! of its time. BLOCK: bytes a request. DEPTH: requests in flight a connection. SIZE: bytes of the device that are used.
+//! SECONDS: how long; 0: until SIZE bytes have been read or written. Offsets repeat from run to run.
 
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
@@ -38,7 +39,10 @@ struct Job {
     random: bool,
     /// Of 256 requests, how many are writes.
     writes: u64,
+    /// After each write.
     flush: bool,
+    /// Once, after all requests.
+    end_flush: bool,
     block: usize,
     depth: usize,
     blocks: u64,
@@ -78,22 +82,24 @@ struct Client {
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, pattern, numbers @ ..] = &arguments[..] else { return Err(ErrorKind::InvalidInput.into()) };
+    let [socket, export, pattern, numbers @ ..] = &arguments[..] else { return Err(ErrorKind::InvalidInput.into()) };
     let numbers: Vec<f64> = numbers.iter().map(|text| text.parse().map_err(Error::other)).collect::<Result<_>>()?;
     let &[block, depth, connections, size, seconds] = &numbers[..] else { return Err(ErrorKind::InvalidInput.into()) };
-    let (random, writes, flush) = match &pattern[..] {
-        "read" => (false, 0, false),
-        "write" => (false, 256, false),
-        "randread" => (true, 0, false),
-        "randwrite" => (true, 256, false),
-        "randrw" => (true, 128, false),
-        "randwrite-flush" => (true, 256, true),
+    let end_flush = pattern.ends_with("-end-flush");
+    let flush = !end_flush && pattern.ends_with("-flush");
+    let (random, writes) = match pattern.split('-').next() {
+        Some("read") => (false, 0),
+        Some("write") => (false, 256),
+        Some("randread") => (true, 0),
+        Some("randwrite") => (true, 256),
+        Some("randrw") => (true, 128),
         _ => return Err(Error::new(ErrorKind::InvalidInput, format!("{pattern}: no such pattern"))),
     };
     let job = Job {
         random,
         writes,
         flush,
+        end_flush,
         block: block as usize,
         depth: depth as usize,
         blocks: (size / block) as u64,
@@ -104,7 +110,7 @@ fn main() -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidInput, least));
     }
     let mut clients: Vec<Client> =
-        (0..connections as usize).map(|_| Client::connect(socket, job.depth)).collect::<Result<_>>()?;
+        (0..connections as usize).map(|_| Client::connect(socket, export, job.depth)).collect::<Result<_>>()?;
     let cpu = cpu_seconds()?;
     let mut run = Run {
         job,
@@ -115,6 +121,9 @@ fn main() -> Result<()> {
         latencies: Vec::with_capacity(1 << 20),
     };
     run.all(&mut clients)?;
+    if job.end_flush {
+        run.errors += u64::from(!clients[0].flush()?);
+    }
     let seconds = run.started.elapsed().as_secs_f64();
     let busy = (cpu_seconds()? - cpu) / seconds;
     run.latencies.sort_unstable();
@@ -193,9 +202,9 @@ impl Run {
 }
 
 impl Client {
-    fn connect(socket: &str, depth: usize) -> Result<Client> {
+    fn connect(socket: &str, export: &str, depth: usize) -> Result<Client> {
         let mut server = UnixStream::connect(socket)?;
-        handshake(&mut server)?;
+        handshake(&mut server, export)?;
         server.set_nonblocking(true)?;
         Ok(Client {
             server,
@@ -296,6 +305,19 @@ impl Client {
         Ok(())
     }
 
+    /// Flushes the device, with nothing else in flight; whether the server could.
+    fn flush(&mut self) -> Result<bool> {
+        self.server.set_nonblocking(false)?;
+        let mut header = Vec::with_capacity(HEADER_SIZE);
+        Header { flags: 0, kind: FLUSH, cookie: 0, offset: 0, length: 0 }.put(Style::Simple, &mut header);
+        self.server.write_all(&header)?;
+        let reply = take::<REPLY_SIZE>(&mut self.server)?;
+        if reply[..4] != REPLY {
+            return Err(Error::other("this is no simple reply"));
+        }
+        Ok(reply[4..8] == [0; 4])
+    }
+
     fn disconnect(mut self) -> Result<()> {
         self.server.set_nonblocking(false)?;
         let mut header = Vec::with_capacity(HEADER_SIZE);
@@ -310,11 +332,12 @@ fn take<const N: usize>(server: &mut UnixStream) -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Fixed newstyle, the default export.
-fn handshake(server: &mut UnixStream) -> Result<()> {
+/// Fixed newstyle.
+fn handshake(server: &mut UnixStream, export: &str) -> Result<()> {
     let _greeting = take::<18>(server)?;
-    let go = [&3u32.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &GO.to_be_bytes(), &6u32.to_be_bytes(), &[0; 6]];
-    server.write_all(&go.concat())?;
+    let name = [&(export.len() as u32).to_be_bytes()[..], export.as_bytes(), &[0; 2]].concat();
+    let option = [&OPTION_MAGIC.to_be_bytes()[..], &GO.to_be_bytes(), &(name.len() as u32).to_be_bytes(), &name];
+    server.write_all(&[&3u32.to_be_bytes()[..], &option.concat()].concat())?;
     loop {
         let _magic_and_option = take::<12>(server)?;
         let kind = u32::from_be_bytes(take(server)?);
