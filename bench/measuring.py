@@ -94,7 +94,7 @@ class Effort:
 @dataclass(frozen=True)
 class Workload:
     """One job for several contenders, and what the report says of it. table: of the report; "" for the appendix only.
-    slower: how many times as long it is measured as others.
+    slower: how many times as long it is measured as others. warm_up: seconds, where it takes longer than elsewhere.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Workload:
     table: TableName = ""
     unit: Literal["IOPS", "s"] = "IOPS"
     slower: float = 1.0
+    warm_up: float = 0.0
 
     def seconds(self, effort: Effort, client: Client, first: Client) -> float:
         """How long to measure with a client of a contender whose first one is `first`."""
@@ -270,7 +271,7 @@ def _clients(
 ) -> list[tuple[Client, Sample]]:
     """A sample with every client of the contender, in turn; the first also says what was counted while warming up."""
     first, *_ = contender.clients
-    warm = session.warm_up(effort.warm_up, first, again=again)
+    warm = session.warm_up(max(effort.warm_up, workload.warm_up), first, again=again)
     found = {client: session.measure(workload.seconds(effort, client, first), client) for client in contender.clients}
     if warm:
         found[first] = replace(found[first], calls=warm.calls, switches=warm.switches)

@@ -27,6 +27,8 @@ from servers import Server, activated, announcing
 _SLACK: Final = 4  # connections beyond the job's, for those that have not quite ended
 _OPENING: Final = Path(__file__).with_name("qcow2_opening.py")
 _QEMU: Final = "qemu-nbd"
+_COPIED_BLOCK: Final = 64 << 10
+"""From here on copying it twice, through the page cache, costs more than it saves."""
 _LARGE_BLOCK: Final = 1 << 20
 _Aio = Literal["native", "threads", "io_uring"]
 _Cache = Literal["none", "writeback"]
@@ -165,7 +167,8 @@ _SMALL: Final[tuple[_Way, ...]] = (("native", "none"), ("io_uring", "writeback")
 _LARGE: Final[tuple[_Way, ...]] = (("threads", "none"), ("io_uring", "writeback"))
 _BY_FAR: Final[tuple[_Way, ...]] = (("native", "none"),)
 _COMPRESSED: Final[tuple[_Way, ...]] = (("io_uring", "writeback"),)
-_ON_DISK: Final[tuple[_Way, ...]] = (("threads", "none"), ("io_uring", "none"), ("io_uring", "writeback"))
+_ON_DISK_SMALL: Final[tuple[_Way, ...]] = (("io_uring", "writeback"), ("threads", "writeback"))
+_ON_DISK_LARGE: Final[tuple[_Way, ...]] = (("io_uring", "none"), ("threads", "none"))
 
 
 def qemu_nbd(
@@ -175,7 +178,7 @@ def qemu_nbd(
     which it never is.
     """
     if image.on_disk:
-        ways = _ON_DISK
+        ways = _ON_DISK_SMALL if block < _COPIED_BLOCK else _ON_DISK_LARGE
     elif image.compression:
         ways = _COMPRESSED
     elif block >= _LARGE_BLOCK:

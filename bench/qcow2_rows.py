@@ -142,7 +142,7 @@ def _backed(blkloom: str) -> list[Workload]:
 
 
 def _chains(blkloom: str) -> list[Workload]:
-    """All data in the lowest. qemu-nbd with one setting a depth: what is wanted of it is how it declines."""
+    """All data in the lowest. qemu-nbd with one setting: a chain slows it down by more than settings differ."""
 
     def named(family: str, depth: int) -> str:
         return f"{family}, a chain of {depth}"
@@ -152,7 +152,6 @@ def _chains(blkloom: str) -> list[Workload]:
     ours = [BlkloomQcow2(blkloom, named(_OURS, depth), images[depth]) for depth in depths]
     theirs = [QemuNbdQcow2("io_uring", "writeback", images[n], family=named(_QEMU, n)) for n in depths]
     goals = [Goal(named(_OURS, depth), named(_OURS, 1), 0.9) for depth in depths[1:]]
-    beside = [Goal(named(_QEMU, depth), named(_QEMU, 1)) for depth in depths[1:]]
     against = [Goal(named(_OURS, depth), named(_QEMU, depth)) for depth in depths]
     return [
         Workload(
@@ -160,7 +159,7 @@ def _chains(blkloom: str) -> list[Workload]:
             "qcow2: 4K randread, qd 16, through a chain of images",
             Job("randread", 4 * _KIB, depth=16),
             (*ours, *theirs),
-            (*goals, *beside, *against),
+            (*goals, *against),
             "qcow2",
         )
     ]
@@ -199,6 +198,7 @@ def _huge(blkloom: str) -> list[Workload]:
             ),
             (Goal(_OURS, _QEMU, 3.0, floor=_FLOOR), Goal(_OURS, _FLOOR, floor=_FLOOR)),
             "qcow2",
+            warm_up=2.0,  # until all of its metadata is in memory
         ),
         Workload(
             "qcow2-1t-open",

@@ -44,7 +44,7 @@ from rows import workloads
 _HERE: Final = Path(__file__).resolve().parent
 _RESULTS: Final = _HERE / "results"
 _PAGE: Final = _HERE.parent / "docs" / "performance.md"
-_SIZE: Final = 512 << 20
+_SIZE: Final = 256 << 20
 FULL: Final = Effort(rounds=5, seconds=0.8, warm_up=0.2)
 QUICK: Final = Effort(rounds=2, seconds=0.4, warm_up=0.15)
 
@@ -59,7 +59,7 @@ def minutes(chosen: list[Workload], effort: Effort) -> float:
     seconds = 0.0
     for workload in chosen:
         for contender in workload.contenders:
-            seconds += _SESSION_SECONDS + effort.warm_up
+            seconds += _SESSION_SECONDS + max(effort.warm_up, workload.warm_up)
             first, *_ = contender.clients
             seconds += sum(workload.seconds(effort, c, first) + _CLIENT_SECONDS[c] for c in contender.clients)
     return seconds * effort.rounds / 60
