@@ -120,7 +120,7 @@ def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:
         longest = max((side["runtime"] for side in sides), default=0) / 1000
         return Outcome(
             operations=sum(side["total_ios"] for side in sides),
-            seconds=max(longest, wall_seconds(logs)) if logs else longest,
+            seconds=wall_seconds(logs, longest) if logs else longest,
             errors=int(bool(job["error"])) + int(job.get("total_err", 0)),
             p50_us=_percentile(sides, "50.000000"),
             p99_us=_percentile(sides, "99.000000"),
@@ -130,17 +130,18 @@ def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:
         raise JobError(f"fio's output makes no sense ({error!r}): {text[:200]!r}") from error
 
 
-def wall_seconds(logs: Iterable[str]) -> float:
-    """The time from the first job's start to the last job's end, from fio's logs (a line: milliseconds, figure, ...).
+def wall_seconds(logs: Iterable[str], longest: float) -> float:
+    """The time from the first job's start to the last job's end. logs: fio's, of which a line is `milliseconds, figure,
+    ...`; the first one comes as long after the start in every job. longest: seconds that a job ran at most.
 
     fio divides all I/Os by the longest time that one job took. Where jobs start late, as many do when they are more
     than the CPUs, they run one after the other in part, and that quotient is more than the machine did in any second.
     Raises ValueError.
     """
-    ends = [int(line.split(",", 1)[0]) for log in logs for line in log.splitlines() if line.strip()]
-    if not ends:
+    starts = [int(log.split(",", 1)[0]) for log in logs if log.strip()]
+    if not starts:
         raise ValueError("the jobs wrote no line into their logs")
-    return (max(ends) - min(ends) + _LOG_MILLISECONDS) / 1000
+    return (max(starts) - min(starts)) / 1000 + longest
 
 
 def _percentile(sides: list[dict[str, Any]], which: str) -> float:
