@@ -163,6 +163,7 @@ def _many_jobs(blkloom: str) -> list[Workload]:
             ),
             (
                 Goal(_RAM, _LOOP, 1.0, floor=_FLOOR, headline=bar),
+                Goal(_LOOP, _FLOOR, floor=_FLOOR),
                 Goal(_RAM, "/dev/loop", client="fio", floor=_FLOOR),
                 Goal(_LOOP, "/dev/loop", client="fio", floor=_FLOOR),
             ),
