@@ -33,7 +33,9 @@ FUZZ_CASES ?= 2000
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
+# Bytecode first: where PYTHONDONTWRITEBYTECODE is set every start would compile all it imports.
 setup: $(VENV)/.built ## .venv/bin/blkloom, built in release mode; quick when nothing changed
+	@$(VENV)/bin/python -m compileall -q python/blkloom
 	@echo "$(VENV)/bin/blkloom is ready"
 
 $(VENV)/.created:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where in a text: source ("--table", a file name), line and column, both from 1."""
 
     source: str = "table"

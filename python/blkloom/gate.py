@@ -15,8 +15,9 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import BackingError
 
@@ -33,8 +34,7 @@ _RELATIVE: Final = {
 """What to do about a relative name that leads nowhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reached:
+class Reached(msgspec.Struct, frozen=True):
     """path: of the file, all links resolved: what is judged and opened. named: the absolute name that led there;
     relative names in that file begin at its directory.
     """

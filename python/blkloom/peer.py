@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True):
     """A process, as it was when it connected (or listened)."""
 
     pid: int

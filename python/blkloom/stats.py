@@ -9,11 +9,11 @@ Pure; any thread.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Final, Self
+
+import msgspec
 
 from blkloom.units import format_size
 
@@ -40,8 +40,7 @@ def bucket_bounds(index: int) -> tuple[int, int]:
     return (8 + step) << (shift + 1), ((9 + step) << (shift + 1)) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Histogram:
+class Histogram(msgspec.Struct, frozen=True):
     """counts[i] values fell into bucket i. Trailing zeros may be left out."""
 
     counts: tuple[int, ...] = ()
@@ -82,8 +81,7 @@ class Histogram:
         return Histogram(tuple(max(0, a - b) for a, b in zip_longest(self.counts, earlier.counts, fillvalue=0)))
 
 
-@dataclass(frozen=True, slots=True)
-class OperationStats:
+class OperationStats(msgspec.Struct, frozen=True):
     """One operation: how often it ended, bytes it moved, how often it failed, how long it took."""
 
     count: int = 0
@@ -108,14 +106,13 @@ class OperationStats:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(msgspec.Struct, frozen=True):
     """operations by name (read, write, flush, discard, write_zeroes, extents, ...), faults that
     went to the mapper, requests in flight when the snapshot was taken, and I/O errors: requests that storage failed,
     where an operation's errors are all that failed. Exports count none of those.
     """
 
-    operations: Mapping[str, OperationStats] = field(default_factory=dict)
+    operations: Mapping[str, OperationStats] = msgspec.field(default_factory=dict)
     faults: int = 0
     in_flight: int = 0
     io_errors: int = 0
@@ -168,6 +165,8 @@ class Stats:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """`to_dict` as JSON text."""
+        import json
+
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_text(self, *, seconds: float | None = None) -> str:
@@ -192,8 +191,7 @@ class Stats:
         return "\n".join([*lines, f"faults {self.faults}, in flight {self.in_flight}{io_errors}"])
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
+class MemoryUse(msgspec.Struct, frozen=True):
     """What clients make an engine keep: bytes of the budget, bytes reserved, and requests that wait for memory."""
 
     budget: int

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import struct
-from dataclasses import replace
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from blkloom.export.nbd.codes import OPTION_MAGIC, REPLY_MAGIC, Option, Reply
 from blkloom.export.nbd.events import Aborted, Answered, Event, Transmission

@@ -2,9 +2,8 @@ r"""dmsetup's concise form: many devices in one line."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from blkloom.errors import TableError
 from blkloom.table import ConciseDevice, format_concise, parse, parse_concise

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from blkloom import _engine
-from blkloom.device import Device
+from blkloom.device.device import Device
 from blkloom.device.open_device import whole_file
 from blkloom.errors import BackingError, Place, TableError, UsageError
 from blkloom.table import Segment, Table, parse, parse_concise
@@ -19,8 +20,7 @@ from blkloom.target.registry import Targets, all_targets
 from blkloom.units import SECTOR, Bytes, Sectors, to_sectors
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRequest:
+class DeviceRequest(msgspec.Struct, frozen=True):
     """A device to open: its name (also the export's), and its table."""
 
     name: str

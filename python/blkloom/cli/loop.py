@@ -13,6 +13,7 @@ from blkloom.cli.loop_options import LoopFailed, LoopOptions, read_options
 from blkloom.cli.session import Session
 from blkloom.dm.failing import Told
 from blkloom.errors import BlkloomError
+from blkloom.version import VERSION
 
 
 class _LoopCommand(click.Command):
@@ -97,10 +98,8 @@ def loop(options: LoopOptions) -> None:
     Columns: AUTOCLEAR, BACK-FILE, BACK-INO, BACK-MAJ:MIN, NAME, OFFSET, PARTSCAN, RO, SIZELIMIT, MAJ:MIN,
     DIO, LOG-SEC, SOCKET, MODE.
     """
-    from importlib.metadata import version
-
     if "version" in options:
-        click.echo(f"blkloom loop from blkloom {version('blkloom')}")
+        click.echo(f"blkloom loop from blkloom {VERSION}")
         return
     _act(Session(click.get_current_context()), options)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from blkloom.cli.loop_devices import LoopDevice, mode_of
 from blkloom.cli.loop_options import LoopFailed
-from blkloom.dm.fields import MAJOR
+from blkloom.dm.names import MAJOR
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session

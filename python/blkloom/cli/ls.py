@@ -11,8 +11,7 @@ from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
 from blkloom.control.states import DeviceInfo
 from blkloom.dm.failing import NotACommandLine
-from blkloom.dm.fields import MAJOR
-from blkloom.dm.names import mangle
+from blkloom.dm.names import MAJOR, mangle
 
 
 @verb(most=0, selectors=MANY)

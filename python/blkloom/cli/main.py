@@ -5,6 +5,7 @@ Below the command line nothing reads the environment or prints; errors come up a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -16,12 +17,13 @@ from blkloom.cli.session import RUN_DIR
 from blkloom.cli.verbs import Verbs
 from blkloom.dm.failing import VerbFailed
 from blkloom.errors import BlkloomError
+from blkloom.version import VERSION
 
 _EX_OSERR = 71
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="blkloom")
+@click.version_option(VERSION)
 @click.option(
     "--run-dir",
     envvar="BLKLOOM_RUN_DIR",
@@ -59,6 +61,14 @@ def blkloom(context: click.Context, run_dir: str | None, verbose: int, quiet: bo
 
 def main() -> NoReturn:
     """Runs the command and exits with its status."""
+    gc.disable()  # until the verb's modules are there (`Verbs.get_command`): importing makes no garbage
+    try:
+        _run()
+    finally:
+        gc.freeze()  # or the interpreter would look through everything once more before it ends
+
+
+def _run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         _any_bytes(stream)
     try:

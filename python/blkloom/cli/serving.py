@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 import click
+import msgspec
 
 from blkloom import _engine
 from blkloom.control.rundir import user_runtime
-from blkloom.device import Device
+from blkloom.device.device import Device
 from blkloom.errors import ListenError
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
@@ -30,8 +27,7 @@ _LIVE_INTERVAL = 1.0
 _STOP_TIMEOUT = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Listening:
+class Listening(msgspec.Struct, frozen=True):
     """Where to listen. allow_remote: on `tcp`, whatever address that is. environment, pid: those of the process,
     for what systemd passed, which is listened on wherever it is: its unit says so.
     """
@@ -79,6 +75,8 @@ class Report:
         """Prints the sums on exit."""
         stats = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
         if self._when == "json":
+            import json
+
             memory = self._memory().to_dict()
             click.echo(json.dumps({name: {**counters.to_dict(), "memory": memory} for name, counters in stats.items()}))
         elif self._when:
@@ -147,6 +145,9 @@ async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack
     if listening.tcp is not None:
         await server.listen_tcp(*listening.tcp, allow_remote=listening.allow_remote)
     if not passed and listening.socket is None and listening.tcp is None:
+        import shutil
+        import tempfile
+
         runtime = user_runtime(listening.environment)
         try:
             folder = tempfile.mkdtemp(prefix="blkloom-", dir=runtime)

@@ -6,9 +6,8 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
@@ -39,8 +38,7 @@ NAMING: Final = "blkloom.naming"
 """Where a verb's options that name devices are (`dm_verb`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """A device as a command line names it. wire: for the client; the others: for dmsetup's error lines."""
 
     wire: DeviceKey

@@ -8,10 +8,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import click
+import msgspec
 
 from blkloom.dm.failing import VerbFailed
 from blkloom.errors import BackingError, Place
@@ -32,8 +32,7 @@ allow_backing_option: Final = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TableText:
+class TableText(msgspec.Struct, frozen=True):
     """A table as it was given. source: what errors call it."""
 
     text: str

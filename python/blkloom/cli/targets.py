@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version as installed
 
 import click
 
@@ -13,6 +12,7 @@ from blkloom.dm.failing import IoctlFailed
 from blkloom.errors import UnknownTarget
 from blkloom.target.base import Target
 from blkloom.target.registry import all_targets
+from blkloom.version import VERSION
 
 
 @verb(most=0)
@@ -42,7 +42,7 @@ def target_version(session: Session, operands: tuple[str, ...]) -> None:
 
 def _line(target: type[Target]) -> str:
     """dmsetup's: name and version."""
-    return f"{target.name:<16} v{installed('blkloom')}"
+    return f"{target.name:<16} v{VERSION}"
 
 
 def _explain(classes: list[type[Target]]) -> None:

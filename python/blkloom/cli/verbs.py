@@ -7,10 +7,10 @@ they stood behind it, as dmsetup does.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Final
+from typing import Final, NamedTuple
 
 import click
 from typing_extensions import override
@@ -19,8 +19,7 @@ from blkloom.dm.failing import VerbFailed
 from blkloom.dm.options import LETTERS, LONG
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
+class Verb(NamedTuple):
     """module: its file here. summary: for the help. dmsetup: whether dmsetup's options go with it."""
 
     module: str
@@ -114,6 +113,8 @@ class Verbs(click.Group):
             return None
         command = getattr(import_module(f"blkloom.cli.{verb.module}"), cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command), "a verb's module has a command of the verb's name"
+        gc.freeze()
+        gc.enable()
         return command
 
     @override

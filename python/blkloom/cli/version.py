@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed
-
 import click
 
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
+from blkloom.version import VERSION
 
 
 @verb(most=0)
@@ -18,7 +17,7 @@ def version(session: Session, operands: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps({"command": installed("blkloom"), **told}, indent=2))
+        click.echo(json.dumps({"command": VERSION, **told}, indent=2))
         return
-    click.echo(f"Library version:   {installed('blkloom')}")
+    click.echo(f"Library version:   {VERSION}")
     click.echo(f"Driver version:    {told['version']}")

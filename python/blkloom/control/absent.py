@@ -14,6 +14,7 @@ from blkloom.control import messages as m
 from blkloom.control.client import Client
 from blkloom.control.rundir import RunDir
 from blkloom.errors import NoSuchDevice, NoSupervisor
+from blkloom.version import VERSION
 
 
 class AbsentClient(Client):
@@ -36,10 +37,8 @@ class AbsentClient(Client):
             case m.Upgrade():
                 return {"workers": 0}
             case m.GetVersion():
-                from importlib.metadata import version  # no other command pays for it
-
                 return {
-                    "version": version("blkloom"),
+                    "version": VERSION,
                     "protocol": m.PROTOCOL,
                     "pid": 0,
                     "devices": 0,

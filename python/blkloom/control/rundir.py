@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
+
+import msgspec
 
 from blkloom.control.trusted_path import open_private
 from blkloom.dm.names import mangle
@@ -28,8 +29,7 @@ def user_runtime(environment: Mapping[str, str]) -> Path | None:
     return path if path.is_absolute() and os.geteuid() != 0 else None
 
 
-@dataclass(frozen=True)
-class RunDir:
+class RunDir(msgspec.Struct, frozen=True):
     """Names in the directory `path`."""
 
     path: Path

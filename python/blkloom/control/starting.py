@@ -12,7 +12,6 @@ import fcntl
 import os
 import select
 import socket
-import subprocess
 import sys
 from typing import Final
 
@@ -73,6 +72,8 @@ def _try(run_dir: RunDir) -> socket.socket | None:
 
 def _start(run_dir: RunDir, idle: float) -> None:
     """Returns once it accepts clients. Raises NoSupervisor."""
+    import subprocess  # most commands find a supervisor
+
     reading, writing = os.pipe2(os.O_CLOEXEC)
     command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir.path)]
     command += ["--idle-timeout", str(idle), "--ready-fd", str(writing)]

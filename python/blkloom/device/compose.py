@@ -12,7 +12,9 @@ import copy
 import errno
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from blkloom import open_files
 from blkloom._engine import Extent, Map
@@ -26,8 +28,7 @@ from blkloom.units import Bytes, to_bytes, to_sectors
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Owner:
+class Owner(msgspec.Struct, frozen=True, eq=False):
     """A target as it is loaded: whom faults of the range go to. read_only: as the opening was."""
 
     target: Target
@@ -75,7 +76,7 @@ class LoadedTable:
         owner, segment = self.owners[number], self._segment(number)
         length = Bytes(sum(length for _, length, _ in mapped))
         if length != owner.length and len(self.owners) == 1:
-            owner = replace(owner, length=length)
+            owner = msgspec.structs.replace(owner, length=length)
             segment = replace(segment, length=to_sectors(length))
         runs = self._runs | {number: _checked(mapped, owner, number, segment)}
         self.map = self._whole(runs)

@@ -14,9 +14,7 @@ from blkloom.qcow2.probing import image_length, is_image_name, looks_like_image
 from blkloom.table import Segment, Table, parse
 from blkloom.target.base import Target
 from blkloom.target.holding import HeldFiles
-from blkloom.target.loop import Loop
 from blkloom.target.opening import Opening
-from blkloom.target.qcow2 import Qcow2
 from blkloom.target.registry import all_targets
 from blkloom.units import SECTOR, Bytes, Sectors, round_up_to_sector, to_sectors
 
@@ -92,8 +90,12 @@ def whole_file(
     finally:
         opening.close()
     if image:  # QEMU rounds the disk in an image down
+        from blkloom.target.qcow2 import Qcow2
+
         target: Target = Qcow2(name, allow_backing=allowed)
     else:
+        from blkloom.target.loop import Loop
+
         target = Loop(name, round_up="round_up" if size % SECTOR else "")
         size = round_up_to_sector(size)
     length = to_sectors(size)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from blkloom.control.states import DeviceInfo
 
 PREFIX: Final = "blkloom:"
 
 
-@dataclass(frozen=True)
-class Dependency:
+class Dependency(msgspec.Struct, frozen=True):
     """A device (of blkloom) or a path that another stands on."""
 
     path: str
@@ -56,15 +56,14 @@ def dependencies(info: DeviceInfo, others: Mapping[str, DeviceInfo]) -> list[Dep
     return found
 
 
-@dataclass(eq=False)
-class Node:
+class Node(msgspec.Struct, eq=False):
     """A device or a path in the graph."""
 
     name: str
     """"" for a path."""
     dependency: Dependency
-    uses: list[Node] = field(default_factory=list)
-    used_by: list[Node] = field(default_factory=list)
+    uses: list[Node] = msgspec.field(default_factory=list)
+    used_by: list[Node] = msgspec.field(default_factory=list)
 
 
 class Graph:

@@ -7,25 +7,23 @@ A field gives the text it shows and the value it is sorted and selected by. Sour
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from blkloom.control.states import DeviceInfo
 from blkloom.dm.dependencies import Dependency, dependencies
-from blkloom.dm.names import mangle
+from blkloom.dm.names import MAJOR, mangle
 from blkloom.units import SECTOR
 
 Value = str | int
-MAJOR: Final = 0
-"""What stands where the kernel has a major number: blkloom's devices have none of the kernel's."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A device as the fields see it. others: every device, by name. directory: where its socket is."""
 
     info: DeviceInfo
-    others: Mapping[str, DeviceInfo] = field(default_factory=dict)
+    others: Mapping[str, DeviceInfo] = msgspec.field(default_factory=dict)
     directory: str = ""
     shown: str = ""
     """The name as the mangling mode shows it."""
@@ -39,8 +37,7 @@ class Row:
         return [self.others[name] for name in sorted(self.info.holders) if name in self.others]
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One column. value: what it shows; numbers stand to the right."""
 
     id: str
@@ -51,8 +48,7 @@ class Field:
     number: bool = False
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(msgspec.Struct, frozen=True):
     """Fields that belong together. prefix: `<prefix>all` means all of them."""
 
     title: str

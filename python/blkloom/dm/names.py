@@ -15,6 +15,8 @@ from typing import Final
 
 from blkloom.errors import UsageError
 
+MAJOR: Final = 0
+"""What stands where the kernel has a major number: blkloom's devices have none of the kernel's."""
 LONGEST_NAME: Final = 127
 """Bytes of a mangled name (DM_NAME_LEN without the NUL)."""
 LONGEST_UUID: Final = 128

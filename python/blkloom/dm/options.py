@@ -7,8 +7,7 @@ Pure; raises NotACommandLine with getopt's words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from blkloom.dm.failing import NotACommandLine
 
@@ -111,8 +110,7 @@ IGNORED: Final = frozenset(
 """Options that every verb takes and none looks at: they are about nodes, udev and what else is not here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(NamedTuple):
     """A command line in order: options as `--long` or `--long=value`, and the other words."""
 
     options: list[str]

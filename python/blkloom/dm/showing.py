@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from blkloom.control.states import DeviceInfo
-from blkloom.dm.fields import MAJOR
+from blkloom.dm.names import MAJOR
 
 Segment = tuple[int, int, str, str]
 """start, length (sectors), target, the rest of the line."""

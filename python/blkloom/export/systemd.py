@@ -9,8 +9,9 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import ListenError
 
@@ -20,8 +21,7 @@ NOTIFY_TIMEOUT: Final = 5.0
 """Seconds a notification may wait for room in systemd's socket."""
 
 
-@dataclass(frozen=True, slots=True)
-class PassedDescriptor:
+class PassedDescriptor(msgspec.Struct, frozen=True):
     """A descriptor systemd passed: its number, and its FileDescriptorName ("" where none was given)."""
 
     fd: int

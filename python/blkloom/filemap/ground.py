@@ -13,9 +13,9 @@ import os
 import re
 import stat
 import struct
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from blkloom.filemap import fiemap
@@ -58,8 +58,7 @@ _STATFS: Final = 256
 """More than any `struct statfs` has."""
 
 
-@dataclass(frozen=True)
-class Ground:
+class Ground(msgspec.Struct, frozen=True):
     """Where a file lives. node: the block device's path; number: its st_rdev."""
 
     node: str

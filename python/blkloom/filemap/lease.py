@@ -20,9 +20,10 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from blkloom.filemap import immutable
 from blkloom.filemap.immutable import Immutable
@@ -48,13 +49,12 @@ _SIGNALS: Final = {_BROKEN, signal.SIGIO}
 """SIGIO: what the kernel sends when no more real-time signals can be queued."""
 
 
-@dataclass(eq=False)
-class _Lease:
+class _Lease(msgspec.Struct, eq=False):
     fd: int
     path: str
     stopped: Stopped
     immutable: Immutable | None
-    users: list[GivenUp] = field(default_factory=list)
+    users: list[GivenUp] = msgspec.field(default_factory=list)
     changed: bool = False
     broken: bool = False
     """Nobody may join its users any more."""

@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -44,8 +43,7 @@ async def open_here(wish: m.OpenFile, opened: Sequence[int]) -> int:
     return await asyncio.to_thread(open_within, wish, OPEN_SECONDS, *opened)
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(msgspec.Struct, frozen=True):
     """What a worker says it has."""
 
     group: Group

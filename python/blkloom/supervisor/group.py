@@ -15,8 +15,9 @@ import os
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from blkloom.control import messages as m
 from blkloom.errors import WorkerGone, WorkerStuck
@@ -30,24 +31,23 @@ KILL_SECONDS: Final = 10.0
 """For a killed process to end; one that waits for storage in the kernel does not."""
 
 
-@dataclass
-class Group:
+class Group(msgspec.Struct):
     """id: unique in the run directory, the worker's socket is called so. minors: its devices."""
 
     id: str
-    minors: set[int] = field(default_factory=set)
+    minors: set[int] = msgspec.field(default_factory=set)
     link: Link | None = None
     pid: int = 0
     pidfd: int = -1
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    deaths: deque[float] = field(default_factory=deque)
+    lock: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
+    deaths: deque[float] = msgspec.field(default_factory=deque)
     leaving: bool = False
     """Its worker is meant to end."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     """The worker process has ended."""
     status: int | None = None
     """How, if the zygote said so."""
-    status_told: asyncio.Event = field(default_factory=asyncio.Event)
+    status_told: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     forked: bool = False
     """The zygote there is forked its worker, and will say how it ended."""
     restarting: asyncio.Task[None] | None = None
@@ -61,7 +61,7 @@ class Group:
     """What its devices wait for."""
     after: Group | None = None
     """One whose worker may have this one's devices, too: that has to end first."""
-    arriving: set[int] = field(default_factory=set)
+    arriving: set[int] = msgspec.field(default_factory=set)
     """Devices that another group hands over to it: what its worker says of them counts already."""
 
     async def call(self, call: m.WorkerCall, *fds: int, opener: Opener | None = None, wait: float | None = None) -> Any:

@@ -12,17 +12,16 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import click
+import msgspec
 
 from blkloom import open_files
 from blkloom.control import messages as m
@@ -47,6 +46,7 @@ from blkloom.supervisor.verbs import Caller, Verbs
 from blkloom.supervisor.workers import Workers
 from blkloom.target.registry import all_targets
 from blkloom.units import Bytes, format_size, parse_size
+from blkloom.version import VERSION
 
 _log = logging.getLogger(__name__)
 _ACCEPT_RETRY: Final = 1.0
@@ -55,8 +55,7 @@ _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 _LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. idle:
     seconds without devices and clients after which it ends; 0 for never. recovery: seconds that I/O waits for a killed
     worker to end. client_memory: bytes that its clients may make a worker keep.
@@ -70,8 +69,7 @@ class Limits:
     client_memory: int
 
 
-@dataclass(frozen=True)
-class Inherited:
+class Inherited(msgspec.Struct, frozen=True):
     """What the program before this one in the same process left open: lock, control socket, and the
     client that asked for the upgrade.
     """
@@ -94,7 +92,7 @@ class Supervisor:
         self._run_dir = run_dir
         self._limits = limits
         self._again = again
-        self._hello = m.Hello(version=importlib.metadata.version("blkloom"), pid=os.getpid())
+        self._hello = m.Hello(version=VERSION, pid=os.getpid())
         self._registry = Registry(limits.devices)
         self._store = Store()
         self._news = News()

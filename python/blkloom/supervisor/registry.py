@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from blkloom.control.messages import DeviceKey
 from blkloom.control.states import DeviceInfo, DeviceState, ExportState, FailedSync, Loaded, LoopNotes
@@ -24,8 +25,7 @@ MOST_MINORS: Final = 1 << 20
 """Numbers there are for devices, as in the kernel (MINORBITS)."""
 
 
-@dataclass
-class Entry:
+class Entry(msgspec.Struct):
     """A device. below: minors it stands on, by slot. suspended: as its own verbs left it; suspended_for:
     the lower device that was suspended and took this one along.
     """
@@ -39,13 +39,13 @@ class Entry:
     suspended: bool = False
     suspended_for: int | None = None
     event: int = 0
-    exports: list[ExportState] = field(default_factory=list)
+    exports: list[ExportState] = msgspec.field(default_factory=list)
     connections: int = 0
     size: int = 0
     targets: int = 0
-    types: list[str] = field(default_factory=list)
-    deps: list[str] = field(default_factory=list)
-    inactive_deps: list[str] = field(default_factory=list)
+    types: list[str] = msgspec.field(default_factory=list)
+    deps: list[str] = msgspec.field(default_factory=list)
+    inactive_deps: list[str] = msgspec.field(default_factory=list)
     below_active: frozenset[int] = frozenset()
     below_inactive: frozenset[int] = frozenset()
     memory_active: int = 0
@@ -60,7 +60,7 @@ class Entry:
     opened: bool = False
     """It has had a client, or a device on it that is not its partition."""
     loop: LoopNotes | None = None
-    failed_syncs: list[FailedSync] = field(default_factory=list)
+    failed_syncs: list[FailedSync] = msgspec.field(default_factory=list)
     io_errors: int = 0
     last_io_error: str = ""
 

@@ -5,9 +5,10 @@ Only `parse` runs here, never a target's `map`: that is the worker's, and so is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import ResourceError, TableError, UsageError
 from blkloom.supervisor.registry import Entry, Registry
@@ -19,8 +20,7 @@ from blkloom.units import format_size, to_bytes
 _MEMORY: Final = "ram"
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(msgspec.Struct, frozen=True):
     """below: minors of the devices it stands on. memory: bytes. targets: their names."""
 
     below: frozenset[int]

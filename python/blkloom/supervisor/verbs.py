@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -59,8 +58,7 @@ RETRY_SECONDS: Final = 5.0
 """How long `remove --retry` waits for users to leave. dmsetup: 25 tries, 200 ms apart."""
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who asks. opener: has files opened with his rights."""
 
     opener: Opener

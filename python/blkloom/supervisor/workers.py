@@ -10,7 +10,6 @@ import asyncio
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -131,7 +130,7 @@ class Workers:
 
     def new_group(self, identifier: str = "") -> Group:
         """One without a worker yet."""
-        group = Group(identifier or secrets.token_hex(6))
+        group = Group(identifier or os.urandom(6).hex())
         self.groups[group.id] = group
         return group
 

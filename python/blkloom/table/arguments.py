@@ -7,8 +7,9 @@ place, its value and the target's syntax as the cure. No I/O here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import Place, TableError
 from blkloom.units import DEVICE_LIMIT, SECTOR, Sectors
@@ -16,8 +17,7 @@ from blkloom.units import DEVICE_LIMIT, SECTOR, Sectors
 _MOST_DIGITS: Final = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(msgspec.Struct, frozen=True):
     """One word of a table after escapes were undone, and where it stood."""
 
     text: str

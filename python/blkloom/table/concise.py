@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import Place, TableError
 from blkloom.table.arguments import decimal
@@ -34,8 +35,7 @@ _NEEDS_ESCAPE: Final = re.compile(r"([\\,;])")
 _IMPOSSIBLE: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class ConciseDevice:
+class ConciseDevice(msgspec.Struct, frozen=True):
     """One device. name: not empty; uuid: "" for none; minor: None for any."""
 
     name: str

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from blkloom.errors import Place, TableError
 from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors, to_sectors
 
@@ -36,8 +38,7 @@ class Segment:
         return Sectors(self.start + self.length)
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """Segments in order; without any it is the table of a device of size 0, which no text stands for. Raises
     TableError unless they are contiguous from 0, none is empty, and the device stays below 2^63 bytes; a singleton
     target must be alone.

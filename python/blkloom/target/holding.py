@@ -14,13 +14,13 @@ import logging
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from blkloom import open_files
 from blkloom._engine import File
 from blkloom.errors import BackingError
-from blkloom.filemap import page_cache
 from blkloom.filemap.lease import Leases
 from blkloom.target.claim import Claim
 from blkloom.target.descriptors import Descriptors, descriptor_path
@@ -38,12 +38,11 @@ _CURES: Final = {
 }
 
 
-@dataclass
-class _Held:
+class _Held(msgspec.Struct):
     claim: Claim | None
     users: int = 0
     lent: tuple[str, bool] | None = None
-    files: dict[tuple[bool, bool], File] = field(default_factory=dict)
+    files: dict[tuple[bool, bool], File] = msgspec.field(default_factory=dict)
 
 
 class HeldFiles:
@@ -112,6 +111,8 @@ class HeldFiles:
             file.fail_syncs(error)
             file.set_failure_reported()
         elif known:  # what was lost is in the page cache still, and would pass for what the file holds
+            from blkloom.filemap import page_cache  # it takes ctypes along
+
             page_cache.drop(file)
         return file
 
@@ -123,6 +124,8 @@ class HeldFiles:
             del self._held[identity]
             for file in held.files.values():
                 if file.sync_error:
+                    from blkloom.filemap import page_cache
+
                     with suppress(OSError):  # its file system may have gone
                         page_cache.forget(file)
             held.files.clear()

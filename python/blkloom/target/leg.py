@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from blkloom._engine import Extent
 from blkloom.dm.names import mangle, unmangle
@@ -21,8 +22,7 @@ from blkloom.target.opening import STACKED, Opening
 from blkloom.units import DEVICE_LIMIT, Bytes, Sectors, to_bytes, to_sectors
 
 
-@dataclass(frozen=True, slots=True)
-class Leg:
+class Leg(msgspec.Struct, frozen=True):
     """From `offset` on in what `path` names."""
 
     path: str

@@ -7,7 +7,8 @@ optimal_io_size); NBD proto.md "Size constraints".
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from blkloom.errors import UsageError
 from blkloom.units import SECTOR
@@ -15,8 +16,7 @@ from blkloom.units import SECTOR
 _LARGEST = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class BlockLimits:
+class BlockLimits(msgspec.Struct, frozen=True):
     """Bytes, powers of two. logical: what offsets and lengths should be multiples of, 512 to 65536.
     optimal: what is efficient, at least `logical`. Raises UsageError otherwise.
     """

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from blkloom.errors import Place, UnknownTarget, UsageError
 from blkloom.target.base import Target
@@ -52,8 +53,7 @@ class Entry(Protocol):
         """Imports it. May raise anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class _BuiltIn:
+class _BuiltIn(msgspec.Struct, frozen=True):
     name: str
     value: str
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import importlib.metadata
 import logging
 import os
 import signal
@@ -24,6 +22,7 @@ from blkloom.control.states import FailedSync
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.peer import peer_of
 from blkloom.target.registry import Targets, all_targets
+from blkloom.version import VERSION
 from blkloom.worker.conversation import Conversation
 from blkloom.worker.host import Host
 from blkloom.worker.hosted import KEEP_SECONDS
@@ -42,11 +41,6 @@ def run(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return asyncio.run(Worker(worker_id, run_dir, targets or all_targets(), client_memory).live(channel_socket))
-
-
-@functools.cache
-def _version() -> str:
-    return importlib.metadata.version("blkloom")
 
 
 class Worker:
@@ -112,7 +106,7 @@ class Worker:
             asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
 
     def _converse(self, connected: socket.socket) -> Conversation:
-        greeting = Hello(version=_version(), pid=os.getpid())
+        greeting = Hello(version=VERSION, pid=os.getpid())
         conversation = Conversation(AsyncChannel(connected, ToWorker), greeting, self._answer, self._greeted)
         task = asyncio.create_task(conversation.run(), name="conversation")
         self._conversations.add(task)

@@ -5,28 +5,25 @@ Events that carry `data` ask the caller to send those bytes before it asks for t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from blkloom.export.nbd.codes import ClientFlag, Reply
 from blkloom.export.nbd.offer import Offer
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(msgspec.Struct, frozen=True):
     """The server opens: send `data`."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGreeted:
+class ClientGreeted(msgspec.Struct, frozen=True):
     """The client's flags are in."""
 
     flags: ClientFlag
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(msgspec.Struct, frozen=True):
     """An option was answered; haggling goes on. `data` holds every reply, `reply` is the final one."""
 
     option: int
@@ -35,8 +32,7 @@ class Answered:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Transmission:
+class Transmission(msgspec.Struct, frozen=True):
     """The handshake succeeded: send `data`, then transmission begins.
 
     structured, extended: which replies were agreed (extended implies structured).
@@ -52,22 +48,19 @@ class Transmission:
     initial: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Aborted:
+class Aborted(msgspec.Struct, frozen=True):
     """The client said NBD_OPT_ABORT: send `data` (it may be gone already) and close."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
+class Dropped(msgspec.Struct, frozen=True):
     """NBD_OPT_EXPORT_NAME cannot be satisfied and has no error reply: close."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(msgspec.Struct, frozen=True):
     """The client closed its side. midway: in the middle of a message."""
 
     midway: bool

@@ -17,8 +17,9 @@ import os
 import socket
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from blkloom.errors import ListenError, UsageError
 from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
@@ -29,8 +30,7 @@ BACKLOG: Final = 1024
 _PATH_LIMIT: Final = 107
 
 
-@dataclass(slots=True)
-class Listener:
+class Listener(msgspec.Struct):
     """A listening, non-blocking socket. owned: (device, inode) of the socket file to remove on close."""
 
     socket: socket.socket

@@ -8,10 +8,11 @@ device's size may change while the server runs. Source: proto.md "Size constrain
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Final, Self
+
+import msgspec
 
 from blkloom.errors import UsageError
 from blkloom.export.nbd.codes import STRING_LIMIT, TransmissionFlag
@@ -23,8 +24,7 @@ CONTEXT_OFFERS: Final = 1024
 _MAXIMUM: Final = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class BlockSizes:
+class BlockSizes(msgspec.Struct, frozen=True):
     """Size constraints of an export, in bytes. The defaults are the protocol's own.
 
     minimum: what offsets and lengths are multiples of (a power of two up to 65536). preferred:
@@ -66,8 +66,7 @@ class BlockSizes:
         return cls(minimum, preferred) if minimum > SECTOR else cls(preferred=preferred)
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True):
     """One export: its canonical name (may be ""), size in bytes, and what it can do.
 
     multi_conn: a flush on one connection covers writes completed on the others. contexts: metadata contexts it
@@ -80,7 +79,7 @@ class Offer:
     description: str = ""
     read_only: bool = False
     multi_conn: bool = True
-    block_sizes: BlockSizes = field(default_factory=BlockSizes)
+    block_sizes: BlockSizes = msgspec.field(default_factory=BlockSizes)
     contexts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -6,7 +6,8 @@ Pure functions of bytes. Source: proto.md "Option types".
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from blkloom.export.nbd.codes import DIRTY_BITMAP, STRING_LIMIT
 
@@ -15,16 +16,14 @@ class MalformedOptionError(ValueError):
     """The option's data is syntactically or semantically invalid; the message is fit for the client."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
+class ExportRequest(msgspec.Struct, frozen=True):
     """INFO and GO: the export's name and the kinds of information asked for (unknown ones too)."""
 
     name: str
     infos: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class ContextRequest:
+class ContextRequest(msgspec.Struct, frozen=True):
     """LIST_META_CONTEXT and SET_META_CONTEXT: the export's name and the queries as sent."""
 
     name: str

@@ -18,11 +18,12 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Final, Self
+
+import msgspec
 
 from blkloom import _engine, open_files
 from blkloom.errors import UsageError
@@ -62,8 +63,7 @@ _STOP_GRACE: Final = 1.0
 """Seconds a handshake may go on being told ERR_SHUTDOWN while the server stops."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
+class ServerLimits(msgspec.Struct, frozen=True):
     """Bounds of one server.
 
     connections: clients at a time, in handshake or transmission. refusals: further clients that are

@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from blkloom import _engine
 from blkloom.export.nbd.events import Aborted, Disconnected, Dropped, Transmission
@@ -23,8 +24,7 @@ from blkloom.export.nbd.offer import BlockSizes, Offer, check_string, negotiable
 from blkloom.export.nbd.state import ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
-class NbdExport:
+class NbdExport(msgspec.Struct, frozen=True):
     """An engine export under a name (may be ""), with a description for people.
 
     multi_conn: leave True unless the device cannot make one connection's flush cover another's writes.
@@ -57,8 +57,7 @@ class NbdExport:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Agreed:
+class Agreed(msgspec.Struct, frozen=True):
     """What the transmission phase follows, as `_engine.serve_nbd` takes it."""
 
     structured: bool = False
@@ -67,8 +66,7 @@ class Agreed:
     max_payload: int = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Unfinished:
+class Unfinished(msgspec.Struct, frozen=True):
     """What is left to be done of a connection that another engine served, or the handshake: see `Detached`."""
 
     initial: bytes = b""
@@ -76,8 +74,7 @@ class Unfinished:
     skipping: tuple[int, bytes] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Moving:
+class Moving(msgspec.Struct, frozen=True):
     """A client between two servers. export: its name. descriptor: its socket, owned by whoever has
     this.
     """

@@ -1,0 +1,63 @@
+"""What a command imports decides how soon it answers: modules that take milliseconds are not imported for nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from blkloom.version import VERSION
+
+SLOW = {"importlib.metadata", "numpy", "rich", "tempfile", "zstandard"}
+"""No command needs one of them to begin."""
+DEVICES = {"blkloom._engine", "blkloom.device.device", "blkloom.target.loop", "blkloom.target.qcow2", "ctypes"}
+COMMAND = "from blkloom.cli.main import main; main()"
+
+
+def imported(tmp_path: Path, code: str, *arguments: str) -> set[str]:
+    """Modules that a Python process has imported when it ends."""
+    listing = tmp_path / "modules"
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: open({str(listing)!r}, 'w').write('\\n'.join(sys.modules)))\n{code}"
+    )
+    environment = os.environ | {"BLKLOOM_RUN_DIR": str(tmp_path / "run")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return set(listing.read_text().split("\n"))
+
+
+@pytest.mark.parametrize("verb", ["ls", "info", "table", "version"])
+def test_a_verb_that_looks_imports_no_loop_no_device_and_nothing_slow(tmp_path: Path, verb: str) -> None:
+    unwanted = SLOW | DEVICES | {"asyncio", "ssl", "subprocess", "blkloom.table", "blkloom.partitions", "blkloom.qcow2"}
+    assert imported(tmp_path, COMMAND, verb) & unwanted == set()
+
+
+SERVE = """
+import os, signal
+import blkloom.cli.serving as serving
+told = serving.click.echo
+def echo(*words, **how):
+    told(*words, **how)
+    os.kill(os.getpid(), signal.SIGTERM)  # the URI: clients can connect
+serving.click.echo = echo
+"""
+
+
+def test_serving_memory_imports_no_other_target_and_nothing_slow(tmp_path: Path) -> None:
+    unwanted = SLOW | {"ctypes", "json", "shutil", "blkloom.target.loop", "blkloom.target.qcow2", "blkloom.partitions"}
+    arguments = ("serve", "--ram", "1M", "--socket", str(tmp_path / "nbd.sock"))
+    assert imported(tmp_path, SERVE + COMMAND, *arguments) & unwanted == set()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert tomllib.loads(project.read_text())["project"]["version"] == VERSION
+    assert version("blkloom") == VERSION
