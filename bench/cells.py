@@ -19,9 +19,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def short(value: float, workload: WorkloadResult) -> str:
-    """A figure in three digits: `186k`, `4.60k`, `744`, or milliseconds."""
+    """A figure in three digits: `186k`, `4.6k`, `744`, or a time."""
     if workload.unit == "s":
-        return f"{value * 1e3:.3g} ms"
+        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
     if value < 1000:
         return f"{value:.0f}"
     return f"{value / 1000:.0f}k" if value >= 100_000 else f"{value / 1000:.3g}k"

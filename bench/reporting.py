@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Final
 
 from cells import NONE, cost, rate, short, table
-from results import AT_THE_FLOOR, BEFORE, Comparison, Run, TableName, WorkloadResult, best, compare
+from results import AT_THE_FLOOR, BEFORE, Comparison, Contest, Run, TableName, WorkloadResult, best, compare
 
 _TABLES: Final[dict[TableName, tuple[str, str]]] = {
     "mails": (
@@ -35,7 +35,7 @@ _TABLES: Final[dict[TableName, tuple[str, str]]] = {
     ),
     "process": ("In a Python program", "Reads by `pread_into` and `batch`, against `os.preadv` on tmpfs."),
     "scale": ("Many segments, devices and connections", "Against the same with one."),
-    "start": ("Start-up", "From the start of the command."),
+    "start": ("Start-up", "From the start of the command; less is better, and so are lower ratios."),
 }
 _PREFIX: Final = "blkloom "
 
@@ -125,9 +125,8 @@ def _reading(run: Run) -> str:
         "(counted by perf in a run of their own)."
     )
     if _has_before(run):
-        text += (
-            f"\n- *before*: the ratio to an older build in the same rounds: {run.versions.get('before', 'unknown')}."
-        )
+        build = run.versions.get("before", "unknown")
+        text += f"\n- *before*: the ratio to an older build in the same rounds: {build}. Of times, less is better."
     return text
 
 
@@ -165,17 +164,25 @@ def _row(workload: WorkloadResult, subject: str, group: list[Comparison], run: R
     cells = [
         workload.title,
         subject.removeprefix(_PREFIX),
-        short(found.figure, workload) if found else "not measured",
+        _figure(found, workload, group),
         _floor(group, floors),
         ", ".join(_against(c) for c in rest) or NONE,
         f"{short(fio.figure, workload)} ({', '.join(with_fio)})" if fio and with_fio else NONE,
         cost(found, workload),
-        rate(found.calls if found else None),
-        rate(found.switches if found else None),
+        rate(found.calls if found and workload.unit == "IOPS" else None),
+        rate(found.switches if found and workload.unit == "IOPS" else None),
     ]
     if _has_before(run):
         cells.append(f"{before[0].ratio:.2f}x" if before and before[0].ratio is not None else NONE)
     return [*cells, _verdict(group)]
+
+
+def _figure(found: Contest | None, workload: WorkloadResult, group: list[Comparison]) -> str:
+    """The median, with the goal where that is one for the figure itself."""
+    if found is None:
+        return "not measured"
+    bounds = [short(c.goal.at_most, workload) for c in group if c.goal.at_most is not None]
+    return short(found.figure, workload) + "".join(f" (goal {bound})" for bound in bounds)
 
 
 def _floor(group: list[Comparison], floors: list[Comparison]) -> str:
@@ -185,7 +192,7 @@ def _floor(group: list[Comparison], floors: list[Comparison]) -> str:
 
 
 def _against(c: Comparison) -> str:
-    words = f"{c.goal.peer.removeprefix(_PREFIX)} **{c.reached}**"
+    words = f"{c.goal.peer.removeprefix(_PREFIX)} **{NONE if c.ratio is None else f'{c.ratio:.2f}x'}**"
     if c.goal.at_least is not None:
         words += f" ({c.wanted})"
     return words + (" with fio" if c.goal.client == "fio" and c.subject and c.subject.client == "fio" else "")

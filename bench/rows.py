@@ -18,6 +18,7 @@ from measuring import Contender, Workload
 from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer, QemuNbd
 from qcow2_rows import qcow2_workloads
 from results import BEFORE, Goal
+from start_rows import start_workloads
 
 _LOOP: Final = "blkloom loop"
 _RAM: Final = "blkloom ram"
@@ -52,6 +53,7 @@ def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
         *_in_process(blkloom),
         *_scale(blkloom),
         *qcow2_workloads(blkloom),
+        *start_workloads(blkloom),
     ]
     if before is None:
         return found

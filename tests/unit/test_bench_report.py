@@ -116,7 +116,7 @@ def test_start_up_times_have_a_table() -> None:
     )
     text = page(run(found), plot="p.svg", appendix="a.md")
     assert "## Start-up" in text
-    assert "| 110 ms |" in text
+    assert "| 110 ms (goal 120 ms) |" in text
 
 
 def test_what_could_not_be_counted_is_named() -> None:
