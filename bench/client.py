@@ -45,5 +45,5 @@ def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: P
 
 
 def _logs(log: Path) -> list[Path]:
-    """The logs that fio's jobs write: `NAME_iops.NUMBER.log`."""
+    """The logs that fio's jobs write: `NAME_clat.NUMBER.log`."""
     return list(log.parent.glob(f"{log.name}_*.log"))

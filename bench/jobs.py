@@ -71,7 +71,10 @@ def fio_arguments(
     until = [f"--io_size={size // job.connections}"]
     if seconds is not None:
         until = ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
-    logs = [f"--write_iops_log={log}", f"--log_avg_msec={_LOG_MILLISECONDS}", "--log_unix_epoch=1"]
+    # A job writes the line of this log itself when a request has ended; those of others come from a thread that looks
+    # four times a second at first.
+    logs = [f"--write_lat_log={log}", "--disable_slat=1", "--disable_lat=1"]
+    logs += [f"--log_avg_msec={_LOG_MILLISECONDS}", "--log_unix_epoch=1"]
     return [
         "fio",
         "--name=bench",

@@ -51,7 +51,7 @@ def test_only_several_jobs_of_fio_write_logs() -> None:
         return fio_arguments(job, SOCKET, size=1 << 20, output="o", log="l", seconds=1.0)
 
     assert not [word for word in words(Job("randread", 4096)) if "log" in word]
-    assert "--write_iops_log=l" in words(Job("randread", 4096, connections=2))
+    assert "--write_lat_log=l" in words(Job("randread", 4096, connections=2))
 
 
 @pytest.mark.parametrize(
