@@ -28,11 +28,14 @@ def _tools(program: Callable[[str, str], str]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """kind: write, zeroes, keep (zeros without unmapping), discard, flush, reopen or kill."""
+    """kind: write, together (with `others`, which have its length), zeroes, keep (zeros without unmapping), discard,
+    flush, reopen or kill.
+    """
 
     kind: str
     offset: int
     length: int
+    others: tuple[int, ...] = ()
 
 
 @st.composite
@@ -49,11 +52,19 @@ def layouts(draw: st.DrawFn) -> list[str]:
 
 
 def steps(size: int) -> st.SearchStrategy[list[Step]]:
-    kinds = st.sampled_from(["write"] * 4 + ["zeroes", "keep", "discard", "discard", "flush", "reopen", "kill"])
+    kinds = st.sampled_from(
+        ["write"] * 4 + ["together"] * 4 + ["zeroes", "keep", "discard", "discard", "flush", "reopen", "kill"]
+    )
     near = st.integers(0, size // 512 - 1).map(lambda sector: sector * 512)
     places = st.one_of(near, st.integers(0, size - 1))
     lengths = st.one_of(st.sampled_from([1, 511, 512, 2048, 4096, 65536]), st.integers(1, size // 2))
-    one = st.builds(lambda kind, at, length: Step(kind, at, min(length, size - at)), kinds, places, lengths)
+
+    def step(kind: str, at: int, length: int, others: list[int]) -> Step:
+        if kind != "together":
+            return Step(kind, at, min(length, size - at))
+        return Step(kind, at, min(length, size - max(at, *others)), tuple(others))
+
+    one = st.builds(step, kinds, places, lengths, st.lists(places, min_size=1, max_size=12))
     return st.lists(one, min_size=1, max_size=14)
 
 
@@ -110,6 +121,14 @@ def _do(guest: Guest, step: Step, number: int, model: bytearray) -> None:
         data = (bytes([number + 1]) * 7 + b"\0") * (step.length // 8 + 1)
         guest.write(step.offset, data[: step.length])
         model[step.offset : end] = data[: step.length]
+    elif step.kind == "together":
+        writes = []
+        for other, offset in enumerate((step.offset, *step.others)):
+            data = (bytes([number + 1, other]) * 7 + b"\0") * (step.length // 15 + 1)
+            writes.append((offset, data[: step.length]))
+        guest.write_together(writes)
+        for offset, data in writes:
+            model[offset : offset + step.length] = data
     elif step.kind in ("zeroes", "keep"):
         guest.writer.write_zeroes(step.offset, step.length, may_unmap=step.kind == "zeroes")
         model[step.offset : end] = bytes(step.length)

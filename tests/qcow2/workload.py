@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import blkloom
+from blkloom.units import Bytes
 
 from . import qemu
 from .attached import table_of
@@ -14,6 +15,7 @@ from .shapes import Made
 
 _KINDS = [
     *["write"] * 6,
+    *["together"] * 2,
     *("fua", "zeroes", "unmap", "fua zeroes", "discard", "discard", "flush"),
 ]
 _MAINTAINED = 0.05
@@ -106,6 +108,9 @@ class Workload:
         first = self._dice.choice([self._dice.randrange(count), self._dice.randrange(count) // cluster * cluster])
         length = min(self._dice.choice(self._dice.choice(self._lengths)), count - first)
         at, size = first * SECTOR, length * SECTOR
+        if kind == "together":
+            self._write_together(device, number, length)
+            return
         fua = kind.startswith("fua")
         # A request under way may have happened in part when the power goes.
         if kind in ("write", "fua"):
@@ -123,6 +128,25 @@ class Workload:
         if fua:
             self._sectors.durable(first, first + length)
             self._promise()
+
+    def _write_together(self, device: blkloom.Device, number: int, length: int) -> None:
+        """Several writes whose faults the mapper thread finds together; they are made one after the other, which is an
+        order that they may have, and the only one that can be recorded.
+        """
+        count = self.made.size // SECTOR
+        places = [self._dice.randrange(count) for _ in range(self._dice.choice([2, 12]))]
+        writes = [(first, min(length, count - first)) for first in places]
+        asked = [(first * SECTOR, size * SECTOR) for first, size in writes]
+        mapper = device._mapper
+        target = next(iter(mapper._owners.values())).target
+        mapper.ask(lambda: target.prepare_writes([(Bytes(at), Bytes(size)) for at, size in asked]))
+        self.watch.look()
+        for (first, size), (at, _) in zip(writes, asked, strict=True):
+            data = b"".join(_sector(number, first + n) for n in range(size))
+            self._sectors.write(at, data)
+            self._promise()
+            device.pwrite(data, at)
+            self.watch.look()
 
     def _discard(self, device: blkloom.Device, first: int, length: int) -> None:
         at, size = first * SECTOR, length * SECTOR

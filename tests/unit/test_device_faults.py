@@ -4,7 +4,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -281,6 +281,72 @@ def test_flushes_that_wait_together_share_one_call() -> None:
         for thread in [reader, *flushers]:
             thread.join()
         assert log.count(("flush",)) == 1
+
+
+@dataclass
+class Preparing(Scripted):
+    """prepare: which of the writes that came together are to be looked up again."""
+
+    prepare: Callable[[int], list[int]] = lambda _: []
+
+    def prepare_writes(self, writes: Sequence[tuple[Bytes, Bytes]]) -> Sequence[int]:
+        self.log.append(("prepare", list(writes)))
+        return self.prepare(len(writes))
+
+
+def _writes_together(
+    prepare: Callable[[int], list[int]], *, read_only: bool = False, fault_timeout: float = 60.0
+) -> list[tuple[Any, ...]]:
+    """What a target met of a read and, while it was being answered, four writes. Those that do not fail are made."""
+    log: list[tuple[Any, ...]] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def act(operation: str) -> None:
+        if operation == "read":
+            entered.set()
+            go_on.wait(20)
+
+    failed: list[OSError] = []
+
+    def write(device: blkloom.Device, number: int) -> None:
+        try:
+            device.pwrite(bytes([number]) * 512, number * 512)
+        except OSError as error:
+            failed.append(error)
+
+    with blkloom.Device(table(Preparing(log, act, prepare)), fault_timeout=fault_timeout) as device:
+        reader = threading.Thread(target=device.pread, args=(512, 0))
+        reader.start()
+        assert entered.wait(20)
+        writers = [threading.Thread(target=write, args=(device, number)) for number in range(4)]
+        for thread in writers:
+            thread.start()
+        while device.stats()["faults"] < 5:  # all of them have arrived
+            time.sleep(0.001)
+        go_on.set()
+        for thread in [reader, *writers]:
+            thread.join()
+    assert not failed
+    return log
+
+
+def test_a_target_prepares_the_writes_that_came_together_with_one_call() -> None:
+    prepared = [[0, 1, 3]]
+    log = _writes_together(lambda _: prepared.pop() if prepared else [])
+    kinds = [entry[0] for entry in log if entry[0] in ("prepare", "write")]
+    assert kinds[:2] == ["prepare", "write"], "what is not ready comes by itself"
+    first = next(entry for entry in log if entry[0] == "prepare")
+    assert sorted(first[1]) == [(number * 512, 512) for number in range(4)]
+    assert sorted(entry[1] for entry in log if entry[0] == "write") == [0, 512, 1024, 1536], "each is made once"
+
+
+def test_what_goes_wrong_while_writes_are_prepared_fails_none_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(_: int) -> list[int]:
+        raise ValueError("a bug")
+
+    log = _writes_together(fails)
+    assert sum(entry[0] == "write" for entry in log) == 4
+    assert "a bug" in caplog.text
 
 
 def test_every_load_gets_a_copy_of_its_target() -> None:

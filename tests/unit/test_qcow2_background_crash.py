@@ -117,10 +117,16 @@ class _Sessions:
         self._number += 1
         at = self.dice.randrange(self.size // 512) * 512
         length = min(self.dice.choice([512, *(n * self.kind.cluster for n in (1, 2, 5))]), self.size - at)
-        kind = self.dice.choice(["write", "write", "write", "discard", "zero", "flush"])
+        kind = self.dice.choice(["write", "write", "write", "together", "together", "discard", "zero", "flush"])
         if kind == "write":
             guest.write(at, bytes([self._number & 0xFF]) * length)
             self.content[at : at + length] = bytes([self._number & 0xFF]) * length
+        elif kind == "together":
+            places = [self.dice.randrange(self.size // 512) * 512 for _ in range(self.dice.choice([2, 20]))]
+            writes = [(place, bytes([self._number & 0xFF]) * min(length, self.size - place)) for place in places]
+            guest.write_together(writes)
+            for place, data in writes:
+                self.content[place : place + len(data)] = data
         elif kind == "discard":
             guest.writer.discard(at, length)
             self.content[at : at + length] = guest.read(at, length)

@@ -101,11 +101,11 @@ def test_freed_clusters_are_punched_and_reused_only_when_nothing_on_disk_names_t
     guest = Guest(create(tmp_path, 1 << 20).read_bytes(), options=ALONE)
     guest.write(0, b"x" * (64 * KIB))
     guest.writer.flush()
-    host = guest._entry(0)
+    host = guest.entry(0)
     guest.writer.discard(0, 64 * KIB)
     guest.disk.log.clear()
     guest.write(128 * KIB, b"y" * 512)
-    assert guest._entry(2) != host
+    assert guest.entry(2) != host
     assert _story(guest) == []
     assert guest.synchronized == 0
     guest.writer.flush()

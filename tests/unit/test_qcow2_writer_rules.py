@@ -156,11 +156,11 @@ def test_zeros_are_zeros(tmp_path: Path, options: list[str], backing: bytes | No
 def test_zeros_that_may_not_unmap_keep_their_place(tmp_path: Path) -> None:
     guest = Guest(create(tmp_path, MIB).read_bytes(), options=ALONE)
     guest.write(0, b"x" * (128 * KIB))
-    host = guest._entry(0)
+    host = guest.entry(0)
     guest.writer.write_zeroes(0, 64 * KIB, may_unmap=False)
     assert allocated(guest) == 2
     guest.write(5, b"y")
-    assert guest._entry(0) == host
+    assert guest.entry(0) == host
     assert guest.read(0, 16) == bytes(5) + b"y" + bytes(10)
 
 

@@ -38,6 +38,8 @@ TELL_SECONDS: Final = 1.0
 _WORK_SECONDS: Final = 0.05
 """How long faults that keep coming put off a step of a target's own work."""
 
+_MOST_TOGETHER: Final = 256
+"""Writes that are prepared before the first of them is answered, at most."""
 _CHANGES: Final = frozenset({"write", "discard", "write_zeroes"})
 _ALLOCATION: Final = "base:allocation"
 _MOST_RUNS: Final = 16384
@@ -206,7 +208,9 @@ class Mapper:
                 if fault.sync_failed:
                     fault.fail(errno.EIO)  # its own errno counts
             faults = [fault for fault in faults if not fault.sync_failed]
-        self._announce(faults)
+        if len(faults) > 1:
+            self._announce(faults)
+            faults = self._prepare_writes(device, faults)
         flushes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
         for fault in faults:
             if fault.operation == "flush":
@@ -230,6 +234,39 @@ class Mapper:
                 owner.target.expect([(Bytes(fault.offset - owner.start), Bytes(fault.length)) for fault in waiting])
             except BaseException as error:  # it will come again, as the answer to one of them
                 self._errno_of(error, owner, waiting[0])
+
+    def _prepare_writes(self, device: Device, faults: list[_engine.Fault]) -> list[_engine.Fault]:
+        """Has targets prepare the writes that came for them together. Answers what is ready then; returns the rest."""
+        writes: defaultdict[int, list[_engine.Fault]] = defaultdict(list)
+        for fault in faults:
+            if fault.operation == "write":
+                writes[fault.owner].append(fault)
+        answered: set[_engine.Fault] = set()
+        for number, waiting in writes.items():
+            owner = self._owners.get(number)
+            if owner is None or owner.read_only or type(owner.target).prepare_writes is Target.prepare_writes:
+                continue
+            waiting = [fault for fault in waiting if not (fault.full or fault.expired)]
+            for low in range(0, len(waiting), _MOST_TOGETHER):
+                together = waiting[low : low + _MOST_TOGETHER]
+                if len(together) > 1:
+                    answered.update(self._prepare_together(device, owner, together))
+        return [fault for fault in faults if fault not in answered] if answered else faults
+
+    def _prepare_together(self, device: Device, owner: Owner, writes: list[_engine.Fault]) -> list[_engine.Fault]:
+        """Returns those of the writes that have been answered."""
+        try:
+            ready = owner.target.prepare_writes(
+                [(Bytes(fault.offset - owner.start), Bytes(fault.length)) for fault in writes]
+            )
+        except BaseException as error:  # each will come by itself
+            self._errno_of(error, owner, writes[0])
+            device.note_failed_syncs()
+            return []
+        answered = [writes[number] for number in ready]
+        for fault in answered:
+            fault.retry()
+        return answered
 
     def _answer(self, device: Device, faults: list[_engine.Fault]) -> None:
         """Answers one fault, or flushes of one target with one call."""

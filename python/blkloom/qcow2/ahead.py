@@ -37,9 +37,10 @@ class Ahead:
     def __init__(self, mapping: Mapping, window: int) -> None:
         geometry = mapping.layout.geometry
         self._mapping = mapping
-        self._least = min(max(window >> geometry.cluster_bits, 1), geometry.l2_entries)
-        self._most = min(self._least * _GROWN, geometry.l2_entries) if self._least > 1 else 1
-        self._window = self._least
+        self.least: Final = min(max(window >> geometry.cluster_bits, 1), geometry.l2_entries)
+        """Clusters of the smallest window."""
+        self._most = min(self.least * _GROWN, geometry.l2_entries) if self.least > 1 else 1
+        self._window = self.least
         self._next = 0
         """The cluster where the last window ended: who faults there has written all of it."""
         self._given: dict[L1Index, NDArray[np.bool_]] = {}
@@ -57,7 +58,7 @@ class Ahead:
         first = index * geometry.l2_entries
         end = min(geometry.l2_entries, self._mapping.clusters - first)
         grows = first + low == self._next and not self._mapping.zeroes_by_writing
-        self._window = min(self._window * _FASTER, self._most) if grows else self._least
+        self._window = min(self._window * _FASTER, self._most) if grows else self.least
         start, stop = low // self._window * self._window, min(-(-high // self._window) * self._window, end)
         self._next = first + stop
         return start, stop

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -78,6 +78,7 @@ class Attachment:
         self.faults = 0
         """Requests that came here."""
         self._bits = chain.unit_bits
+        self._top_shift = chain.top.unit_bits - self._bits
         self._shifts = np.array([chain.making_bits(number) - self._bits for number in range(len(chain.layers))])
         self._units = -(-size >> self._bits)
         self._page = max(_STRETCH, min(1 << max(self._units // _PAGES_A_TABLE - 1, 0).bit_length(), _LARGEST_PAGE))
@@ -160,6 +161,12 @@ class Attachment:
         self.faults += 1
         self._fill_missing(*self._range(offset, length))
 
+    def prepare_together(self, writes: Sequence[tuple[int, int]]) -> None:
+        """`prepare`, for several writes (offset, length); counts no faults."""
+        shift = self._bits + _STRETCH.bit_length() - 1
+        for first in {end >> shift for offset, length in writes for end in (offset, offset + length - 1)}:
+            self._fill_missing(first * _STRETCH, (first + 1) * _STRETCH)
+
     def publish(self, first: int, end: int) -> None:
         """Tells the engine where units [first, end) are."""
         if first < end:
@@ -169,7 +176,15 @@ class Attachment:
         """Tells the engine where units of the *top image* are from `first` on: entries of its table. What is not filled
         stays so, for nothing is led there, and memory for it is not counted.
         """
-        shift = self.chain.top.unit_bits - self._bits
+        shift = self._top_shift
+        if (
+            not shift
+            and first // _STRETCH == (first + entries.size - 1) // _STRETCH
+            and first + entries.size <= self._units
+        ):
+            if first // _STRETCH in self._filled.get(first // self._page, ()):  # nearly always
+                self._tell(first, entries)
+            return
         low, end = first << shift, min(first + entries.size << shift, self._units)  # the table may end before the image
         for stretch in range(low // _STRETCH, -(-end // _STRETCH) if low < end else 0):
             if stretch in self._filled.get(stretch * _STRETCH // self._page, ()):

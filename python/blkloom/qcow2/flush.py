@@ -88,6 +88,9 @@ class WriteBack:
 
     def l2_changed(self, table: L2Table, low: int, high: int) -> None:
         """Entries [low, high) of an L2 table, which is in the image's cache from now on."""
+        if table.dirty and (known := self._l2.get(table.index)):
+            self._l2[table.index] = min(known[0], low), max(known[1], high)
+            return
         first, end = self._l2.get(table.index, (low, high))
         self._l2[table.index] = min(first, low), max(end, high)
         table.dirty = True

@@ -71,6 +71,8 @@ class Mapping:
         self.below: Final = below
         self.zeroes_by_writing = False
         """The data's file has no holes to be made."""
+        self._l2_units: Final = image.geometry.l2_units
+        self._units_a_cluster: Final = image.geometry.units_a_cluster
         self._allocator = allocator
         self._write_back = write_back
         self._overlaps = overlaps
@@ -238,14 +240,20 @@ class Mapping:
 
     def publish_run(self, index: L1Index, low: int, count: int, host: int) -> None:
         """Tells the engine that `count` clusters from entry `low` on lie at `host` and what follows it, all of them."""
+        self.publish_places(index, low, self.places_from(host, count))
+
+    def places_from(self, host: int, count: int) -> Words:
+        """What the engine is told of `count` clusters that lie at `host` and what follows it: an entry a unit."""
         geometry = self.layout.geometry
-        units = count * geometry.units_a_cluster
-        first = index * geometry.l2_units + low * geometry.units_a_cluster
         start = int(places.DATA) | host >> 9
         step = geometry.unit >> 9
-        entries = np.arange(start, start + units * step, step, dtype=np.uint64)
+        return np.arange(start, start + count * geometry.units_a_cluster * step, step, dtype=np.uint64)
+
+    def publish_places(self, index: L1Index, low: int, entries: Words) -> None:
+        """Tells the engine that these are the units from entry `low` of a table on (see `places_from`)."""
+        first = index * self._l2_units + low * self._units_a_cluster
         if self._unseen:
-            entries = _read_only(entries, self._unseen(first, units))
+            entries = _read_only(entries, self._unseen(first, entries.size))
         self._install(first, entries)
 
 

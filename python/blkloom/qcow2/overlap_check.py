@@ -66,6 +66,8 @@ class OverlapCheck:
         self._fixed: Final = _Runs(runs, np.concatenate([bitmaps.clusters(bitmaps.all), self._directory]))
         """Nothing that moves in a session. As runs, for an image may name as many and as long ones as it likes."""
         self._known: tuple[Words, NDArray[np.uint8]] | None = None
+        self._passed: set[tuple[Metadata, int]] = set()
+        """What `writes` found right for changes in place. It stays so, for known metadata only gets less."""
 
     def allocation(self, first: int, count: int) -> str:
         """Names metadata in `count` clusters from `first` on, "" for none; they are about to be handed out."""
@@ -109,6 +111,8 @@ class OverlapCheck:
         """`what`, of that kind, is about to be changed in its cluster; not `in_place`: to be copied from there, and its
         cluster given back. Raises CorruptImage if other metadata is there too.
         """
+        if in_place and (kind, cluster) in self._passed:
+            return
         clusters, kinds = self._metadata()
         bounds = np.array([cluster, cluster + 1], np.uint64)
         low, high = np.searchsorted(clusters, bounds).tolist()
@@ -119,6 +123,8 @@ class OverlapCheck:
             raise self._prevented(cluster, what, f"another {_NAMES[kind].split(' ', 1)[1]}")
         if self._fixed.touch(cluster, 1):
             raise self._prevented(cluster, what, _FIXED_NAME)
+        if in_place:
+            self._passed.add((kind, cluster))
 
     def moved(self, kind: Metadata, cluster: int) -> None:
         """Metadata of that kind, in one cluster, lies elsewhere from now on."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -25,6 +25,7 @@ from blkloom.errors import FaultError
 from blkloom.qcow2.ahead import Ahead
 from blkloom.qcow2.allocation import Allocator
 from blkloom.qcow2.background_check import BackgroundCheck
+from blkloom.qcow2.batch_allocation import BatchAllocation
 from blkloom.qcow2.bitmaps import open_bitmaps
 from blkloom.qcow2.cow import Below, Copier, Payload, Relocation
 from blkloom.qcow2.discard import Discarder
@@ -153,6 +154,7 @@ class Writer:
         self.copier: Final = Copier(image.data_storage, read, relocation)
         self.ahead: Final = Ahead(mapping, self._options.preallocate)
         self._preparer = Preparer(mapping, self.copier, self.ahead, self._overlaps)
+        self._batch = BatchAllocation(mapping, self.copier, self.ahead)
         self._discarder = Discarder(mapping, self._preparer, self.ahead)
         self._wants_work = wants_work
         self._tell_checked = checked
@@ -181,27 +183,38 @@ class Writer:
             if data.count(0) == length:
                 self.write_zeroes(offset, length, may_unmap=True)
                 return True
-        with self._changing(offset, length):
+        with self._changing((offset, length)):
             done = self._preparer.prepare(Payload(GuestOffset(offset), length, payload))
         self._limit()
         return done
 
+    def prepare_writes(self, writes: Sequence[tuple[int, int]]) -> list[int]:
+        """`prepare_write`, of several (offset, length) at once and without their bytes. Returns the numbers of those
+        that the engine may look up again; the others, and what is wrong with them, are for `prepare_write`.
+        """
+        if self.broken is not None or self._options.compact_zeroes:
+            return []
+        with self._changing(*writes):
+            ready = self._batch.prepare(writes)
+        self._limit()
+        return ready
+
     def write(self, offset: int, data: bytes) -> None:
         """Writes to where `prepare_write` made room for all of it, in the engine's place."""
-        with self._changing(offset, len(data)):
+        with self._changing((offset, len(data))):
             for start, end, host in self._mapping.hosts(offset, offset + len(data)):
                 self._image.data_storage.write(HostOffset(host), data[start - offset : end - offset])
 
     def discard(self, offset: int, length: int) -> None:
         """The contents are not needed any more."""
         if self._options.discard:
-            with self._changing(offset, length):
+            with self._changing((offset, length)):
                 self._discarder.discard(offset, length)
             self._limit()
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool, fast: bool = False) -> None:
         """The range reads as zeros. Raises FaultError (EOPNOTSUPP) for what cannot be done fast."""
-        with self._changing(offset, length):
+        with self._changing((offset, length)):
             keep = not (may_unmap and self._options.discard)
             self._discarder.write_zeroes(offset, length, keep=keep, fast=fast)
         self._limit()
@@ -326,7 +339,7 @@ class Writer:
             self._set_header(autoclear=image.header.autoclear & ~unknown)
 
     @contextmanager
-    def _changing(self, offset: int, length: int) -> Iterator[None]:
+    def _changing(self, *ranges: tuple[int, int]) -> Iterator[None]:
         if self.broken is not None:
             corrupt = "corrupt and " if isinstance(self.broken, CorruptImage) else ""
             raise FaultError(errno.EIO, f"the image is {corrupt}only read: {self.broken}")
@@ -334,7 +347,8 @@ class Writer:
             if not self._said_so:
                 self._first_change()
             if self.bitmaps.tracking:
-                self.bitmaps.mark(offset, length)
+                for offset, length in ranges:
+                    self.bitmaps.mark(offset, length)
             yield
 
     def _first_change(self) -> None:

@@ -153,6 +153,13 @@ class Target(ABC):
         """
         return
 
+    def prepare_writes(self, writes: Sequence[tuple[Bytes, Bytes]]) -> Sequence[int]:
+        """These writes (offset, length) came together: a target may do for all at once what takes long for each.
+        Returns the numbers of those to which RETRY is the answer now. The others come each by itself, as all do if this
+        raises (which is logged): what is wrong with one of them fails no other.
+        """
+        return ()
+
     def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
         """A write the extents did not answer. fua: the engine calls `flush` behind it; a target
         without one must make the data durable itself.

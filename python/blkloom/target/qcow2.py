@@ -343,6 +343,18 @@ class Qcow2(Target):
         return None
 
     @override
+    def prepare_writes(self, writes: Sequence[tuple[Bytes, Bytes]]) -> Sequence[int]:
+        if self._writer is None or self.fault_injection:  # which is for each write by itself
+            return ()
+        try:
+            self._attached.prepare_together(writes)
+            ready = self._writer.prepare_writes(writes)
+        except CorruptImage:  # this image is marked now; what is wrong with another one, a write meets again
+            return ()
+        self._attached.faults += len(ready)
+        return ready
+
+    @override
     def full(self, offset: Bytes, length: Bytes, number: int) -> Retry:
         error = FaultError(number, f"no space for {length} bytes at {offset} of the disk in {self.path}")
         self._attendant.troubles.note("data_write", error)
