@@ -40,8 +40,8 @@ from blkloom.control.messages import (
     WorkerResume,
 )
 from blkloom.control.states import DeviceState, ExportState, Label, Loaded
+from blkloom.control.zygote_messages import Exited, Fork, Forked, FromZygote
 from blkloom.target.descriptors import open_file
-from blkloom.worker.zygote import Exited, Fork, Forked, FromZygote
 
 PATIENCE = 60.0
 """Seconds after which a worker is taken to hang."""
@@ -195,7 +195,7 @@ class Zygote:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "blkloom.worker.zygote", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+                [sys.executable, "-m", "blkloom.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self.channel = Channel(ours, FromZygote)
         self.exited: dict[str, int] = {}

@@ -61,3 +61,18 @@ def test_the_version_is_that_of_the_package() -> None:
     project = Path(__file__).parents[2] / "pyproject.toml"
     assert tomllib.loads(project.read_text())["project"]["version"] == VERSION
     assert version("blkloom") == VERSION
+
+
+def test_the_supervisor_imports_no_device_no_target_and_no_worker(tmp_path: Path) -> None:
+    unwanted = SLOW | DEVICES - {"blkloom._engine"} | {"blkloom.device", "blkloom.worker"}
+    assert imported(tmp_path, "import blkloom.supervisor.command, blkloom.supervisor.main") & unwanted == set()
+
+
+def test_the_supervisor_starts_its_zygote_before_it_imports_the_rest(tmp_path: Path) -> None:
+    late = {"asyncio", "click", "msgspec", "pathlib", "blkloom.errors", "blkloom.supervisor.main"}
+    assert imported(tmp_path, "import blkloom.supervisor.zygote_process") & late == set()
+
+
+def test_the_zygote_imports_neither_the_command_line_nor_images(tmp_path: Path) -> None:
+    unwanted = {"click", "importlib.metadata", "numpy", "rich", "blkloom.target.qcow2", "blkloom.supervisor"}
+    assert imported(tmp_path, "import blkloom.worker.zygote") & unwanted == set()

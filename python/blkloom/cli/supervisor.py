@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from blkloom.cli.session import RUN_DIR
-from blkloom.supervisor.main import supervisor as _process
+from blkloom.supervisor.command import supervisor as _process
 
 
 @click.pass_context

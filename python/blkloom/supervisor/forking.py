@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-import sys
+import subprocess
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -20,27 +20,33 @@ from blkloom import open_files
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
+from blkloom.control.zygote_messages import Exited, Fork, Forked, ForkRefused, FromZygote
 from blkloom.errors import ResourceError
-from blkloom.worker.zygote import Exited, Fork, Forked, ForkRefused, FromZygote
+from blkloom.supervisor.zygote_process import ZygoteProcess, start_zygote
 
 _log = logging.getLogger(__name__)
-_NO_THREADS: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""For the zygote, which must have one thread: NumPy's linear algebra, which nobody needs, would start some as soon as
-it is imported.
-"""
-
 _FORK_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
 
 
 class Forker:
-    """For one run directory. exited: told of worker, pid and status (minus a signal). client_memory: see `Fork`."""
+    """For one run directory. exited: told of worker, pid and status (minus a signal). client_memory: see `Fork`.
+    zygote: one that has been started, and is this object's to end.
+    """
 
-    def __init__(self, run_dir: RunDir, exited: Callable[[str, int, int], None], client_memory: int) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        exited: Callable[[str, int, int], None],
+        client_memory: int,
+        zygote: ZygoteProcess | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._client_memory = client_memory
         self._exited = exited
-        self._process: asyncio.subprocess.Process | None = None
+        self._started = zygote
+        """Not used yet."""
+        self._process: subprocess.Popen[bytes] | None = None
         self._channel: AsyncChannel | None = None
         self._waiting: dict[str, asyncio.Future[tuple[int, int]]] = {}
         self._listener: asyncio.Task[None] | None = None
@@ -59,6 +65,7 @@ class Forker:
                     run_dir=str(self._run_dir.path),
                     targets=sorted(targets),
                     client_memory=self._client_memory,
+                    level=logging.getLevelName(logging.getLogger().getEffectiveLevel()),
                 )
                 await channel.send(order, [theirs.fileno()])
             async with asyncio.timeout(_FORK_SECONDS):
@@ -77,30 +84,23 @@ class Forker:
     async def _reach(self) -> AsyncChannel:
         async with self._starting:
             if self._channel is None:
-                await self._start()
+                self._begin()
             assert self._channel
             return self._channel
 
-    async def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "blkloom.worker.zygote",
-                str(theirs.fileno()),
-                level,
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                env=os.environ | _NO_THREADS,
-                start_new_session=True,
-                cwd="/",
-            )
-        self._channel = AsyncChannel(ours, FromZygote)
+    def _begin(self) -> None:
+        """Takes the zygote that was started, or starts one."""
+        zygote, self._started = self._started, None
+        if zygote is not None and zygote.process.poll() is not None:
+            _log.warning("the process that forks workers has ended, with status %d", zygote.process.returncode)
+            zygote.connected.close()
+            zygote = None
+        zygote = zygote or start_zygote()
+        self._process = zygote.process
+        self._channel = AsyncChannel(zygote.connected, FromZygote)
         self._listener = asyncio.create_task(self._listen(self._channel, self._process), name="zygote")
 
-    async def _listen(self, channel: AsyncChannel, process: asyncio.subprocess.Process) -> None:
+    async def _listen(self, channel: AsyncChannel, process: subprocess.Popen[bytes]) -> None:
         try:
             while True:
                 message, fds = await channel.receive()
@@ -114,7 +114,7 @@ class Forker:
             for forked in self._waiting.values():
                 if not forked.done():
                     forked.set_exception(ChannelClosed("the zygote has ended"))
-        await process.wait()
+        await _ended(process)
 
     def _take(self, message: Forked | ForkRefused | Exited, fds: list[int]) -> None:
         match message:
@@ -139,14 +139,37 @@ class Forker:
 
     async def close(self) -> None:
         """Ends the zygote."""
+        if self._started is not None:
+            self._begin()
         if self._listener is None or self._process is None:
             return
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
         try:
             async with asyncio.timeout(_END_SECONDS):
-                await self._process.wait()
+                await _ended(self._process)
         except TimeoutError:
             _log.error("the process that forks workers does not end, and is killed")
             self._process.kill()
-            await self._process.wait()
+            await _ended(self._process)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Returns when it has ended, and has been reaped."""
+    if process.poll() is not None:
+        return
+    watched = os.pidfd_open(process.pid)
+    loop = asyncio.get_running_loop()
+    end: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(watched, _wake, end)
+    try:
+        await end
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+    process.wait()
+
+
+def _wake(end: asyncio.Future[None]) -> None:
+    if not end.done():
+        end.set_result(None)

@@ -20,21 +20,18 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
-import click
-import msgspec
-
 from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
 from blkloom.control.failures import to_failure
 from blkloom.control.rundir import RunDir
-from blkloom.errors import BlkloomError, ResourceError, UsageError
+from blkloom.errors import ResourceError, UsageError
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
-from blkloom.memory import default_budget, parse_budget
 from blkloom.peer import peer_of
 from blkloom.supervisor.adoption import Adoption
 from blkloom.supervisor.idling import Idling
+from blkloom.supervisor.limits import Inherited, Limits
 from blkloom.supervisor.looking import Looking
 from blkloom.supervisor.news import News
 from blkloom.supervisor.reaping import reap, release_files
@@ -44,50 +41,20 @@ from blkloom.supervisor.store import Store
 from blkloom.supervisor.tables import Tables
 from blkloom.supervisor.verbs import Caller, Verbs
 from blkloom.supervisor.workers import Workers
+from blkloom.supervisor.zygote_process import ZygoteProcess
 from blkloom.target.registry import all_targets
-from blkloom.units import Bytes, format_size, parse_size
 from blkloom.version import VERSION
 
 _log = logging.getLogger(__name__)
 _ACCEPT_RETRY: Final = 1.0
 """Seconds before it is tried again to accept clients with no descriptor free."""
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
-_LEVELS: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """devices: of this supervisor. memory: bytes of all RAM devices. deaths: of a worker within a minute. idle:
-    seconds without devices and clients after which it ends; 0 for never. recovery: seconds that I/O waits for a killed
-    worker to end. client_memory: bytes that its clients may make a worker keep.
-    """
-
-    devices: int
-    memory: int
-    deaths: int
-    idle: float
-    recovery: float
-    client_memory: int
-
-
-class Inherited(msgspec.Struct, frozen=True):
-    """What the program before this one in the same process left open: lock, control socket, and the
-    client that asked for the upgrade.
-    """
-
-    lock: int
-    control: int
-    client: int
-    request: int
-    stored: int
-    """A memfd with the labels and numbers of the store's descriptors."""
-    ours: int
-    """Whether the control socket's file is the supervisor's to remove."""
 
 
 class Supervisor:
     """One run directory's."""
 
-    def __init__(self, run_dir: RunDir, limits: Limits, again: Sequence[str]) -> None:
+    def __init__(self, run_dir: RunDir, limits: Limits, again: Sequence[str], zygote: ZygoteProcess) -> None:
         """again: the command line that starts it once more."""
         self._run_dir = run_dir
         self._limits = limits
@@ -104,6 +71,7 @@ class Supervisor:
             deaths=limits.deaths,
             recovery=limits.recovery,
             client_memory=limits.client_memory,
+            zygote=zygote,
         )
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
@@ -382,22 +350,6 @@ class Ready:
         self._notifier.stopping()
 
 
-class _JournalFormatter(logging.Formatter):
-    """Priorities as sd-daemon(3) has them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{_LEVELS.get(record.levelno, 6)}>{super().format(record)}"
-
-
-def _start_logging(level: int) -> None:
-    handler = logging.StreamHandler()
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-
-
 def _take_lock(run_dir: RunDir) -> int:
     """Raises UsageError when another supervisor has it."""
     descriptor = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -426,7 +378,15 @@ def _control_socket(run_dir: RunDir) -> tuple[socket.socket, bool]:
     return listen_unix(run_dir.control).socket, True
 
 
-def run(run_dir: RunDir, limits: Limits, *, ready_fd: int | None, inherited: Inherited | None, again: list[str]) -> int:
+def run(
+    run_dir: RunDir,
+    limits: Limits,
+    zygote: ZygoteProcess,
+    *,
+    ready_fd: int | None,
+    inherited: Inherited | None,
+    again: list[str],
+) -> int:
     """The supervisor's life. Raises UsageError, ListenError, OSError."""
     open_files.raise_limit()
     run_dir.make()
@@ -443,101 +403,9 @@ def run(run_dir: RunDir, limits: Limits, *, ready_fd: int | None, inherited: Inh
     notifier = ServiceNotifier(os.environ)
     try:
         ready = Ready(notifier, ready_fd)
-        return asyncio.run(Supervisor(run_dir, limits, again).live(lock, control, ours, inherited, ready))
+        return asyncio.run(Supervisor(run_dir, limits, again, zygote).live(lock, control, ours, inherited, ready))
     finally:
         if ours:
             run_dir.control.unlink(missing_ok=True)
         control.close()
         os.close(lock)
-
-
-def _parse_inherited(text: str) -> Inherited:
-    return Inherited(*map(int, text.split(",")))
-
-
-def _default_memory() -> int:
-    """80 % of the machine's."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--run-dir", type=click.Path(), help="Its directory (see blkloom --help).")
-@click.option("--max-devices", type=click.IntRange(1), default=4096, show_default=True)
-@click.option("--max-ram", metavar="SIZE", help="For all RAM devices together; 80 % of the machine's memory.")
-@click.option(
-    "--client-memory",
-    metavar="SIZE",
-    help="For requests of all clients of a worker together; an eighth of what it may use, 64 MiB to 1 GiB.",
-)
-@click.option("--max-deaths", type=click.IntRange(0), default=5, show_default=True, help="Of a worker in a minute.")
-@click.option(
-    "--recovery-timeout",
-    type=click.FloatRange(0),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long I/O waits for a killed worker that storage holds; then its devices fail.",
-)
-@click.option(
-    "--idle-timeout",
-    type=click.FloatRange(0, 1e9),
-    default=0,
-    metavar="SECONDS",
-    help="End when there have been neither devices nor clients for so long; 0: never.  [default: 0]",
-)
-@click.option("-v", "--verbose", count=True, help="Log more.")
-@click.option("--ready-fd", type=int, hidden=True)
-@click.option("--inherited", hidden=True)
-def supervisor(
-    run_dir: str | None,
-    max_devices: int,
-    max_ram: str | None,
-    client_memory: str | None,
-    max_deaths: int,
-    idle_timeout: float,
-    recovery_timeout: float,
-    verbose: int,
-    ready_fd: int | None,
-    inherited: str | None,
-) -> None:
-    """Keep the devices of a run directory, in the foreground.
-
-    Commands start one of their own where there is none. SIGTERM ends it: every device is drained,
-    flushed and removed. Killed, it leaves all devices serving, and the next one takes them up.
-    """
-    _start_logging((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    where = RunDir.at(run_dir) if run_dir else RunDir.default(os.environ)
-    try:
-        memory: int = parse_size(max_ram) if max_ram else _default_memory()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--max-ram") from error
-    try:
-        budget = parse_budget(client_memory) if client_memory else default_budget()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--client-memory") from error
-    again = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(where.path)]
-    again += [f"--max-devices={max_devices}", f"--max-ram={memory}", f"--max-deaths={max_deaths}"]
-    again += [f"--idle-timeout={idle_timeout}", f"--recovery-timeout={recovery_timeout}"]
-    again += [f"--client-memory={budget}", *["-v"] * verbose]
-    limits = Limits(max_devices, memory, max_deaths, idle_timeout, recovery_timeout, budget)
-    _log.info("RAM devices may have %s together", format_size(Bytes(memory)))
-    kept = _parse_inherited(inherited) if inherited else None
-    sys.exit(run(where, limits, ready_fd=ready_fd, inherited=kept, again=again))
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`python -m blkloom.supervisor`. Returns the exit status."""
-    try:
-        supervisor.main(list(arguments), prog_name="blkloom supervisor", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 64
-    except BlkloomError as error:
-        print(f"blkloom: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"blkloom: {error}", file=sys.stderr)
-        return ResourceError.exit_code
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0

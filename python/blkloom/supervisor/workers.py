@@ -30,6 +30,7 @@ from blkloom.supervisor.group import Group
 from blkloom.supervisor.link import Link, Opener
 from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.store import Store
+from blkloom.supervisor.zygote_process import ZygoteProcess
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Workers:
         deaths: int,
         recovery: float,
         client_memory: int,
+        zygote: ZygoteProcess | None = None,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -124,7 +126,7 @@ class Workers:
         self._recovery = recovery
         self._looking: asyncio.Task[None] | None = None
         self._awaited: set[asyncio.Task[None]] = set()
-        self._forker = Forker(run_dir, self._exited, client_memory)
+        self._forker = Forker(run_dir, self._exited, client_memory, zygote)
 
     # groups
 

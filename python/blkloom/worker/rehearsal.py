@@ -33,12 +33,11 @@ from blkloom.target.registry import Targets
 from blkloom.worker.main import Worker
 
 
-def rehearse(targets: Targets, *, rounds: int = 10) -> None:
-    """Lives them `rounds` times: Python adapts its code to what it has seen some times."""
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(prefix="blkloom-") as run_dir:
-            os.mkdir(os.path.join(run_dir, "workers"))
-            asyncio.run(_rehearsal(targets, run_dir))
+def rehearse(targets: Targets) -> None:
+    """Lives them once. More than once is worth it: Python adapts its code to what it has seen some times."""
+    with tempfile.TemporaryDirectory(prefix="blkloom-") as run_dir:
+        os.mkdir(os.path.join(run_dir, "workers"))
+        asyncio.run(_rehearsal(targets, run_dir))
 
 
 async def _rehearsal(targets: Targets, run_dir: str) -> None:

@@ -1,14 +1,14 @@
 """The zygote: a process that has imported all a worker needs, and forks one in milliseconds.
 
-Run by the supervisor as `python -m blkloom.worker.zygote FD [LEVEL]`; FD is a Unix stream socket, LEVEL
-a level of logging. Lines of JSON go over it, as on every control socket: the supervisor sends `Fork`
-with the worker's end of its channel, the zygote answers `Forked` with a pidfd (taken before the process
-can be reaped) or `ForkRefused`, and says `Exited` when one has ended. At end of file the zygote ends;
-its workers go on. It has one thread, always: a fork copies no other, and a lock another held stays
+Run by the supervisor as `python -m blkloom.worker FD`; FD is a Unix stream socket. Lines of JSON go over it, as on
+every control socket: the supervisor sends `Fork` with the worker's end of its channel, the zygote answers `Forked` with
+a pidfd (taken before the process can be reaped) or `ForkRefused`, and says `Exited` when one has ended. At end of file
+the zygote ends; its workers go on. It has one thread, always: a fork copies no other, and a lock another held stays
 locked. SIGCHLD does nothing but wake it.
 
-What targets import late (`Target.modules`) it imports when the first worker is wanted for one of them: those that
-follow have it at once, and share its memory.
+Until it has forked its first worker it does no more than that one needs. What targets import late (`Target.modules`)
+it imports when the first worker is wanted for one of them. The rest of the warm-up (all targets, more rehearsals) is
+done when nothing has been asked for some time: workers that follow have it at once, and share its memory.
 """
 
 from __future__ import annotations
@@ -26,61 +26,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-import msgspec
-
 from blkloom import open_files
 from blkloom.control.channel import Channel
 from blkloom.control.framing import ChannelClosed
+from blkloom.control.zygote_messages import Exited, Fork, Forked, ForkRefused, ToZygote
 from blkloom.target.registry import BUILTIN, Targets, all_targets
 from blkloom.worker.main import run
 from blkloom.worker.process import become_worker
 from blkloom.worker.rehearsal import rehearse
 
 _log = logging.getLogger(__name__)
+_FIRST_REHEARSALS: Final = 2
+_REHEARSALS: Final = 10
+_IDLE_SECONDS: Final = 0.5
+"""Without a request, before the warm-up goes on."""
 _LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
-
-
-class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
-    pass
-
-
-class Fork(_Message, tag="fork"):
-    """To the zygote: a worker for `run_dir`, on the channel that rides along. targets: that its tables will name.
-    client_memory: bytes that its clients may make it keep.
-    """
-
-    worker: str
-    run_dir: str
-    client_memory: int
-    targets: list[str] = []
-    fds: int = 1
-
-
-class Forked(_Message, tag="forked"):
-    """It lives. A pidfd rides along."""
-
-    worker: str
-    pid: int
-    fds: int = 1
-
-
-class ForkRefused(_Message, tag="refused"):
-    """No process can be had."""
-
-    worker: str
-    errno: int
-
-
-class Exited(_Message, tag="exited"):
-    """A worker has ended and been reaped. status: its exit code, or minus the signal that ended it."""
-
-    worker: str
-    pid: int
-    status: int
-
-
-ToZygote = Fork
-FromZygote = Forked | ForkRefused | Exited
 
 
 class Zygote:
@@ -91,6 +51,7 @@ class Zygote:
         self._targets = targets
         self._workers: dict[int, str] = {}
         self._prepared: set[str] = set()
+        self._rehearsals_left = _REHEARSALS - _FIRST_REHEARSALS
 
     def serve(self) -> Callable[[], int] | None:
         """Forks until the supervisor has gone: None then; in a new worker, the rest of its life."""
@@ -104,7 +65,11 @@ class Zygote:
             waiting.register(descriptor, select.POLLIN)
         try:
             while True:
-                ready = {descriptor for descriptor, _ in waiting.poll()}
+                idle = _IDLE_SECONDS * 1000 if self._rehearsals_left else None
+                if not (ready := {descriptor for descriptor, _ in waiting.poll(idle)}):
+                    self._warm_up()
+                    signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)  # the rehearsal had its own
+                    self._reap()
                 if woken.fileno() in ready:
                     woken.recv(4096)
                     self._reap()
@@ -132,6 +97,15 @@ class Zygote:
                 return life
             connection.close()
 
+    def _warm_up(self) -> None:
+        """A part of it; what is asked meanwhile waits for some milliseconds."""
+        for name in BUILTIN:
+            self._targets.find(name)
+        rehearse(self._targets)
+        self._rehearsals_left -= 1
+        if not self._rehearsals_left:
+            share()
+
     def _prepare(self, names: Sequence[str]) -> None:
         """Imports what targets of blkloom's own need; code of others runs in workers only."""
         new = [name for name in names if name in BUILTIN and name not in self._prepared]
@@ -143,12 +117,12 @@ class Zygote:
             except Exception:  # a worker will say so to whom it concerns
                 _log.exception("%s cannot be imported", module)
         if modules:
-            gc.collect()
-            gc.freeze()
+            share()
             if (threads := len(os.listdir("/proc/self/task"))) > 1:
                 _log.error("importing %s has started threads (%d): workers are without them", modules, threads - 1)
 
     def _fork(self, asked: Fork, connection: socket.socket) -> Callable[[], int] | None:
+        logging.getLogger().setLevel(asked.level)
         self._prepare(asked.targets)
         try:
             pid = os.fork()
@@ -182,19 +156,23 @@ class Zygote:
                 self._channel.send(Exited(worker=worker, pid=pid, status=code))
 
 
+def share() -> None:
+    """Leaves what there is out of collections in workers, so that its memory stays shared."""
+    gc.collect()
+    gc.freeze()
+
+
 def main(arguments: Sequence[str]) -> int:
     """The zygote's life, and in the processes it forks, the worker's. Returns the exit status."""
-    level = arguments[2] if len(arguments) > 2 else "WARNING"
-    logging.basicConfig(level=level, format=_LOG_FORMAT, stream=sys.stderr)
+    logging.basicConfig(format=_LOG_FORMAT, stream=sys.stderr)
     channel = Channel(socket.socket(fileno=int(arguments[1])), ToZygote)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     open_files.raise_limit()
     targets = all_targets()
-    for name in BUILTIN:
-        targets.find(name)
-    rehearse(targets)
-    gc.collect()
-    gc.freeze()  # collections in workers leave these pages shared
+    for _ in range(_FIRST_REHEARSALS):
+        rehearse(targets)
+    gc.enable()
+    share()
     life = Zygote(channel, targets).serve()
     if life is None:
         return 0
@@ -208,7 +186,3 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         logging.shutdown()
         os._exit(status)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))
