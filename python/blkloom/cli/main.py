@@ -66,6 +66,7 @@ def main() -> NoReturn:
         _run()
     finally:
         gc.freeze()  # or the interpreter would look through everything once more before it ends
+        gc.enable()
 
 
 def _run() -> NoReturn:

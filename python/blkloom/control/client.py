@@ -28,6 +28,7 @@ from blkloom.control.starting import connect
 from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, OpenedFile
 from blkloom.errors import ResourceError
 from blkloom.forked import OwnProcess
+from blkloom.target.descriptors import descriptor_path, open_file
 
 OPEN_SECONDS: Final = 10.0
 """How long a file may take to open before its table is refused."""
@@ -291,8 +292,6 @@ def open_within(asked: m.OpenFile, seconds: float, opened: int | None = None) ->
     """Opens on a thread of its own, because some file systems never answer. opened: what rode along, the caller's.
     Raises OSError (ETIMEDOUT).
     """
-    from blkloom.target.descriptors import descriptor_path, open_file  # few commands open files
-
     known = None if opened is None else os.dup(opened)  # the thread's: its caller may not wait for it
     path = asked.path if known is None else descriptor_path(known)
     outcome: list[int | BaseException] = []
