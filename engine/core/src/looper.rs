@@ -103,6 +103,7 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         arena: Arena::new(ARENA),
         zeros: Vec::new(),
         shard: settings.shard,
+        was_idle: true,
     };
     let mut this = Loop {
         inbox: settings.inbox,
@@ -146,6 +147,7 @@ impl Loop {
         loop {
             turn = turn.wrapping_add(1);
             let moved = self.turn();
+            self.bench.was_idle = !moved;
             if self.stopping.is_some() && self.members.is_empty() && self.bench.queue.is_idle() {
                 return;
             }

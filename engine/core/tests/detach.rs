@@ -168,11 +168,11 @@ fn what_is_left_of_a_refused_payload_is_skipped_by_whoever_goes_on_and_refused_t
     }
 }
 
-/// Sends reads of more than a socket holds, and waits until they have been done.
+/// Sends reads of which each is more than a socket holds, and waits until the first has been done.
 fn ask_for_much(host: &Host, client: &mut Client) {
     (0..8).for_each(|cookie| drop(client.send(READ, cookie, cookie << 20, 1 << 20, &[])));
-    while host.device.stats().totals().ops[0].count < 5 {
-        std::thread::yield_now(); // those after the fifth wait for room among the replies
+    while host.device.stats().totals().ops[0].count == 0 {
+        std::thread::yield_now(); // those after it wait for room among the replies
     }
 }
 
@@ -192,7 +192,7 @@ fn replies_that_the_client_has_not_taken_go_along_and_nobody_waits_for_it() {
         ask_for_much(&host, &mut client);
         handle.detach(false);
         let (fd, left) = host.detached();
-        assert!(left.unsent.len() > 3 << 20, "{style:?}: {} bytes of replies went along", left.unsent.len());
+        assert!(left.unsent.len() > 1 << 19, "{style:?}: {} bytes of replies went along", left.unsent.len());
         let between = Host::new(threads(), memory_device(8 << 20));
         between.serve(style, fd, left, PATIENT).detach(false);
         let (fd, left) = between.detached();
@@ -210,8 +210,8 @@ fn a_detach_that_drains_lets_the_client_take_its_replies_until_another_one_does_
     let (mut client, handle) = host.connect(Style::Simple);
     ask_for_much(&host, &mut client);
     handle.detach(true);
-    // Its replies are there, but for those that had no room before it was asked to leave.
-    (0..5).for_each(|cookie| assert_eq!(client.reply(|_| 1 << 20).1, cookie));
+    // Its reply is there; the others had no room before it was asked to leave.
+    assert_eq!(client.reply(|_| 1 << 20).1, 0);
     assert!(host.detached().1.unsent.is_empty());
 
     let host = Host::new(threads(), memory_device(8 << 20));
@@ -326,7 +326,7 @@ fn a_client_that_takes_no_replies_is_dropped_after_the_stall_timeout() {
     for cookie in 0..3 {
         socket.write_all(&request(Style::Simple, READ, cookie, 0, 1 << 20)).unwrap();
     }
-    while host.device.stats().totals().ops[0].count < 3 {
+    while host.device.stats().totals().ops[0].count == 0 {
         std::thread::yield_now();
     }
     handle.detach(true);

@@ -6,12 +6,15 @@ mod rig;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkloom_core::{Answer, ConnectionHandle, Device, Engine, Export, NbdSession, Notices, Op, Outcome, Session};
+use blkloom_core::{
+    Answer, ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Op, Outcome, Session,
+};
 use blkloom_map::Extent;
 use blkloom_wire::Style;
 use rig::hosts::{self, DISCONNECT, FLUSH, READ, WRITE};
@@ -43,6 +46,10 @@ impl Server {
         // Patience is the same in both directions: a server that forgets a client fails the test.
         socket.set_read_timeout(Some(PATIENT)).unwrap();
         socket.set_write_timeout(Some(PATIENT)).unwrap();
+        Client { socket, handle: self.serve(served.into(), initial) }
+    }
+
+    fn serve(&self, fd: OwnedFd, initial: Vec<u8>) -> ConnectionHandle {
         let session = Session {
             style: Style::Simple,
             contexts: Box::default(),
@@ -51,8 +58,7 @@ impl Server {
             stall: PATIENT,
         };
         let (export, notices) = (self.export.clone(), self.notices.clone());
-        let served = NbdSession { export, fd: served.into(), session, notices, token: 7 };
-        Client { socket, handle: self.engine.serve_nbd(served).unwrap() }
+        self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 7 }).unwrap()
     }
 
     /// Waits for `count` connections to be over.
@@ -517,4 +523,40 @@ fn closing_the_engine_closes_its_connections_though_requests_wait_at_a_gate() {
         assert_eq!(client.socket.read(&mut [0]).unwrap(), 0);
         assert_eq!(server.ends(1), ["closed by the server"]);
     }
+}
+
+/// A client that the loop waited for has its first data before all of its requests have been served.
+#[test]
+fn the_first_replies_leave_before_the_last_where_the_loop_was_waiting() {
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+    const REQUESTS: u64 = 15;
+    const REPLY: usize = 16 + 4096;
+    let server = Server::new(Engine::new(1, IoChoice::Threads, Duration::ZERO, 1).unwrap(), &speaking());
+    // A socket that keeps apart what was sent apart.
+    let (client, served) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let _handle = server.serve(served, Vec::new());
+    let since = Instant::now();
+    loop {
+        let together: Vec<u8> = (0..REQUESTS).flat_map(|cookie| request(READ, cookie, cookie * 4096, 4096)).collect();
+        send(&client, &together, SendFlags::empty()).unwrap();
+        let (mut replies, mut sends) = (Vec::new(), Vec::new());
+        while replies.len() < REQUESTS as usize * REPLY {
+            let mut message = vec![0; REQUESTS as usize * REPLY];
+            let (length, _) = recv(&client, &mut message[..], RecvFlags::empty()).unwrap();
+            replies.extend_from_slice(&message[..length]);
+            sends.push(length / REPLY);
+        }
+        for (cookie, reply) in (0..REQUESTS).zip(replies.chunks(REPLY)) {
+            assert_eq!(reply[8..16], cookie.to_be_bytes());
+            assert!(reply[16..] == expected(cookie * 4096, 4096));
+        }
+        if sends == [4, 8, 3] {
+            break;
+        }
+        // It had not found out yet that there was nothing to do.
+        assert_eq!(sends, [REQUESTS as usize]);
+        assert!(since.elapsed() < PATIENT, "the loop never waits");
+    }
+    drop(client);
+    assert_eq!(server.ends(1).len(), 1);
 }

@@ -43,6 +43,11 @@ impl Buffer {
         self.len
     }
 
+    /// The memory that it takes, however much of that is shown.
+    pub fn footprint(&self) -> usize {
+        self.capacity
+    }
+
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -2,7 +2,8 @@
 //!
 //! Replies made during one turn gather in the loop's `Arena` and leave in one send. What the socket
 //! does not take, and replies whose data came from storage in a buffer of its own, wait in the
-//! connection's queue, in order, and leave by gathered sends.
+//! connection's queue, in order, and leave by gathered sends. More than a little of what the socket does not take is
+//! not copied: the queue gets the arena's buffer, and the arena another.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -38,6 +39,14 @@ impl Arena {
         &self.buffer.bytes()[..self.used]
     }
 
+    /// The memory with what is in it; other memory takes its place.
+    fn give(&mut self, buffers: &mut BufferPool) -> Buffer {
+        let next = buffers.take(self.buffer.len());
+        let mut given = std::mem::replace(&mut self.buffer, next);
+        given.shorten(std::mem::take(&mut self.used));
+        given
+    }
+
     /// Forgets everything from `to` on.
     pub fn rewind(&mut self, to: usize) {
         self.used = self.used.min(to);
@@ -65,6 +74,7 @@ impl Sink for Arena {
 struct Chunk {
     head: Vec<u8>,
     body: Option<Buffer>,
+    /// Of head and body together.
     sent: usize,
     /// Of the memory that it takes, if that was reserved.
     reservation: Option<Reservation>,
@@ -76,7 +86,8 @@ impl Chunk {
     }
 
     fn unreserved(&self) -> usize {
-        if self.reservation.is_some() { 0 } else { self.len() }
+        let body = self.body.as_ref().map_or(0, Buffer::footprint);
+        if self.reservation.is_some() { 0 } else { self.head.len() + body }
     }
 }
 
@@ -89,6 +100,8 @@ pub struct Output {
     sent: u64,
 }
 
+/// That much is copied rather than kept with a whole arena around it.
+const LITTLE: usize = 128 << 10;
 /// The most parts of one gathered send.
 const PARTS: usize = 128;
 
@@ -112,8 +125,11 @@ impl Output {
     }
 
     pub fn push(&mut self, head: Vec<u8>, body: Option<Buffer>, reservation: Option<Reservation>) {
-        let chunk = Chunk { head, body, sent: 0, reservation };
-        self.bytes += chunk.len();
+        self.wait(Chunk { head, body, sent: 0, reservation });
+    }
+
+    fn wait(&mut self, chunk: Chunk) {
+        self.bytes += chunk.len() - chunk.sent;
         self.unreserved += chunk.unreserved();
         self.queue.push_back(chunk);
     }
@@ -149,7 +165,11 @@ impl Output {
                 Err(error) => return Err(error),
             }
         }
-        if sent < arena.used() {
+        let left = arena.used() - sent;
+        if left > LITTLE {
+            let body = Some(arena.give(buffers));
+            self.wait(Chunk { head: Vec::new(), body, sent, reservation: None });
+        } else if left > 0 {
             self.push(arena.bytes()[sent..].to_vec(), None, None);
         }
         arena.rewind(0);
@@ -198,5 +218,44 @@ impl Output {
                 buffers.put(body);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn what_the_socket_does_not_take_arrives_in_order_and_counts_with_all_of_its_memory() -> std::io::Result<()> {
+        const ARENA: usize = 1 << 20;
+        let (mut client, server) = UnixStream::pair()?;
+        server.set_nonblocking(true)?;
+        let server = OwnedFd::from(server);
+        let (mut arena, mut buffers, mut output) = (Arena::new(ARENA), BufferPool::new(0), Output::default());
+        let mut expected = Vec::new();
+        for (round, length) in [700_000, 5000, ARENA, 200_000].into_iter().enumerate() {
+            let bytes: Vec<u8> = (0..length).map(|at| (at / 7 + round) as u8).collect();
+            arena.put(&bytes);
+            expected.extend_from_slice(&bytes);
+            let before = output.unreserved();
+            output.send_arena(&server, &mut arena, &mut buffers)?;
+            assert_eq!(arena.room(), ARENA, "the arena is empty again");
+            let kept = output.unreserved() - before;
+            assert_eq!(kept, if length > LITTLE { ARENA } else { length }, "{length} bytes");
+        }
+        let waiting = output.bytes();
+        assert!(expected.len() - waiting < 1 << 20, "a socket holds less");
+        let mut received = vec![0; expected.len()];
+        let mut at = 0;
+        while at < received.len() {
+            at += client.read(&mut received[at..])?;
+            output.send(&server, &mut buffers)?;
+        }
+        assert!(received == expected);
+        assert_eq!((output.bytes(), output.unreserved(), output.sent()), (0, 0, waiting as u64));
+        Ok(())
     }
 }
