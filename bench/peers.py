@@ -171,12 +171,17 @@ class Nbdkit:
 @dataclass(frozen=True)
 class NullServer:
     """A server with nothing behind it (engine/core/examples/null_server.rs): what client, socket and
-    machine can do at all. `make bench` builds it.
+    machine can do at all. `make bench` builds it. moves: the same server, but it moves the data, by a call or a copy a
+    request, of the file on tmpfs or of memory: what can be done with a disk of that kind.
     """
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
-    family: str = "null server"
+    moves: Literal["", "file", "memory"] = ""
     setting: str = ""
+
+    @property
+    def family(self) -> str:
+        return {"": "null server", "file": "bare pread and pwrite", "memory": "bare memcpy"}[self.moves]
 
     def missing(self) -> str:
         return "" if _NULL_SERVER.exists() else f"{_NULL_SERVER} is not built; `make bench` builds it"
@@ -184,7 +189,8 @@ class NullServer:
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         socket = ground.scratch / "null.sock"
-        command = [str(_NULL_SERVER), str(ground.size)]
+        behind = {"": [], "file": [str(ground.tmpfs_file())], "memory": ["memory"]}[self.moves]
+        command = [str(_NULL_SERVER), str(ground.size), *behind]
         log = ground.scratch / "null.log"
         with activated(command, path=socket, log=log, status=-signal.SIGTERM) as server:
             yield ClientSession(ground, job, socket_of(socket), who="server", server=server)

@@ -28,6 +28,8 @@ _QEMU_LARGE: Final = QemuNbd("threads")
 _NBDKIT: Final = (Nbdkit("file", 1), Nbdkit("file", 4))
 _MEMORY: Final = (Nbdkit("memory", 1, "malloc"),)
 _NULL: Final = NullServer()
+_BARE_FILE: Final = NullServer("file")
+_BARE_MEMORY: Final = NullServer("memory")
 _FLOOR: Final = _NULL.family
 """No server can be faster than one that does nothing."""
 _SEGMENTS: Final = 10_000
@@ -103,11 +105,17 @@ def _memory(blkloom: str) -> list[Workload]:
                 _LOOP, "qemu-nbd", 3.0, floor=_FLOOR, headline=bar and f"{bar}: loop / qemu-nbd" if "c1" in name else ""
             ),
             Goal(_LOOP, _FLOOR, shares.get(name), floor=_FLOOR),
+            Goal(_LOOP, _BARE_FILE.family, floor=_FLOOR),
             Goal(_RAM, "nbdkit memory", 1.5, floor=_FLOOR, headline=f"{bar}: ram / nbdkit" if "c2" in name else ""),
             Goal(_RAM, _FLOOR, shares.get(name), floor=_FLOOR),
+            Goal(_RAM, _BARE_MEMORY.family, floor=_FLOOR),
         )
         ours = (Blkloom(blkloom, _LOOP), Blkloom(blkloom, _RAM, "ram"))
-        found.append(Workload(name, title, job, (*ours, _QEMU, *_NBDKIT, *_MEMORY, _NULL), goals, "nbd"))
+        found.append(
+            Workload(
+                name, title, job, (*ours, _QEMU, *_NBDKIT, *_MEMORY, _NULL, _BARE_FILE, _BARE_MEMORY), goals, "nbd"
+            )
+        )
     return found
 
 

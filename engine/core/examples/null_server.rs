@@ -4,11 +4,18 @@
 //! `make bench` measures it beside the others: no server with a disk behind it can be faster than one
 //! without. It drains, answers everything in one send and polls before it sleeps, as the engine does,
 //! and speaks structured replies to who asks for them, as all contenders do. A thread a connection; takes a
-//! listening Unix socket as descriptor 3 (sd_listen_fds(3)). Argument: the size of the disk in bytes.
+//! listening Unix socket as descriptor 3 (sd_listen_fds(3)). Arguments: SIZE [FILE|memory]
+//!
+//! SIZE: of the disk in bytes. FILE: its bytes are read and written, by one call a request, and nothing else is done;
+//! likewise memory, by one copy: what a server that has a disk of that kind can reach at most.
 
+use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::ptr::copy_nonoverlapping;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blkloom_wire::{Framing, Sink, Style, read_data, success};
@@ -23,11 +30,19 @@ const TRANSMISSION_FLAGS: u16 = 1 | 4 | 8 | 256;
 
 fn main() -> Result<()> {
     let size = std::env::args().nth(1).and_then(|text| text.parse().ok()).ok_or(ErrorKind::InvalidInput)?;
+    let disk = Arc::new(match std::env::args().nth(2).as_deref() {
+        None => Disk::Nothing,
+        Some("memory") => Disk::Memory(Memory(vec![1; size as usize].leak().as_mut_ptr())),
+        Some(path) => Disk::File(File::options().read(true).write(true).open(path)?),
+    });
     // SAFETY: descriptor 3 is ours by the convention above, and nothing else here uses it.
     let listener = unsafe { UnixListener::from_raw_fd(3) };
     for client in listener.incoming() {
         let client = client?;
-        std::thread::spawn(move || handshake(&client, size).and_then(|style| transmission(&client, style)));
+        let disk = disk.clone();
+        std::thread::spawn(move || {
+            handshake(&client, size).and_then(|style| transmission(&client, style, size, &disk))
+        });
     }
     Ok(())
 }
@@ -69,7 +84,48 @@ fn handshake(mut client: &UnixStream, size: u64) -> Result<Style> {
     }
 }
 
-fn transmission(mut client: &UnixStream, style: Style) -> Result<()> {
+/// What is behind the server.
+enum Disk {
+    Nothing,
+    File(File),
+    Memory(Memory),
+}
+
+/// Read and written by all threads at once, as a disk is: what comes of two writes to one place is not said.
+struct Memory(*mut u8);
+
+// SAFETY: the memory is never given back, and no two threads use the same bytes but by copying them.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Disk {
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        match self {
+            Disk::Nothing => {}
+            Disk::File(file) => file.read_exact_at(into, offset)?,
+            Disk::Memory(Memory(disk)) => {
+                // SAFETY: the caller has seen to it that the range is one of the disk's.
+                unsafe { copy_nonoverlapping(disk.add(offset as usize), into.as_mut_ptr(), into.len()) }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        match self {
+            Disk::Nothing => {}
+            Disk::File(file) => file.write_all_at(from, offset)?,
+            Disk::Memory(Memory(disk)) => {
+                // SAFETY: as in `read`.
+                unsafe { copy_nonoverlapping(from.as_ptr(), disk.add(offset as usize), from.len()) }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn transmission(mut client: &UnixStream, style: Style, size: u64, disk: &Disk) -> Result<()> {
     let (mut input, mut have) = (vec![0; 4 << 20], 0);
     let mut output = Output { buffer: vec![0; 32 << 20], used: 0 };
     loop {
@@ -77,6 +133,9 @@ fn transmission(mut client: &UnixStream, style: Style) -> Result<()> {
         let mut at = 0;
         while let Ok(Some(header)) = style.header(&input[at..have]) {
             let payload = if header.kind == 1 { header.length as usize } else { 0 };
+            if matches!(header.kind, 0 | 1) && header.offset.checked_add(header.length).is_none_or(|end| end > size) {
+                return Err(Error::other("a request beyond the end"));
+            }
             if header.kind == 2 {
                 return Ok(());
             }
@@ -86,12 +145,18 @@ fn transmission(mut client: &UnixStream, style: Style) -> Result<()> {
             if have < at + 28 + payload {
                 break;
             }
+            let data = &input[at + 28..at + 28 + payload];
             at += 28 + payload;
             let framing = Framing { style, cookie: header.cookie, offset: header.offset };
             if header.kind == 0 {
                 read_data(&framing, &mut output, header.offset, header.length, true);
-                output.used += header.length as usize;
+                let end = output.used + header.length as usize;
+                disk.read(header.offset, &mut output.buffer[output.used..end])?;
+                output.used = end;
             } else {
+                if header.kind == 1 {
+                    disk.write(header.offset, data)?;
+                }
                 success(&framing, &mut output);
             }
         }
