@@ -45,8 +45,8 @@ _HERE: Final = Path(__file__).resolve().parent
 _RESULTS: Final = _HERE / "results"
 _PAGE: Final = _HERE.parent / "docs" / "performance.md"
 _SIZE: Final = 256 << 20
-FULL: Final = Effort(rounds=5, seconds=0.6, warm_up=0.2)
-QUICK: Final = Effort(rounds=2, seconds=0.4, warm_up=0.15)
+FULL: Final = Effort(rounds=5, seconds=0.4, warm_up=0.15)
+QUICK: Final = Effort(rounds=2, seconds=0.3, warm_up=0.1)
 
 _SESSION_SECONDS: Final = 0.45
 """To start a contender, fill it if it is memory, and end it."""
