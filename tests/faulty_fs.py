@@ -31,6 +31,19 @@ import pytest
 
 What = Literal["read", "write", "fsync", "fallocate"]
 
+
+def needs_fuse() -> None:
+    """Skips where this user can mount no FUSE file system, or not unmount it again."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse is missing or may not be opened (the kernel's module fuse)")
+    if os.geteuid() == 0:
+        return
+    if not shutil.which("fusermount3"):
+        pytest.skip("fusermount3 is missing (Debian package fuse3)")
+    if not os.path.exists("/etc/mtab"):
+        pytest.skip("fusermount3 unmounts nothing where /etc/mtab is missing")
+
+
 _SERVER = Path(__file__).with_name("faulty_fuse.py")
 _END_TIMEOUT = 60.0
 
@@ -44,10 +57,7 @@ class FaultyFileSystem:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-            pytest.skip("/dev/fuse is missing or may not be opened (the kernel's module fuse)")
-        if os.geteuid() != 0 and not shutil.which("fusermount3"):
-            pytest.skip("fusermount3 is missing (Debian package fuse3)")
+        needs_fuse()
         self.mount.mkdir(parents=True)
         self.disk.mkdir()
         command = [sys.executable, str(_SERVER), str(self.disk), str(self.mount)]

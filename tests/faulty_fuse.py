@@ -304,7 +304,7 @@ def unmount(where: str) -> None:
     if os.geteuid() == 0:
         libc.umount2(os.fsencode(where), MNT_DETACH)
     else:
-        subprocess.run(["fusermount3", "-u", "-z", "--", where], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["fusermount3", "-u", "-z", "--", where], check=True)
 
 
 def main(directory: str, where: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from blkloom.errors import DrainError
 from conformance.nbd_client import READ, NbdClient, Style
+from faulty_fs import needs_fuse
 
 from .conftest import Life
 
@@ -29,12 +30,7 @@ def stuck(program: Callable[[str, str], str], tmp_path: Path) -> Iterator[Path]:
     """A file whose reads take ten minutes."""
     nbdkit, nbdfuse = program("nbdkit", "nbdkit"), program("nbdfuse", "libnbd-bin")
     fusermount = program("fusermount3", "fuse3")
-    if not os.path.exists("/dev/fuse"):
-        pytest.skip("/dev/fuse is missing")
-    if os.geteuid() != 0 and not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("/dev/fuse may be opened by root only")
-    if not os.path.exists("/etc/mtab"):
-        pytest.skip("fusermount3 unmounts nothing where /etc/mtab is missing")
+    needs_fuse()
     mountpoint, mounted = tmp_path / "mnt", tmp_path / "mounted"
     mountpoint.mkdir()
     os.mkfifo(mounted)  # nbdfuse writes its process id there once it is mounted
