@@ -273,8 +273,9 @@ def test_force_makes_a_busy_device_fail_its_io(client: Client, file: Path, conne
     client.create("disk", table=f"0 16 linear {file} 0")
     nbd = connect("disk")
     until(client, "disk", lambda found: found.connections == 1)
-    with pytest.raises(DeviceBusy):
+    with pytest.raises(DeviceBusy, match="1 client is connected; all its I/O fails from now on") as busy:
         client.remove("disk", force=True)
+    assert "--force" not in str(busy.value), "advice to do what was just done"
     assert client.table("disk") == "0 16 error"
     assert nbd.ask(READ, 0, 512).error == errno.EIO
     nbd.close()

@@ -268,3 +268,10 @@ def test_a_table_loaded_read_only_makes_no_later_one_so(path: Path) -> None:
         device.resume()
         device.pwrite(b"w", 0)
         assert not device.read_only
+
+
+def test_load_says_what_makes_a_table_of_text() -> None:
+    with blkloom.open("0 8 zero") as device:
+        with pytest.raises(TypeError, match=r"takes a Table, not str: blkloom\.table\.parse\(text"):
+            device.load("0 8 error")  # type: ignore[arg-type]
+        assert device.inactive_table is None

@@ -175,8 +175,11 @@ class Device(_engine.Device):
         table, and the inactive one if this raises, stay as they are.
 
         read_only, shared: None as the device was made. descriptors: who opens files, None for this
-        process. Returns what was loaded.
+        process. Returns what was loaded. Raises TypeError for text, which `blkloom.table.parse` makes a table of.
         """
+        if not isinstance(table, Table):
+            what = type(table).__name__
+            raise TypeError(f"load takes a Table, not {what}: blkloom.table.parse(text, targets=...) makes one of text")
         with self._life:
             self._check_open()
             opening = Opening(

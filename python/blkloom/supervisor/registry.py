@@ -294,15 +294,15 @@ class Registry:
         """Clients connected, and devices standing on it."""
         return entry.connections + len(self._users.get(entry.minor, ()))
 
-    def check_unused(self, entry: Entry) -> None:
-        """Raises DeviceBusy, which says who."""
+    def check_unused(self, entry: Entry, *, forced: bool = False) -> None:
+        """Raises DeviceBusy, which says who. forced: all I/O of the device has been made to fail."""
         users = [f"device {holder.name!r} stands on it" for holder in self.holders(entry)]
         if entry.connections:
             users.append(f"{_count(entry.connections)} {'are' if entry.connections > 1 else 'is'} connected")
         if users:
             raise DeviceBusy(
-                f"Device {entry.name} is in use: {', '.join(users)}",
-                cure="end that first, or remove it with --deferred or --force",
+                f"Device {entry.name} is in use: {', '.join(users)}" + ("; all its I/O fails from now on" * forced),
+                cure="end that first, or remove it with --deferred" + (" or --force" * (not forced)),
             )
 
     def check_no_clients(self) -> None:

@@ -329,7 +329,7 @@ class Verbs:
             if call.force and not entry.failed and entry.active is not None:
                 await self._fail_all_io(entry)
             try:
-                self._registry.check_unused(entry)
+                self._registry.check_unused(entry, forced=call.force)
             except DeviceBusy:
                 if call.deferred:
                     entry.deferred = True
@@ -340,9 +340,9 @@ class Verbs:
             else:
                 await self._drop(entry, fail=call.force)
                 return
-        await self._remove_later(entry)
+        await self._remove_later(entry, forced=call.force)
 
-    async def _remove_later(self, entry: Entry) -> None:
+    async def _remove_later(self, entry: Entry, *, forced: bool) -> None:
         """As soon as its users have gone, within RETRY_SECONDS. Raises DeviceBusy."""
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
@@ -351,7 +351,7 @@ class Verbs:
                 if self._registry.get(entry.minor) is not entry:
                     return
                 try:
-                    self._registry.check_unused(entry)
+                    self._registry.check_unused(entry, forced=forced)
                 except DeviceBusy:
                     if time.monotonic() >= deadline:
                         raise
