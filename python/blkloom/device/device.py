@@ -47,7 +47,7 @@ class Device(_engine.Device):
     """A virtual block device built from a table. A context manager; close it when done.
 
     Offsets and lengths of I/O are bytes; errors are OSError with the errno a disk would give. In a fork of the process
-    that made it everything raises ForkedError, but `close` does nothing.
+    that made it all I/O and every change raise ForkedError, and `close` does nothing.
     """
 
     read_only: bool
