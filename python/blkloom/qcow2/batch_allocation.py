@@ -193,15 +193,8 @@ class BatchAllocation:
 
     def _give_run(self, run: Run, windows: list[_Window]) -> None:
         """The run for as much of the windows as it is enough for."""
-        host = run.first << self._bits
-        if not run.zeroed:
-            try:
-                self._mapping.clear(host, run.count << self._bits)
-            except OSError:
-                self._mapping.take_back(run)
-                raise
-        start = host | COPIED
-        entries = np.arange(start, start + (run.count << self._bits), 1 << self._bits, dtype=np.uint64)
+        self._mapping.make_zeros(run)
+        entries = self._mapping.entries_for(run)
         given: list[tuple[_Window, int, int]] = []
         used = 0
         for window in windows:
@@ -211,7 +204,7 @@ class BatchAllocation:
             given.append((window, low, used))
             used += high - low
             window.at = high
-        told = self._mapping.places_from(host, run.count)
+        told = self._mapping.places_from(run.first << self._bits, run.count)
         for window, low, at in given:
             for _, first, end in window.writes:
                 self._ahead.used(window.table.index, first, end)

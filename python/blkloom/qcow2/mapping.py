@@ -165,6 +165,23 @@ class Mapping:
             self.zeroes_by_writing = True
             self.data.zero(HostOffset(host), length)
 
+    def make_zeros(self, run: Run) -> None:
+        """Makes clusters that were taken read as zeros; gives them back where that fails."""
+        if run.zeroed:
+            return
+        bits = self.layout.geometry.cluster_bits
+        try:
+            self.clear(run.first << bits, run.count << bits)
+        except OSError:
+            self.take_back(run)
+            raise
+
+    def entries_for(self, run: Run) -> Words:
+        """L2 entries that refer to the clusters of a run, one after the other."""
+        bits = self.layout.geometry.cluster_bits
+        start = run.first << bits | COPIED
+        return np.arange(start, start + (run.count << bits), 1 << bits, dtype=np.uint64)
+
     def filled(self) -> None:
         """Contents were put where an entry will point."""
         self._write_back.filled()

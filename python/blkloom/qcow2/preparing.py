@@ -164,20 +164,13 @@ class Preparer:
         return self._mapping.room(count) * 2 < count
 
     def _give_run(self, table: L2Table, at: int, run: Run, low: int, high: int) -> None:
-        host, end = run.first << self._bits, at + run.count
-        if not run.zeroed:
-            try:
-                self._mapping.clear(host, run.count << self._bits)
-            except OSError:
-                self._mapping.take_back(run)
-                raise
-        start = host | COPIED
-        entries = np.arange(start, start + (run.count << self._bits), 1 << self._bits, dtype=np.uint64)
-        self._mapping.replace(table, at, end, entries, ALL_ALLOCATED)
+        self._mapping.make_zeros(run)
+        end = at + run.count
+        self._mapping.replace(table, at, end, self._mapping.entries_for(run), ALL_ALLOCATED)
         self._ahead.given(table.index, at, min(end, low))
         self._ahead.used(table.index, max(at, low), min(end, high))
         self._ahead.given(table.index, max(at, high), end)
-        self._mapping.publish_run(table.index, at, run.count, host)
+        self._mapping.publish_run(table.index, at, run.count, run.first << self._bits)
 
     def _copy(self, table: L2Table, low: int, high: int, payload: Payload) -> None:
         """Other places for [low, high), with what they hold."""
@@ -213,10 +206,7 @@ class Preparer:
         nothing = not old.any() and (table.bitmaps is None or not table.bitmaps[at:end].any())
         below = self._mapping.below if nothing else None
         self._copier.fill(low, high, host + low - start, payload, zeroed=run.zeroed, below=below)
-        entries = np.arange(
-            host | COPIED, (host | COPIED) + (run.count << self._bits), 1 << self._bits, dtype=np.uint64
-        )
-        self._mapping.replace(table, at, end, entries, bitmaps)
+        self._mapping.replace(table, at, end, self._mapping.entries_for(run), bitmaps)
         self._ahead.used(table.index, at, end)
         if bitmaps is None:
             self._mapping.publish_run(table.index, at, run.count, host)
