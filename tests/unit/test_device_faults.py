@@ -259,7 +259,11 @@ def test_changes_whose_time_was_over_before_their_turn_are_never_made() -> None:
     assert changes == [("discard", 512, 512)]
 
 
-def test_flushes_that_wait_together_share_one_call() -> None:
+def _behind_a_read(
+    make: Callable[[list[tuple[Any, ...]], Callable[[str], None]], Scripted],
+    calls: Sequence[Callable[[blkloom.Device], object]],
+) -> list[tuple[Any, ...]]:
+    """What a target met of a read and of calls that all came while that was being answered. None of them may fail."""
     log: list[tuple[Any, ...]] = []
     entered, go_on = threading.Event(), threading.Event()
 
@@ -268,19 +272,34 @@ def test_flushes_that_wait_together_share_one_call() -> None:
             entered.set()
             go_on.wait(20)
 
-    with blkloom.Device(table(Scripted(log, act))) as device:
+    failed: list[OSError] = []
+
+    def run(call: Callable[[blkloom.Device], object]) -> None:
+        try:
+            call(device)
+        except OSError as error:
+            failed.append(error)
+
+    with blkloom.Device(table(make(log, act))) as device:
         reader = threading.Thread(target=device.pread, args=(512, 0))
         reader.start()
         assert entered.wait(20)
-        flushers = [threading.Thread(target=device.flush) for _ in range(8)]
-        for thread in flushers:
+        callers = [threading.Thread(target=run, args=(call,)) for call in calls]
+        for thread in callers:
             thread.start()
-        while device.stats()["faults"] < 9:  # all of them have arrived
+        while device.stats()["faults"] <= len(calls):  # all of them have arrived
             time.sleep(0.001)
         go_on.set()
-        for thread in [reader, *flushers]:
+        for thread in [reader, *callers]:
             thread.join()
-        assert log.count(("flush",)) == 1
+        met = list(log)  # closing flushes, too
+    assert not failed
+    return met
+
+
+def test_flushes_that_wait_together_share_one_call() -> None:
+    log = _behind_a_read(Scripted, [blkloom.Device.flush] * 8)
+    assert log.count(("flush",)) == 1
 
 
 @dataclass
@@ -294,40 +313,13 @@ class Preparing(Scripted):
         return self.prepare(len(writes))
 
 
-def _writes_together(
-    prepare: Callable[[int], list[int]], *, read_only: bool = False, fault_timeout: float = 60.0
-) -> list[tuple[Any, ...]]:
-    """What a target met of a read and, while it was being answered, four writes. Those that do not fail are made."""
-    log: list[tuple[Any, ...]] = []
-    entered, go_on = threading.Event(), threading.Event()
+def _writes_together(prepare: Callable[[int], list[int]]) -> list[tuple[Any, ...]]:
+    """What a target met of a read and, while it was being answered, four writes."""
 
-    def act(operation: str) -> None:
-        if operation == "read":
-            entered.set()
-            go_on.wait(20)
+    def write(number: int) -> Callable[[blkloom.Device], object]:
+        return lambda device: device.pwrite(bytes([number]) * 512, number * 512)
 
-    failed: list[OSError] = []
-
-    def write(device: blkloom.Device, number: int) -> None:
-        try:
-            device.pwrite(bytes([number]) * 512, number * 512)
-        except OSError as error:
-            failed.append(error)
-
-    with blkloom.Device(table(Preparing(log, act, prepare)), fault_timeout=fault_timeout) as device:
-        reader = threading.Thread(target=device.pread, args=(512, 0))
-        reader.start()
-        assert entered.wait(20)
-        writers = [threading.Thread(target=write, args=(device, number)) for number in range(4)]
-        for thread in writers:
-            thread.start()
-        while device.stats()["faults"] < 5:  # all of them have arrived
-            time.sleep(0.001)
-        go_on.set()
-        for thread in [reader, *writers]:
-            thread.join()
-    assert not failed
-    return log
+    return _behind_a_read(lambda log, act: Preparing(log, act, prepare), [write(number) for number in range(4)])
 
 
 def test_a_target_prepares_the_writes_that_came_together_with_one_call() -> None:
