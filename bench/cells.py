@@ -1,4 +1,4 @@
-"""Cells and tables of the report as Markdown. Pure: figures in, text out."""
+"""Cells and tables of the performance page as Markdown. Pure functions from figures to text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from results import Contest, Run, WorkloadResult
 
 DISTURBED: Final = 0.05
-"""Share of the machine's CPU time used by other processes, or stolen, from which a row is marked."""
+"""A row is marked if other processes used, or the hypervisor stole, more than this share of the machine's CPU time."""
 NONE: Final = "-"
 
 
@@ -19,7 +19,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def short(value: float, workload: WorkloadResult) -> str:
-    """A figure in three digits: `186k`, `4.6k`, `744`, or a time."""
+    """A figure with three digits (`186k`, `4.6k`, `744`), or a time."""
     if workload.unit == "s":
         return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
     if value < 1000:
@@ -28,7 +28,7 @@ def short(value: float, workload: WorkloadResult) -> str:
 
 
 def figure(contest: Contest | None, workload: WorkloadResult) -> str:
-    """The median, and the lowest and highest round."""
+    """The median of the rounds, and the figures of the lowest and the highest round."""
     if contest is None or not contest.samples:
         return "not measured"
     middle, low, high = (number(v, workload) for v in (contest.figure, min(contest.values), max(contest.values)))
@@ -40,7 +40,7 @@ def number(value: float, workload: WorkloadResult) -> str:
 
 
 def cost(contest: Contest | None, workload: WorkloadResult) -> str:
-    """CPU time of the server an I/O, in microseconds; of the client where there is no server."""
+    """CPU time of the server per I/O, in microseconds; of the client if there is no server."""
     if contest is None or workload.unit != "IOPS":
         return NONE
     if (microseconds := contest.cpu_per_million) is not None:
@@ -49,18 +49,21 @@ def cost(contest: Contest | None, workload: WorkloadResult) -> str:
 
 
 def rate(value: float | None) -> str:
-    """System calls or context switches an I/O."""
+    """System calls or context switches per I/O."""
     return NONE if value is None else f"{value:.2f}"
 
 
 def name(contest: Contest) -> str:
-    """The contender with its setting and its client."""
+    """Name of the contender, with its setting and its client."""
     words = [contest.family, contest.setting, f"with {contest.client}" if contest.client else ""]
     return " ".join(word for word in words if word)
 
 
 def disturbance(workload: WorkloadResult, run: Run) -> float:
-    """The worst median share over the contenders; one disturbed round does not move a median."""
+    """Share of the CPU time that other processes used or the hypervisor stole: the highest of the contenders' medians.
+
+    One disturbed round does not change a median.
+    """
     cpus = int(run.machine["cpus"])
     measured = [contest.samples for contest in workload.contests if contest.samples and workload.unit == "IOPS"]
     shares = [median((s.other_cpu + s.stolen) / (s.seconds * cpus) for s in samples) for samples in measured]

@@ -1,4 +1,4 @@
-"""The clients: run against whatever serves, for their own account of it.
+"""Benchmark clients: run against a server, and return their own statistics.
 
 Source: fio(1); engine/core/examples/nbd_load.rs.
 """
@@ -19,8 +19,8 @@ _PATIENCE: Final = 120
 
 
 def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: Path, seconds: float | None) -> Outcome:
-    """The job on `size` bytes. where: fio's words for the engine and the data. seconds: how long; None: once over them.
-    Raises JobError, OSError, subprocess.TimeoutExpired.
+    """Run the job on `size` bytes and return its results. where: fio's options for the engine and the data. seconds:
+    duration; None: once over all bytes. Raises JobError, OSError, subprocess.TimeoutExpired.
     """
     output, log = scratch / "fio.json", scratch / "fio-jobs"
     for stale in (output, *_logs(log)):
@@ -31,7 +31,9 @@ def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: P
         if ours
         else fio_arguments(job, where, size=size, output=str(output), log=str(log), seconds=seconds)
     )
-    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=(seconds or 60) + _PATIENCE)
+    done = subprocess.run(
+        command, cwd=scratch, capture_output=True, text=True, timeout=(seconds or 60) + _PATIENCE, check=False
+    )
     said = " ".join((done.stderr + done.stdout).split())
     if done.returncode if ours else not output.exists():
         raise JobError(f"{client} ended with {done.returncode} and no result: {said[-400:]}")
@@ -45,5 +47,5 @@ def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: P
 
 
 def _logs(log: Path) -> list[Path]:
-    """The logs that fio's jobs write: `NAME_clat.NUMBER.log`."""
+    """Texts of the logs that fio's jobs write: `NAME_clat.NUMBER.log`."""
     return list(log.parent.glob(f"{log.name}_*.log"))

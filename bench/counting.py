@@ -1,7 +1,7 @@
-"""System calls and context switches of a process while it does something, counted by perf.
+"""Counts the system calls and context switches of a process with perf.
 
-Counting slows every system call of the machine, so it is done in a run of its own, whose speed is not looked at.
-Threads that begin or end meanwhile are counted too. Source: perf-stat(1).
+Counting slows down every system call of the machine, so it has a separate run, whose speed is not measured. Threads
+that start or end during the run are counted, too. Source: perf-stat(1).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SECONDS: Final = 20.0
 
 
 class CountError(Exception):
-    """perf did not count; the text has what it said."""
+    """perf did not count; the text has its output."""
 
 
 @dataclass
 class Counts:
-    """Of one process, all of its threads; known when the counting has ended."""
+    """Counts of all threads of one process; available when the counting has ended."""
 
     calls: int = 0
     switches: int = 0
@@ -34,10 +34,12 @@ class Counts:
 
 @cache
 def lack() -> str:
-    """What keeps perf from counting here; "" if nothing does."""
+    """The reason why perf cannot count here; "" if it can."""
     if not shutil.which("perf"):
         return "perf is not installed (Debian: apt install linux-perf)"
-    tried = subprocess.run(["perf", "stat", "-x,", "-e", ",".join(_EVENTS), "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["perf", "stat", "-x,", "-e", ",".join(_EVENTS), "true"], capture_output=True, text=True, check=False
+    )
     if tried.returncode or "<not" in tried.stderr:
         return f"perf cannot count {' and '.join(_EVENTS)} here: {' '.join(tried.stderr.split())[:200]}"
     return ""
@@ -45,7 +47,7 @@ def lack() -> str:
 
 @contextmanager
 def counted(pid: int) -> Iterator[Counts]:
-    """Counts what process `pid` does in the block. Raises CountError, OSError."""
+    """Count the calls and switches of process `pid` in the block. Raises CountError, OSError."""
     found = Counts()
     orders, give = os.pipe()
     answers, answer = os.pipe()
@@ -81,7 +83,7 @@ def counted(pid: int) -> Iterator[Counts]:
 
 
 def _said(perf: subprocess.Popen[str]) -> str:
-    """Ends perf, which then prints what it counted."""
+    """End perf, and return the counts that it prints."""
     perf.send_signal(signal.SIGINT)
     try:
         return perf.communicate(timeout=_SECONDS)[1]

@@ -1,11 +1,10 @@
-"""The contenders on the run's own disk: a file on it three ways, the kernel's loop driver, bare blocks.
+"""Contenders on the run's private disk: blkloom in three I/O modes, the kernel's loop driver, and the raw disk.
 
-A `Place` is what is driven: the file as blkloom's `loop` target takes it, the kernel's loop device over
-it, or as many bare blocks of the same disk. A class here is a client that drives it: the NBD clients
-through `blkloom serve`, fio's io_uring engine with direct I/O, blkloom in process, plain system calls.
-A place that is a block device is served by blkloom as `loop DEVICE 0 1 direct_io`, so that the
-client, the protocol and the server are the same for all places and only what is behind differs.
-Source: fio(1), losetup(8).
+A `Place` says where the data is: in the file, through a mode of blkloom's `loop` target; in the kernel's loop device on
+the file; or in bare blocks of the same disk, as many as the file has. The other classes are clients of a place: the NBD
+clients through `blkloom serve`, fio's io_uring engine with direct I/O, blkloom in process, plain system calls. blkloom
+serves a place that is a block device as `loop DEVICE 0 1 direct_io`, so that client, protocol and server are the same
+for all places. Source: fio(1), losetup(8).
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ Mode = Literal["file", "direct_io", "block_map"]
 
 @dataclass(frozen=True)
 class FileMode:
-    """The file, by blkloom's own target in one of its modes, or it is an error. In `file` mode the file
-    is in the page cache to begin with, in the others nothing of it.
+    """The file, through one mode of blkloom's loop target; another mode is an error. In `file` mode, all of the file is
+    in the page cache at the start; in the other modes, none of it.
     """
 
     mode: Mode
 
     @contextmanager
     def table(self, ground: Ground) -> Iterator[str]:
-        """The table that serves it."""
+        """The table that serves the place."""
         options = {"file": "", "direct_io": " 0 1 direct_io=require", "block_map": " 0 1 block_map"}[self.mode]
         with ground.own_disk().file_at_hand(cached=self.mode == "file") as file:
             yield f"0 {ground.size // 512} loop {file}{options}\n"
@@ -45,8 +44,8 @@ class FileMode:
 
 @dataclass(frozen=True)
 class LoopDevice:
-    """The kernel's loop device over the file: buffered, over a file that is in the page cache to begin
-    with, or with direct I/O.
+    """The kernel's loop device on the file: buffered, with the file in the page cache at the start, or with direct
+    I/O.
     """
 
     direct: bool
@@ -65,7 +64,7 @@ class LoopDevice:
 
 @dataclass(frozen=True)
 class BareBlocks:
-    """As many blocks of the disk as the file has, with no file system."""
+    """Blocks of the disk without a file system, as many as the file has."""
 
     @contextmanager
     def device(self, ground: Ground) -> Iterator[Path]:
@@ -111,7 +110,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Driven:
-    """fio's io_uring engine with direct I/O on a block device; no blkloom."""
+    """fio's io_uring engine with direct I/O on a block device, without blkloom."""
 
     clients: ClassVar[tuple[Client, ...]] = ("fio",)
     family: str
@@ -130,10 +129,9 @@ class Driven:
 
 @dataclass(frozen=True)
 class Opened:
-    """A Python program with blkloom in process: a request a call at depth 1, else batches of as many
-    requests as the job is deep.
+    """Python program with blkloom in process: one request per call at depth 1, otherwise batches of `depth` requests.
 
-    python: the interpreter that has the blkloom to measure.
+    python: the interpreter with the blkloom to measure.
     """
 
     clients: ClassVar[tuple[Client, ...]] = ("",)
@@ -153,8 +151,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Called:
-    """A Python program that calls preadv and pwritev on a block device with O_DIRECT, one after the other;
-    no blkloom.
+    """Python program that calls preadv and pwritev on a block device with O_DIRECT, one after the other, without
+    blkloom.
     """
 
     clients: ClassVar[tuple[Client, ...]] = ("",)

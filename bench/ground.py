@@ -1,8 +1,8 @@
-"""The ground the contenders run on: backing files on tmpfs and on the disk, a disk of the run's own, and a
-scratch folder.
+"""Backing storage of the contenders: files on tmpfs and on the disk, a private disk of the run, and a scratch
+directory.
 
-They are made when first asked for, filled with random bytes (no holes, nothing to compress) and
-removed at the end, whatever happened. One thread.
+Each is made on first use, filled with random bytes (no holes, not compressible), and removed at the end, also after
+errors. One thread.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _PIECE: Final = 16 << 20
 
 
 class GroundError(Exception):
-    """A place that cannot be used; the text says which, why and the cure."""
+    """A directory that cannot be used; the text names it, the reason and the remedy."""
 
 
 class Ground:
-    """size: bytes of every device and backing file. tmpfs and disk: folders for them."""
+    """Backing storage of a run. size: bytes of every device and backing file. tmpfs, disk: directories for them."""
 
     def __init__(self, *, size: int, tmpfs: Path, disk: Path) -> None:
         self.size = size
@@ -51,14 +51,14 @@ class Ground:
             shutil.rmtree(self.scratch)
 
     def tmpfs_file(self) -> Path:
-        """`size` bytes on tmpfs. Raises GroundError."""
+        """File of `size` bytes on tmpfs. Raises GroundError."""
         if _file_system(self._tmpfs) != "tmpfs":
             raise GroundError(f"{self._tmpfs} is not on tmpfs; name a folder that is with --tmpfs-dir")
         return self._file("tmpfs", self._tmpfs)
 
     def quick_folder(self) -> Path:
-        """A folder whose files cost as little to write as any: a tmpfs of the run's own with huge pages, where the run
-        may mount one. Raises GroundError, OSError.
+        """Directory with the fastest writes: a private tmpfs with huge pages, if the run may mount one. Raises
+        GroundError, OSError.
         """
         if os.geteuid() != 0:
             return self._tmpfs
@@ -70,18 +70,18 @@ class Ground:
         return self._folders["quick"]
 
     def disk_folder(self) -> Path:
-        """On the machine's disk. Raises GroundError."""
+        """Directory on the machine's disk. Raises GroundError."""
         self._check_disk()
         _check_space(self._disk, self._most)
         return self._disk
 
     def disk_file(self) -> Path:
-        """`size` bytes on the machine's disk, written through. Raises GroundError."""
+        """File of `size` bytes on the machine's disk, written and synced. Raises GroundError."""
         self._check_disk()
         return self._file("disk", self._disk)
 
     def own_disk(self) -> OwnDisk:
-        """A disk of the run's own, on the machine's. Raises GroundError, OSError."""
+        """Private disk of the run, on the machine's disk. Raises GroundError, OSError."""
         if self._own_disk is None:
             self._check_disk()
             _check_space(self._disk, 3 * self.size)
@@ -115,7 +115,7 @@ def _check_space(folder: Path, size: int) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """Its type, from the mount with the longest matching path (proc_pid_mounts(5))."""
+    """Type of the file system of a path, from the mount with the longest matching path (proc_pid_mounts(5))."""
     real = folder.resolve()
     mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     fitting = [(point, kind) for point, kind in mounts if real == Path(point) or Path(point) in real.parents]

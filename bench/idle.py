@@ -1,7 +1,7 @@
-"""Idle clients: NBD connections that finish the handshake and then say nothing.
+"""Idle clients: NBD connections that finish the handshake and then send nothing.
 
-A client small enough to hold thousands of in one process. Source: NetworkBlockDevice doc/proto.md,
-fixed newstyle, NBD_OPT_GO.
+The client is small, so one process can have thousands of them. Source: NetworkBlockDevice doc/proto.md, fixed newstyle,
+NBD_OPT_GO.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _TIMEOUT: Final = 30.0
 
 @contextmanager
 def idle_connections(path: Path, count: int) -> Iterator[None]:
-    """`count` connections to the default export of the server at `path`, all of them past the
-    handshake. Raises OSError, also when the server refuses one.
+    """Open `count` connections to the default export of the server at `path`, and finish their handshakes. Raises
+    OSError, also if the server refuses one.
     """
     with ExitStack() as stack:
         for _ in range(count):

@@ -1,10 +1,10 @@
-"""The in-process contenders: a Python program that does the I/O itself.
+"""In-process contenders: a Python program that does the I/O itself.
 
-Run as a program it brings one side up, prints `ready`, then reads a number of seconds a line and
-answers each with a line of JSON: operations, seconds. Requests and buffers are made beforehand, so
-that a loop's iteration is one call and nothing else. Every offset is read once and checked before
-the first answer (of a disk the first few: it is slow). `map` answers with how long a table of so many
-segments took to parse and open.
+The program opens its device or file and prints `ready`. Then it reads lines with a number of seconds, and answers each
+with a line of JSON: operations, seconds. Requests and buffers are made in advance, so that one iteration of the loop is
+one call. Every offset is read once and checked before the first answer (on a disk only the first few, because it is
+slow). `map` answers with the time to parse and open a table, `delayed` with that of one call with many delayed
+requests.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ import blkloom
 from tables import table_text
 
 BLOCK: Final = 4096
+DELAY_MS: Final = 10
 _OFFSETS: Final = 1 << 16
 _CHECKED: Final = 256
 _CALLS: Final = 1024  # calls between two looks at the clock
 
 
 def main(side: str, subject: str, size: str, number: str, pattern: str = "randread") -> None:
-    """side: `preadv` (subject: a file), `ram` (a device of size bytes), `map` (subject: a file to cut
-    into `number` segments), `table` (subject: the table of a device), `calls` (subject: a block
-    device). number otherwise: requests a call. pattern: `randread`, or for the last two `randwrite`.
+    """Run one contender. side: `preadv` (subject: a file), `ram` (a device of size bytes), `map` (subject: a file to
+    cut into `number` segments), `delayed` (memory; `number` requests a call), `table` (subject: the table of a device),
+    `calls` (subject: a block device). number: segments for `map`, otherwise requests per call. pattern: `randread`, or
+    `randwrite` for `table` and `calls`.
     """
-    ways = {"preadv": _preadv, "ram": _ram, "map": _map}
+    ways = {"preadv": _preadv, "ram": _ram, "map": _map, "delayed": _delayed}
     directed = {"table": _table, "calls": _calls}
     if side in directed:
         ready = directed[side](subject, int(size), int(number), writes=pattern == "randwrite")
@@ -57,7 +59,7 @@ def _offsets(size: int) -> list[int]:
 
 @contextmanager
 def _preadv(path: str, size: int, batch: int) -> Iterator[Answer]:
-    """One os.preadv a request; a batch is that many calls with that many buffers."""
+    """os.preadv for each request; a batch is as many calls as it has requests."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     vectors = [[bytearray(BLOCK)] for _ in range(batch)]
     calls = [(vectors[i % batch], offset) for i, offset in enumerate(_offsets(size))]
@@ -76,7 +78,7 @@ def _preadv(path: str, size: int, batch: int) -> Iterator[Answer]:
 
 @contextmanager
 def _ram(_: str, size: int, batch: int) -> Iterator[Answer]:
-    """pread_into one by one, or `batch` requests a call."""
+    """`pread_into` for each request, or `batch` for several."""
     with blkloom.open(f"0 {size // 512} ram") as device:
         piece = os.urandom(1 << 20)
         for position in range(0, size, len(piece)):
@@ -86,14 +88,14 @@ def _ram(_: str, size: int, batch: int) -> Iterator[Answer]:
 
 @contextmanager
 def _table(text: str, size: int, batch: int, *, writes: bool) -> Iterator[Answer]:
-    """The same with any table, reading or writing, from and to memory that direct I/O takes as it is."""
+    """Reads or writes of any table, with buffers aligned for direct I/O."""
     with blkloom.open(text) as device, _aligned(batch) as buffers:
         yield _answer(device, buffers, _offsets(size), checked=_CHECKED, writes=writes)
 
 
 @contextmanager
 def _calls(path: str, size: int, depth: int, *, writes: bool) -> Iterator[Answer]:
-    """One os.preadv or os.pwritev a request on a block device, past the page cache."""
+    """os.preadv or os.pwritev for each request on a block device, bypassing the page cache."""
     if depth != 1:
         raise ValueError(f"a system call is one request, not {depth}")
     fd = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC)
@@ -113,7 +115,7 @@ def _calls(path: str, size: int, depth: int, *, writes: bool) -> Iterator[Answer
 
 @contextmanager
 def _aligned(count: int) -> Iterator[list[memoryview]]:
-    """Blocks of memory, each at the start of a page and filled with random bytes."""
+    """Page-aligned buffers with random bytes."""
     with mmap.mmap(-1, count * BLOCK) as memory, memoryview(memory) as whole:
         whole[:] = os.urandom(len(whole))
         pieces = [whole[at : at + BLOCK] for at in range(0, len(whole), BLOCK)]
@@ -130,7 +132,9 @@ def _answer(
     checked: int,
     writes: bool = False,
 ) -> Answer:
-    """One request a call, or as many as there are buffers. checked: so many requests are tried first."""
+    """Measure calls of one request, or of as many requests as there are buffers. checked: number of requests tried
+    first.
+    """
     if len(buffers) == 1:
         buffer, move = buffers[0], device.pwrite if writes else device.pread_into
         if any(move(buffer, offset) != BLOCK for offset in offsets[:checked]):
@@ -173,8 +177,27 @@ def _map(path: str, size: int, segments: int) -> Iterator[Answer]:
     yield once
 
 
+@contextmanager
+def _delayed(_: str, size: int, number: int) -> Iterator[Answer]:
+    """One call with so many reads, each of which is delayed."""
+    sectors = size // 512
+    with (
+        blkloom.open(f"0 {sectors} ram") as below,
+        blkloom.open(f"0 {sectors} delay blkloom:below 0 {DELAY_MS}", devices={"below": below}) as device,
+    ):
+        requests: list[_Request] = [("r", bytearray(BLOCK), offset) for offset in _offsets(size)[:number]]
+
+        def once(_: float) -> dict[str, float]:
+            begun = time.perf_counter()
+            if any(result != BLOCK for result in device.batch(requests)):
+                raise OSError("short transfer")
+            return {"operations": number, "seconds": time.perf_counter() - begun}
+
+        yield once
+
+
 def _spin(turn: Callable[[int], int], calls: int, seconds: float, stride: int = _CALLS) -> dict[str, float]:
-    """Turns through all calls, again and again, until the time is over."""
+    """Repeat all calls until the time is over."""
     operations, first, begun = 0, 0, time.perf_counter()
     while (passed := time.perf_counter() - begun) < seconds:
         operations += turn(first)

@@ -1,8 +1,7 @@
-"""Jobs: what the load generator is asked to do, and what it said it did.
+"""Jobs of the load generators: their parameters and their results.
 
-Pure: builds command lines and reads their output; nothing is started here. Every contender of a workload gets
-the same job; only the words that say where the data is differ. Source: fio(1), and
-engine/core/examples/nbd_load.rs.
+Pure: builds command lines and parses output; it starts nothing. Every contender of a workload gets the same job; only
+the options that name the data differ. Source: fio(1), and engine/core/examples/nbd_load.rs.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ _LOG_MILLISECONDS: Final = 20
 
 
 class JobError(Exception):
-    """The load generator failed or did not say what it did; the text is for a person."""
+    """The load generator failed, or its output has no results; the text is for users."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """pattern: as fio calls it. block: bytes a request. depth: requests in flight a connection.
-    connections: each is a fio thread's own; nbd_load has one thread for all. batch: requests a call, for the
+    """Parameters of a job. pattern: in fio's terms. block: bytes per request. depth: requests in flight per connection.
+    connections: each is a separate fio thread; nbd_load has one thread for all. batch: requests per call, for the
     in-process contenders, which have neither depth nor connections. flush: after every write (each), or once at the
-    end and part of the measured time (end).
+    end, as a part of the measured time (end).
     """
 
     pattern: Pattern
@@ -46,8 +45,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done. seconds: the time that was measured. p50_us and p99_us: latency over reads and writes.
-    busy: the share of that time its threads spent on a CPU, 1.0 when the client is the limit.
+    """Results of a job. seconds: the measured time. p50_us, p99_us: latency of reads and writes. busy: share of the
+    time that the client's threads spent on a CPU; at 1.0 the client is the bottleneck.
     """
 
     operations: int
@@ -61,12 +60,12 @@ class Outcome:
 def fio_arguments(
     job: Job, where: Sequence[str], *, size: int, output: str, log: str, seconds: float | None
 ) -> list[str]:
-    """The command line. where: the words that name the engine and the data. seconds: how long;
-    None goes once over `size` bytes, all connections together. The JSON goes to the file `output`. log: the logs of
-    several jobs begin with this; their times say when each job ran.
+    """Command line of fio. where: options for the engine and the data. seconds: duration; None: once over `size` bytes,
+    all connections together. output: file for the JSON. log: prefix of the logs of several jobs; their timestamps say
+    when each job ran.
 
-    norandommap keeps fio from remembering what it touched, which would slow the client and not
-    the server; the sequence of offsets is fio's default and so the same in every run.
+    norandommap turns off fio's map of used blocks, which would slow down the client and not the server. The sequence of
+    offsets is fio's default, and so the same in every run.
     """
     until = [f"--io_size={size // job.connections}"]
     if seconds is not None:
@@ -97,7 +96,9 @@ def fio_arguments(
 
 
 def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
-    """The same job for nbd_load, which prints JSON. where: fio's words; their URI names socket and export."""
+    """Command line of nbd_load for the same job; it prints JSON. where: fio's options, whose URI names socket and
+    export.
+    """
     (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
     (socket,) = parse_qs(uri.query)["socket"]
     pattern = job.pattern + {"": "", "each": "-flush", "end": "-end-flush"}[job.flush]
@@ -106,7 +107,7 @@ def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: in
 
 
 def nbd_load_outcome(text: str) -> Outcome:
-    """Read what nbd_load said. Raises JobError."""
+    """Parse the output of nbd_load. Raises JobError."""
     try:
         return msgspec.json.decode(text, type=Outcome)
     except msgspec.DecodeError as error:
@@ -114,8 +115,8 @@ def nbd_load_outcome(text: str) -> Outcome:
 
 
 def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:
-    """Read fio's JSON (with --group_reporting: one job) as an Outcome. logs: the texts of the jobs' logs, where there
-    are several jobs. Raises JobError.
+    """Parse fio's JSON (with --group_reporting: one job). logs: texts of the logs, if there are several jobs. Raises
+    JobError.
     """
     try:
         (job,) = json.loads(text[text.index("{") :])["jobs"]
@@ -134,12 +135,13 @@ def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:
 
 
 def wall_seconds(logs: Iterable[str], longest: float) -> float:
-    """The time from the first job's start to the last job's end. logs: fio's, of which a line is `milliseconds, figure,
-    ...`; the first one comes as long after the start in every job. longest: seconds that a job ran at most.
+    """The time from the start of the first job to the end of the last one. logs: of fio, with lines `milliseconds,
+    figure, ...`; the delay from the start to the first line is the same in every job. longest: the longest run time of
+    a job, in seconds.
 
-    fio divides all I/Os by the longest time that one job took. Where jobs start late, as many do when they are more
-    than the CPUs, they run one after the other in part, and that quotient is more than the machine did in any second.
-    Raises ValueError.
+    fio divides all I/Os by the longest run time of one job. If there are more jobs than CPUs, many jobs start late and
+    run partly one after the other, and that quotient is higher than the rate of the machine at any time. Raises
+    ValueError.
     """
     starts = [int(log.split(",", 1)[0]) for log in logs if log.strip()]
     if not starts:
@@ -148,7 +150,7 @@ def wall_seconds(logs: Iterable[str], longest: float) -> float:
 
 
 def _percentile(sides: list[dict[str, Any]], which: str) -> float:
-    """Microseconds; reads and writes weighted by how many there were (fio keeps them apart)."""
+    """Percentile in microseconds, weighted by the numbers of reads and writes (fio reports them separately)."""
     known = [
         (side["total_ios"], side["clat_ns"]["percentile"][which]) for side in sides if "percentile" in side["clat_ns"]
     ]

@@ -1,7 +1,7 @@
-"""Kernel loop devices of a run: attached, checked for the I/O they were asked for, detached.
+"""Attaches kernel loop devices for a run, checks their I/O mode, and detaches them.
 
-Only what was attached here is detached, by its name; other people's loop devices are not looked at.
-Takes root. Source: losetup(8), loop(4).
+It detaches only the devices that it has attached, by name, and ignores all others. Needs root. Source: losetup(8),
+loop(4).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def lack() -> str:
-    """What keeps loop devices from being set up here; "" if nothing does."""
+    """The reason why loop devices cannot be set up here; "" if they can."""
     if not shutil.which("losetup"):
         return "losetup is not installed (Debian: apt install mount)"
     if os.geteuid() != 0:
@@ -25,12 +25,14 @@ def lack() -> str:
 
 @contextmanager
 def attached(path: Path, *, direct: bool, offset: int = 0, size: int = 0) -> Iterator[Path]:
-    """A loop device over `size` bytes (0: the rest) of the file from `offset` on. direct: the driver
-    uses direct I/O. Raises OSError if it cannot be had, or not this way.
+    """Loop device on `size` bytes (0: all to the end) of the file from `offset` on. direct: the driver uses direct I/O.
+    Raises OSError if it is impossible, or only with another I/O mode.
     """
     setting = f"--direct-io={'on' if direct else 'off'}"
     piece = ["--offset", str(offset), *(["--sizelimit", str(size)] if size else [])]
-    done = subprocess.run(["losetup", "--find", "--show", setting, *piece, str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["losetup", "--find", "--show", setting, *piece, str(path)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise OSError(f"losetup: {done.stderr.strip()}")
     device = Path(done.stdout.strip())

@@ -1,4 +1,4 @@
-"""The machine: facts that figures mean nothing without, and the versions of who was measured."""
+"""Describes the machine and the versions of the contenders, for the report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Final
 _ASK: Final = {
     "fio": ["fio", "--version"],
     "qemu-nbd": ["qemu-nbd", "--version"],
+    "qemu-storage-daemon": [str(Path(__file__).parents[1] / ".cache/qemu/qemu-storage-daemon"), "--version"],
     "nbdkit": ["nbdkit", "--version"],
     "commit": ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
 }
 
 
 def facts() -> dict[str, str]:
-    """Kernel, CPU, memory, load; nothing that names the machine."""
+    """Kernel, CPU, memory, load; nothing that identifies the machine."""
     cpuinfo = _fields(Path("/proc/cpuinfo"))
     memory = int(_fields(Path("/proc/meminfo"))["MemTotal"].split()[0])
     return {
@@ -32,20 +33,22 @@ def facts() -> dict[str, str]:
 
 
 def versions(blkloom: str, before: str | None = None) -> dict[str, str]:
-    """Of blkloom, Python and every peer that is installed, as each calls itself. before: an older build's command."""
+    """Versions of blkloom, Python and every installed peer, as they print them. before: the command of an older
+    build.
+    """
     said = {"python": platform.python_version()}
     asked = {"blkloom": [blkloom, "--version"], **_ASK}
     if before is not None:
         asked["before"] = ["git", "-C", str(Path(before).parent), "describe", "--always", "--dirty"]
     for name, command in asked.items():
         if shutil.which(command[0]):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             said[name] = done.stdout.partition("\n")[0].strip()
     return {name: text for name, text in said.items() if text}
 
 
 def _fields(path: Path) -> dict[str, str]:
-    """`key : value` lines, the first of each key."""
+    """Dictionary of `key : value` lines, with the first value of each key."""
     found: dict[str, str] = {}
     for line in path.read_text().splitlines():
         key, _, value = line.partition(":")

@@ -1,11 +1,10 @@
-"""Measuring: the clients against a contender with the CPU accounts read before and after, and the rounds.
+"""Measures contenders: runs clients in rounds, and reads the CPU times before and after.
 
-A `Session` is a contender that is up and can be measured; a `Contender` knows how to bring it up.
-Rounds are interleaved (A B C B A C ...), in an order that is another every round, and the same in every run: a
-machine whose speed drifts does it to all, and no contender always comes after the same one. One contender is
-up at a time and started anew every time. What its clients have to warm up is warmed up by the first of them, and
-system calls and context switches are counted meanwhile. One thread; the processes measured are
-others. A contender that fails is reported with its reason and left out of later rounds.
+A `Session` is a running contender; a `Contender` can start one. Rounds are interleaved (A B C B A C ...), in an order
+that differs from round to round and is the same in every run. So a change of the machine's speed affects all
+contenders, and none always follows the same other one. Only one contender runs at a time, and it is started anew for
+each round. The first of its clients warms it up, while system calls and context switches are counted. One thread; the
+measured processes are separate. A failed contender is reported with the reason and left out of later rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ BESIDE: Final = 0.5
 
 
 class Session(Protocol):
-    """A contender that is up."""
+    """A running contender."""
 
     def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
         """Run the job before it is measured. again: this is not the first round. The sample counts; None where nothing
@@ -54,37 +53,39 @@ class Session(Protocol):
 
 
 class Contender(Protocol):
-    """What is measured; a frozen dataclass."""
+    """A contender: a server or program that can be started and measured; a frozen dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def clients(self) -> tuple[Client, ...]:
-        """What it is measured with, one after the other."""
+        """The clients that measure it, one after the other."""
         ...
 
     @property
     def family(self) -> str:
-        """Who it is in the report."""
+        """Its name in the report."""
         ...
 
     @property
     def setting(self) -> str:
-        """How it is set up; "" where there is one way only."""
+        """Its settings; "" if there is only one."""
         ...
 
     def missing(self) -> str:
-        """What it lacks on this machine, and how to get it; "" when it can run."""
+        """What is missing on this machine, and how to install it; "" if the contender can run."""
         ...
 
     def session(self, ground: Ground, job: Job) -> AbstractContextManager[Session]:
-        """Bring it up, and down again. Raises ServerError, GroundError, JobError, OSError."""
+        """Start it, and stop it at the end of the block. Raises ServerError, GroundError, JobError, OSError."""
         ...
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long: rounds, seconds a measurement, seconds of warming up before the first of a session."""
+    """Length of the measurements: rounds, seconds per measurement, seconds of warm-up before the first one of a
+    session.
+    """
 
     rounds: int
     seconds: float
@@ -93,8 +94,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Workload:
-    """One job for several contenders, and what the report says of it. table: of the report; "" for the appendix only.
-    slower: how many times as long it is measured as others. warm_up: seconds, where it takes longer than elsewhere.
+    """One job for several contenders, and its row in the report. table: of the report; "" for the appendix only.
+    slower: factor for the measuring time. warm_up: seconds, if it takes longer than usual.
     """
 
     name: str
@@ -114,7 +115,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class _Account:
-    """CPU seconds so far: of the server, of ended children, of this process, of the machine."""
+    """CPU seconds up to now: of the server, of ended children, of this process, of the machine."""
 
     server: float
     children: float
@@ -137,8 +138,8 @@ class _Account:
 
 
 class Meter:
-    """Keeps the accounts of one measurement, from its making to `sample`. Children that end in
-    between are taken for the load generator.
+    """CPU times of one measurement, from the construction to `sample`. Children that end in between count as the load
+    generator.
     """
 
     def __init__(self, server: Server | None, who: Who) -> None:
@@ -194,9 +195,9 @@ class ClientSession:
         self._ground, self._job, self._where = ground, job, list(where)
         self._who, self._server, self._extra = who, server, extra or {}
 
-    def fill(self) -> None:
+    def fill(self, client: Client = "nbd_load") -> None:
         """Write the whole device once, so that memory that is given out late is there."""
-        self._run(Job("write", 1 << 20, depth=4), "nbd_load", seconds=None)
+        self._run(Job("write", 1 << 20, depth=4), client, seconds=None)
 
     def warm_up(self, seconds: float, client: Client, *, again: bool) -> Sample | None:
         return self._sample(seconds, client, counting_too=True)

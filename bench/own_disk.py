@@ -1,10 +1,10 @@
-"""A disk of the run's own, for comparing ways to the bytes of a file with the bare blocks under it.
+"""Private disk of the run, to compare the I/O modes of a file with the raw blocks of the same disk.
 
-One file on the machine's disk, allocated and written, is two loop devices with direct I/O: the first
-carries a file system with one file in it, the second nothing. File and second device have the same
-size and have been written once, so that neither has holes, nor extents that the file system would have
-to convert, and both come from the same storage through the same driver. Both are the run's alone:
-whatever writes to them destroys nothing. Takes root. Source: losetup(8), mke2fs(8), posix_fadvise(2).
+One file on the machine's disk, allocated and written, is the backing of two loop devices with direct I/O: the first has
+a file system with one file, the second has none. The file and the second device have the same size and have been
+written once, so neither has holes or extents that the file system would have to convert, and both use the same storage
+through the same driver. Only the run uses them, so writes destroy nothing. Needs root. Source: losetup(8), mke2fs(8),
+posix_fadvise(2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PROGRAMS: Final = {"mkfs.ext4": "e2fsprogs", "mount": "mount", "umount": "mount
 
 @dataclass(frozen=True)
 class OwnDisk:
-    """file: on ext4. raw: a block device of the same size beside it."""
+    """The private disk. file: on ext4. raw: a block device of the same size on the same backing file."""
 
     file: Path
     raw: Path
@@ -46,7 +46,7 @@ class OwnDisk:
 
 
 def lack() -> str:
-    """What keeps a disk from being made here; "" if nothing does."""
+    """The reason why a disk cannot be made here; "" if it can."""
     for program, package in _PROGRAMS.items():
         if not shutil.which(program):
             return f"{program} is not installed (Debian: apt install {package})"
@@ -55,7 +55,9 @@ def lack() -> str:
 
 @contextmanager
 def own_disk(folder: Path, *, size: int) -> Iterator[OwnDisk]:
-    """In an empty folder on the machine's disk, which is emptied again. Raises OSError."""
+    """Make the disk in an empty directory on the machine's disk; the directory is emptied at the end. Raises
+    OSError.
+    """
     image, mount = folder / "disk.img", folder / "mounted"
     system = size + size // 16 + _ROOM
     with ExitStack() as stack:
@@ -63,7 +65,7 @@ def own_disk(folder: Path, *, size: int) -> Iterator[OwnDisk]:
         write(image, system + size)
         first = stack.enter_context(kernel_loop.attached(image, direct=True, size=system))
         raw = stack.enter_context(kernel_loop.attached(image, direct=True, offset=system))
-        # Everything initialised now: the kernel would do it later, while somebody is measured.
+        # Initialise everything now: otherwise the kernel does it later, during a measurement.
         _run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(first))
         mount.mkdir()
         stack.callback(mount.rmdir)
@@ -74,8 +76,8 @@ def own_disk(folder: Path, *, size: int) -> Iterator[OwnDisk]:
 
 
 def write(path: Path, size: int) -> None:
-    """A new file: space for all of it first, so that it lies in few pieces, then random bytes, then
-    fsync. Raises OSError.
+    """Write a new file: allocate all its space first, so that it has few extents, then write random bytes, then fsync.
+    Raises OSError.
     """
     with path.open("xb", buffering=0) as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -100,6 +102,6 @@ def _settle(path: Path, *, cached: bool) -> None:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")

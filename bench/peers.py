@@ -1,9 +1,9 @@
-"""The contenders: blkloom, and the peers with the settings that may be their best.
+"""The contenders: blkloom and its peers, each with the settings that may be its best.
 
-One class a way to bring something up. Every one serves the same backing: `Ground.size` bytes of the
-same file (or as much memory, written once before it is measured). Which setting of a peer is its
-best is not decided here: those are measured that ever were the best, and the report takes the best.
-Source: qemu-nbd(8), nbdkit(1), nbdkit-file-plugin(1), nbdkit-memory-plugin(1), losetup(8), fio(1).
+One class for each kind of server. All serve the same backing: `Ground.size` bytes of the same file (or memory of that
+size, written once before the measurement). This module does not choose the best setting of a peer: it has all settings
+that were the best in any run, and the report uses the best one. Source: qemu-nbd(8), nbdkit(1), nbdkit-file-plugin(1),
+nbdkit-memory-plugin(1), losetup(8), fio(1).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _SLACK = 4  # connections beyond the job's, for those that have not quite ended
 
 
 def need(program: str, package: str) -> str:
-    """What to say if the program is not here."""
+    """The message if the program is not installed; "" if it is."""
     return "" if shutil.which(program) else f"{program} is not installed (Debian: apt install {package})"
 
 
 def unbuilt(program: str) -> str:
-    """What to say if a program that comes with blkloom is not here."""
+    """The message if a program of blkloom is not built; "" if it is."""
     return "" if shutil.which(program) else f"{program} does not exist; `make setup` makes it, --blkloom names another"
 
 
 def socket_of(path: Path, export: str = "") -> list[str]:
-    """Words that send fio to an NBD server that listens there."""
+    """Options of fio for an NBD server at that socket."""
     return ["--ioengine=nbd", f"--uri=nbd+unix:///{quote(export)}?socket={quote(str(path))}"]
 
 
 @dataclass(frozen=True)
 class Blkloom:
-    """`blkloom serve` as it comes. segments: lines of the table over the backing file. idle:
-    connections that stay idle meanwhile. on_disk: the file on the disk; direct: with direct I/O on that.
-    stacked: so many linear devices on top of each other and of the first.
+    """`blkloom serve` with default settings. segments: lines of the table over the backing file. idle: number of idle
+    connections. on_disk: the file on the disk; direct: with direct I/O on it. stacked: number of linear devices stacked
+    on each other and on the first one. segment: target and arguments of the only segment, over the file `{path}`.
     """
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
@@ -64,6 +64,7 @@ class Blkloom:
     segments: int = 1
     idle: int = 0
     stacked: int = 0
+    segment: str = ""
 
     def missing(self) -> str:
         return unbuilt(self.command)
@@ -98,6 +99,8 @@ class Blkloom:
     def _table(self, ground: Ground) -> str:
         if self.target == "ram":
             return f"0 {ground.size // 512} ram\n"
+        if self.segment:
+            return f"0 {ground.size // 512} {self.segment.format(path=ground.tmpfs_file())}\n"
         if self.on_disk or self.direct:
             return f"0 {ground.size // 512} loop {ground.disk_file()}{' 0 1 direct_io' if self.direct else ''}\n"
         return table_text(ground.tmpfs_file(), ground.size, self.segments)
@@ -105,7 +108,7 @@ class Blkloom:
 
 @dataclass(frozen=True)
 class QemuNbd:
-    """qemu-nbd on the raw file, with as many clients allowed as there are connections."""
+    """qemu-nbd on the raw file; it allows as many clients as there are connections."""
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     aio: Literal["threads", "io_uring"]
@@ -131,7 +134,7 @@ class QemuNbd:
 
 @dataclass(frozen=True)
 class Nbdkit:
-    """nbdkit's file or memory plugin. threads: requests served at once on a connection."""
+    """nbdkit's file or memory plugin. threads: requests served at the same time on a connection."""
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
     plugin: Literal["file", "memory"]
@@ -150,7 +153,7 @@ class Nbdkit:
     def missing(self) -> str:
         if lack := need("nbdkit", "nbdkit"):
             return lack
-        known = subprocess.run(["nbdkit", "--dump-plugin", self.plugin], capture_output=True)
+        known = subprocess.run(["nbdkit", "--dump-plugin", self.plugin], capture_output=True, check=False)
         return "" if known.returncode == 0 else f"nbdkit has no plugin {self.plugin}"
 
     @contextmanager
@@ -170,9 +173,9 @@ class Nbdkit:
 
 @dataclass(frozen=True)
 class NullServer:
-    """A server with nothing behind it (engine/core/examples/null_server.rs): what client, socket and
-    machine can do at all. `make bench` builds it. moves: the same server, but it moves the data, by a call or a copy a
-    request, of the file on tmpfs or of memory: what can be done with a disk of that kind.
+    """NBD server without data (engine/core/examples/null_server.rs): the limit of client, socket and machine. `make
+    bench` builds it. moves: the same server moves the data of the file on tmpfs or of memory, with one call or copy per
+    request: the limit for a disk of that kind.
     """
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
@@ -198,11 +201,12 @@ class NullServer:
 
 @dataclass(frozen=True)
 class KernelLoop:
-    """The kernel's loop device on the file, driven by libaio with direct I/O."""
+    """The kernel's loop device on the file, used with direct I/O by one of fio's engines."""
 
     clients: ClassVar[tuple[Client, ...]] = ("fio",)
     direct: bool
     family: str = "/dev/loop"
+    engine: Literal["libaio", "io_uring"] = "libaio"
 
     @property
     def setting(self) -> str:
@@ -214,13 +218,13 @@ class KernelLoop:
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:
         with kernel_loop.attached(ground.tmpfs_file(), direct=self.direct) as device:
-            where = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
+            where = [f"--ioengine={self.engine}", "--direct=1", f"--filename={device}"]
             yield ClientSession(ground, job, where, who="kernel")
 
 
 @dataclass(frozen=True)
 class FioOnFile:
-    """No server: fio's io_uring engine on the file on the disk itself, with direct I/O or through the page cache."""
+    """fio's io_uring engine on the file on the disk, with direct I/O or through the page cache, without a server."""
 
     clients: ClassVar[tuple[Client, ...]] = ("fio",)
     family: str = "fio io_uring on the file"
@@ -241,14 +245,14 @@ class FioOnFile:
 
 @dataclass(frozen=True)
 class InProcess:
-    """A Python program that does the I/O itself (inprocess.py). The server is that program.
+    """Python program that does the I/O itself (inprocess.py); it counts as the server.
 
-    python: the interpreter that has the blkloom to measure.
+    python: the interpreter with the blkloom to measure.
     """
 
     clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
-    side: Literal["preadv", "ram", "map"]
+    side: Literal["preadv", "ram", "map", "delayed"]
     family: str
     number: int = 1
     setting: str = ""
@@ -258,16 +262,16 @@ class InProcess:
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ProgramSession]:
-        subject = "-" if self.side == "ram" else str(ground.tmpfs_file())
+        subject = "-" if self.side in ("ram", "delayed") else str(ground.tmpfs_file())
         program = [self.python, str(Path(__file__).with_name("inprocess.py"))]
         command = [*program, self.side, subject, str(ground.size), str(self.number)]
-        with ProgramSession.started(command, seconds_wanted=self.side == "map") as session:
+        with ProgramSession.started(command, seconds_wanted=self.side in ("map", "delayed")) as session:
             yield session
 
 
 class ProgramSession:
-    """A program of `inprocess.py`, asked a line at a time. seconds_wanted: the figure is the time, not the
-    rate.
+    """Session with a program of `inprocess.py`, which reads one request per line. seconds_wanted: the figure is the
+    time, not the rate.
     """
 
     def __init__(self, process: subprocess.Popen[str], *, seconds_wanted: bool) -> None:

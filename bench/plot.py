@@ -1,9 +1,10 @@
-"""The picture: a bar for each goal that has a headline, its length the ratio to the peer, as SVG.
+"""The picture of the performance page as SVG: one bar for each goal with a headline; its length is the ratio to the
+peer.
 
-Pure: a Run in, text out. The scale is logarithmic; a bar begins at 1x. The line through a bar is the range of the
-ratios round by round; the black tick is the goal. A bar's label is in a line above it and its ratio right of the scale,
-with room for wider fonts, so that no renderer cuts or covers them. Colours keep apart for the colour-blind, and the
-verdict is also written beside each bar. The background is painted, so the picture reads on dark pages too.
+Pure function from a Run to text. The scale is logarithmic, and a bar begins at 1x. The line through a bar is the range
+of the ratios of the rounds; the black tick is the goal. The label is above its bar and the ratio at the right of the
+scale, with space for wider fonts, so that no renderer cuts or covers them. The colours differ for colour-blind readers,
+and the verdict is also written beside each bar. The background is painted, so the picture is readable on dark pages.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _Scale = Callable[[float], float]
 
 
 def svg(run: Run) -> str:
-    """The picture of a run; goals without a headline or a ratio are left out, the page names them."""
+    """The picture of a run. Goals without a headline or a ratio are left out; the page has them."""
     rows = [c for workload in run.workloads for c in compare(workload) if c.ratio and c.goal.headline][:MOST_BARS]
     values = [v for c in rows for v in (c.ratio, c.round_low, c.round_high, c.goal.at_least) if v] + [0.9, 2.0]
     low, high = floor(log10(min(values)) * 4) / 4, ceil(log10(max(values)) * 4) / 4

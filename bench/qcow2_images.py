@@ -1,7 +1,7 @@
-"""QCOW2 images to measure on: made with QEMU's own tools, on tmpfs unless told, removed with the session.
+"""QCOW2 images for measurements: made with QEMU's tools, on tmpfs by default, and removed at the end of the session.
 
-Every session gets an image of its own, made the same way, so that nobody finds what another has
-allocated, and no cache knows it. The data is that of the run's file on tmpfs. Source: qemu-img(1).
+Every session gets a new image, made in the same way, so that no contender benefits from clusters that another one has
+allocated, and no cache has it. The data is that of the run's file on tmpfs. Source: qemu-img(1).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _COPIED: Final = np.uint64(1 << 63)
 
 @dataclass(frozen=True)
 class Qcow2Image:
-    """size: bytes of the disk; 0 for as many as the run's files have. filled: every cluster has data from
-    the start. layers: backing images below, each empty but the lowest, which has all the data. shared: every
-    cluster is allocated, and many share what they hold, so that a disk of any size has all of its metadata and
-    little data. compression: of every cluster. raw: no image but a raw file,
-    with as much in it. on_disk: on the machine's disk, on which nothing else waits to be written.
+    """Parameters of an image. size: bytes of the disk; 0 for the size of the run's files. filled: every cluster has
+    data from the start. layers: number of backing images; all are empty except the lowest, which has all data. shared:
+    every cluster is allocated, and many share their host cluster, so that a disk of any size has all of its metadata
+    and little data. compression: of every cluster. raw: a raw file with the same data instead of an image. on_disk: on
+    the machine's disk, after all pending writes to it.
     """
 
     size: int = 0
@@ -93,15 +93,16 @@ class Qcow2Image:
 
 
 def _copy(source: Path, path: Path, size: int, form: Literal["qcow2", "raw"]) -> None:
-    """The first `size` bytes of a file as an image with all clusters allocated, in order."""
+    """Copy the first `size` bytes of a file to an image with all clusters allocated in order."""
     words = f"driver=raw,size={size},file.driver=file,file.filename={source}"
     _qemu_img("convert", "--image-opts", "-S", "0", "-O", form, words, str(path))
 
 
 def _shared(source: Path, path: Path, size: int) -> None:
-    """Guest cluster g has the contents of host cluster g * _STRIDE modulo _SHARED, which counts its references, as
-    snapshots would share it. No tool makes that, so its parts are put together here; `qemu-img check` finds no fault
-    with it. Source: QEMU docs/interop/qcow2. size: of the disk, a multiple of what an L2 table describes.
+    """Make an image in which guest cluster g has the contents of host cluster g * _STRIDE modulo _SHARED. The refcounts
+    count the references, as if snapshots shared the clusters. No tool makes such an image, so this function writes its
+    parts; `qemu-img check` finds no errors. Source: QEMU docs/interop/qcow2. size: of the disk, a multiple of the range
+    of an L2 table.
     """
     tables = size // _CLUSTER // _PER_TABLE
     first_table, first_data = 4, 4 + tables  # header, refcount table, refcount block, L1 table (of one cluster)
@@ -128,7 +129,7 @@ def _shared(source: Path, path: Path, size: int) -> None:
 
 
 def _compressible(path: Path, size: int) -> Path:
-    """Half of every page random, half zeros: packs to about half."""
+    """Data that compresses to about half: each page is half random, half zeros."""
     page = 4096
     with path.open("xb", buffering=0) as file:
         for _ in range(0, size, _PIECE):
@@ -138,6 +139,6 @@ def _compressible(path: Path, size: int) -> Path:
 
 def _qemu_img(verb: str, *words: str) -> None:
     command = ["qemu-img", verb, "-q", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")

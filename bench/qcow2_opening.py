@@ -1,7 +1,7 @@
-"""How long a QCOW2 image takes from nothing to its first byte: `qcow2_opening.py PATH`.
+"""Program that measures the time to open a QCOW2 image and to read one byte: `qcow2_opening.py PATH`.
 
-Prints `ready`, then answers every line with JSON: the seconds from `blkloom.open` to the end of a read
-in the image's middle, the image closed before and after.
+It prints `ready`, then answers every line with JSON: the seconds from `blkloom.open` to the end of a read in the middle
+of the image. The image is closed before and after.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import blkloom
 
 
 def main(path: str) -> None:
-    """path: of the image."""
+    """Run the program. path: of the image."""
     print("ready", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()

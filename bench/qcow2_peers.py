@@ -1,10 +1,9 @@
-"""The contenders for QCOW2 images: blkloom, and qemu-nbd with the settings that may be its best.
+"""Contenders for QCOW2 images: blkloom, and qemu-nbd with the settings that may be its best.
 
-Which of qemu-nbd's settings is its best is not decided here: several are measured, the report takes the
-best. They are those that were within a tenth of the best in an earlier run over all five. `--aio=native` needs
-`--cache=none`; the larger L2 cache matters only where the metadata does not fit the default one, and is measured only
-there. Source: qemu-nbd(8), qcow2's runtime options in
-qemu(1).
+This module does not choose the best setting of qemu-nbd: several are measured, and the report uses the best one. They
+are the settings that were within a tenth of the best one in an earlier run with all five. `--aio=native` needs
+`--cache=none`. The larger L2 cache matters only if the metadata does not fit the default one, and is measured only
+there. Source: qemu-nbd(8), qcow2's runtime options in qemu(1).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _Way = tuple[_Aio, _Cache]
 
 
 class _Session(ClientSession):
-    """Measured with a load generator. weighed: every sample also has the server's memory, in bytes."""
+    """Session measured with a load generator. weighed: every sample also has the server's memory, in bytes."""
 
     def __init__(self, ground: Ground, job: Job, *, server: Server, weighed: bool) -> None:
         super().__init__(ground, job, socket_of(_socket(ground)), who="server", server=server)
@@ -50,8 +49,8 @@ class _Session(ClientSession):
 
 
 class _Filling:
-    """Every measurement is of an image made anew and written over once: there are new clusters to
-    allocate until its end. How many seconds were asked for plays no part.
+    """Session in which every measurement overwrites a new image once, so that clusters are allocated until its end. The
+    requested number of seconds is ignored.
     """
 
     def __init__(
@@ -76,8 +75,8 @@ class _Filling:
 
 @dataclass(frozen=True)
 class BlkloomQcow2:
-    """`blkloom serve IMAGE` as it comes, or with direct I/O. anew: measured while it fills an image. weighed: its
-    memory too.
+    """`blkloom serve IMAGE` with default settings, or with direct I/O. anew: measured while it fills an image. weighed:
+    its memory is measured, too.
     """
 
     clients: ClassVar[tuple[Client, ...]] = NBD_CLIENTS
@@ -143,7 +142,7 @@ class QemuNbdQcow2:
 
 @dataclass(frozen=True)
 class OpenedQcow2:
-    """A Python program that opens the image and reads a byte; the figure is the time that takes."""
+    """Python program that opens the image and reads a byte; the figure is the time for this."""
 
     clients: ClassVar[tuple[Client, ...]] = ("",)
     python: str
@@ -174,8 +173,8 @@ _ON_DISK_LARGE: Final[tuple[_Way, ...]] = (("io_uring", "none"), ("threads", "no
 def qemu_nbd(
     image: Qcow2Image, block: int, *, anew: bool = False, l2_cache: int = 0, weighed: bool = False
 ) -> tuple[Contender, ...]:
-    """The ways in which qemu-nbd may be at its best with requests of `block` bytes. l2_cache: with that one, without
-    which it never is.
+    """The settings that may be qemu-nbd's best for requests of `block` bytes. l2_cache: size of the larger cache, if it
+    is needed.
     """
     if image.on_disk:
         ways = _ON_DISK_SMALL if block < _COPIED_BLOCK else _ON_DISK_LARGE

@@ -1,7 +1,7 @@
-"""The rows of QCOW2 images: blkloom against qemu-nbd on the same image with the same client.
+"""The rows of QCOW2 images: blkloom compared with qemu-nbd on the same image with the same client.
 
-The goals of the first rows are dm-qcow2's, whose own figures against qemu-nbd were 1.84 (4K reads) and
-3.18 (4K writes) with two jobs eight deep on a preallocated image (Tkhai 2020).
+The goals of the first rows come from dm-qcow2, which was 1.84 (4K reads) and 3.18 (4K writes) times as fast as
+qemu-nbd, with two jobs of queue depth 8 on a preallocated image (Tkhai 2020).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMPRESSIONS: Final[tuple[Compression, ...]] = ("zlib", "zstd")
 
 
 def qcow2_workloads(blkloom: str) -> list[Workload]:
-    """All of them, in the order of the report. blkloom: the command to measure."""
+    """All workloads, in the order of the report. blkloom: the command to measure."""
     return [
         *_preallocated(blkloom),
         *_empty(blkloom),
@@ -50,7 +50,7 @@ def qcow2_workloads(blkloom: str) -> list[Workload]:
 
 
 def _preallocated(blkloom: str) -> list[Workload]:
-    """With 4K dm-qcow2's own test."""
+    """Rows on a preallocated image; 4K is dm-qcow2's own test."""
     ours = BlkloomQcow2(blkloom, _OURS, _FILLED)
     sides: tuple[Pattern, ...] = ("randread", "randwrite")
     rows: tuple[tuple[str, int, float, str, TableName], ...] = (
@@ -74,7 +74,7 @@ def _preallocated(blkloom: str) -> list[Workload]:
 
 
 def _empty(blkloom: str) -> list[Workload]:
-    """Beside them what the format cannot make faster: an empty file without the format."""
+    """Rows that fill an empty image. The floor is an empty file without the format."""
     image = Qcow2Image(size=_SMALL)
     rows = (
         ("randwrite-4k-q16", Job("randwrite", 4 * _KIB, depth=16), "4K randwrite, qd 16", 4.0),
@@ -102,8 +102,8 @@ def _empty(blkloom: str) -> list[Workload]:
 
 
 def _on_disk(blkloom: str) -> list[Workload]:
-    """The same where a file system must find space, and the disk is the limit. Both with what suits them best, the
-    page cache or not.
+    """Rows that fill an image on a disk, where the file system must allocate space and the disk is the bottleneck. Both
+    servers use their better mode, with or without the page cache.
     """
     rows: tuple[tuple[str, Pattern, int, str, int], ...] = (
         ("randwrite-4k-q16", "randwrite", 4 * _KIB, "4K randwrite", _SMALL),
@@ -142,7 +142,9 @@ def _backed(blkloom: str) -> list[Workload]:
 
 
 def _chains(blkloom: str) -> list[Workload]:
-    """All data in the lowest. qemu-nbd with one setting: a chain slows it down by more than settings differ."""
+    """Rows on backing chains with all data in the lowest image. qemu-nbd has one setting here, because a chain slows it
+    down by more than its settings differ.
+    """
 
     def named(family: str, depth: int) -> str:
         return f"{family}, a chain of {depth}"
@@ -183,7 +185,9 @@ def _compressed(blkloom: str) -> list[Workload]:
 
 
 def _huge(blkloom: str) -> list[Workload]:
-    """Its metadata is larger than any default cache, and all of it is needed; what is read is data."""
+    """Row on an image whose metadata is larger than any default cache, and all of it is needed; all reads return
+    data.
+    """
     image = Qcow2Image(size=_HUGE, shared=True)
     python = str(Path(blkloom).with_name("python"))
     return [
@@ -198,7 +202,7 @@ def _huge(blkloom: str) -> list[Workload]:
             ),
             (Goal(_OURS, _QEMU, 3.0, floor=_FLOOR), Goal(_OURS, _FLOOR, floor=_FLOOR)),
             "qcow2",
-            warm_up=2.0,  # until all of its metadata is in memory
+            warm_up=8.0,  # until all of its metadata is in memory
         ),
         Workload(
             "qcow2-1t-open",

@@ -1,8 +1,8 @@
-"""Memory for a file on tmpfs to grow into.
+"""Reserves memory for a file on tmpfs.
 
-A virtual machine may give free memory back to its host within a tenth of a second, and a page that has to be fetched
-from there again costs up to forty times what writing to it does: filling a file would measure that. So a file that is
-to grow is given its pages beforehand, behind its end. To its owner it is as short as before.
+A virtual machine may return free memory to its host within a tenth of a second. To get such a page back costs up to
+forty times as much as to write to it, and a measurement of writes to a growing file would include that. So the pages of
+a growing file are allocated in advance, past its end. The size of the file does not change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def reserve(growing: Path, size: int) -> None:
-    """Pages for `growing` to have up to `size` bytes in it. Raises OSError."""
+    """Allocate pages for `growing`, for up to `size` bytes of data. Raises OSError."""
     whole = size + _METADATA
     warm = growing.with_name("warm")
     with growing.open("rb+") as file:

@@ -1,14 +1,13 @@
-"""Results: the data a run leaves behind, its JSON form, and what is computed from it.
+"""Results of a run: the data, its JSON form, and the values computed from it.
 
-Plain frozen dataclasses; the file format is their JSON (msgspec checks it when it is read).
-Nothing is thrown away: every sample of every round is kept, and all statistics can be computed
-again from the file.
+Plain frozen dataclasses; the file is their JSON (msgspec checks it on load). Every sample of every round is kept, so
+all statistics can be computed again from the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Final, Literal
@@ -19,7 +18,7 @@ from jobs import Client
 
 Verdict = Literal["met", "at the floor", "missed", "reported", "not measured"]
 """`at the floor`: short of the goal, but so near what the client and the machine can do that the goal counts as met."""
-TableName = Literal["mails", "nbd", "disk", "qcow2", "process", "scale", "start", ""]
+TableName = Literal["mails", "nbd", "fuse", "disk", "qcow2", "process", "scale", "tests", "start", ""]
 AT_THE_FLOOR: Final = 0.9
 """Share of the floor from which a figure is at it."""
 BEFORE: Final = " (before)"
@@ -28,15 +27,14 @@ BEFORE: Final = " (before)"
 
 @dataclass(frozen=True)
 class Sample:
-    """One contender in one round.
+    """Measurement of one contender in one round.
 
-    value: in the workload's unit. operations: I/Os behind it. server_cpu: seconds of CPU of the
-    server process (utime + stime), or of the kernel's workers; None where nobody serves.
-    client_cpu: of the load generator. other_cpu: what the rest of the machine used meanwhile, the
-    disturbance. stolen: seconds the hypervisor took away. errors: I/O errors. p50_us, p99_us: latency.
-    client_busy: the share of the time that each client thread spent on a CPU. calls, switches: system calls and context
-    switches of the server an I/O, counted in a run before; None where there is no server, or they were not counted.
-    extra: further figures by name (bytes, seconds).
+    value: in the workload's unit. operations: number of I/Os. server_cpu: CPU seconds of the server process (utime +
+    stime), or of the kernel's workers; None without a server. client_cpu: of the load generator. other_cpu: used by the
+    rest of the machine in the same time, the disturbance. stolen: seconds taken by the hypervisor. errors: I/O errors.
+    p50_us, p99_us: latency. client_busy: share of the time that each client thread spent on a CPU. calls, switches:
+    system calls and context switches of the server per I/O, counted in a run before; None without a server, or if they
+    were not counted. extra: more figures by name (bytes, seconds).
     """
 
     value: float
@@ -64,8 +62,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender of a workload with one client: family is its name, setting how it was set up. samples are in
-    the order of the rounds. trouble says why there are none.
+    """One contender of a workload with one client. family: its name; setting: its settings. samples: in the order of
+    the rounds. trouble: the reason why there are none.
     """
 
     family: str
@@ -120,10 +118,10 @@ def _middle(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Goal:
-    """subject against peer, both families. at_least: the ratio wanted; at_most: a bound on the
-    subject's own figure; neither: reported only. floor: the family that does nothing but what cannot be left out
-    there; "" where there is none. client: what the goal is judged with, on each side that was measured with it.
-    headline: words for the picture; "" leaves the goal out of it.
+    """A goal: subject compared with peer, both names of families. at_least: the required ratio; at_most: a limit of the
+    subject's own figure; neither: reported only. floor: the family that does only the unavoidable work; "" if there is
+    none. client: the client that decides the goal, for each side that was measured with it. headline: label in the
+    picture; "" for none.
     """
 
     subject: str
@@ -137,7 +135,9 @@ class Goal:
 
 @dataclass(frozen=True)
 class WorkloadResult:
-    """unit: of every value: "IOPS" (more is better) or "s" (less is better). table: of the report."""
+    """Results of a workload. unit: of every value: "IOPS" (more is better) or "s" (less is better). table: of the
+    report. again: time of the measurement, if that was after the run.
+    """
 
     name: str
     title: str
@@ -146,11 +146,12 @@ class WorkloadResult:
     goals: list[Goal]
     contests: list[Contest]
     table: TableName = ""
+    again: str = ""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that was not measured, and why."""
+    """Something that was not measured, with the reason."""
 
     what: str
     why: str
@@ -158,7 +159,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run. complete: every row with full rounds, fit for publication."""
+    """A whole run. complete: it has every row with full rounds and may be published."""
 
     when: str
     complete: bool
@@ -169,12 +170,19 @@ class Run:
     missing: list[Missing]
     workloads: list[WorkloadResult]
 
+    def with_rows_of(self, later: Run) -> Run:
+        """The rows that `later` has, as they are there, and the others: each has all of its contenders from one run."""
+        measured = {row.name: replace(row, again=later.when) for row in later.workloads}
+        missing = [lack for lack in self.missing if lack.what.partition(":")[0] not in measured]
+        rows = [measured.pop(row.name, row) for row in self.workloads] + list(measured.values())
+        return replace(self, workloads=rows, missing=[*missing, *later.missing])
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A goal held against the figures. peer: its best setting. ratio: of the medians; round_ratio:
-    the median of the ratios round by round, with their range in round_low and round_high. floor_share: the subject's
-    figure as a share of the floor's. other_ratio: the same with fio, where both were measured with that as well.
+    """A goal compared with the figures. peer: its best setting. ratio: of the medians; round_ratio: the median of the
+    ratios of each round, with their range in round_low and round_high. floor_share: the subject's figure as a share of
+    the floor's. other_ratio: the ratio with fio, if both were measured with fio, too.
     """
 
     workload: WorkloadResult
@@ -217,13 +225,13 @@ class Comparison:
 
 
 def compare(workload: WorkloadResult) -> list[Comparison]:
-    """One Comparison a goal, in order."""
+    """The comparisons, one for each goal, in order."""
     return [_compare(workload, goal) for goal in workload.goals]
 
 
 def best(workload: WorkloadResult, family: str, client: Client = "nbd_load") -> Contest | None:
-    """The setting of `family` with the best median, of those measured with `client`, or of all where none was; None if
-    nothing was measured.
+    """The setting of `family` with the best median: of those measured with `client`, or of all if there are none; None
+    if nothing was measured.
     """
     measured = [contest for contest in workload.contests if contest.family == family and contest.samples]
     measured = [contest for contest in measured if contest.client == client] or measured
@@ -270,10 +278,10 @@ def _verdict(goal: Goal, subject: Contest | None, ratio: float | None, share: fl
 
 
 def save(run: Run, path: Path) -> None:
-    """As indented JSON."""
+    """Write the run as indented JSON."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
 
 
 def load(path: Path) -> Run:
-    """Raises OSError, or msgspec.DecodeError naming the field that is wrong."""
+    """Read a run. Raises OSError, or msgspec.DecodeError that names the wrong field."""
     return msgspec.json.decode(path.read_bytes(), type=Run)

@@ -1,9 +1,9 @@
-"""The rows: what is measured, against what, and how good it shall be.
+"""The rows of the report: the workloads, their contenders and their goals.
 
-The one place to read or change what `make bench` does. At the top the contenders, below them one
-workload a job; a workload's goals are the rows of the report. "at least" figures are the project's
-goals; where there is none the row is reported for what it is. Goals are judged with the client that sends together
-all that it can (`nbd_load`); the same with fio stands beside them. A full run is to take less than 45 minutes.
+Change this module to change `make bench`. The contenders come first, then one workload for each job; the goals of a
+workload are the rows of the report. "at least" figures are the project's goals; rows without one are only reported.
+`nbd_load`, the client that sends requests together, decides the goals; the results with fio are reported, too. A full
+run must take less than 45 minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from disk_peers import BareBlocks, BlockDevice, Called, Driven, FileMode, LoopDevice, Opened, Place, Served
+from fuse_rows import fuse_workloads
 from jobs import Job, Pattern
 from measuring import Contender, Workload
 from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer, QemuNbd
@@ -35,25 +36,28 @@ _FLOOR: Final = _NULL.family
 _SEGMENTS: Final = 10_000
 _IDLE: Final = 1_000
 _CHAIN: Final = 10
+_DELAYED: Final = 1_000
 _KIB: Final = 1024
 _READ_AND_WRITE: Final[tuple[Pattern, ...]] = ("randread", "randwrite")
 
 
 def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
-    """All of them, in the order of the report. blkloom: the command to measure. before: the command of an older build,
-    measured in the same rounds.
+    """All workloads, in the order of the report. blkloom: the command to measure. before: the command of an older
+    build, measured in the same rounds.
     """
     found = [
         *_memory(blkloom),
         *_one_at_a_time(blkloom),
         *_large(blkloom),
         *_many_jobs(blkloom),
+        *fuse_workloads(blkloom),
         *_direct(blkloom),
         *_flushed(blkloom),
         *_on_a_disk(blkloom),
         *_on_a_disk_in_process(blkloom),
         *_in_process(blkloom),
         *_scale(blkloom),
+        *_targets_for_tests(blkloom),
         *qcow2_workloads(blkloom),
         *start_workloads(blkloom),
     ]
@@ -63,7 +67,7 @@ def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
 
 
 def _with_older(now: Workload, then: Workload) -> Workload:
-    """The workload with what is blkloom's own of the older build beside it, and how the two compare."""
+    """The workload with the contenders of the older build added, and the goals that compare the two."""
     subjects: dict[str, Goal] = {}
     for goal in now.goals:
         subjects.setdefault(goal.subject, goal)
@@ -81,7 +85,7 @@ def _with_older(now: Workload, then: Workload) -> Workload:
 
 
 def _memory(blkloom: str) -> list[Workload]:
-    """Where the server's own work is the limit: a file on tmpfs, and memory."""
+    """Rows in which the server's own work is the bottleneck: a file on tmpfs, and memory."""
     rows = (
         ("randrw-4k-c1-q16", "4K randrw, qd 16", Job("randrw", 4 * _KIB, depth=16)),
         ("randrw-4k-c1-q64", "4K randrw, qd 64", Job("randrw", 4 * _KIB, depth=64)),
@@ -156,8 +160,8 @@ def _large(blkloom: str) -> list[Workload]:
 
 
 def _many_jobs(blkloom: str) -> list[Workload]:
-    """The test of the dm-ram mail (Mauelshagen 2018): 99 jobs. fio alone drives a loop device, so the comparison with
-    that is fio's on both sides.
+    """The test of the dm-ram mail (Mauelshagen 2018): 99 jobs. Only fio can use a loop device, so that comparison is
+    with fio on both sides.
     """
     return [
         Workload(
@@ -200,7 +204,7 @@ def _direct(blkloom: str) -> list[Workload]:
 
 
 def _flushed(blkloom: str) -> list[Workload]:
-    """Writes that are safe when they are answered."""
+    """Rows of writes that are durable when they are answered."""
     alone = FioOnFile("fio on the file", direct=False)
     return [
         Workload(
@@ -243,10 +247,9 @@ _PLACES: Final[dict[str, Place]] = {**_MODES, **_DEVICES}
 
 
 def _on_a_disk(blkloom: str) -> list[Workload]:
-    """The test of the dm-loop mail (Patocka 2025), on one disk: a file three ways, the loop driver over
-    the same file, and bare blocks. All of them through the same NBD clients and server, which is what
-    the goals are about: only what is behind the server differs. Beside them, the bare blocks as
-    fio drives them without NBD between.
+    """The test of the dm-loop mail (Patocka 2025), on one disk: a file in three modes, the loop driver on the same
+    file, and bare blocks. All use the same NBD clients and server, so only the storage behind the server differs. In
+    addition, fio uses the bare blocks without NBD.
     """
     alone = f"{_BARE}, no NBD"
     contenders: tuple[Contender, ...] = (
@@ -274,8 +277,8 @@ def _on_a_disk(blkloom: str) -> list[Workload]:
 
 
 def _on_a_disk_in_process(blkloom: str) -> list[Workload]:
-    """The same without any socket: sync, where the disk alone is the limit, against system calls; and in
-    batches, where every place has the same client again.
+    """The same storage without a socket: single requests, where the disk alone is the bottleneck, compared with system
+    calls; and batches, with the same client for every storage.
     """
     python = _python(blkloom)
     opened = tuple(Opened(python, family, place) for family, place in _PLACES.items())
@@ -333,13 +336,44 @@ def _in_process(blkloom: str) -> list[Workload]:
     ]
 
 
+def _targets_for_tests(blkloom: str) -> list[Workload]:
+    """What a segment costs that lets all requests pass, and how many requests a delay holds at once."""
+    segments = {
+        "delay of 0 ms": "delay {path} 0 0",
+        "throttle far from its limit": "throttle {path} 0 2 iops=1000000000 bps=1000000000000",
+        "unstriped": "unstriped 1 128 0 {path} 0",
+    }
+    plain = Blkloom(blkloom, "linear", segment="linear {path} 0")
+    many, one = f"{_DELAYED:,} reads, delayed 10 ms", "1 read, delayed 10 ms"
+    python = _python(blkloom)
+    return [
+        Workload(
+            "segment-that-passes",
+            "4K randread, qd 16",
+            Job("randread", 4 * _KIB, depth=16),
+            (plain, *(Blkloom(blkloom, name, segment=segment) for name, segment in segments.items())),
+            tuple(Goal(name, plain.family, 0.97) for name in segments),
+            "tests",
+        ),
+        Workload(
+            "delayed-together",
+            "one call",
+            Job("randread", 4 * _KIB),
+            (InProcess(python, "delayed", many, _DELAYED), InProcess(python, "delayed", one, 1)),
+            (Goal(many, one, at_most=0.015),),
+            "tests",
+            unit="s",
+        ),
+    ]
+
+
 def _python(blkloom: str) -> str:
-    """The interpreter beside the command, which has the same blkloom."""
+    """The interpreter beside the command, which imports the same blkloom."""
     return str(Path(blkloom).with_name("python"))
 
 
 def _scale(blkloom: str) -> list[Workload]:
-    """Idle segments and connections shall cost next to nothing; 0.9 is our reading of that."""
+    """Idle segments and connections should cost almost nothing; the goal for that is 0.9."""
     many, one = f"blkloom loop, {_SEGMENTS:,} segments", "blkloom loop, 1 segment"
     idle, busy = f"blkloom loop, {_IDLE:,} idle connections", "blkloom loop, no idle connections"
     job = Job("randread", 4 * _KIB, depth=16)

@@ -1,14 +1,13 @@
-"""`make bench`: measure blkloom against its peers, keep the results, write the report.
+"""`make bench`: measures blkloom and its peers, stores the results, and writes the report.
 
     bench/run.py                    all rows, 5 rounds, less than 45 minutes; results go to bench/results
     bench/run.py --quick            2 short rounds, to see that it works
     bench/run.py --only 'direct'    some rows
     bench/run.py --before COMMAND   an older build of blkloom in the same rounds; takes a third longer
-    bench/run.py --report           write docs/performance.md and its appendix from bench/results/latest.json
+    bench/run.py --report           write docs/performance.md and its appendix from bench/results
 
-Progress goes to standard error, the names of the files written to standard output. Exit codes: 0
-measured (goals met or not: the report says), 1 something kept a row of blkloom's from being
-measured, 2 wrong usage.
+Progress goes to standard error, the names of the written files to standard output. Exit codes: 0 measured (the report
+says which goals were met), 1 some row of blkloom could not be measured, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import counting
+import mail_results
 from appendix import appendix
 from ground import Ground
 from jobs import Client
@@ -55,7 +55,7 @@ _CLIENT_SECONDS: Final[dict[Client, float]] = {"nbd_load": 0.05, "fio": 0.3, "":
 
 
 def minutes(chosen: list[Workload], effort: Effort) -> float:
-    """About how long it takes to measure them, without what is made for all of them (files, a disk)."""
+    """Estimated duration of the measurements, without the preparation of files and disks."""
     seconds = 0.0
     for workload in chosen:
         for contender in workload.contenders:
@@ -69,6 +69,7 @@ def minutes(chosen: list[Workload], effort: Effort) -> float:
 @click.option("--quick", is_flag=True, help="Two short rounds; figures are not for quoting.")
 @click.option("--only", metavar="REGEX", help="Only rows whose name matches (see --list).")
 @click.option("--list", "listing", is_flag=True, help="Print the rows and who takes part, and stop.")
+@click.option("--again", is_flag=True, help="With --only: put these rows into OUT/latest.json.")
 @click.option("--rounds", type=click.IntRange(1), help=f"Rounds; {FULL.rounds} unless --quick.")
 @click.option("--seconds", type=click.FloatRange(0.1), help=f"Of each measurement; {FULL.seconds:g} unless --quick.")
 @click.option("--out", type=click.Path(path_type=Path), default=_RESULTS, help="Folder for the results.")
@@ -80,6 +81,7 @@ def minutes(chosen: list[Workload], effort: Effort) -> float:
 def main(
     quick: bool,
     only: str | None,
+    again: bool,
     listing: bool,
     rounds: int | None,
     seconds: float | None,
@@ -90,7 +92,7 @@ def main(
     tmpfs_dir: Path,
     disk_dir: Path,
 ) -> None:
-    """Measure blkloom against qemu-nbd, nbdkit, /dev/loop, fio and os.preadv."""
+    """Measure blkloom against qemu-nbd, nbdkit, qemu-storage-daemon, /dev/loop, fio and os.preadv."""
     command = command or str(Path(sys.executable).with_name("blkloom"))
     chosen = [workload for workload in workloads(command, before) if not only or re.search(only, workload.name)]
     if not chosen:
@@ -99,10 +101,15 @@ def main(
         return _list(chosen)
     if report:
         return _report(out)
+    if again and not only:
+        raise click.UsageError("--again needs --only")
     _require_fio()
     effort = QUICK if quick else FULL
     effort = Effort(rounds or effort.rounds, seconds or effort.seconds, effort.warm_up)
-    complete = not only and effort.rounds >= FULL.rounds and effort.seconds >= FULL.seconds
+    whole = effort.rounds >= FULL.rounds and effort.seconds >= FULL.seconds
+    if again and not whole:
+        raise click.UsageError("--again wants as many rounds and seconds as a whole run has")
+    complete = whole and not only
     _prepare_process()
     when = datetime.now(UTC)
     machine, known = facts(), versions(command, before)
@@ -114,11 +121,14 @@ def main(
         for run in _measure(begun, chosen, ground, effort):
             save(run, out / f"{stamp}.json")  # what is measured is kept, whatever comes later
     _keep(replace(run, complete=complete), out, stamp)
+    if again:
+        latest = _latest(out)
+        save(latest.with_rows_of(run), out / "latest.json")
     sys.exit(int(any(c.subject is None for result in run.workloads for c in compare(result))))
 
 
 def _measure(run: Run, chosen: list[Workload], ground: Ground, effort: Effort) -> Iterator[Run]:
-    """The run as it grows, after every workload."""
+    """Measure the workloads; yields the run after each one."""
     console = Console(stderr=True, highlight=False)
     columns = (
         BarColumn(),
@@ -143,7 +153,7 @@ def _measure(run: Run, chosen: list[Workload], ground: Ground, effort: Effort) -
 
 
 def _keep(run: Run, out: Path, stamp: str) -> None:
-    """The results, their page, appendix and picture; a complete run also becomes latest.json."""
+    """Store the results, their page, appendix and picture; a complete run also becomes latest.json."""
     written = [out / f"{stamp}.json"]
     save(run, written[0])
     written += _write(run, out / f"{stamp}.md")
@@ -155,18 +165,22 @@ def _keep(run: Run, out: Path, stamp: str) -> None:
 
 
 def _report(out: Path) -> None:
-    try:
-        run = load(out / "latest.json")
-    except FileNotFoundError as error:
-        raise click.ClickException(f"{error.filename} does not exist; a complete run makes it") from error
-    for path in _write(run, _PAGE):
+    places = mail_results.load(out / "mails.json")
+    for path in _write(_latest(out), _PAGE, mail_results.section(places) if places else ""):
         click.echo(path)
 
 
-def _write(run: Run, path: Path) -> list[Path]:
-    """The page of a run at `path`, its appendix and its picture beside it."""
+def _latest(out: Path) -> Run:
+    try:
+        return load(out / "latest.json")
+    except FileNotFoundError as error:
+        raise click.ClickException(f"{error.filename} does not exist; a complete run makes it") from error
+
+
+def _write(run: Run, path: Path, attached: str = "") -> list[Path]:
+    """Write the page of a run to `path`, and its appendix and picture beside it. attached: a further section."""
     beside, picture = path.with_name(f"{path.stem}-appendix.md"), path.with_suffix(".svg")
-    path.write_text(page(run, plot=picture.name, appendix=beside.name))
+    path.write_text(page(run, plot=picture.name, appendix=beside.name, attached=attached))
     beside.write_text(appendix(run, page=path.name))
     picture.write_text(svg(run))
     return [path, beside, picture]
@@ -182,15 +196,15 @@ def _list(chosen: list[Workload]) -> None:
 
 
 def _require_fio() -> None:
-    """Without the load generator there is nothing to measure with."""
+    """Raise an error if fio is not installed."""
     if not shutil.which("fio"):
         raise click.ClickException("fio is not installed (Debian: apt install fio)")
-    if subprocess.run(["fio", "--enghelp=nbd"], capture_output=True).returncode:
+    if subprocess.run(["fio", "--enghelp=nbd"], capture_output=True, check=False).returncode:
         raise click.ClickException("this fio has no nbd engine; install one built with libnbd (Debian's is)")
 
 
 def _prepare_process() -> None:
-    """Room for descriptors of 1,000 idle connections, here and in what is started; SIGTERM unwinds."""
+    """Raise the limit of open files for 1,000 idle connections, here and in child processes; make SIGTERM unwind."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGTERM, _stop)

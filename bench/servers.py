@@ -1,8 +1,7 @@
-"""Server processes: started, known to be ready, watched and stopped; never left behind.
+"""Starts server processes, waits until they are ready, monitors them, and always stops them.
 
-Ready is an event, not a guess: qemu-nbd and nbdkit are handed a socket that listens already and
-are ready when they greet; blkloom prints its URI. All are children of this process and run in its
-foreground. Source: sd_listen_fds(3), proc_pid_stat(5).
+A server is ready after an event: qemu-nbd and nbdkit get a listening socket and are ready when they send the greeting;
+blkloom prints its URI. All are child processes in the foreground. Source: sd_listen_fds(3), proc_pid_stat(5).
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _STOP_SECONDS: Final = 20.0
 
 
 class ServerError(Exception):
-    """A server that did not start, or did not end well; the text has what it said."""
+    """A server did not start, or did not end correctly; the text has its output."""
 
 
 class Server:
-    """A running process, by pid."""
+    """A running process, identified by its pid."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -49,8 +48,8 @@ class Server:
 
 @contextmanager
 def activated(command: list[str], *, path: Path, log: Path, status: int = 0) -> Iterator[Server]:
-    """A server that is handed a listening Unix socket at `path` as systemd would (sd_listen_fds(3)):
-    ready once it greets a client. status: how it ends when told to. Raises ServerError.
+    """Start a server with a listening Unix socket at `path`, as systemd does (sd_listen_fds(3)); it is ready when it
+    sends the greeting. status: its expected exit status. Raises ServerError.
     """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as sink:
@@ -74,8 +73,8 @@ def activated(command: list[str], *, path: Path, log: Path, status: int = 0) -> 
 
 @contextmanager
 def announcing(command: list[str], *, ready: str, log: Path, text: str = "") -> Iterator[Server]:
-    """A server that says it is ready in a line of standard output beginning with `ready`. text: its
-    standard input. Raises ServerError.
+    """Start a server that prints a line beginning with `ready` when it is ready. text: its standard input. Raises
+    ServerError.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink)
@@ -96,8 +95,8 @@ def announcing(command: list[str], *, ready: str, log: Path, text: str = "") -> 
 
 @contextmanager
 def _ending(process: subprocess.Popen[bytes], log: Path, status: int = 0) -> Iterator[None]:
-    """SIGTERM at the end, and SIGKILL to one that does not listen. Raises ServerError if a server
-    that was used without trouble does not end with `status`.
+    """Send SIGTERM at the end, then SIGKILL if there is no effect. Raises ServerError if a server that was used without
+    errors does not end with `status`.
     """
     try:
         yield

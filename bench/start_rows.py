@@ -1,6 +1,6 @@
-"""The rows of start-up: how long a command takes to what its user waits for, as `startup.py` measures it.
+"""The rows of start-up: time from the start of a command to its result, measured by `startup.py`.
 
-A sample is the median of as many starts as its time has room for.
+A sample is the median of as many starts as fit into its time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PYTHON: Final = "python -c pass"
 
 
 class _Starts:
-    """A session that starts a command again and again. start: does it once; the seconds that it took."""
+    """Session that starts a command repeatedly. start: runs it once and returns the seconds."""
 
     def __init__(self, start: Measured) -> None:
         self._start = start
@@ -50,8 +50,8 @@ class _Starts:
 
 @dataclass(frozen=True)
 class Started:
-    """command: a blkloom for `ls` and `create`, else all its words. `serve`: it gets a file to serve, and is measured
-    until it greets a client; `run`: until it has ended.
+    """Contender for start-up. command: a blkloom for `ls` and `create`, otherwise the whole command line. `serve`: it
+    serves a file and is measured until it sends the greeting; `run`: it is measured until it ends.
     """
 
     clients: ClassVar[tuple[Client, ...]] = ("",)
@@ -78,7 +78,7 @@ class Started:
 
 
 def start_workloads(blkloom: str) -> list[Workload]:
-    """All of them, in the order of the report. blkloom: the command to measure."""
+    """All workloads, in the order of the report. blkloom: the command to measure."""
     serve, ls, create = "blkloom serve", "blkloom ls", "blkloom create"
     python = Started(_PYTHON, "run", (str(Path(blkloom).with_name("python")), "-c", "pass"))
     qemu = Started("qemu-nbd", "serve", ("qemu-nbd", "-f", "raw"))

@@ -1,14 +1,14 @@
-"""Start-up: how long a command takes from its start to what its user waits for.
+"""Measures start-up: the time from the start of a command to its result.
 
-Three tables: a server until it greets a client, `blkloom ls` until it has ended, and the first `blkloom create`
-of a run directory, which starts supervisor, zygote and worker. Beside them qemu-nbd and nbdkit, and the bare
-interpreter, which is the floor of every figure of blkloom's. A server is handed its socket (`servers.activated`), so
-that the greeting is an event. Rounds are interleaved.
+Three tables: a server until it sends the greeting, `blkloom ls` until it ends, and the first `blkloom create` of a run
+directory, which starts supervisor, zygote and worker. They are compared with qemu-nbd and nbdkit, and with the bare
+interpreter, the floor of all figures of blkloom. A server gets its socket (`servers.activated`), so that the greeting
+is an event. Rounds are interleaved.
 
     bench/startup.py [--rounds N] BLKLOOM...    the median and the range, in milliseconds
 
-Bytecode has to be there (`make setup` compiles it): without it, and with PYTHONDONTWRITEBYTECODE set, every start
-compiles what it imports.
+Bytecode must exist (`make setup` compiles it): without it, and with PYTHONDONTWRITEBYTECODE set, every start compiles
+all modules that it imports.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ Measured = Callable[[], float]
 
 
 def greeting(folder: Path, command: list[str]) -> float:
-    """A server, from its start to the first bytes that a client of its Unix socket receives. Raises ServerError."""
+    """Time from the start of a server to the first bytes that a client of its Unix socket receives. Raises
+    ServerError.
+    """
     begun = time.perf_counter()
     with activated(command, path=folder / "startup.sock", log=folder / "startup.log"):
         return time.perf_counter() - begun
 
 
 def ended(command: list[str], environment: Mapping[str, str] | None = None) -> float:
-    """A command, from its start to its end. Raises CalledProcessError."""
+    """Time from the start of a command to its end. Raises CalledProcessError."""
     begun = time.perf_counter()
     subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
     return time.perf_counter() - begun
@@ -52,7 +54,7 @@ def ended(command: list[str], environment: Mapping[str, str] | None = None) -> f
 
 @contextmanager
 def own_run_dir(blkloom: str) -> Iterator[dict[str, str]]:
-    """The environment of commands for a run directory of its own, whose supervisor is ended with the block."""
+    """Environment for commands with a new run directory; its supervisor is stopped at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="blkloom-bench-") as run_dir:
         environment = os.environ | {"BLKLOOM_RUN_DIR": run_dir}
         try:
@@ -62,20 +64,20 @@ def own_run_dir(blkloom: str) -> Iterator[dict[str, str]]:
 
 
 def first_create(blkloom: str) -> float:
-    """`blkloom create` where there is no supervisor."""
+    """Time of `blkloom create` without a running supervisor."""
     with own_run_dir(blkloom) as environment:
         return ended([blkloom, *_CREATE], environment)
 
 
 def listing(blkloom: str) -> float:
-    """`blkloom ls` of one device."""
+    """Time of `blkloom ls` of one device."""
     with own_run_dir(blkloom) as environment:
         ended([blkloom, *_CREATE], environment)
         return ended([blkloom, "ls"], environment)
 
 
 def tables(folder: Path, blklooms: tuple[str, ...]) -> dict[str, dict[str, Measured]]:
-    """What is measured: a title, and who takes part. folder: for sockets and the file that is served."""
+    """The tables to measure: title and contenders. folder: for sockets and the served file."""
     file = folder / "startup.img"
     file.touch()
     os.truncate(file, _SIZE)
@@ -104,7 +106,7 @@ def tables(folder: Path, blklooms: tuple[str, ...]) -> dict[str, dict[str, Measu
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
 @click.argument("blklooms", nargs=-1, required=True, metavar="BLKLOOM...")
 def main(rounds: int, blklooms: tuple[str, ...]) -> None:
-    """Measure the start-up of one `blkloom` command, or of several."""
+    """Measure the start-up of one or several `blkloom` commands."""
     with tempfile.TemporaryDirectory(prefix="blkloom-bench-") as folder:
         for title, contenders in tables(Path(folder), blklooms).items():
             taken: dict[str, list[float]] = {name: [] for name in contenders}

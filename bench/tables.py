@@ -1,4 +1,4 @@
-"""Tables of many segments over one file, as text. Pure; needs nothing of blkloom."""
+"""Text of tables with many segments of one file. Pure; uses nothing of blkloom."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def table_text(path: Path, size: int, segments: int) -> str:
-    """A table over `size` bytes of the file in so many segments. Neighbours are swapped in pairs, so
-    that no two segments could be joined into one.
+    """A table of the first `size` bytes of the file, in `segments` segments. Neighbours are swapped in pairs, so
+    that no two segments could be merged into one.
     """
     sectors = size // 512
     edges = [sectors * i // segments for i in range(segments + 1)]

@@ -1,11 +1,11 @@
-"""Hostile QCOW2 images without end: `fuzz/qcow2_images.py [--cases N] [--seed S] [IMAGE...]`.
+"""Fuzzer with hostile QCOW2 images: `fuzz/qcow2_images.py [--cases N] [--seed S] [IMAGE...]`.
 
-Takes the stored corpus (and the images named), changes what does most harm (tests/qcow2/mutations.py)
-and lets blkloom attach the result, read and write it (tests/qcow2/hostile.py). Every case runs in a
-child of its own, so that a crash, a hang or all the memory is a finding like any other. A finding is
-kept in fuzz/findings with what was done to it, and the run ends with 1.
+It takes the stored corpus (and the named images), changes the most dangerous values (tests/qcow2/mutations.py), and
+lets blkloom attach the result, read it and write to it (tests/qcow2/hostile.py). Every case runs in a child process, so
+that crashes, hangs and memory use can be found. A finding is stored in fuzz/findings with its mutations, and the exit
+status is 1.
 
-`--check IMAGE` meets one image as it is: for looking at a finding.
+`--check IMAGE` runs one image without changes, to examine a finding.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import blkloom.qcow2.attachment  # noqa: E402 - once, and not in every child
-import blkloom.qcow2.chain  # noqa: E402, F401
+import blkloom.image.attachment  # noqa: E402 - once, and not in every child
+import blkloom.image.open_chain  # noqa: E402
+import blkloom.image.qcow2.driver  # noqa: E402
+import blkloom.image.qcow2.write.writer  # noqa: E402, F401
 from qcow2.hostile import Misbehaviour, examine  # noqa: E402
 from qcow2.make_corpus import unharmed  # noqa: E402
 from qcow2.mutations import mutate  # noqa: E402
@@ -52,7 +54,7 @@ def main() -> int:
 
 
 def _case(images: dict[str, bytes], seed: int) -> bool:
-    """Whether all is well."""
+    """Run a case in a child process; return whether it found no error."""
     dice = random.Random(seed)
     name = dice.choice(sorted(images))
     data, what = mutate(images[name], dice)
@@ -68,7 +70,7 @@ def _case(images: dict[str, bytes], seed: int) -> bool:
 
 
 def _borne(data: bytes, *, writable: bool, say: bool = False) -> bool:
-    """In a child, which a signal ends where nothing else does."""
+    """Run a case in this child process; a signal ends it if it hangs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "disk.qcow2"
         path.write_bytes(data)

@@ -1,16 +1,15 @@
-"""Debian packages for the demo and the tests: what is missing, and installing it.
+"""Debian packages for the demo and the tests: finds missing packages and installs them.
 
-`debian.py install PACKAGE...` exits 0 when all are installed at the end. As root it installs what is
-missing; otherwise it names what is missing, and the command that would install it, and exits 1. On a
-system without dpkg it only prints what the packages are called in Debian: the tests name each
-program that they then do not find.
+`debian.py install PACKAGE...` exits 0 if all are installed at the end. As root it installs missing packages; otherwise
+it prints their names and the command that installs them, and exits 1. On a system without dpkg it only prints the names
+of the packages in Debian; the tests then name each program that they do not find.
 
-Nothing installed is ever removed or downgraded. A machine that has some of QEMU from backports gets
-the rest of QEMU from there too, since the parts conflict across versions. Backports are read through
-an apt configuration of our own (see `BackportsApt`), so that the machine's sources and lists stay as
-they are. The addresses of Debian's mirrors are always those that the machine's own sources name.
+Installed packages are never removed or downgraded. If a machine has some packages of QEMU from backports, the other
+packages of QEMU come from there, too, because versions conflict. Backports are read through a separate apt
+configuration (see `SuitesApt`), so that the machine's sources and lists do not change. The URLs of Debian's mirrors
+always come from the machine's own sources.
 
-Runs on Python 3.11 without any package, before there is a virtual environment.
+Runs on Python 3.11 without packages, before there is a virtual environment.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ PATIENT = ("-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3")
 
 
 class DebianError(Exception):
-    """What is missing or went wrong, and what to do about it."""
+    """A missing package or a failure, with the remedy."""
 
 
 def is_debian() -> bool:
-    """Whether packages can be looked up and installed here."""
+    """Whether this system has dpkg and apt."""
     return all(shutil.which(program) for program in ("dpkg-query", "apt-get"))
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are not installed, in their order."""
+    """The packages that are not installed, in the given order."""
     return [package for package in packages if installed_version(package) is None]
 
 
@@ -57,9 +56,9 @@ def installed_version(package: str) -> str | None:
 
 
 def install(packages: Sequence[str]) -> None:
-    """Installs what is missing.
+    """Install the missing packages.
 
-    Raises DebianError when there is something to install and this is not root, or apt cannot.
+    Raises DebianError if packages are missing and this is not root, or apt fails.
     """
     wanted = missing(packages)
     if not wanted:
@@ -72,13 +71,14 @@ def install(packages: Sequence[str]) -> None:
         _install(["apt-get"], wanted)
         return
     with tempfile.TemporaryDirectory(prefix="blkloom-apt-") as directory:
-        apt = BackportsApt(Path(directory))
+        backports = f"{codename()}-backports"
+        apt = SuitesApt(Path(directory), [codename(), backports])
         apt.update()
-        _install(["apt-get", *apt.options, "--target-release", apt.suite], wanted)
+        _install(["apt-get", *apt.options, "--target-release", backports], wanted)
 
 
 def _installs_cleanly(packages: Sequence[str]) -> bool:
-    """Whether apt would neither refuse nor remove anything."""
+    """Whether apt would install the packages without removing others."""
     plan = subprocess.run(
         ["apt-get", "--simulate", "--no-install-recommends", "install", *packages],
         capture_output=True,
@@ -120,7 +120,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Source:
-    """An entry of apt's sources: where a suite is read from."""
+    """An entry of apt's sources: the location of a suite."""
 
     uris: str
     suites: tuple[str, ...]
@@ -128,47 +128,27 @@ class Source:
     """Further fields as deb822 lines, such as `Signed-By: PATH`."""
 
 
-class BackportsApt:
-    """apt with the machine's main suite and its backports, its lists and downloads in a directory of ours.
+class SuitesApt:
+    """apt with some suites, such as the machine's own and its backports; lists and downloads are in a separate
+    directory.
 
-    It reads the machine's package database, so what it says about dependencies is true here. Needs
-    no root, except to install.
+    It reads the machine's package database, so its dependencies are right for this machine. Needs no root, except to
+    install.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, suites: Sequence[str]) -> None:
         """Writes the configuration. Raises DebianError when the machine's sources do not name Debian's."""
-        codename = _codename()
-        main = _main_source(codename)
-        self.suite = f"{codename}-backports"
         self.directory = directory
-        for folder in ("sources", "lists/partial", "cache/archives/partial"):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-        lines = [
-            "Types: deb",
-            f"URIs: {main.uris}",
-            f"Suites: {codename} {self.suite}",
-            "Components: main",
-            *main.options,
-        ]
-        (directory / "sources" / "backports.sources").write_text("\n".join(lines) + "\n")
-        settings = {
-            "Dir::Etc::SourceList": "/dev/null",
-            "Dir::Etc::SourceParts": directory / "sources",
-            "Dir::State::Lists": directory / "lists",
-            "Dir::Cache": directory / "cache",
-            # Root's downloads would otherwise be done as a user that cannot enter the directory.
-            "APT::Sandbox::User": "root",
-        }
-        self.options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+        self.options = _configured(directory, suites, {})
 
     def update(self) -> None:
         """Reads the lists of packages. Raises DebianError."""
         _run(["apt-get", *self.options, *PATIENT, "update"], quiet=True)
 
-    def field(self, package: str, name: str) -> str | None:
-        """A field of the newest version in backports, or None when there is no such package."""
+    def field(self, package: str, name: str, suite: str) -> str | None:
+        """A field of the newest version in the suite, or None when there is no such package."""
         shown = subprocess.run(
-            ["apt-cache", *self.options, "show", "--no-all-versions", f"{package}/{self.suite}"],
+            ["apt-cache", *self.options, "show", "--no-all-versions", f"{package}/{suite}"],
             capture_output=True,
             text=True,
             check=False,
@@ -188,7 +168,51 @@ class BackportsApt:
         shutil.rmtree(downloads)
 
 
-def _codename() -> str:
+class ReleaseApt:
+    """apt with the main suite of another Debian release, for programs that run beside the machine's. It ignores
+    installed packages, so it downloads all dependencies of a program, including the C library. Needs no root.
+    """
+
+    def __init__(self, directory: Path, release: str) -> None:
+        """Writes the configuration. Raises DebianError when the machine's sources do not name Debian's."""
+        self.directory = directory
+        status = directory / "status"
+        self.options = _configured(directory, [release], {"Dir::State::Status": status})
+        status.touch()
+
+    def unpack(self, packages: Sequence[str], root: Path) -> None:
+        """Downloads packages and all that they need, and unpacks their files under a directory. Raises DebianError."""
+        _run(["apt-get", *self.options, *PATIENT, "update"], quiet=True)
+        wanted = ["install", "--yes", "--no-install-recommends", "--download-only", *packages]
+        _run(["apt-get", *self.options, *PATIENT, *wanted], quiet=True)
+        root.mkdir()
+        for archive in sorted((self.directory / "cache/archives").glob("*.deb")):
+            _run(["dpkg-deb", "--extract", archive, root])
+
+
+def _configured(directory: Path, suites: Sequence[str], further: dict[str, Path]) -> list[str]:
+    """Options that make apt read these suites from the machine's mirrors, and keep lists and downloads in the
+    directory. Raises DebianError.
+    """
+    main = _main_source(codename())
+    for folder in ("sources", "lists/partial", "cache/archives/partial"):
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+    lines = ["Types: deb", f"URIs: {main.uris}", f"Suites: {' '.join(suites)}", "Components: main", *main.options]
+    (directory / "sources" / "other.sources").write_text("\n".join(lines) + "\n")
+    settings = {
+        "Dir::Etc::SourceList": "/dev/null",
+        "Dir::Etc::SourceParts": directory / "sources",
+        "Dir::State::Lists": directory / "lists",
+        "Dir::Cache": directory / "cache",
+        # Root's downloads would otherwise be done as a user that cannot enter the directory.
+        "APT::Sandbox::User": "root",
+        **further,
+    }
+    return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+
+
+def codename() -> str:
+    """Code name of the machine's release, such as `bookworm`. Raises DebianError."""
     for line in OS_RELEASE.read_text().splitlines():
         key, _, value = line.partition("=")
         if key == "VERSION_CODENAME":
@@ -196,14 +220,17 @@ def _codename() -> str:
     raise DebianError(f"{OS_RELEASE} names no VERSION_CODENAME; backports are those of a Debian release")
 
 
-def _main_source(codename: str) -> Source:
+def _main_source(suite: str) -> Source:
     for source in _machine_sources():
-        if codename in source.suites:
+        if suite in source.suites:
             return source
-    raise DebianError(f"no source under {APT_SOURCES} has the suite {codename!r}; add Debian's main archive to them")
+    raise DebianError(f"no source under {APT_SOURCES} has the suite {suite!r}; add Debian's main archive to them")
 
 
 def _machine_sources() -> Iterator[Source]:
+    """The sources, read from their files: `apt-get indextargets` lists a source only after its lists were downloaded,
+    which is not so in a fresh container, and does not say which key signs it.
+    """
     parts = APT_SOURCES / "sources.list.d"
     for path in sorted(parts.glob("*.sources")):
         for stanza in path.read_text().split("\n\n"):

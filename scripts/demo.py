@@ -1,13 +1,15 @@
-"""`make demo`: blkloom serves a woven disk and a disk of memory, and NBD clients of others use them.
+"""`make demo`: blkloom serves a disk made from two files and a disk in memory, and other NBD clients use them. Then it
+attaches a device as a node (root: with a file system on it), whose worker is killed.
 
-Everything happens in a new directory that is removed at the end. Exits 0 when every comparison held;
-1 with what did not; 2 when a program that takes part is missing.
+All files are in a new directory that is removed at the end. Exit status: 0 if every comparison succeeded, 1 with the
+failed one, 2 if a program is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -30,41 +32,44 @@ PIECE_AT, PIECE = 2 * MiB, 4 * MiB
 SECOND = 8 * MiB
 MEMORY = 64 * MiB
 CLIENTS = ("nbdinfo", "nbdcopy")
+DISK = 64 * MiB
+FILE_SYSTEM = ("mkfs.ext4", "mount", "umount", "blockdev", "e2fsck", "resize2fs")
+"""Programs for a file system on a node."""
 TIMEOUT = 60.0
 
 
 class DemoError(Exception):
-    """A step that did not come out as promised."""
+    """A step of the demo failed."""
 
 
 @dataclass(frozen=True)
 class Teller:
-    """Says what happens, step by step."""
+    """Prints the steps of the demo."""
 
     console: Console
 
     def step(self, text: str) -> None:
-        """A headline."""
+        """Print a headline."""
         self.console.print(f"\n[bold cyan]»[/] [bold]{escape(text)}[/]")
 
     def show(self, text: str) -> None:
-        """Something that was run or printed, as it is."""
+        """Print a command or its output."""
         for line in text.splitlines():
             self.console.print(f"    [dim]{escape(line)}[/]", soft_wrap=True)
 
     def held(self, text: str) -> None:
-        """Something that was checked and is so."""
+        """Print the result of a successful check."""
         self.console.print(f"    [green]✔[/] {escape(text)}", soft_wrap=True)
 
 
 def blkloom_command() -> str:
-    """The command of this environment."""
+    """The `blkloom` command of this environment."""
     return str(Path(sys.executable).with_name("blkloom"))
 
 
 @contextmanager
 def serving(teller: Teller, arguments: Sequence[str], *, exports: int) -> Iterator[list[str]]:
-    """`blkloom serve` until the block ends, then stopped as a service manager would. Yields the URIs."""
+    """Run `blkloom serve` for the block, then stop it as a service manager does. Yields the URIs."""
     command = [blkloom_command(), "serve", *arguments]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -82,7 +87,7 @@ def serving(teller: Teller, arguments: Sequence[str], *, exports: int) -> Iterat
 
 
 def run(teller: Teller, *command: str | Path) -> str:
-    """Shows and runs a program of others; returns what it printed."""
+    """Print and run a foreign program; return its output."""
     words = [str(word) for word in command]
     teller.show(f"$ {' '.join(words)}")
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=TIMEOUT)
@@ -92,12 +97,12 @@ def run(teller: Teller, *command: str | Path) -> str:
 
 
 def sha256(data: bytes) -> str:
-    """The digest, as far as a person compares."""
+    """The first digits of the digest."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def same(teller: Teller, what: str, found: bytes, expected: bytes) -> None:
-    """Says that bytes are those expected, or raises DemoError saying where they first differ."""
+    """Check that bytes are the expected ones; raises DemoError with the first difference."""
     if found == expected:
         teller.held(f"{what} ({len(found) // MiB} MiB, sha256 {sha256(found)}…)")
         return
@@ -107,7 +112,7 @@ def same(teller: Teller, what: str, found: bytes, expected: bytes) -> None:
 
 
 def write_and_read_back(teller: Teller, uri: str, name: str, size: int, directory: Path, seed: int) -> bytes:
-    """Fills an export with random bytes through nbdcopy and compares what nbdcopy reads back."""
+    """Fill an export with random bytes through nbdcopy, and compare them with the bytes that nbdcopy reads back."""
     written, read = directory / f"{name}.written", directory / f"{name}.read"
     data = random.Random(seed).randbytes(size)
     written.write_bytes(data)
@@ -118,7 +123,7 @@ def write_and_read_back(teller: Teller, uri: str, name: str, size: int, director
 
 
 def demo(teller: Teller, directory: Path) -> None:
-    """All of it. Raises DemoError."""
+    """Run all steps. Raises DemoError."""
     first, second = directory / "first.img", directory / "second.img"
     teller.step("Two files: one to be used whole, the other for its middle only")
     first.write_bytes(bytes(FIRST))
@@ -127,7 +132,7 @@ def demo(teller: Teller, directory: Path) -> None:
     teller.show(f"{first}   {FIRST // MiB} MiB of zeros")
     teller.show(f"{second}  {SECOND // MiB} MiB of random bytes")
 
-    teller.step("A table, as dmsetup reads it, weaves them into one disk; memory makes another")
+    teller.step("A table, as dmsetup reads it, combines them into one disk; another disk is in memory")
     table = f"0 {FIRST // 512} loop {first}\n{FIRST // 512} {PIECE // 512} loop {second} {PIECE_AT}"
     teller.show(f"woven:\n{table}\nmemory:\n0 {MEMORY // 512} ram")
     arguments = ["--device", f"woven={table}", "--device", f"memory=0 {MEMORY // 512} ram"]
@@ -161,8 +166,95 @@ def demo(teller: Teller, directory: Path) -> None:
     same(teller, "what is around it was not touched", held[:PIECE_AT] + held[end:], around[:PIECE_AT] + around[end:])
 
 
+@dataclass(frozen=True)
+class Devices:
+    """`blkloom` with a supervisor of the demo's own."""
+
+    teller: Teller
+    run_dir: Path
+
+    def __call__(self, *words: str | Path) -> str:
+        """Shows and runs a verb; returns what it printed."""
+        self.teller.show(f"$ blkloom {' '.join(map(str, words))}")
+        command = [blkloom_command(), "--run-dir", self.run_dir, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+        if done.returncode != 0:
+            raise DemoError(f"blkloom {words[0]} ended with status {done.returncode}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def kill_worker(self, name: str) -> None:
+        """SIGKILL; another worker takes over."""
+        worker = int(self("info", "-c", "--noheadings", "-o", "worker", name))
+        self.teller.show(f"$ kill -9 {worker}    # the process that serves '{name}'")
+        os.kill(worker, signal.SIGKILL)
+
+
+def attached(teller: Teller, directory: Path) -> None:
+    """A device as a node, which outlives its worker and grows. As root with a file system, else as a file. Raises
+    DemoError.
+    """
+    blkloom = Devices(teller, directory / "run")
+    image = directory / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(DISK)
+    blkloom("create", "disk", "--table", f"0 {DISK // 512} loop {image}")
+    try:
+        teller.step("A device as a node, which programs open")
+        node = blkloom("attach", "disk")
+        teller.held(f"the node is {node}")
+        data = random.Random(3).randbytes(8 * MiB)
+        if Path(node).is_block_device() and all(map(shutil.which, FILE_SYSTEM)):
+            mounted(teller, blkloom, node, directory, data)
+        else:
+            teller.step("Its worker is killed while the file is in use")
+            with open(node, "r+b", buffering=0) as opened:
+                opened.write(data[: 4 * MiB])
+                blkloom.kill_worker("disk")
+                opened.write(data[4 * MiB :])
+                os.fsync(opened.fileno())
+                opened.seek(0)
+                same(teller, "what was written before and after is there", opened.read(len(data)), data)
+        blkloom("detach", "disk")
+    finally:
+        blkloom("stop", "--force")
+
+
+def mounted(teller: Teller, blkloom: Devices, node: str, directory: Path, data: bytes) -> None:
+    """A file system on the node, mounted while its worker is killed and the device grows. Raises DemoError."""
+    place = directory / "mnt"
+    place.mkdir()
+    run(teller, "mkfs.ext4", "-q", node)
+    run(teller, "mount", node, place)
+    try:
+        teller.step("A file system is mounted from it; its worker is killed")
+        (place / "before").write_bytes(data)
+        blkloom.kill_worker("disk")
+        (place / "after").write_bytes(data)
+        os.sync()
+        same(teller, "the file from before is there", (place / "before").read_bytes(), data)
+        teller.step("The device grows while it is mounted")
+        with (directory / "disk.img").open("r+b") as file:
+            file.truncate(2 * DISK)
+        blkloom("load", "disk", "--table", f"0 {2 * DISK // 512} loop {directory}/disk.img")
+        blkloom("resume", "disk")
+        size = int(run(teller, "blockdev", "--getsize64", node))
+        if size != 2 * DISK:
+            raise DemoError(f"the node has {size} bytes, not {2 * DISK}")
+        teller.held(f"the node has {size // MiB} MiB")
+    finally:
+        run(teller, "umount", place)
+    run(teller, "e2fsck", "-f", "-p", node)
+    run(teller, "resize2fs", node)
+    run(teller, "mount", "-o", "ro", node, place)
+    try:
+        for name in ("before", "after"):
+            same(teller, f"'{name}' is as it was written", (place / name).read_bytes(), data)
+    finally:
+        run(teller, "umount", place)
+
+
 def main() -> int:
-    """Runs the demo; returns the exit status."""
+    """Run the demo; return the exit status."""
     console = Console(highlight=False)
     if absent := [client for client in CLIENTS if shutil.which(client) is None]:
         console.print(f"{' and '.join(absent)} missing: install libnbd's tools (Debian package libnbd-bin)")
@@ -170,6 +262,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="blkloom-demo-") as directory:
         try:
             demo(Teller(console), Path(directory))
+            if os.access("/dev/fuse", os.R_OK | os.W_OK):
+                attached(Teller(console), Path(directory))
+            else:
+                console.print("\n/dev/fuse cannot be used here: no node is shown (blkloom doctor says more)")
         except DemoError as error:
             console.print(f"\n[bold red]✘ {escape(str(error))}[/]")
             return 1

@@ -1,9 +1,9 @@
-"""A Linux kernel and udev for the tests under tests/kernel, unpacked into a directory and never installed.
+"""Linux kernels, udev and systemd for the tests under tests/kernel, unpacked into a directory and never installed.
 
-`guest_kernel.py DIRECTORY` puts there `vmlinuz`, `lib/modules/RELEASE` with its dependencies worked
-out, and `busybox`, from Debian's backports of the machine's release; and in `udev` the program and the
-rules of the release's package of that name, for guests, whether or not the machine has it. What is
-there already is kept. Needs no root; needs kmod. Exits 1 with the reason when something cannot be had.
+`guest_kernel.py DIRECTORY` creates a directory for each series of `KERNELS`, with `vmlinuz` and `lib/modules/RELEASE`
+with computed dependencies; `busybox`; `udev`, with the program and the rules of the release's package udev; and
+`systemd`, the files of the package, for virtual machines, even if the machine has these packages. All come from Debian.
+Existing files are kept. Needs no root; needs kmod. Exits 1 with the reason if something is not available.
 """
 
 from __future__ import annotations
@@ -14,59 +14,83 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-from debian import BackportsApt, DebianError, is_debian
+from debian import DebianError, SuitesApt, codename, is_debian
 
-KERNEL = "6.12"
-"""The series of Linux that is wanted: it has nbd, ublk_drv and device-mapper as modules."""
+KERNELS: Final = {"6.1": "{codename}", "6.12": "{codename}-backports", "7.3": "trixie-backports"}
+"""The series of Linux that are wanted, and the suite of each. All have nbd, fuse and device-mapper as modules,
+and ublk_drv from 6.12 on; the first is too old for FUSE_NOTIFY_RESEND, the last can resize a ublk device.
+"""
+SYSTEMD: Final = ("systemd", "libsystemd-shared", "libapparmor1", "libip4tc2", "libseccomp2")
+"""systemd, with those of its libraries that a small system may lack."""
 
 
-def fetch(directory: Path) -> str:
-    """Puts what is missing there; returns what that was. Raises DebianError."""
+def fetch(directory: Path) -> list[str]:
+    """Download and unpack missing parts; return their names. Raises DebianError."""
+    directory.mkdir(parents=True, exist_ok=True)
     work = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    apt = BackportsApt(work / "apt")
-    apt.update()
+    work.mkdir()
     got = []
-    if not _has_kernel(directory):
-        got.append(f"Linux {_fetch_kernel(apt, work, directory)}")
+    suites = {series: suite.format(codename=codename()) for series, suite in KERNELS.items()}
+    apt = SuitesApt(work / "apt", list(dict.fromkeys([codename(), *suites.values()])))
+    apt.update()
+    for series, suite in suites.items():
+        if not (directory / series / "vmlinuz").exists():
+            got.append(f"Linux {_fetch_kernel(apt, series, suite, work, directory)}")
+    if not (directory / "busybox").exists():
+        unpacked = work / "busybox-unpacked"
+        apt.unpack(["busybox-static"], unpacked)
+        _either(unpacked, "bin/busybox").rename(directory / "busybox")
+        got.append("busybox")
     if not _has_udev(directory):
         _fetch_udev(apt, work, directory)
         got.append("udev")
+    if not _has_systemd(directory):
+        apt.unpack(SYSTEMD, work / "systemd")
+        shutil.rmtree(directory / "systemd", ignore_errors=True)
+        (work / "systemd").rename(directory / "systemd")
+        got.append("systemd")
     shutil.rmtree(work)
-    return " and ".join(got)
+    return got
 
 
-def _has_kernel(directory: Path) -> bool:
-    return (directory / "vmlinuz").exists()
+def _has_all(directory: Path) -> bool:
+    kernels = all((directory / series / "vmlinuz").exists() for series in KERNELS)
+    return kernels and (directory / "busybox").exists() and _has_udev(directory) and _has_systemd(directory)
 
 
 def _has_udev(directory: Path) -> bool:
     return (directory / "udev" / "udevadm").exists()
 
 
-def _fetch_kernel(apt: BackportsApt, work: Path, directory: Path) -> str:
-    """The newest one of the series; returns its release."""
-    image = _image_package(apt)
+def _has_systemd(directory: Path) -> bool:
+    return _either(directory / "systemd", "lib/systemd/systemd").exists()
+
+
+def _fetch_kernel(apt: SuitesApt, series: str, suite: str, work: Path, directory: Path) -> str:
+    """Unpack the newest kernel of the series in the suite; return its release."""
+    image = _image_package(apt, series, suite)
     release = image.removeprefix("linux-image-")
-    unpacked = work / "unpacked"
-    apt.unpack([image, "busybox-static"], unpacked)
-    result = work / "result"
+    unpacked = work / f"unpacked-{series}"
+    apt.unpack([image, *_parts(apt, image, suite)], unpacked)
+    result = work / f"result-{series}"
     modules = result / "lib" / "modules"
     modules.mkdir(parents=True)
     # Debian is moving /lib and /bin into /usr: both are looked in.
     _either(unpacked, f"lib/modules/{release}").rename(modules / release)
-    _either(unpacked, "bin/busybox").rename(result / "busybox")
-    (unpacked / "boot" / f"vmlinuz-{release}").rename(result / "vmlinuz")
+    beside_modules = modules / release / "vmlinuz"
+    program = beside_modules if beside_modules.exists() else unpacked / "boot" / f"vmlinuz-{release}"
+    program.rename(result / "vmlinuz")
     _work_out_dependencies(result, release)
-    shutil.rmtree(directory, ignore_errors=True)
-    result.rename(directory)
+    shutil.rmtree(directory / series, ignore_errors=True)
+    result.rename(directory / series)
     return release
 
 
-def _fetch_udev(apt: BackportsApt, work: Path, directory: Path) -> None:
-    """What runs of it in a guest: the program and the rules."""
+def _fetch_udev(apt: SuitesApt, work: Path, directory: Path) -> None:
+    """Unpack the parts of udev that run in a virtual machine: the program and the rules."""
     unpacked, result = work / "udev-unpacked", work / "udev"
     apt.unpack(["udev"], unpacked)
     result.mkdir()
@@ -76,15 +100,24 @@ def _fetch_udev(apt: BackportsApt, work: Path, directory: Path) -> None:
     result.rename(directory / "udev")
 
 
-def _image_package(apt: BackportsApt) -> str:
-    """The package behind the one that always names the newest kernel."""
-    depends = apt.field("linux-image-amd64", "Depends")
-    image = depends.split()[0] if depends else ""
-    if not image.startswith(f"linux-image-{KERNEL}."):
-        raise DebianError(
-            f"{apt.suite} has no Linux {KERNEL}: linux-image-amd64 there depends on {depends or 'nothing'}"
-        )
+def _image_package(apt: SuitesApt, series: str, suite: str) -> str:
+    """The package that the meta-package of the suite's newest kernel depends on."""
+    depends = apt.field("linux-image-amd64", "Depends", suite)
+    image = next((name for name in _names(depends) if name.startswith(f"linux-image-{series}.")), "")
+    if not image:
+        raise DebianError(f"{suite} has no Linux {series}: linux-image-amd64 there depends on {depends or 'nothing'}")
     return image
+
+
+def _parts(apt: SuitesApt, image: str, suite: str) -> list[str]:
+    """The packages of the kernel's program and modules, where the image's own package does not have them."""
+    release = image.removeprefix("linux-image")
+    return [name for name in _names(apt.field(image, "Depends", suite)) if name.endswith(release)]
+
+
+def _names(depends: str | None) -> list[str]:
+    """Of the packages in a field such as Depends."""
+    return [one.split()[0] for one in (depends or "").split(",") if one.strip()]
 
 
 def _either(root: Path, path: str) -> Path:
@@ -100,22 +133,22 @@ def _work_out_dependencies(root: Path, release: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `guest_kernel.py DIRECTORY`."""
+    """Run `guest_kernel.py DIRECTORY`."""
     if len(arguments) != 1:
         print(f"usage: {Path(__file__).name} DIRECTORY", file=sys.stderr)
         return 2
     directory = Path(arguments[0]).absolute()
-    if _has_kernel(directory) and _has_udev(directory):
+    if _has_all(directory):
         return 0
     if not is_debian() or platform.machine() != "x86_64":
-        print("the kernel for tests comes from Debian's archive, for amd64: tests/kernel will be skipped here")
+        print("kernels for tests come from Debian's archive, for amd64: tests/kernel will be skipped here")
         return 0
     try:
         got = fetch(directory)
     except (DebianError, subprocess.CalledProcessError) as error:
-        print(f"no kernel and udev for the tests: {error}", file=sys.stderr)
+        print(f"no kernels for the tests: {error}", file=sys.stderr)
         return 1
-    print(f"{got} is in {directory}")
+    print(f"in {directory} now: {', '.join(got)}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Prints the requirements of groups of pyproject.toml, a line each, for pip's -r.
+"""Prints the requirements of groups in pyproject.toml, one on each line, for pip's -r.
 
-`requirements.py GROUP...`; the pseudo-group `build` is what the build back end needs.
+`requirements.py GROUP...`; the pseudo-group `build` has the requirements of the build back end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def requirements(groups: Iterable[str]) -> list[str]:
-    """The requirements of the groups. Raises KeyError for a group there is not."""
+    """The requirements of the groups. Raises KeyError for an unknown group."""
     project = tomllib.loads(PYPROJECT.read_text())
     known: dict[str, list[str]] = {
         "build": project["build-system"]["requires"],

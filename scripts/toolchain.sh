@@ -1,7 +1,7 @@
 #!/bin/sh
-# What building needs before there is a virtual environment: Python with venv, a C linker, and a cargo
-# that knows the engine's edition. As root, what Debian can provide is installed; otherwise everything
-# that is missing is named at once, and the script exits 1.
+# Checks the tools that a build needs before there is a virtual environment: Python with venv, a C linker, and a
+# cargo that supports the edition of the engine. As root, it installs the Debian packages; otherwise it prints all
+# missing tools and exits 1.
 #
 # usage: toolchain.sh PYTHON
 set -eu

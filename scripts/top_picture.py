@@ -1,9 +1,9 @@
-"""Makes docs/top.svg: `blkloom top` of real devices under a real load.
+"""Makes docs/top.svg: a frame of `blkloom top` with real devices under load.
 
-`top_picture.py [FILE]`. A supervisor in a new directory gets devices of several kinds; fio reads and
-writes them over NBD; after some samples the last picture is saved as `blkloom top` draws it. One device
-is suspended with requests waiting, and the worker of another is killed until the supervisor gives it up,
-so that both can be seen. Everything is removed at the end. Needs fio with its nbd engine.
+`top_picture.py [FILE]`. A supervisor in a new directory gets devices of several kinds, and fio reads and writes them
+over NBD. After some samples, the last frame of `blkloom top` is saved. One device is suspended with waiting requests,
+and the worker of another is killed until the supervisor gives up, to show both states. Everything is removed at the
+end. Needs fio with its nbd engine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZE = 256 * MiB
 INTERVAL = 1.0
 SAMPLES = SPARK + 2
 SECONDS = 120
-"""How long fio would go on if nobody stopped it."""
+"""Run time of fio in seconds; it is stopped earlier."""
 DEATHS = 10
 """More than the supervisor tries again."""
 
@@ -69,7 +69,7 @@ FONTS = "Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
 
 @contextmanager
 def load(client: Client, device: str, options: str) -> Iterator[None]:
-    """A fio on the device until the block ends."""
+    """Run fio on the device for the block."""
     (info,) = client.info(device)
     uri = f"nbd+unix:///{device}?socket={info.exports[0].unix}"
     command = ["fio", f"--name={device}", "--ioengine=nbd", f"--uri={uri}", f"--size={info.size}", "--time_based"]
@@ -85,7 +85,7 @@ def load(client: Client, device: str, options: str) -> Iterator[None]:
 
 
 def fail(client: Client, device: str) -> None:
-    """Kills the device's workers until there is no other one. Raises SystemExit."""
+    """Kill the workers of the device until the supervisor starts no other one. Raises SystemExit."""
     for _ in range(DEATHS):
         before = client.info(device)[0]
         if before.state == "FAILED":
@@ -103,7 +103,7 @@ def fail(client: Client, device: str) -> None:
 
 
 def saved(console: Console, title: str) -> str:
-    """What was printed, as SVG that needs nothing from the network and looks alike everywhere."""
+    """The printed frame as an SVG that needs no network and looks the same in every renderer."""
     svg = console.export_svg(title=title, theme=SVG_EXPORT_THEME)
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: (Fira Code|arial)[^;]*;", f"font-family: {FONTS};", svg)
@@ -112,7 +112,7 @@ def saved(console: Console, title: str) -> str:
 
 
 def _without_spaces(text: re.Match[str]) -> str:
-    """A piece of text that begins at its first character: some viewers drop spaces in front of it."""
+    """A piece of text without leading spaces, because some viewers drop them."""
     words = html.unescape(text[2])
     kept = words.strip()
     if not kept:
@@ -128,7 +128,7 @@ def _without_spaces(text: re.Match[str]) -> str:
 
 
 def main(picture: Path) -> None:
-    """Makes the picture. Raises SystemExit, BlkloomError, OSError."""
+    """Make the picture. Raises SystemExit, BlkloomError, OSError."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blkloom-")))
         run_dir = directory / "run"

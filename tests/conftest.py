@@ -1,7 +1,7 @@
-"""What tests of every kind share: programs of the system, `blkloom serve` as a process, how long to search.
+"""Shared fixtures: programs of the system, `blkloom serve` as a process, settings of hypothesis.
 
-A fixture that finds something missing skips its test and names what is missing and who has it;
-pytest lists the skips at the end of the run.
+If a fixture finds that something is missing, it skips its test and names the thing and its package. pytest lists the
+skips at the end of the run.
 """
 
 from __future__ import annotations
@@ -38,9 +38,32 @@ def pytest_configure() -> None:
             signal.signal(number, default)
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR or len(tempfile.gettempdir().split()) > 1:
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+    hypothesis.settings.register_profile("blkloom", deadline=None)  # a machine with other work takes its time
+    hypothesis.settings.load_profile("blkloom")
     if cases := os.environ.get("BLKLOOM_FUZZ_CASES"):
         hypothesis.settings.register_profile("fuzz", max_examples=int(cases), deadline=None, print_blob=True)
         hypothesis.settings.load_profile("fuzz")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that cannot run side by side are in one group, which `--dist loadgroup` gives to one process. Groups come
+    first: what is left can be shared out while they run.
+    """
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def _group(item: pytest.Item) -> str:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    if folder == "kernel":
+        return "virtual machines"  # each takes all the CPUs it gets
+    if folder in ("life", "interop") or "file_systems" in getattr(item, "fixturenames", ()):
+        # Loop devices, mounts, immutable files and their records, and supervisors that look for those.
+        return "system"
+    return ""
 
 
 @pytest.fixture(scope="session")

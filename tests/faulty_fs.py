@@ -1,4 +1,4 @@
-"""A file system whose storage fails on command: writes that were cached fail when they are synced, and more.
+"""File system whose storage fails on command, for example when cached writes are synced.
 
 `FaultyFileSystem(folder)` mounts a FUSE file system on `folder/mount`, over the files in `folder/disk`. What a test
 writes to a file below `mount` is in the kernel's page cache at first and reaches the file of the same name below `disk`
@@ -29,6 +29,8 @@ from typing import Literal, Self
 
 import pytest
 
+from blkloom.export.fuse.uring import ENABLE
+
 What = Literal["read", "write", "fsync", "fallocate"]
 
 
@@ -42,6 +44,17 @@ def needs_fuse() -> None:
         pytest.skip("fusermount3 is missing (Debian package fuse3)")
     if not os.path.exists("/etc/mtab"):
         pytest.skip("fusermount3 unmounts nothing where /etc/mtab is missing")
+
+
+def needs_fuse_uring() -> None:
+    """Skips where the kernel serves no FUSE over io_uring. Root switches it on."""
+    needs_fuse()
+    if not ENABLE.exists():
+        pytest.skip(f"the kernel has no FUSE over io_uring ({ENABLE} is missing; Linux 6.14 with CONFIG_FUSE_IO_URING)")
+    if ENABLE.read_text().strip() != "Y" and os.access(ENABLE, os.W_OK):
+        ENABLE.write_text("Y")
+    if ENABLE.read_text().strip() != "Y":
+        pytest.skip(f"the kernel's FUSE over io_uring is switched off (as root: echo Y > {ENABLE})")
 
 
 _SERVER = Path(__file__).with_name("faulty_fuse.py")

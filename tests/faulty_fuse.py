@@ -1,13 +1,13 @@
-"""The server process of `faulty_fs.FaultyFileSystem`: FUSE's kernel protocol over a directory, with errors on command.
+"""Server process of `faulty_fs.FaultyFileSystem`: FUSE's kernel protocol over a directory, with errors on command.
 
-Run as `python faulty_fuse.py <directory> <mount point>`. It mounts itself: as root by mount(2), otherwise by
-fusermount3, which passes the descriptor back. Then it answers commands, a line of JSON each on standard input, with a
-line of JSON on standard output; the first line that it writes says that it is mounted. It unmounts and ends when its
-input ends, whatever is open still.
+Run it as `python faulty_fuse.py <directory> <mount point>`. It mounts itself: as root by mount(2), otherwise by
+fusermount3, which passes the descriptor back. Then it reads commands from standard input and writes answers to standard
+output, one line of JSON each. Its first line says that the file system is mounted. When its input ends, it unmounts and
+ends, even if files are open.
 
-The file system is one flat folder of regular files, kept in files of the same names in the directory. The kernel caches
-writes (FUSE_WRITEBACK_CACHE): write(2) succeeds, and the WRITE request that an fdatasync or the flusher sends later is
-what fails. Nobody else may change the directory's files while it is mounted. One thread.
+The file system is one flat directory of regular files, stored in files of the same names in the directory. The kernel
+caches writes (FUSE_WRITEBACK_CACHE): write(2) succeeds, and the WRITE request that an fdatasync or the flusher sends
+later fails. No other program may change the files of the directory while it is mounted. One thread.
 
 Source: Linux include/uapi/linux/fuse.h, protocol 7.31; fusermount3's _FUSE_COMMFD.
 """
@@ -37,7 +37,7 @@ LONGEST_WRITE = 1 << 20
 BUFFER = LONGEST_WRITE + 4096
 ROOT = 1
 FOR_EVER = 1 << 30
-"""Seconds for which the kernel may believe what it was told: nobody else changes anything."""
+"""Seconds for which the kernel may cache attributes: no other program changes the files."""
 
 
 class Op(IntEnum):
@@ -168,7 +168,7 @@ class Server:
         try:
             os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size + len(answer), -number, unique) + answer)
         except OSError as error:
-            if error.errno != errno.ENOENT:  # nobody waits for the answer any more
+            if error.errno != errno.ENOENT:  # the request was interrupted
                 raise
         return opcode != Op.DESTROY
 
@@ -308,7 +308,7 @@ def unmount(where: str) -> None:
 
 
 def main(directory: str, where: str) -> None:
-    """Until the input ends. Whoever has files of it open still gets ENOTCONN from then on."""
+    """Serves until standard input ends. After that, programs with open files get ENOTCONN."""
     device = mount(where)
     server = Server(device, Path(directory))
     print(json.dumps("mounted"), flush=True)

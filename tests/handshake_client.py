@@ -1,4 +1,4 @@
-"""A client of the handshake without a socket: what it sends, and what it is told, taken apart."""
+"""Client of the NBD handshake without a socket: it encodes options and decodes replies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Disks with partition tables: made by sfdisk, sgdisk and parted, and by hand where those refuse.
+"""Disks with partition tables, made by sfdisk, sgdisk and parted, and by hand for tables that these refuse.
 
-`IMAGES` has one recipe a name; the unit tests compare what blkloom reads with what the tools read, the
-kernel tests with what a kernel's loop device shows.
+`IMAGES` has one recipe for each name. The unit tests compare blkloom with the tools, the kernel tests compare it with a
+kernel's loop device.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""QCOW2 images put together by hand, entry by entry, as no tool would: for tests of the reading side.
+"""QCOW2 images made entry by entry, as no tool would make them, for tests of reading.
 
-Refcounts are left zero; nobody who only reads looks at them.
+Refcounts are zero; a reader does not use them.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blkloom.qcow2.header import Compression, ExtensionKind, Header, Incompatible, encode
-from blkloom.qcow2.tables import COMPRESSED, COPIED
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.qcow2.format.header import Compression, Extension, ExtensionKind, Header, Incompatible, encode
+from blkloom.image.qcow2.format.tables import COMPRESSED, COPIED
+from blkloom.image.types import HostOffset
 
 
 class MemoryFile:
@@ -109,9 +109,9 @@ class ByHand:
             "backing_name": self.backing,
         }
         header = Header(**(fields | self.header_fields))
-        for kind, data in extensions:
-            header = header.with_extension(kind, data)
-        return header
+        added = dict(extensions)
+        kept = [extension for extension in header.extensions if extension.kind not in added]
+        return replace(header, extensions=(*kept, *(Extension(kind, data) for kind, data in added.items())))
 
     def build(self) -> bytes:
         l1 = [(2 + self.l1_clusters + number) << self.cluster_bits | COPIED for number in range(self.tables)]

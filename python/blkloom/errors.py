@@ -1,4 +1,4 @@
-"""Every error blkloom raises on purpose: what, where, which value, and what to do about it.
+"""The exceptions of blkloom: each says what is wrong, where, with which value, and what to do about it.
 
 Each class has an `errno` (what a client of a device sees) and an `exit_code` (what the command
 line ends with; sysexits.h where one fits). They derive from `OSError` where a caller would expect
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
+
+from blkloom.printing import printable
 
 
 class Place(NamedTuple):
@@ -25,7 +27,7 @@ class Place(NamedTuple):
 
 
 class BlkloomError(Exception):
-    """The base. `what` happened, to which `value`, and the `cure`."""
+    """Base class: `what` happened, the offending `value`, and the `cure`."""
 
     errno: int | None = _errno.EIO
     exit_code: ClassVar[int] = 1
@@ -38,11 +40,11 @@ class BlkloomError(Exception):
             self.errno = errno
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.cure}" if self.cure else self.what
+        return printable(f"{self.what}; {self.cure}" if self.cure else self.what)
 
 
 class TableError(BlkloomError, ValueError):
-    """A table that cannot be: `place`, the offending `value` and the cure are fields."""
+    """An invalid table: `place`, the offending `value` and the cure are fields."""
 
     errno = _errno.EINVAL
     exit_code = 65  # EX_DATAERR
@@ -53,19 +55,17 @@ class TableError(BlkloomError, ValueError):
         self.value = value
 
     def __str__(self) -> str:
-        shown = f": {self.value!r}" if self.value else ""
+        shown = f": '{self.value}'" if self.value else ""
         cure = f" ({self.cure})" if self.cure else ""
-        return f"{self.place}: {self.what}{shown}{cure}"
+        return printable(f"{self.place}: {self.what}{shown}{cure}")
 
 
 class UnknownTarget(TableError):
-    """A table names a target nobody registered."""
+    """A table uses a target that is not registered."""
 
 
-class BackingError(BlkloomError, OSError):
-    """A backing file that cannot be used: missing, unreadable, too small, in use."""
-
-    exit_code = 66  # EX_NOINPUT
+class PathError(BlkloomError, OSError):
+    """Something about a file at `path`."""
 
     def __init__(self, what: str, *, path: str, errno: int, cure: str = "") -> None:
         BlkloomError.__init__(self, what, cure=cure, errno=errno)
@@ -73,17 +73,27 @@ class BackingError(BlkloomError, OSError):
         self.filename = path
 
     def __str__(self) -> str:
-        return f"{self.path}: {BlkloomError.__str__(self)}"
+        return f"{printable(self.path)}: {BlkloomError.__str__(self)}"
+
+
+class BackingError(PathError):
+    """A file that cannot be used: missing, unreadable, too small, in use."""
+
+    exit_code = 66  # EX_NOINPUT
 
 
 class BusyError(BackingError):
-    """A backing file somebody else holds."""
+    """A file that another device or program uses. holders: process ids, where they are known."""
 
     exit_code = 75  # EX_TEMPFAIL
 
+    def __init__(self, what: str, *, path: str, errno: int, cure: str = "", holders: Sequence[int] = ()) -> None:
+        super().__init__(what, path=path, errno=errno, cure=cure)
+        self.holders = tuple(holders)
+
 
 class UsageError(BlkloomError, ValueError):
-    """Arguments of a call or a command that do not go together."""
+    """Invalid arguments of a call or a command."""
 
     errno = _errno.EINVAL
     exit_code = 64  # EX_USAGE
@@ -91,6 +101,18 @@ class UsageError(BlkloomError, ValueError):
 
 class ListenError(BlkloomError, OSError):
     """A socket that cannot be listened on."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class MountError(PathError):
+    """A file system that cannot be mounted or unmounted at `path`."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class AttachError(PathError):
+    """A node at `path` that cannot be made, changed or removed."""
 
     exit_code = 69  # EX_UNAVAILABLE
 
@@ -119,6 +141,12 @@ class DrainError(BlkloomError, TimeoutError):
     def __init__(self, what: str, *, path: str = "", cure: str = "", errno: int | None = None) -> None:
         super().__init__(what, cure=cure, errno=errno)
         self.path = path
+
+
+class CannotAttach(UsageError):
+    """No way to attach works on this machine, or the one that was asked for does not."""
+
+    errno = _errno.EOPNOTSUPP
 
 
 class NoSuchDevice(UsageError):
@@ -159,13 +187,13 @@ class WorkerStuck(ResourceError):
 
 
 class NoSupervisor(ResourceError):
-    """There is none, and none could be started."""
+    """No supervisor is running, and none could be started."""
 
     errno = _errno.ECONNREFUSED
 
 
 class ForkedError(BlkloomError, OSError):
-    """Something was used in a fork of the process that made it: the fork has none of the threads it needs."""
+    """An object was used in a fork of the process that made it: the fork does not have the threads it needs."""
 
     errno = _errno.ESHUTDOWN
     exit_code = 70  # EX_SOFTWARE
@@ -183,15 +211,19 @@ class FaultError(OSError):
     """What a target's fault handler raises to fail a request with a particular errno."""
 
 
-class LaterError(FaultError):
+class RetryLater(FaultError):
     """What a target's fault handler raises when it cannot do it now: the request waits, and the handler is asked again
     after some seconds, when `LiveSegment.retry` says so, and after a suspend. errno: what the request fails with if
-    the device ends first. begins: called when nothing waited before, so that users may be told once.
+    the device ends first. begins: called when nothing waited before, so that users may be told once. seconds: ask
+    again after so many at the latest.
     """
 
-    def __init__(self, errno: int, what: str, *, begins: Callable[[], None]) -> None:
+    def __init__(
+        self, errno: int, what: str, *, begins: Callable[[], None] = lambda: None, seconds: float | None = None
+    ) -> None:
         super().__init__(errno, what)
         self.begins = begins
+        self.seconds = seconds
 
 
 def describe_io_error(operation: str, offset: int, number: int, file: str) -> str:

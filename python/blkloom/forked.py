@@ -1,8 +1,7 @@
-"""In which process an object was made: a fork of it has the object and none of the threads, locks and sockets' peers it
-needs.
+"""Fork detection: a fork inherits Python objects, but not the threads, locks and connections that they need.
 
-Objects with such needs keep an `OwnProcess`. In a fork what would use them raises ForkedError, and what would end them
-(close, the end of the interpreter) does nothing: they are the parent's to end.
+Such objects have an `OwnProcess`. In a fork, their methods raise ForkedError, and closing them (or the end of the
+interpreter) does nothing: only the parent ends them.
 """
 
 from __future__ import annotations

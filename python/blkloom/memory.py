@@ -1,4 +1,4 @@
-"""How much memory this process may use: what the machine has, or less where a control group says so.
+"""The memory limit of this process: the memory of the machine, or the limit of a control group.
 
 Source: the kernel's Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.high) and cgroup-v1/memory.rst
 (memory.limit_in_bytes); proc_pid_mountinfo(5), cgroups(7).
@@ -14,14 +14,14 @@ from typing import Final
 from blkloom.units import Bytes, format_size, parse_size
 
 LEAST_BUDGET: Final = 8 << 20
-"""Bytes below which a budget for clients makes no sense."""
+"""Least useful budget for clients, in bytes."""
 _LEAST_DEFAULT: Final = 64 << 20
 _MOST_DEFAULT: Final = 1 << 30
 _SHARE: Final = 8
 
 
 def default_budget(proc: Path = Path("/proc")) -> int:
-    """Bytes for clients' requests if nobody says otherwise: an eighth of `available`, 64 MiB to 1 GiB."""
+    """Default budget in bytes for clients' requests: an eighth of `available`, 64 MiB to 1 GiB."""
     return min(max(available(proc) // _SHARE, _LEAST_DEFAULT), _MOST_DEFAULT)
 
 

@@ -1,4 +1,5 @@
-"""The limit of open files of this process (RLIMIT_NOFILE), how much of it is left, and what is kept in reserve.
+"""Files of data: how they are opened and closed, the limit of open files of this process (RLIMIT_NOFILE), how much of
+it is left, and what is kept in reserve.
 
 A worker keeps some descriptors that its clients cannot use up: without them it could not be taken over by the next
 supervisor, nor hand over what it has. The supervisor keeps some for the same: each descriptor of its workers passes
@@ -11,11 +12,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 import sys
 from typing import Final
 
 WORKER_RESERVE: Final = 64
-"""For a supervisor's connection, and what is sent to it at once (`Host.store`)."""
+"""For a supervisor's connection, and what is sent to it at once (`Host.keep`)."""
 SUPERVISOR_RESERVE: Final = 320
 """For what comes in one message of a worker, while another worker is started."""
 
@@ -25,6 +27,22 @@ def raise_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def is_rotational(fd: int, *, sysfs: str = "/sys/dev/block") -> bool:
+    """Whether a file or block device is on a rotating disk, as far as the kernel tells. False for file systems that are
+    not on one block device. Source: Documentation/ABI/stable/sysfs-block.
+    """
+    status = os.fstat(fd)
+    number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+    device = f"{sysfs}/{os.major(number)}:{os.minor(number)}"
+    for queue in (f"{device}/queue", f"{device}/../queue"):  # a partition is in the directory of its disk
+        try:
+            with open(f"{queue}/rotational", encoding="ascii") as file:
+                return file.read().strip() == "1"
+        except OSError:
+            continue
+    return False
 
 
 def close(fd: int) -> None:
@@ -63,3 +81,34 @@ def advice() -> str:
     return (
         f"raise the hard limit of open files, which is {limit()} here (ulimit -Hn, or LimitNOFILE= in a systemd unit)"
     )
+
+
+def descriptor_path(fd: int) -> str:
+    """A path that leads to what this process's descriptor is, whatever has become of its name: opening it makes an open
+    file description of its own, with flags of its own (proc_pid_fd(5)).
+    """
+    return f"/proc/self/fd/{fd}"
+
+
+def open_file(path: str, *, writable: bool, direct: bool = False, exclusive: bool = False) -> int:
+    """A descriptor for blkloom's I/O. direct: O_DIRECT, or buffered where the file system refuses it
+    (EINVAL). exclusive: O_EXCL, a claim on a block device. Raises OSError, ValueError (a null byte).
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    if exclusive:
+        flags |= os.O_EXCL
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT)
+        except BlockingIOError:
+            flags |= os.O_DIRECT
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    try:
+        return os.open(path, flags)
+    except BlockingIOError:  # a lease on the file is being broken: worth waiting for
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, flags & ~os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""What a device or an export has done: counters and latency histograms, as the engine counts them.
+"""Statistics of a device or an export: counters and latency histograms of the engine.
 
 `Stats.from_engine` types the dict that `Device.stats()` and `Export.stats()` return. Values are
 immutable; two snapshots subtract to what happened between them, and those of several devices

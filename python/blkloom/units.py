@@ -52,7 +52,7 @@ def parse_size(text: str) -> Bytes:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     if not match or match[2].lower() not in _SUFFIXES:
         raise ValueError(
-            f"{text!r} is not a size; write a number with one of K M G T P E (1024), KB MB GB ... (1000) or s (sectors)"
+            f"'{text}' is not a size; write a number with one of K M G T P E (1024), KB MB GB ... (1000) or s (sectors)"
         )
     value = (
         float(match[1]) * _SUFFIXES[match[2].lower()]
@@ -60,7 +60,7 @@ def parse_size(text: str) -> Bytes:
         else int(match[1]) * _SUFFIXES[match[2].lower()]
     )
     if value >= DEVICE_LIMIT:
-        raise ValueError(f"{text!r} is more than a device can hold (2^63 bytes)")
+        raise ValueError(f"'{text}' is more than a device can hold (2^63 bytes)")
     return Bytes(int(value))
 
 

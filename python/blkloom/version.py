@@ -1,4 +1,4 @@
-"""The version of blkloom, as it is in pyproject.toml; `importlib.metadata` takes 18 ms to say it."""
+"""The version of blkloom; engine/python/build.rs writes this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that devices under test are made of: with holes, or with every block and many extents."""
+"""Backing files for the devices under test: with holes, or with all blocks allocated and many extents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine in each of its ways of doing I/O, a server of NBD on it, and file systems to stand on."""
+"""Fixtures: engines with each kind of I/O, an NBD server on an engine, and file systems for backing files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from blkloom import _engine
+from blkloom.testing import NbdThread
 
 from .file_systems import FileSystems, Program
-from .ways_in import NbdHost
+from .supervisor_by_hand import Store, Zygote, zygote
 
 
 @pytest.fixture(params=["auto", "threads"])
@@ -21,10 +22,33 @@ def engine(request: pytest.FixtureRequest) -> Iterator[_engine.Engine]:
 
 
 @pytest.fixture
-def host(engine: _engine.Engine, tmp_path: Path) -> Iterator[NbdHost]:
-    host = NbdHost(engine, tmp_path / "nbd.sock")
+def one_loop() -> Iterator[_engine.Engine]:
+    """An engine with one event loop."""
+    engine = _engine.Engine(loops=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def host(engine: _engine.Engine, tmp_path: Path) -> Iterator[NbdThread]:
+    host = NbdThread(engine, tmp_path / "nbd.sock")
     yield host
     host.close()
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """What a supervisor keeps of its workers."""
+    store = Store()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def nursery(tmp_path: Path) -> Iterator[Zygote]:
+    """For workers of the test's own."""
+    with zygote(tmp_path / "run") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""File systems of the kernel's, made on loop devices of a test run's own: what the loop target's modes meet.
+"""Kernel file systems on loop devices, for tests of the loop target's modes.
 
 Each is made when first asked for and unmounted and detached in the end, whatever happened to the tests.
 What cannot be made here is skipped, and the skip names what is missing.
@@ -119,11 +119,12 @@ def wait_until_free(device: Path) -> None:
     while True:
         try:
             os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
-            return
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+        else:
+            return
 
 
 @contextmanager

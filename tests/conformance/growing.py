@@ -1,47 +1,46 @@
-"""A target for tests, made as an image format is: clusters that faults allocate, in a scratch file.
+"""Test target that works like an image format: faults allocate clusters in a scratch file.
 
-Unallocated clusters read as zeros. Which way a cluster goes depends on its number, so that every
-kind of entry is met: mapped read-only first and then written through a second fault, mapped for
-writing at once, filled a page at a time, dropped again on flush.
+Unallocated clusters read as zeros. The number of a cluster decides how it is mapped, so that every kind of entry
+occurs: read-only first, and writable after a second fault; writable at once; filled page by page; dropped at a flush.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from dataclasses import dataclass
-from typing import Self
 
+from blkloom import entries
 from blkloom._engine import ClusterTable, Extent, File
-from blkloom.table.arguments import Arguments
-from blkloom.target import entries
-from blkloom.target.base import HOLE, RETRY, ZERO, Retry, Target
-from blkloom.target.opening import Opening
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import HOLE, RETRY, ZERO, LoadedTarget, Retry
+from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes
 
 CLUSTER = 2048
 PAGE = 8
 
 
-@dataclass
-class Growing(Target):
+class Growing(TargetSpec):
     """Zeros that become data where they are written."""
 
     name = "growing"
     summary = "clusters allocated by faults, for tests"
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        arguments.finish()
-        return cls()
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedGrowing(self, context, length)
 
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-        self._read_only = opening.read_only
+
+class LoadedGrowing(LoadedTarget):
+    flushes = writes = True
+
+    def __init__(self, spec: TargetSpec, context: LoadContext, length: Bytes) -> None:
+        self._read_only = context.read_only
         self._scratch = os.memfd_create("growing")
         file = File(self._scratch, writable=True, label="growing")
         self._table = ClusterTable(length, CLUSTER, [file], page=PAGE)
         self._places: dict[int, int] = {}
         self._end = 0
-        return [(Bytes(0), length, Extent.table(self._table))]
+        super().__init__(spec, [(Bytes(0), length, Extent.table(self._table))])
 
     def read(self, offset: Bytes, length: Bytes) -> Retry:
         for cluster in self._clusters(offset, length):
@@ -106,3 +105,53 @@ class Growing(Target):
 
     def _clusters(self, offset: Bytes, length: Bytes) -> range:
         return range(offset // CLUSTER, -(-(offset + length) // CLUSTER))
+
+
+class AsyncGrowing(Growing):
+    """The same in coroutines, which wait a different number of turns before they do anything."""
+
+    name = "async-growing"
+
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedAsyncGrowing(self, context, length)
+
+
+class LoadedAsyncGrowing(LoadedGrowing):
+    most_in_flight = 5
+
+    async def read(self, offset: Bytes, length: Bytes) -> Retry:  # type: ignore[override]
+        await _turns(offset)
+        return super().read(offset, length)
+
+    async def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:  # type: ignore[override]
+        await _turns(offset)
+        return super().write(offset, data, fua=fua)
+
+    async def write_zeroes(  # type: ignore[override]
+        self, offset: Bytes, length: Bytes, *, may_unmap: bool, fast: bool
+    ) -> Retry | None:
+        await _turns(offset)
+        return super().write_zeroes(offset, length, may_unmap=may_unmap, fast=fast)
+
+    async def discard(self, offset: Bytes, length: Bytes) -> Retry | None:  # type: ignore[override]
+        await _turns(offset)
+        if self._read_only:
+            return super().discard(offset, length)
+        first, last = -(-offset // CLUSTER), (offset + length) // CLUSTER
+        if first < last:
+            whole = Bytes(first * CLUSTER), Bytes((last - first) * CLUSTER)
+            return super().write_zeroes(*whole, may_unmap=True, fast=False)
+        return None
+
+    async def flush(self) -> None:  # type: ignore[override]
+        await _turns(Bytes(0))
+        super().flush()
+
+    async def extents(self, offset: Bytes, length: Bytes) -> list[tuple[Bytes, int]]:  # type: ignore[override]
+        await _turns(offset)
+        return super().extents(offset, length)
+
+
+async def _turns(offset: Bytes) -> None:
+    for _ in range(offset // CLUSTER % 4):
+        await asyncio.sleep(0)

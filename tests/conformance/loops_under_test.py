@@ -1,7 +1,8 @@
-"""The loop target's modes on file systems of the kernel's, for the suite; `file_systems` makes those.
+"""The loop target's modes on kernel file systems, as entries of the conformance suite; `file_systems` makes the file
+systems.
 
-Every mode on ext4 and xfs, on sectors of 512 and of 4096 bytes; `file`, and what falls back to it, where
-nothing else is possible. What memory file systems do is among the other targets.
+Every mode runs on ext4 and xfs, with sectors of 512 and of 4096 bytes. `file`, and modes that fall back to it, run on
+the other file systems. Memory file systems are part of the list of the other targets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The slow model: what a device is, worked out sector run by sector run from a table's text.
+"""Slow model of a device: it computes the results of requests from the text of a table, one run of sectors at a time.
 
-It shares no code with blkloom: tables are split at spaces, bytes live in bytearrays, and where the
-outcome of a request is the target's to choose (a discard that may do nothing, a write that failed
-half-way), the model says what is allowed and is then told what was seen.
+It shares no code with blkloom: it splits tables at spaces and keeps bytes in bytearrays. If a target may choose the
+result of a request (a discard that may do nothing, a write that failed in the middle), the model returns all allowed
+results, and the test passes the observed one back to the model.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class Model:
         self._own = own or {}
         self._below = below or {}
         self.runs: list[Run] = []
+        self.logs: list[str] = []
+        """Files that targets write to beside the device."""
         for line in table.strip().splitlines():
             self._add(line.split())
         self.size = self.runs[-1].end
@@ -86,8 +88,34 @@ class Model:
             # The device below the file system hears of discards then, and may keep what is there.
             backing.keeps_discarded |= any(word.startswith("block_map") for word in arguments)
             self.runs.append(Run(first, last, "data", writable, backing, offset))
-        elif name == "linear":
+        elif name in ("linear", "delay", "dust", "flakey", "full", "pause", "throttle", "torn"):
             self.runs += self._leg(arguments[0], int(arguments[1]) * SECTOR, first, last)
+        elif name == "log-writes":
+            self.runs += self._leg(arguments[0], first, first, last)
+            self.logs.append(arguments[1])
+        elif name == "snapshot-origin":
+            self.runs += self._leg(arguments[0], first, first, last)
+        elif name == "snapshot":
+            # What it contains at first is a copy; a discard may do nothing.
+            leg = list(self._leg(arguments[0], first, first, last))
+            below = b"".join(
+                bytes(run.backing.content[run.offset :][: run.end - run.start])
+                if run.backing
+                else bytes(run.end - run.start)
+                for run in leg
+            )
+            copy = Backing(bytearray(below), keeps_discarded=True)
+            self.runs.append(Run(first, last, "data", not self.read_only, copy))
+            self.logs.append(arguments[1])
+        elif name == "mirror":  # the first leg is copied to the others
+            path, offset, *others = arguments[3 + int(arguments[1]) :]
+            self.runs += self._leg(path, int(offset) * SECTOR, first, last)
+            self.logs += others[::2]
+        elif name == "unstriped":
+            stripes, chunk, stripe = int(arguments[0]), int(arguments[1]) * SECTOR, int(arguments[2])
+            offset = int(arguments[4]) * SECTOR + stripe * chunk
+            for number, at in enumerate(range(first, last, chunk)):
+                self.runs += self._leg(arguments[3], offset + number * stripes * chunk, at, at + chunk)
         elif name == "striped":
             count, chunk = int(arguments[0]), int(arguments[1]) * SECTOR
             legs = [(arguments[2 + 2 * i], int(arguments[3 + 2 * i]) * SECTOR) for i in range(count)]

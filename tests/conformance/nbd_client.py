@@ -1,9 +1,9 @@
-"""A raw NBD client: a socket, `struct`, and as little else as the protocol allows.
+"""Raw NBD client: a socket, `struct`, and no other library.
 
-It checks what a client can check of every reply: magic, cookie, that chunks of a read cover it once,
-that the last chunk and only it is DONE, that DF means one chunk. libnbd of Debian 12 knows no
-extended headers, and none of the libraries says so much about what came over the wire.
-Source: NetworkBlockDevice doc/proto.md and its branch extension-ext-header. One thread at a time.
+It checks every reply as far as a client can: the magic, the cookie, that the chunks of a read cover the range once,
+that only the last chunk is DONE, and that DF means one chunk. libnbd of Debian 12 has no extended headers, and no
+library reports these details. Source: NetworkBlockDevice doc/proto.md and its branch extension-ext-header. One thread
+at a time.
 """
 
 from __future__ import annotations

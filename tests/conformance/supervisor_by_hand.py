@@ -1,7 +1,8 @@
-"""A supervisor's side of zygote and workers, by hand: what it stores, what it sends, and nothing else.
+"""The supervisor's side of the protocol with zygote and workers, driven by a test: it stores and sends, and nothing
+else.
 
-A `Zygote` is a real one; a `Worker` a process forked from it, reached over the real channel. `Store` keeps
-descriptors by label as the supervisor does, so that tests can give them to the next worker.
+A `Zygote` is a real zygote. A `Worker` is a process forked from it, with the real channel. `Store` keeps descriptors by
+label, like the supervisor, so that tests can pass them to the next worker.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from blkloom.control.failures import to_exception
 from blkloom.control.framing import ChannelClosed
 from blkloom.control.messages import (
     MOST_DESCRIPTORS,
+    DeviceChanged,
     Drop,
     Failure,
     FromWorker,
-    Happened,
     Hello,
     Hold,
     Keep,
@@ -41,7 +42,7 @@ from blkloom.control.messages import (
 )
 from blkloom.control.states import DeviceState, ExportState, Label, Loaded
 from blkloom.control.zygote_messages import Exited, Fork, Forked, FromZygote
-from blkloom.target.descriptors import open_file
+from blkloom.open_files import open_file
 
 PATIENCE = 60.0
 """Seconds after which a worker is taken to hang."""
@@ -79,7 +80,7 @@ class Worker:
         self.store = store
         self.channel = Channel(connected, FromWorker)
         self.numbers = count(1)
-        self.happened: dict[int, Happened] = {}
+        self.happened: dict[int, DeviceChanged] = {}
         self.opened: list[OpenFile] = []
         self.refuse: int | None = None
         self.channel.send(Hello(pid=os.getpid()))
@@ -113,7 +114,7 @@ class Worker:
                     self.store.put(label, fd)
             case Drop():
                 self.store.drop(message.labels)
-            case Happened():
+            case DeviceChanged():
                 self.happened[message.minor] = message
             case _:
                 raise AssertionError(f"unexpected: {message}")

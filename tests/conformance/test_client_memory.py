@@ -1,4 +1,4 @@
-"""The memory that clients make a server keep: one budget for all of them, whatever they leave half-done."""
+"""Memory for the requests of clients: all clients share one budget, even if they leave requests unfinished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -23,9 +23,10 @@ from blkloom import _engine
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
 from blkloom.memory import default_budget
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Mapped, Target
-from blkloom.target.opening import Opening
+from blkloom.table.syntax import word
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget
+from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes
 
 from .nbd_client import FUA, READ, WRITE, NbdClient, Style
@@ -136,28 +137,25 @@ def test_in_a_control_group_the_budget_fits_its_limit(
     assert export["memory"]["budget"] == min(64 * MIB, default_budget())
 
 
-class Remote(Target):
+class Remote(TargetSpec):
     """Reads and writes an export as a client."""
 
+    socket: str
+
     name = "remote"
-    syntax = "<socket>"
+    arguments = (word("socket"),)
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._client: NbdClient | None = None
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedRemote(self, [(Bytes(0), length, _engine.Extent.fault())])
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls(arguments.word("socket"))
 
-    def format(self) -> list[str]:
-        return [self._path]
-
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
-        return [(Bytes(0), length, _engine.Extent.fault())]
+class LoadedRemote(LoadedTarget):
+    spec: Remote
+    writes = True
+    _client: NbdClient | None = None
 
     def _ask(self, *request: Any, **how: Any) -> bytes:
-        self._client = self._client or NbdClient.unix(self._path)
+        self._client = self._client or NbdClient.unix(self.spec.socket)
         reply = self._client.ask(*request, **how)
         assert reply.error == 0
         return reply.data

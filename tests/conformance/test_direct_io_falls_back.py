@@ -1,4 +1,6 @@
-"""Direct I/O where it cannot be: buffered and a warning that says why, or, where it is required, an error."""
+"""Direct I/O on a file system without it: buffered I/O with a warning that gives the reason, or an error if it is
+required.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a completed flush covers: every write answered before it, on any connection, whatever happens next.
+"""A completed flush covers every write answered before it, on any connection, whatever happens next.
 
-Killing the server with SIGKILL loses what only it knew. It does not lose the kernel's page cache, so
-that flushes reach the disk (fdatasync) is not shown here; a target that counts is.
+A server killed by SIGKILL loses its own state, but not the kernel's page cache. So these tests do not show that flushes
+reach the disk (fdatasync); a target that counts syncs shows it, and `life/test_power_cut.py` cuts the power.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import select
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pytest
 
 import blkloom
 from blkloom import _engine
 from blkloom._engine import Extent
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Target
-from blkloom.target.opening import Opening
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget, Mapped
+from blkloom.targets.spec import TargetSpec
+from blkloom.testing import NbdThread
 from blkloom.units import Bytes
 
 from . import nbd_client as nbd
-from .ways_in import WAYS_IN, NbdHost
+from .ways_in import WAYS_IN
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -35,24 +36,25 @@ SIZE = 4 << 20
 WRITERS = 3
 
 
-@dataclass
-class Volatile(Target):
+class Volatile(TargetSpec):
     """Keeps writes in memory until it is flushed; `durable` is what a crash would leave."""
 
     name = "volatile"
     durable: ClassVar[bytearray] = bytearray()
     flushed: ClassVar[int] = 0
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        arguments.finish()
-        return cls()
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        Volatile.durable = bytearray(length)
+        Volatile.flushed = 0
+        return LoadedVolatile(self, [(Bytes(0), length, Extent.fault())], bytearray(length))
 
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-        type(self).durable = bytearray(length)
-        type(self).flushed = 0
-        self._content = bytearray(length)
-        return [(Bytes(0), length, Extent.fault())]
+
+class LoadedVolatile(LoadedTarget):
+    writes = flushes = True
+
+    def __init__(self, spec: Volatile, map: Mapped, content: bytearray) -> None:
+        super().__init__(spec, map)
+        self._content = content
 
     def read(self, offset: Bytes, length: Bytes) -> bytes:
         return bytes(self._content[offset : offset + length])
@@ -61,37 +63,57 @@ class Volatile(Target):
         self._content[offset : offset + len(data)] = data
 
     def flush(self) -> None:
-        type(self).durable[:] = self._content
-        type(self).flushed += 1
+        Volatile.durable[:] = self._content
+        Volatile.flushed += 1
+
+
+def reaches_the_disk(way: str, device: blkloom.Device, host: NbdThread, durable: Callable[[int, int], bytes]) -> None:
+    """Writes, flushes and a suspend. durable: (start, end): what would be there after a power cut."""
+    with WAYS_IN[way](device, host) as way_in:
+        way_in.write([(5, b"one")], fua=False)
+        assert durable(5, 8) == bytes(3)
+        way_in.flush()
+        assert durable(5, 8) == b"one"
+        way_in.write([(5, b"two")], fua=True)
+        assert durable(5, 8) == b"two"
+        way_in.write_zeroes(5, 3, unmap=True, fast=False, fua=True)
+        assert durable(5, 8) == bytes(3)
+        way_in.write([(5, b"six")], fua=False)
+        device.suspend()
+        assert durable(5, 8) == b"six"
+        device.resume()
 
 
 @pytest.mark.parametrize("table", ["0 2048 volatile", "0 2048 linear blkloom:lower 0"])
 @pytest.mark.parametrize("way", WAYS_IN)
 def test_flush_fua_and_suspend_reach_the_target_before_they_are_answered(
-    engine: _engine.Engine, host: NbdHost, way: str, table: str
+    engine: _engine.Engine, host: NbdThread, way: str, table: str
 ) -> None:
     with (
         blkloom.open("0 2048 volatile", engine=engine, name="lower", targets=[Volatile]) as lower,
         blkloom.open(table, engine=engine, devices={"lower": lower}, targets=[Volatile]) as device,
-        WAYS_IN[way](device, host) as way_in,
     ):
-        way_in.write([(5, b"one")], fua=False)
-        assert Volatile.durable[5:8] == bytes(3)
-        way_in.flush()
-        assert Volatile.durable[5:8] == b"one"
-        way_in.write([(5, b"two")], fua=True)
-        assert Volatile.durable[5:8] == b"two"
-        way_in.write_zeroes(5, 3, unmap=True, fast=False, fua=True)
-        assert Volatile.durable[5:8] == bytes(3)
-        way_in.write([(5, b"six")], fua=False)
-        device.suspend()
-        assert Volatile.durable[5:8] == b"six"
-        device.resume()
+        reaches_the_disk(way, device, host, lambda start, end: bytes(Volatile.durable[start:end]))
+
+
+@pytest.mark.parametrize("table", ["0 2048 torn blkloom:below 0", "0 2048 linear blkloom:torn 0"])
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_flush_fua_and_suspend_reach_a_backend_before_they_are_answered(
+    engine: _engine.Engine, host: NbdThread, way: str, table: str
+) -> None:
+    """`torn` has on the device below what a flush has covered."""
+    torn = "0 2048 torn blkloom:below 0" if "blkloom:torn" in table else "0 2048 zero"
+    with (
+        blkloom.open("0 2048 ram", engine=engine, name="below") as below,
+        blkloom.open(torn, engine=engine, name="torn", devices={"below": below}) as lower,
+        blkloom.open(table, engine=engine, devices={"below": below, "torn": lower}) as device,
+    ):
+        reaches_the_disk(way, device, host, lambda start, end: below.pread(end - start, start))
 
 
 @pytest.mark.parametrize("style", nbd.Style)
 def test_flush_on_one_connection_covers_writes_answered_on_others(
-    engine: _engine.Engine, host: NbdHost, style: nbd.Style
+    engine: _engine.Engine, host: NbdThread, style: nbd.Style
 ) -> None:
     with blkloom.open("0 2048 volatile", engine=engine, targets=[Volatile]) as device, host.exported(device, "disk"):
         flusher, *writers = [nbd.NbdClient.unix(host.path, "disk", style) for _ in range(1 + WRITERS)]

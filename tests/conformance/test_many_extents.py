@@ -1,4 +1,4 @@
-"""Files of very many stretches: every way in tells all of them, however often it must ask the engine."""
+"""Files with very many extents: every access path reports all of them, in any number of requests to the engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 import blkloom
 from blkloom import _engine
+from blkloom.testing import NbdThread
 
-from .ways_in import WAYS_IN, NbdHost
+from .ways_in import WAYS_IN
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,7 +46,7 @@ def comb(engine: _engine.Engine) -> Iterator[blkloom.Device]:
 def test_extents_cover_the_range_however_many_there_are(
     engine: _engine.Engine, comb: blkloom.Device, tmp_path: Path, way: str
 ) -> None:
-    host = NbdHost(engine, tmp_path / "nbd.sock")
+    host = NbdThread(engine, tmp_path / "nbd.sock")
     try:
         with WAYS_IN[way](comb, host) as way_in:
             found = way_in.extents(100, STRETCHES * PAGE - 200, one=False)

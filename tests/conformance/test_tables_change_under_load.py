@@ -1,7 +1,7 @@
-"""Suspending, resuming and replacing tables while several threads read and write by every way in.
+"""Suspend, resume and table swaps while several threads read and write over every access path.
 
-Each worker owns a part of the device, unaligned on purpose and across segments, writes it anew and
-again and reads it back: whatever happens to the table, a worker sees its own last write.
+Each thread has a part of the device, which is unaligned and crosses segments. It writes and reads back the part again
+and again, and must always see its own last write.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ import pytest
 
 import blkloom
 from blkloom import _engine
-from blkloom.table import Table, parse
-from blkloom.target.registry import all_targets
+from blkloom.table import Table, parse_table
+from blkloom.targets.registry import all_targets
+from blkloom.testing import NbdThread
 
 from .growing import Growing
-from .ways_in import WAYS_IN, NbdHost, WayIn
+from .ways_in import WAYS_IN, WayIn
 
 pytestmark = pytest.mark.timeout(120)
 
 SECTORS = 2048
 SIZE = SECTORS * 512
-SHARE = SIZE // 8 - 77
+SHARE = SIZE // len(WAYS_IN) - 77
 """Bytes of each worker: not a multiple of anything."""
 ROUNDS = 120
 """Changes of the table in one test."""
 
 
 def table(text: str) -> Table:
-    return parse(text, targets=all_targets([Growing]))
+    return parse_table(text, targets=all_targets([Growing]))
 
 
 def one_line(path: Path) -> str:
@@ -119,7 +120,7 @@ class Worker:
 
 @contextmanager
 def load(
-    device: blkloom.Device, host: NbdHost, *, forgives: frozenset[int] = frozenset()
+    device: blkloom.Device, host: NbdThread, *, forgives: frozenset[int] = frozenset()
 ) -> Iterator[tuple[list[Worker], list[Future[bytes]]]]:
     """A worker by every way in, already working; they are stopped, and must have been content, in the end."""
     stop = threading.Event()
@@ -168,7 +169,7 @@ def final_content(results: list[Future[bytes]]) -> dict[int, bytes]:
 
 
 def test_workers_keep_their_bytes_while_tables_are_replaced(
-    engine: _engine.Engine, host: NbdHost, tmp_path: Path
+    engine: _engine.Engine, host: NbdThread, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(SIZE))
@@ -185,7 +186,7 @@ def test_workers_keep_their_bytes_while_tables_are_replaced(
 
 
 def test_nothing_changes_while_suspended_and_everything_goes_on_after(
-    engine: _engine.Engine, host: NbdHost, tmp_path: Path
+    engine: _engine.Engine, host: NbdThread, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(SIZE))
@@ -201,7 +202,7 @@ def test_nothing_changes_while_suspended_and_everything_goes_on_after(
 
 
 def test_old_file_is_not_written_once_its_table_is_replaced(
-    engine: _engine.Engine, host: NbdHost, tmp_path: Path
+    engine: _engine.Engine, host: NbdThread, tmp_path: Path
 ) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:
@@ -219,7 +220,7 @@ def test_old_file_is_not_written_once_its_table_is_replaced(
 
 
 def test_failing_table_fails_requests_and_the_next_serves_them_again(
-    engine: _engine.Engine, host: NbdHost, tmp_path: Path
+    engine: _engine.Engine, host: NbdThread, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(SIZE))
@@ -239,7 +240,7 @@ def test_failing_table_fails_requests_and_the_next_serves_them_again(
 
 
 def test_lower_device_is_suspended_and_replaced_under_the_upper_ones_load(
-    engine: _engine.Engine, host: NbdHost, tmp_path: Path
+    engine: _engine.Engine, host: NbdThread, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(SIZE))
@@ -261,7 +262,7 @@ def test_lower_device_is_suspended_and_replaced_under_the_upper_ones_load(
             progress(workers)
 
 
-def test_clusters_are_allocated_and_forgotten_under_load(engine: _engine.Engine, host: NbdHost) -> None:
+def test_clusters_are_allocated_and_forgotten_under_load(engine: _engine.Engine, host: NbdThread) -> None:
     with (
         blkloom.Device(table(f"0 {SECTORS} growing"), engine=engine) as device,
         load(device, host) as (workers, _),

@@ -1,7 +1,7 @@
-"""What proto.md says a server MUST do in the transmission phase, and a test for each.
+"""Every MUST of proto.md for a server in the transmission phase, with a test for each.
 
-MUSTS maps the words of the specification to the test that shows them; a test below checks that every
-name exists. What binds clients only, or features this server does not offer, is not listed.
+MUSTS maps the words of the specification to the name of a test; another test checks that each name exists. Requirements
+for clients, and for features that this server does not offer, are not listed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -351,23 +352,24 @@ def test_failed_reads_carry_no_data_and_the_connection_goes_on(engine: _engine.E
         client.close()
 
 
-class Synced(blkloom.Target):
+class Synced(blkloom.TargetSpec):
     """Memory that remembers whether it was flushed since the last write."""
 
     name = "synced"
-    loaded: Synced
+    loaded: ClassVar[LoadedSynced]
 
-    def __init__(self) -> None:
+    def load(self, context: object, start: int, length: int) -> LoadedSynced:  # type: ignore[override]
+        Synced.loaded = LoadedSynced(self, [(0, length, _engine.Extent.fault())])
+        return Synced.loaded
+
+
+class LoadedSynced(blkloom.LoadedTarget):
+    writes = flushes = True
+
+    def __init__(self, spec: Synced, map: list[tuple[int, int, _engine.Extent]]) -> None:
+        super().__init__(spec, map)  # type: ignore[arg-type]
         self.dirty = False
         self.dirty_when_flushed: list[bool] = []
-
-    @classmethod
-    def parse(cls, arguments: object) -> Synced:
-        return cls()
-
-    def map(self, opening: object, start: int, length: int) -> list[tuple[int, int, _engine.Extent]]:  # type: ignore[override]
-        type(self).loaded = self  # the copy that the device made for itself
-        return [(0, length, _engine.Extent.fault())]
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(length)
@@ -403,21 +405,19 @@ def test_what_one_connection_wrote_another_reads_and_flushes(connect: Connect) -
     assert second.ask(FLUSH).error == 0
 
 
-class Slow(blkloom.Target):
+class Slow(blkloom.TargetSpec):
     """Answers reads when told to."""
 
     name = "slow"
     go = threading.Event()
 
-    @classmethod
-    def parse(cls, arguments: object) -> Slow:
-        return cls()
+    def load(self, context: object, start: int, length: int) -> LoadedSlow:  # type: ignore[override]
+        return LoadedSlow(self, [(0, length, _engine.Extent.fault())])
 
-    def map(self, opening: object, start: int, length: int) -> list[tuple[int, int, _engine.Extent]]:  # type: ignore[override]
-        return [(0, length, _engine.Extent.fault())]
 
+class LoadedSlow(blkloom.LoadedTarget):
     def read(self, offset: int, length: int) -> bytes:
-        self.go.wait(20)
+        Slow.go.wait(20)
         return b"s" * length
 
 
@@ -469,7 +469,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""Devices move from worker to worker under their clients: nothing lost, nobody disconnected."""
+"""Hand-over of devices between workers while clients use them: no data is lost, no client is disconnected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,7 @@ from blkloom.control.messages import (
 )
 from blkloom.control.states import DeviceState, Loaded
 from blkloom.errors import BusyError, DrainError, UsageError
-from blkloom.target.claim import Claim
+from blkloom.targets.claim import Claim
 
 from .nbd_client import BLOCK_STATUS, FLUSH, READ, WRITE, NbdClient, Style
 from .supervisor_by_hand import Store, Worker, Zygote, zygote
@@ -37,39 +37,19 @@ BLOCK = 4096
 
 STUCK = """
 import threading
-from dataclasses import dataclass
-from blkloom.target.base import Target
-from blkloom._engine import Extent
+from blkloom import Extent, LoadedTarget, TargetSpec
 
-@dataclass(frozen=True)
-class Stuck(Target):
+class Stuck(TargetSpec):
     name = "stuck"
 
-    @classmethod
-    def parse(cls, arguments):
-        arguments.finish()
-        return cls()
+    def load(self, context, start, length):
+        return LoadedStuck(self, [(0, length, Extent.fault())])
 
-    def map(self, opening, start, length):
-        return [(0, length, Extent.fault())]
-
+class LoadedStuck(LoadedTarget):
     def read(self, offset, length):
         threading.Event().wait()
         return bytes(length)
 """
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    store = Store()
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Zygote]:
-    with zygote(tmp_path / "run") as started:
-        yield started
 
 
 def move(nursery: Zygote, olds: Sequence[Worker], id: str) -> Worker:

@@ -1,4 +1,6 @@
-"""Workers as a supervisor has them: forked, killed, forked again with what was stored, left alone."""
+"""Workers as the supervisor uses them: forked, killed, forked again with stored descriptors, and without a
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +30,16 @@ from blkloom.control.messages import (
     WorkerStatus,
     WorkerSuspend,
 )
+from blkloom.control.replies import Description, TableLoaded
 from blkloom.control.states import DeviceInfo, DeviceState, ExportState, Loaded
 from blkloom.errors import BackingError, BusyError, TableError, UsageError
-from blkloom.target.claim import Claim
+from blkloom.targets.claim import Claim
 
 from .nbd_client import FLUSH, READ, WRITE, NbdClient
 from .supervisor_by_hand import PATIENCE, Store, Worker, Zygote, zygote
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    store = Store()
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Zygote]:
-    with zygote(tmp_path / "run") as started:
-        yield started
 
 
 @pytest.fixture
@@ -160,8 +150,8 @@ def test_without_its_descriptors_a_device_is_refused_and_its_claim_stays(
     assert caught.value.path == str(disk)
     with pytest.raises(BusyError):
         claim_again(disk)
-    assert again.call(Describe())["devices"] == []
-    again.refuse = None  # somebody waits for the device, and can open the file
+    assert msgspec.convert(again.call(Describe()), Description).devices == []
+    again.refuse = None  # a client waits for the device, and can open the file
     again.hold([state])
     assert store.roles() == {(1, "file", f"w-{disk}"), (1, "claim", str(disk))}
     again.kill()
@@ -182,7 +172,7 @@ def test_a_restored_device_is_as_it_was_suspended_with_its_inactive_table_and_ev
     again.hold([state])
     assert msgspec.convert(again.call(Describe())["devices"], list[DeviceState]) == [state]
     answer = again.call(WorkerResume(minor=1))
-    assert answer == {"targets": 1, "types": ["linear"], "size": 4096, "event": 8}
+    assert answer == {"targets": 1, "types": ["linear"], "size": 4096, "block_size": 512, "event": 8}
     (info,) = msgspec.convert(again.call(Describe())["infos"], list[DeviceInfo])
     assert (info.state, info.read_only, info.live, info.inactive) == ("ACTIVE", True, True, False)
     assert {label.load for label in store.kept} == {2}
@@ -197,7 +187,7 @@ def test_files_are_opened_by_the_caller_and_refusals_are_his(worker: Worker, dis
     assert (caught.value.errno, caught.value.path) == (errno.EACCES, str(disk))
     worker.refuse = None
     answer = worker.call(WorkerLoad(minor=1, loaded=Loaded(load=2, table=f"0 8 loop {disk} 0 1 direct_io")))
-    assert answer == {"targets": 1, "types": ["loop"], "size": 4096, "deps": [str(disk)], "whole": False}
+    assert msgspec.convert(answer, TableLoaded) == TableLoaded(deps=[str(disk)])
     assert [(wish.path, wish.writable, wish.direct) for wish in worker.opened] == [
         (str(disk), True, False),
         (str(disk), True, True),
@@ -279,7 +269,7 @@ def test_the_second_supervisor_succeeds_the_first(nursery: Zygote, worker: Worke
     connected = socket.socket(socket.AF_UNIX)
     connected.connect(str(nursery.run_dir / "workers" / "w1.sock"))
     second = Worker("w1", connected, worker.store)
-    assert second.call(Describe()) == {"devices": [], "infos": []}
+    assert msgspec.convert(second.call(Describe()), Description) == Description()
     with pytest.raises(ConnectionError):
         worker.channel.receive(PATIENCE)
     second.create(1, "d", "0 8 zero", load=1)
@@ -308,7 +298,7 @@ def test_stacked_devices_are_found_by_name_and_by_the_path_of_their_socket(
         answers.append(worker.call(WorkerLoad(minor=minor, loaded=loaded))["deps"])
         worker.call(WorkerResume(minor=minor))
     assert answers == [["blkloom:low er"]] * 2
-    with pytest.raises(TableError, match="would stand on itself"):
+    with pytest.raises(TableError, match="would be stacked on itself"):
         worker.call(WorkerLoad(minor=1, loaded=Loaded(load=9, table="0 4 linear blkloom:upper2 0")))
     assert worker.call(WorkerStatus(minor=2)) == [[0, 4, "striped", "1 blkloom:low er 1 A"]]
     worker.call(WorkerRename(minor=1, name="new"))

@@ -1,6 +1,6 @@
-"""A raw client of NBD's transmission phase, for tests that care about every byte.
+"""Raw client of NBD's transmission phase, for tests that check every byte.
 
-The connection begins after the handshake: the engine is given one end of a socket pair.
+The connection begins after the handshake: the engine gets one end of a socket pair.
 """
 
 from __future__ import annotations

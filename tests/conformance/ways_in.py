@@ -1,8 +1,7 @@
-"""The ways in to a device, each with the same few methods; a request that fails raises OSError.
+"""Access paths to a device, with the same methods for each; a failed request raises OSError.
 
-An NBD way's errnos are NBD's: `errnos` says what the device's own become on that way. Reads and
-writes may be cut in pieces that go out together (a batch, coroutines, a pipeline); the pieces must
-not overlap.
+Over NBD, errnos are NBD's: `errnos` maps the errnos of the device to those of the access path. Reads and writes may be
+split into pieces that are sent together (a batch, coroutines, a pipeline); the pieces must not overlap.
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import threading
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from blkloom import Device, _engine
-from blkloom.export.nbd.server import NbdServer
-from blkloom.export.nbd.session import NbdExport
+from blkloom import Device
+from blkloom.testing import NbdThread
+from fuse_served import FuseServed
 
 from . import nbd_client as nbd
+from .fuse_way import FuseWay
 
 T = TypeVar("T")
 Extents = list[tuple[int, int, int]]
@@ -230,45 +230,7 @@ def _starts(offset: int, found: Extents) -> list[int]:
     return starts
 
 
-class NbdHost:
-    """A server in a thread of its own; exports come and go with the devices of a test."""
-
-    def __init__(self, engine: _engine.Engine, path: Path) -> None:
-        self.path = path
-        self._server = NbdServer(engine)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="nbd host")
-        self._thread.start()
-        self._call(self._server.listen_unix(path))
-
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
-
-    @contextmanager
-    def exported(self, device: Device, name: str) -> Iterator[None]:
-        """The device under a name, for clients that connect inside the block."""
-        export = NbdExport(name, _engine.Export(device, name=name, read_only=device.read_only))
-
-        async def add() -> None:
-            self._server.add_export(export)
-
-        async def remove() -> None:
-            self._server.remove_export(name)
-
-        self._call(add())
-        try:
-            yield
-        finally:
-            self._call(remove())
-
-    def close(self) -> None:
-        self._call(self._server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-Enter = Callable[[Device, NbdHost], AbstractContextManager[WayIn]]
+Enter = Callable[[Device, NbdThread], AbstractContextManager[WayIn]]
 
 
 def _directly(way: type[InProcess]) -> Enter:
@@ -277,10 +239,26 @@ def _directly(way: type[InProcess]) -> Enter:
 
 def _over_nbd(style: nbd.Style) -> Enter:
     @contextmanager
-    def enter(device: Device, host: NbdHost) -> Iterator[WayIn]:
+    def enter(device: Device, host: NbdThread) -> Iterator[WayIn]:
         name = f"disk-{style.value}"
         with host.exported(device, name), closing(Nbd(nbd.NbdClient.unix(host.path, name, style))) as way:
             assert way.client.size == device.size
+            yield way
+
+    return enter
+
+
+def _as_a_file(*, moves: bool = False, uring: bool = False) -> Enter:
+    @contextmanager
+    def enter(device: Device, host: NbdThread) -> Iterator[WayIn]:
+        read_only = device.read_only
+        with (
+            # Of its own: several ways may be in use at once.
+            tempfile.TemporaryDirectory(dir=host.path.parent) as folder,
+            FuseServed(Path(folder) / "file", device, read_only=read_only, keep=True, uring=uring) as served,
+            closing(FuseWay(served, read_only=read_only, moves=moves)) as way,
+        ):
+            assert served.path.stat().st_size == device.size
             yield way
 
     return enter
@@ -293,4 +271,7 @@ WAYS_IN: dict[str, Enter] = {
     "nbd-simple": _over_nbd(nbd.Style.SIMPLE),
     "nbd-structured": _over_nbd(nbd.Style.STRUCTURED),
     "nbd-extended": _over_nbd(nbd.Style.EXTENDED),
+    "fuse": _as_a_file(),
+    "fuse-handed-over": _as_a_file(moves=True),
+    "fuse-uring": _as_a_file(uring=True),
 }

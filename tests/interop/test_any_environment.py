@@ -1,7 +1,7 @@
-"""A few tests of every kind, run where little is as on a developer's machine.
+"""A few tests of every kind, run in an environment unlike a developer's machine.
 
-Whatever tests and programs take from their environment without being told (a umask, a locale, HOME, ulimits, ignored
-signals) fails these first.
+Code that takes settings from its environment (a umask, a locale, HOME, ulimits, ignored signals) fails these tests
+first.
 """
 
 from __future__ import annotations

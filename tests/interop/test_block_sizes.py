@@ -1,4 +1,4 @@
-"""Clients of others meet devices of large blocks: they hear of them, keep to them, and may also not."""
+"""Devices with large blocks and foreign clients: the clients get the block sizes, respect them, or may ignore them."""
 
 from __future__ import annotations
 

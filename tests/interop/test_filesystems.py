@@ -1,4 +1,4 @@
-"""File systems of this machine's kernel on devices that blkloom serves, brought in by nbdfuse and a loop device."""
+"""File systems of this machine's kernel on devices that blkloom serves, through nbdfuse and a loop device."""
 
 from __future__ import annotations
 

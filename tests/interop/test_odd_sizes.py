@@ -1,4 +1,6 @@
-"""Files whose size is no whole number of sectors, and empty ones, as clients of others see them: as with qemu-nbd."""
+"""Empty files, and files whose size is not a multiple of the sector size: foreign clients see the same as with
+qemu-nbd.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that QEMU's own tools made, read byte for byte; kinds of images that random ones seldom are."""
+"""Images that QEMU's tools made, read byte for byte; kinds of images that random ones rarely have."""
 
 from __future__ import annotations
 
@@ -66,6 +66,17 @@ def test_images_with_an_external_data_file(tmp_path: Path, raw_data: str, caplog
     qemu.qemu_io(path, "write -P 1 0 100k", "write -P 2 1M 512", "write -z 64k 64k", "discard 1M 64k")
     same(path, qemu.content(path))
     assert f"its data is in the external file {data}" in caplog.text
+
+
+def test_a_warning_about_an_image_is_said_once_though_it_is_attached_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/disk.data", path, "1M")
+    with blkloom.open(f"0 2048 qcow2 {path}") as device:
+        device.suspend()
+        device.resume()
+    assert caplog.text.count("its data is in the external file") == 1
 
 
 def test_a_data_file_elsewhere_is_not_followed_unless_allowed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images written by blkloom, judged by QEMU: the same commands done by both, and what each makes of the other's."""
+"""Images written by blkloom, checked by QEMU: both run the same commands, and each reads the images of the other."""
 
 from __future__ import annotations
 

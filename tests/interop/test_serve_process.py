@@ -1,4 +1,4 @@
-"""`blkloom serve` as a process among processes: sockets it is given, signals, ends, and what it prints."""
+"""`blkloom serve` as a process: passed sockets, signals, exits, and output."""
 
 from __future__ import annotations
 

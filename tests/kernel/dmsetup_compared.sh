@@ -11,36 +11,7 @@
 #   settle NAME          returns when the device is gone
 #   quiet                returns when nothing else looks at devices: udev opens them when something has happened
 #
-# `t COMMAND...` prints the command, what it says and its exit status. A title begins with "##".
-
-t() {
-    local status=0 line
-    quiet
-    echo "$ ${*//$'\n'/\\n}"
-    "$@" >"$TMPDIR/out" 2>"$TMPDIR/err" || status=$?
-    while IFS= read -r line || [ -n "$line" ]; do echo "1> $line"; done <"$TMPDIR/out"
-    while IFS= read -r line || [ -n "$line" ]; do echo "2> $line"; done <"$TMPDIR/err"
-    echo "= $status"
-}
-# see NAME...: what the devices hold.
-see() {
-    local name
-    for name; do echo "$ contents $name"; echo "1> $(contents "$name")"; done
-}
-dm() { "$DM" "$@" </dev/null; }
-piped() { local text=$1; shift; printf '%s' "$text" | "$DM" "$@"; }
-# t_wait NAME COMMAND...: what the command does while somebody waits for the device's next event.
-t_wait() {
-    local event
-    event=$(dm info -c --noheadings -o events "$1")
-    "$DM" wait "$1" "$event" >"$TMPDIR/waited" 2>&1 </dev/null &
-    local waiter=$!
-    until waits $waiter; do :; done
-    t "${@:2}"
-    wait $waiter
-    echo "wait ended with $?: $(cat "$TMPDIR/waited")"
-}
-set +e
+# The steps are written with the functions of compared_steps.sh.
 
 echo "## nothing there"
 t dm ls
@@ -77,8 +48,8 @@ t dm create numbered -j "$MAJOR" -m 42 --table '0 8 error'
 t dm create 'my disk' -u 'my uuid' --table '0 8 zero'
 t dm create lines --table "0 8 zero
 8 8 error"
-t dm --noudevsync --noudevrules create quiet --addnodeoncreate --readahead 256 --table '0 8 zero'
-t dm create resumed --addnodeonresume --readonly --table '0 8 zero'
+t dm --noudevsync --noudevrules create quiet --readahead 256 --table '0 8 zero'
+t dm create resumed --readonly --table '0 8 zero'
 
 echo "## seen"
 t dm ls

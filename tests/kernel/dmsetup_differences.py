@@ -1,4 +1,4 @@
-"""Where blkloom answers otherwise than dmsetup, on purpose: the list that docs/dmsetup.md shows."""
+"""The intended differences between the output of blkloom and dmsetup: the list in docs/dmsetup.md."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Difference:
-    """command: of the step, as the transcript has it. dmsetup, blkloom: their lines in short. why: the
-    reason, as the document gives it.
+    """One intended difference. command: of the step, as in the transcript. dmsetup, blkloom: their output in short.
+    why: the reason, as in the document.
     """
 
     command: str
@@ -17,7 +17,7 @@ class Difference:
     why: str
 
     def row(self) -> str:
-        """In the document's table."""
+        """The difference as a row of the document's table."""
         cells = (f"`{self.command}`", self.dmsetup, self.blkloom, self.why)
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -26,43 +26,43 @@ DIFFERENCES = [
     Difference(
         "dm info -c -o info_all one",
         "`BlkDevName` is `dm-0`",
-        "its socket's name",
-        "no block device is made; the socket in the run directory's `dev` is what opens the device",
+        "name of the socket",
+        "there is no block device; clients use the socket in `<run-dir>/dev`",
     ),
     Difference(
         "dm info -c -o nonsense one",
         "lists its fields",
         "lists its fields",
-        "there are none of LVM's, statistics have a verb of their own, and some are added",
+        "blkloom has no fields of LVM, a separate verb for statistics, and some new fields",
     ),
     Difference(
         "dm info --columns --headings none -o name one",
         "`unrecognized option`",
         "no headings",
-        "newer versions of dmsetup know `--headings`, Debian 12's does not",
+        "newer versions of dmsetup have `--headings`, the one of Debian 12 does not",
     ),
     Difference(
         "dm info -c --headings full -o name,open one",
         "`unrecognized option`",
         "names of fields as headings",
-        "newer versions of dmsetup know `--headings`, Debian 12's does not",
+        "newer versions of dmsetup have `--headings`, the one of Debian 12 does not",
     ),
     Difference(
         "dm info -c -o name,events grown",
         "0",
         "1",
-        "a change of size is an event, for clients that must be told",
+        "a change of the size is an event, so that programs that wait for events see it",
     ),
     Difference(
         "dm create other -j 0 -m 42 --table 0 8 zero",
         "`No such device or address`",
         "`Device or resource busy`",
-        "the number is in use; that is what is wrong",
+        "the error is that the number is in use",
     ),
     Difference(
         "dm -u some-uuid rename another",
         "`No such device or address`",
-        "renames it",
-        "a uuid names a device here as for every other verb",
+        "renames the device",
+        "a uuid selects a device, as with all other verbs",
     ),
 ]

@@ -1,17 +1,18 @@
-"""What `dmsetup_compared.sh` printed, as steps, with what must differ between the two sides evened out.
+"""The output of `dmsetup_compared.sh` as a list of steps, with the expected differences of the two programs removed.
 
-Both sides:
-- backing devices and files are legs: `/dev/loop1`, `7:1`, `(7, 1)`, `loop1` and the file's path are `<leg 1>`;
-- a device in a table is its name: `253:13` (the kernel's number) and `blkloom:low` are `<low>`;
-- the major number, which is 0 in blkloom, is 0;
-- behind `Usage:` each has a text of its own: it ends there; so do words about options after the program's name.
+On both sides:
+- backing devices and files are legs: `/dev/loop1`, `7:1`, `(7, 1)`, `loop1` and the file's path become `<leg 1>`;
+- a device in a table becomes its name: `253:13` (the kernel's number) and `blkloom:low` become `<low>`;
+- the major number becomes 0, as in blkloom;
+- the text after `Usage:` is removed, because each program has its own; so is text about options after the program's
+  name.
 
-dmsetup's side:
-- lines about read ahead: NBD clients read ahead, blkloom does not;
-- `(253:11)` in a line about an ioctl: there is no such number here;
-- `remove --retry` repeats its line for each time it tried, newer versions do not.
+In dmsetup's output:
+- lines about read ahead are removed: with blkloom, the client reads ahead;
+- `(253:11)` in a line about an ioctl is removed: blkloom has no such number;
+- repeated lines of `remove --retry` are removed: newer versions print one.
 
-blkloom's side: lines that begin with `blkloom:` say more of what went wrong than dmsetup can.
+In blkloom's output, lines that begin with `blkloom:` are removed: dmsetup has no such details.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""A virtual machine with a kernel of our own choice, over the host's files, for one script.
+"""Virtual machine that boots a given kernel on the host's files, for one script.
 
-virtme-ng boots the kernel in QEMU with the host's root as its own, read-only, so that the guest runs
-the host's programs and this environment's blkloom; only the guest's `directory` is shared for writing.
-The script sees that root through a mount that keeps what was read: virtme-ng's own asks the host for
-every page of every program that starts. Without KVM a boot takes about ten seconds, and Python some
-more to start.
+virtme-ng boots the kernel in QEMU with the host's root as a read-only root, so that the guest runs the host's programs
+and this environment's blkloom. Only the guest's `directory` is writable. The script uses that root through a mount with
+a cache, because virtme-ng's own mount asks the host for every page of every program that starts. Without KVM, a boot
+takes about ten seconds, and a start of Python some more.
 
-What the guest starts does not depend on what the host has installed. virtme-ng's init starts the host's
-systemd-udevd and follows its tmpfiles.d, where there are such, so guest_init.sh runs before that init and
-hides them. A guest that is to have udev gets the one that scripts/guest_kernel.py unpacked.
+The programs that start in the guest do not depend on the host's packages. virtme-ng's init would start the host's
+systemd-udevd and apply its tmpfiles.d, so guest_init.sh runs before that init and hides them. A guest with udev uses
+the one that scripts/guest_kernel.py unpacked.
 
-The guest has no network and reaches nothing of the host but files: a Unix socket of the host cannot
-be connected to from it, so servers run in the guest. /run is memory of the guest.
+The guest has no network and shares only files with the host: it cannot connect to a Unix socket of the host, so servers
+run in the guest. /run is memory of the guest.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Seconds. A boot takes ten, and several times that where the machine is busy.
+# Seconds. A boot takes ten, and a multiple of that where the machine is busy.
 _BOOT = 75.0
 
 _HERE = Path(__file__).parent
@@ -95,15 +94,21 @@ class GuestError(Exception):
 
 @dataclass(frozen=True)
 class Guest:
-    """How to boot. kernel: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run.
-    udev: whether udev runs in it.
+    """How to boot. kernels: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run.
+    series: which kernel. udev: whether udev runs in it. counts: one processor, whose clock advances by a nanosecond for
+    each instruction: times in the guest are numbers of instructions. boot: seconds for a boot. disk: bytes of its disk
+    /dev/vda, which begins as zeros; 0 for none (needs the module virtio_blk).
     """
 
     virtme_run: Path
-    kernel: Path
+    kernels: Path
     directory: Path
+    series: str = "6.12"
     memory: str = "1G"
     udev: bool = False
+    counts: bool = False
+    boot: float = _BOOT
+    disk: int = 0
 
     def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 150.0) -> str:
         """Boots, loads modules, runs the bash script as root with `-euo pipefail`, and powers off.
@@ -116,6 +121,9 @@ class Guest:
         quoted = {name: shlex.quote(str(path)) for name, path in files.items()}
         files["enter"].write_text(self._enter(quoted["script"]))
         files["script"].write_text(self._script(script, modules))
+        if self.disk:
+            with self._disk.open("wb") as file:
+                file.truncate(self.disk)
         inside = f"bash -euo pipefail {quoted['enter']} >{quoted['output']} 2>&1; echo $? >{quoted['status']}"
         if not any(self._begins(inside, files, timeout) for _ in range(2)):
             raise GuestError(f"the guest did not come up, twice\n{_printed(files)}")
@@ -136,17 +144,17 @@ class Guest:
         with files["console"].open("wb") as console:
             # A session of its own, so that QEMU goes too when the time is up.
             process = subprocess.Popen(
-                self._command(inside),
+                self.command(inside),
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             try:
-                ended = _ended(process, _BOOT)
+                ended = has_ended(process, self.boot * _crowd())
                 begun = files["output"].exists()
-                if begun and not ended and not _ended(process, timeout):
-                    raise GuestError(f"not done after {_BOOT + timeout} s\n{_printed(files)}")
+                if begun and not ended and not has_ended(process, timeout):
+                    raise GuestError(f"not done after {self.boot + timeout} s\n{_printed(files)}")
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -156,9 +164,19 @@ class Guest:
         return begun
 
     @property
+    def _disk(self) -> Path:
+        """The sparse file behind /dev/vda."""
+        return self.directory / ".guest" / "disk"
+
+    @property
+    def kernel(self) -> Path:
+        """The folder of `vmlinuz` and its modules."""
+        return self.kernels / self.series
+
+    @property
     def _udev(self) -> str:
         """Its folder, as a shell has it."""
-        return shlex.quote(str(self.kernel / "udev"))
+        return shlex.quote(str(self.kernels / "udev"))
 
     def _enter(self, script: str) -> str:
         return _ENTER.format(
@@ -179,23 +197,31 @@ class Guest:
             script=script,
         )
 
-    def _command(self, inside: str) -> list[str]:
+    def command(self, inside: str) -> list[str]:
+        """The command line of virtme-run; `inside` is run in the guest."""
         return [
             *(str(self.virtme_run), "--kimg", str(self.kernel / "vmlinuz"), "--mods=auto"),
             *("--qemu-bin", str(_HERE / "guest_qemu.sh")),
-            *("--busybox", str(self.kernel / "busybox")),
+            *("--busybox", str(self.kernels / "busybox")),
             # The same everywhere: with KVM, or with virtiofs, a test would not be the one CI runs.
             *("--disable-kvm", "--force-9p", "--disable-microvm"),
-            *("--memory", self.memory, "--cpus", "2"),
+            *("--memory", self.memory, "--cpus", "1" if self.counts else "2"),
             *("--rwdir", str(self.directory)),
             *("--script-sh", inside),
             *("--qemu-opts", "-accel", "tcg,thread=single"),
+            *(("-icount", "shift=0") if self.counts else ()),
             *("-fsdev", "local,id=kept,path=/,security_model=none,readonly=on,multidevs=remap"),
             *("-device", "virtio-9p-pci,fsdev=kept,mount_tag=kept"),
+            *(("-drive", f"file={self._disk},if=virtio,format=raw,cache=unsafe,discard=unmap") if self.disk else ()),
         ]
 
 
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+def _crowd() -> float:
+    """Processes that want to run, for each CPU; at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None

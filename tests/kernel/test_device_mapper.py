@@ -1,7 +1,7 @@
-"""The same tables in the kernel's device-mapper and in blkloom: the same bytes at the same places.
+"""The same tables in the kernel's device-mapper and in blkloom have the same bytes at the same offsets.
 
-A table is written once, with the places of its files open; blkloom gets it with the files' paths and
-dmsetup with the loop devices over the same files.
+A table is written once, with placeholders for its files. blkloom gets the paths of the files, dmsetup gets loop devices
+on them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 from guest import Guest
 
 import blkloom
+from long_runs import only_long
 
 pytestmark = pytest.mark.kernel
 
@@ -88,7 +89,7 @@ def test_tables_mean_the_same_to_the_kernel(guest: Guest, program: Callable[[str
             assert (folder / "after").read_bytes() == device.pread(device.size, 0), template
 
 
-@pytest.mark.parametrize("udev", [False, True], ids=["without udev", "with udev"])
+@pytest.mark.parametrize("udev", [False, pytest.param(True, marks=only_long)], ids=["without udev", "with udev"])
 def test_what_dmsetup_prints_is_served_as_it_is(guest: Guest, program: Callable[[str, str], str], udev: bool) -> None:
     """`dmsetup table` and its concise form, which name devices by their numbers."""
     guest = dataclasses.replace(guest, udev=udev)

@@ -1,4 +1,4 @@
-"""What is said of a guest that does not come up."""
+"""Error messages for a virtual machine that does not boot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from guest import Guest, GuestError
+
+from long_runs import only_long
 
 
 def test_a_guest_that_does_not_come_up_is_started_once_more(tmp_path: Path) -> None:
@@ -33,11 +35,11 @@ done
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("udev", [False, True], ids=["without udev", "with udev"])
+@pytest.mark.parametrize("udev", [pytest.param(False, marks=only_long), True], ids=["without udev", "with udev"])
 def test_what_the_host_has_installed_does_not_run_in_a_guest(guest: Guest, udev: bool) -> None:
     """Its udev and its tmpfiles.d. Where udev is asked for, another one runs."""
     said = dataclasses.replace(guest, udev=udev).run(WHAT_RUNS, modules=["loop"]).splitlines()
-    wanted = {f"runs {(guest.kernel / 'udev' / 'udevadm').resolve()}"} if udev else set()
+    wanted = {f"runs {(guest.kernels / 'udev' / 'udevadm').resolve()}"} if udev else set()
     assert {line for line in said if line.startswith("runs ") and "udev" in line} == wanted
     assert ("DEVNAME=/dev/loop0" in said) == udev
     assert not [line for line in said if line.startswith("left ")]
@@ -45,11 +47,10 @@ def test_what_the_host_has_installed_does_not_run_in_a_guest(guest: Guest, udev:
 
 @pytest.mark.kernel
 def test_a_guest_that_does_not_come_up_is_tried_twice_and_shown(guest: Guest, tmp_path: Path) -> None:
-    kernel = tmp_path / "kernel"
-    kernel.mkdir()
-    shutil.copy(guest.kernel / "busybox", kernel)
-    (kernel / "vmlinuz").write_bytes(b"not a kernel" * 512)
-    broken = dataclasses.replace(guest, kernel=kernel)
+    broken = dataclasses.replace(guest, kernels=tmp_path / "kernels")
+    broken.kernel.mkdir(parents=True)
+    shutil.copy(guest.kernels / "busybox", broken.kernels)
+    (broken.kernel / "vmlinuz").write_bytes(b"not a kernel" * 512)
     with (
         pytest.warns(UserWarning, match="did not come up"),
         pytest.raises(GuestError, match=r"(?s)twice.*invalid kernel"),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 from guest import Guest
 
+from long_runs import only_long
+
 pytestmark = pytest.mark.kernel
 MiB = 1 << 20
 
@@ -60,6 +62,7 @@ def test_ext4_across_two_segments_is_whole(guest: Guest, program: Callable[[str,
     assert checked.returncode == 0, checked.stdout
 
 
+@only_long
 def test_xfs_over_two_connections_is_whole_and_gives_back_what_it_trims(
     guest: Guest, program: Callable[[str, str], str]
 ) -> None:

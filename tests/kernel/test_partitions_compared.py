@@ -1,4 +1,4 @@
-"""The partitions blkloom finds are those a kernel shows on a loop device, for every disk we can think of."""
+"""blkloom finds the same partitions as the kernel on a loop device, for many kinds of disks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A supervisor of the test's own, and a command that talks to it.
+"""Fixtures: a separate supervisor for a test, and a command that uses it.
 
-Run directories are short (a Unix socket's path fits 107 bytes) and gone after the test; a supervisor
-that does not stop cleanly, or leaves a process behind, fails its test.
+Run directories have short paths (a Unix socket's path has at most 107 bytes) and are removed after the test. If a
+supervisor does not stop cleanly, or leaves a process behind, its test fails.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,20 @@ import pytest
 from blkloom.control.client import Client
 from blkloom.control.messages import DeviceKey
 from blkloom.control.states import DeviceInfo
+from blkloom.export.fuse.mount import Mount, unmount
+from blkloom.export.fuse.mountinfo import mounted_at
 from conformance.file_systems import needs_root
 from conformance.nbd_client import READ, NbdClient
 
 from .loop_commands import Loop
 
 STOP_TIMEOUT = 60.0
+LONGEST_END = 30.0
+"""Seconds in which processes that were ended end, and the kernel lets go of what they had."""
+PREFIX = f"blk{os.getpid()}_"
+"""Of the directories that have a run directory, so that those of another test run are told apart."""
+MARK = "BLKLOOM_TEST_SESSION"
+"""Variable in the environment of all processes that these tests start."""
 
 
 @dataclass
@@ -102,11 +111,11 @@ def start_supervisor(run_dir: Path, *options: str, open_files: int | None = None
 
 
 @contextmanager
-def a_life(*options: str, open_files: int | None = None) -> Iterator[Life]:
-    """A supervisor with nothing in it yet. Afterwards: stopped cleanly, nothing left."""
-    with tempfile.TemporaryDirectory(prefix="blk") as folder:
-        run_dir = Path(folder) / "run"
-        run_dir.mkdir(mode=0o700)
+def a_life(*options: str, open_files: int | None = None, name: str = "run") -> Iterator[Life]:
+    """A supervisor with nothing in it yet. Afterwards: stopped cleanly, nothing left. name: of its run directory."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+        run_dir = Path(folder) / name
+        run_dir.mkdir(mode=0o700, parents=True)
         life = Life(run_dir, start_supervisor(run_dir, *options, open_files=open_files))
         try:
             yield life
@@ -117,6 +126,55 @@ def a_life(*options: str, open_files: int | None = None) -> Iterator[Life]:
         finally:
             for pid in life.processes():
                 os.kill(pid, signal.SIGKILL)
+            for path in run_dir.glob("mounts/*"):
+                if mounted_at(str(path)):
+                    unmount(Mount(str(path)), lazy=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_by_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end no process, mount or loop device is left. Fails the last test with what is."""
+    folders = (os.path.join(tempfile.gettempdir(), PREFIX), str(tmp_path_factory.getbasetemp()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, PREFIX)
+        # File systems of other tests of this process, which may be taken down later.
+        others = set(_kernel_left(folders))
+        yield
+    deadline = time.monotonic() + LONGEST_END
+    while left := [*_processes_left(), *(one for one in _kernel_left(folders) if one not in others)]:
+        assert time.monotonic() < deadline, f"left by tests in {Path(__file__).parent}: {left}"
+        time.sleep(0.1)
+
+
+def _processes_left() -> Iterator[str]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            marked = f"{MARK}={PREFIX}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if marked and "multiprocessing" not in words:  # its helper processes end with this one
+                yield f"process {pid}: {words}"
+
+
+def _kernel_left(folders: tuple[str, ...]) -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        if line.split()[4].startswith(folders):
+            yield f"mount {line}"
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            if path.read_text(errors="surrogateescape").startswith(folders):
+                yield f"loop device {path.parent.parent.name}"
+
+
+@pytest.fixture(autouse=True)
+def no_signal_to_the_test_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose worker is being replaced has process 0, and kill(2) of 0 would end all of the test run."""
+    kill = os.kill
+
+    def checked(pid: int, number: int) -> None:
+        assert pid > 0, "the device has no worker just now"
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", checked)
 
 
 @pytest.fixture

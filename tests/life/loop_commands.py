@@ -1,4 +1,4 @@
-"""`blkloom loop` as tests call it, and what they ask of its devices."""
+"""`blkloom loop` for tests: the commands, and queries about its devices."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from blkloom.control.client import Client
 
 @dataclass(frozen=True)
 class Loop:
-    """`blkloom loop ...` as a process."""
+    """`blkloom loop ...` as a process. attach: devices are attached as well, where it may."""
 
     command: str
     run_dir: Path
+    attach: bool = False
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Whatever comes of it."""
         return subprocess.run(
-            [self.command, "loop", *map(str, words)],
+            [self.command, "loop", *([] if self.attach else ["--no-attach"]), *map(str, words)],
             env={**os.environ, "BLKLOOM_RUN_DIR": str(self.run_dir), "LC_ALL": "C.UTF-8"},
             capture_output=True,
             text=True,

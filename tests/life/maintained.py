@@ -1,5 +1,5 @@
-"""A device on an image, kept by the commands an administrator types, and a client that never leaves and knows what it
-must read.
+"""A device on an image, maintained with an administrator's commands, and a client that stays connected and checks what
+it reads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A client that writes, flushes, loses its server, comes back, and knows what must be there.
+"""Client that writes, flushes, loses its server, reconnects, and checks the data.
 
-Every block carries the number of the write that made it. What a completed flush covered must be read
-back after any death of the server; a write that was answered but not covered may be there or not; one
-that was never answered may be there in part. One thread an instance.
+Every block contains the number of its write. Data of a completed flush must be readable after any death of the server.
+A write that was answered but not flushed may be there or not; a write that was not answered may be there in part. Each
+instance belongs to one thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Others get at a file while it is written past its file system: no byte is lost, none goes astray.
+"""Other programs access a file while its blocks are mapped: no byte is lost or written to a wrong place.
 
-fio writes and verifies over NBD all the time; what others do to the file breaks the lease, and the device goes
-on in file mode. Each test's file system is checked after it.
+fio writes and verifies over NBD all the time. Accesses of other programs break the lease, and the device continues in
+file mode. The file system is checked after each test.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fio(program: Program) -> str:
 def create(client: Client, file: Path, *options: str) -> None:
     words = ["block_map", *options]
     table = f"0 {SIZE // 512} loop {file} 0 {len(words)} {' '.join(words)}"
-    client.create("disk", table=table, shared=True)  # e4defrag leaves files alone that somebody has locked
+    client.create("disk", table=table, shared=True)  # e4defrag skips locked files
 
 
 def state(client: Client) -> str:
@@ -102,7 +102,7 @@ def truncate(file: Path) -> None:
 
 
 def defragment(program: Program, kind: FileSystem, file: Path) -> None:
-    """The blocks move: the old ones are soon somebody else's."""
+    """The blocks move: the old ones may soon belong to another file."""
     tool = program("e4defrag", "e2fsprogs") if kind is EXT4 else program("xfs_fsr", "xfsprogs")
     while True:
         done = subprocess.run([tool, "-v", file], capture_output=True, text=True, check=False, timeout=120)
@@ -118,7 +118,7 @@ def defragment(program: Program, kind: FileSystem, file: Path) -> None:
     other.unlink()
 
 
-def test_whoever_asks_for_the_file_gets_it_and_fio_notices_nothing(
+def test_another_process_gets_the_file_and_fio_notices_nothing(
     life: Life, file: Path, kind: FileSystem, fio: str, program: Program, tmp_path: Path
 ) -> None:
     actions: list[Callable[[], None]] = [
@@ -167,7 +167,7 @@ def test_a_clone_keeps_what_it_was_and_the_device_its_own(
         client.remove("disk", retry=True)
 
 
-def test_nobody_writes_to_an_immutable_file_and_the_map_stays(
+def test_an_immutable_file_cannot_be_written_and_the_map_stays(
     life: Life, file: Path, kind: FileSystem, fio: str, tmp_path: Path
 ) -> None:
     with life.client() as client:

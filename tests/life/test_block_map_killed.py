@@ -1,7 +1,6 @@
-"""Processes are killed while they write past the file system: what was flushed is in the file, and the file
-system, whose blocks these were, has nothing to complain of.
+"""Processes are killed while they write to mapped blocks: flushed data is in the file, and the file system is intact.
 
-Every test's file system is checked when its devices are gone and it has been unmounted.
+Each file system is unmounted and checked after the devices are removed.
 """
 
 from __future__ import annotations
@@ -128,8 +127,8 @@ def test_processes_killed_again_and_again_lose_nothing_that_was_flushed(life: Li
     assert file.read_bytes() == b"".join(writer.expected() for writer in writers)
 
 
-def test_somebody_opens_the_file_while_workers_are_killed(life: Life, file: Path) -> None:
-    """Whoever asks for the file gets it, sooner or later, and no write is lost over that."""
+def test_another_process_opens_the_file_while_workers_are_killed(life: Life, file: Path) -> None:
+    """A process that opens the file gets it in the end, and no write is lost."""
     with life.client() as client:
         create(client, file, "2 block_map immutable=off")
         assert mode(client) == "block_map"
@@ -169,8 +168,8 @@ def end(pids: set[int]) -> None:
 
 
 def test_who_goes_on_in_file_mode_can_write(life: Life, file: Path) -> None:
-    """The worker was killed, and before another held the file again somebody asked for it: its flag must go too, as
-    nobody can write to an immutable file through its file system.
+    """The worker was killed, and a process opened the file before the next worker had the lease. The flag must be
+    cleared too, because an immutable file cannot be written through its file system.
     """
     with life.client() as client:
         create(client, file)

@@ -1,4 +1,4 @@
-"""Tables swapped, devices suspended and resumed, workers replaced, while fio writes and verifies."""
+"""Table swaps, suspend, resume and new workers while fio writes and verifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervisor and workers killed at the worst instants: within a hand-over, around an upgrade, both at once."""
+"""Supervisor and workers are killed at critical moments: in a hand-over, around an upgrade, both at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(client: NbdClient, letter: bytes) -> None:
     assert client.ask(WRITE, 0, 512, payload=letter * 512).error == 0
 
 
-def test_a_device_frozen_for_a_hand_over_nobody_sees_through_goes_on_with_its_clients(
+def test_a_device_frozen_for_a_hand_over_that_fails_continues_with_its_clients(
     life: Life, connect: Connect, take_over: Callable[[], tuple[Worker, Store]]
 ) -> None:
     with life.client() as client:
@@ -164,7 +164,7 @@ def test_a_suspended_device_that_failed_is_live_once_it_is_resumed(file: Path) -
         nbd.close()
 
 
-def test_memory_in_a_table_nobody_used_takes_no_device_along(life: Life, connect: Connect, file: Path) -> None:
+def test_lost_memory_of_an_unused_table_does_not_fail_the_device(life: Life, connect: Connect, file: Path) -> None:
     with life.client() as client:
         client.create("disk", table=f"0 16 loop {file}")
         client.load("disk", "0 16 ram")

@@ -1,4 +1,4 @@
-"""More ways in to a device: Unix sockets and TCP, read-only or not, and taken away again."""
+"""Additional exports of a device: Unix sockets and TCP, writable or read-only, and their removal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -63,7 +64,7 @@ def test_a_port_alone_is_exported_on_localhost(client: Client) -> None:
 
 
 def test_an_export_that_other_hosts_reach_must_be_allowed(client: Client) -> None:
-    with pytest.raises(UsageError, match=r"other hosts reach 0\.0\.0\.0, .* confirm it with --allow-remote"):
+    with pytest.raises(UsageError, match=r"other hosts can reach 0\.0\.0\.0, .* confirm it with --allow-remote"):
         client.export("disk", host="0.0.0.0")
     assert len(info(client, "disk").exports) == 1
     export = client.export("disk", host="0.0.0.0", allow_remote=True)
@@ -156,3 +157,16 @@ def test_where_another_listens_no_export_is_made_and_nothing_of_his_removed(clie
 def test_an_export_that_is_not_there_cannot_be_taken_away_and_those_there_are_named(client: Client) -> None:
     with pytest.raises(UsageError, match=r"device 'disk' has no export 'e9'; it has: auto \(.*disk\)"):
         client.unexport("disk", "e9")
+
+
+def test_exports_of_all_devices_are_listed_if_no_device_is_named(life: Life, client: Client, blkloom: str) -> None:
+    def listed(*words: str) -> list[str]:
+        command = [blkloom, "--run-dir", str(life.run_dir), "export", "--list", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+
+    client.create("b", table="0 8 zero")
+    public = client.export("disk", host="127.0.0.1", name="public")
+    automatic = {name: uri_of(info(client, name).exports[0]) for name in ("b", "disk")}
+    of_disk = [f"auto\t{automatic['disk']}", f"e1\t{uri_of(public)}"]
+    assert listed("disk") == of_disk
+    assert listed() == [f"b: auto\t{automatic['b']}", *(f"disk: {line}" for line in of_disk)]

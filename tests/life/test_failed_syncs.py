@@ -1,5 +1,5 @@
-"""A failed sync is remembered with the descriptors: whatever is killed, replaced or handed over between the flush that
-found it and the next, that one fails too; `status`, `info`, `wait`, the log and the end of the device say so.
+"""A failed sync stays recorded with the descriptors. If a process is killed, replaced or handed over after the failed
+flush, the next flush fails, too. `status`, `info`, `wait`, the log and the removal of the device report it.
 """
 
 from __future__ import annotations

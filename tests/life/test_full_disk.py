@@ -1,5 +1,5 @@
-"""A device whose file system is full, as its users meet it: a command that waits for the event, workers that die,
-clients that reconnect, and the end of the device.
+"""A device on a full file system: a command that waits for the event, workers that die, clients that reconnect, and the
+removal of the device.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ def test_a_suspended_device_hands_parked_writes_over_to_another_process(
     cookie = park(client, nbd)
     worker = info(client, "disk").worker
     client.upgrade()
-    with life.client() as client:
-        until(client, "disk", lambda device: device.worker not in (0, worker))
-        while not parked(client):
+    with life.client() as after:
+        until(after, "disk", lambda device: device.worker not in (0, worker))
+        while not parked(after):
             pass
-        client.suspend("disk")
+        after.suspend("disk")
         assert not is_answered(nbd)
         disk.free()
         subprocess.run(["qemu-img", "snapshot", "-c", "full", path], check=True, timeout=60)
-        client.resume("disk")
+        after.resume("disk")
         assert answer(nbd, cookie) == 0
 
 

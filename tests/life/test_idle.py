@@ -1,4 +1,4 @@
-"""Commands that only look start nothing, and a supervisor that nobody needs ends."""
+"""Queries start no supervisor, and a supervisor without devices and clients ends."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def command(blkloom: str, run_dir: Path) -> Command:
         ("status", "No devices found\n"),
         ("deps", "No devices found\n"),
         ("stats", "No devices found\n"),
+        ("export --list", "No devices found\n"),
         ("mangle", "No devices found\n"),
         ("loop -a", ""),
         ("loop -l", ""),
@@ -120,7 +121,7 @@ def test_it_stays_for_a_device_and_ends_when_that_goes_with_its_last_client() ->
         assert life.process.wait(STOP_TIMEOUT) == 0
 
 
-def test_whoever_comes_while_one_ends_gets_another(run_dir: Path) -> None:
+def test_a_client_that_comes_while_one_ends_gets_another(run_dir: Path) -> None:
     for _ in range(6):
         with closing(Channel(reach(RunDir.at(run_dir), start=True, idle=0.001), m.ToClient)) as channel:
             hello, _ = channel.receive(STOP_TIMEOUT)

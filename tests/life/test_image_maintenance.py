@@ -1,5 +1,5 @@
-"""Every kind of maintenance by qemu-img on an image whose device lives: refused while it is live, done while it is
-suspended, and seen by the clients that stayed.
+"""Maintenance of a live device's image with qemu-img: refused while the device is live, possible while it is suspended,
+and visible to connected clients afterwards.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_the_lock_of_a_live_device_refuses_every_writer(disk: Make, tmp_path: Pa
     for line in READERS:
         with pytest.raises(qemu.QemuError, match=r'Failed to get shared "write" lock'):
             qemu.qemu_img(*_words(line, one.path, other))
-    assert "first" in qemu.qemu_img("snapshot", "-l", "-U", one.path), "with -U whoever wants may look"
+    assert "first" in qemu.qemu_img("snapshot", "-l", "-U", one.path), "-U reads without a lock"
     assert one.path.read_bytes() == before
     one.verify()
     one.end()

@@ -1,4 +1,4 @@
-"""qemu-img at work on an image while fio writes to its device and verifies: suspended, kept, resumed, over and over."""
+"""qemu-img works on an image while fio writes to its device and verifies, in many suspends and resumes."""
 
 from __future__ import annotations
 

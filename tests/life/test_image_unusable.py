@@ -1,5 +1,5 @@
-"""What is done to an image while its device is suspended, and cannot be used afterwards: `resume` says why, the device
-waits, and goes on when the image has been mended.
+"""An image that became unusable while its device was suspended: `resume` gives the reason, the device stays suspended,
+and continues after the image was repaired.
 """
 
 from __future__ import annotations
@@ -89,24 +89,24 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "truncated to nothing": (lambda path: os.truncate(path, 0), "the file ends after 0 bytes"),
     "truncated in its header": (lambda path: os.truncate(path, 60), "the file ends after 60 bytes"),
     "truncated before its L1 table": (_l1_cut_off, "the L1 table .* reaches past the end of the file"),
-    "garbage": (lambda path: _put(path, b"nothing " * 8192), "no QCOW2 image: it begins with b'noth'"),
+    "garbage": (lambda path: _put(path, b"nothing " * 8192), "no QCOW2 image: it begins with 0x6e6f7468"),
     "marked corrupt": (_corrupt_bit, r"marked corrupt; .*qemu-img check -r all.*read_only"),
     "encrypted": (_luks, r"encrypted \(LUKS\)"),
-    "of another format": (_converted, "no QCOW2 image: it begins with b'KDMV'"),
+    "of another format": (_converted, "no QCOW2 image: it begins with 0x4b444d56"),
     "of a later QEMU": (_unknown_feature, "unknown incompatible features: bit 40"),
     "over a backing file that is not there": (
         lambda path: qemu.qemu_img("rebase", "-u", "-b", "gone.qcow2", "-F", "qcow2", path),
         "its backing file .*gone.qcow2.*: No such file",
     ),
     "over a backing file elsewhere": (
-        lambda path: qemu.qemu_img("rebase", "-u", "-b", "/proc/version", "-F", "raw", path),
-        "outside of what may be reached .*allow_backing=/proc",
+        lambda path: qemu.qemu_img("rebase", "-u", "-b", "/etc/passwd", "-F", "raw", path),
+        "outside of what may be reached .*allow_backing=/etc",
     ),
     "over itself": (
         lambda path: qemu.qemu_img("rebase", "-u", "-b", path.name, "-F", "qcow2", path),
-        "leads back to itself",
+        "the backing chain is a cycle",
     ),
-    "over a format nobody knows": (lambda path: _over_a_vdi(path), "has the format 'vdi'"),
+    "over an unknown format": (lambda path: _over_a_vdi(path), "has the format 'vdi'"),
 }
 
 

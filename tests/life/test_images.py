@@ -1,5 +1,5 @@
-"""QCOW2 images as devices that live: made from a path, worked on by qemu-img while suspended, gone on with
-after a worker's death; and the gate, wherever the image's path begins.
+"""QCOW2 images as devices of a supervisor: created by path, changed by qemu-img while suspended, served by another
+worker after a death; and the path policy for images in any directory.
 """
 
 from __future__ import annotations
@@ -74,22 +74,22 @@ def test_an_image_is_maintained_while_its_device_is_suspended(blkloom: str, life
     run("qemu-io", "-r", "-c", "read -P 1 0 1M", "-c", "read -P 2 8M 64k", image)
 
 
-def test_a_device_is_not_resumed_while_somebody_works_on_its_image(life: Life, image: Path) -> None:
+def test_a_device_is_not_resumed_while_writer_works_on_its_image(life: Life, image: Path) -> None:
     with life.client() as client:
         client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}")
         client.suspend("disk")
-        with subprocess.Popen(["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as somebody:
-            assert somebody.stdin is not None
-            assert somebody.stdout is not None
-            somebody.stdin.write("write -P 7 0 64k\n")
-            somebody.stdin.flush()
-            while "wrote" not in (line := somebody.stdout.readline()):
+        with subprocess.Popen(["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdin is not None
+            assert writer.stdout is not None
+            writer.stdin.write("write -P 7 0 64k\n")
+            writer.stdin.flush()
+            while "wrote" not in (line := writer.stdout.readline()):
                 assert line, "qemu-io ended"
             with pytest.raises(BusyError):
                 client.resume("disk")
             assert client.info("disk")[0].state == "SUSPENDED"
-            somebody.stdin.close()
-            assert somebody.wait(60) == 0
+            writer.stdin.close()
+            assert writer.wait(60) == 0
         client.resume("disk")
         io(life, "read -P 7 0 64k")
 
@@ -116,7 +116,7 @@ def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone
         client.create("disk", table=f"0 {16 * MiB // 512} qcow2 {image}{options}")
         io(life, "write -P 1 0 1M", "flush")
         client.suspend("disk")
-        # Whatever it is by then, its contents are nobody's business before the resume.
+        # The contents do not matter before the resume.
         intact = image.read_bytes()
         image.write_bytes(b"nothing")
         for _ in range(2):
@@ -132,7 +132,9 @@ def test_a_worker_that_dies_while_its_device_is_suspended_leaves_the_image_alone
         client.resume("disk")
         assert size(client) == 24 * MiB
         io(life, "read -P 1 0 1M", "write -P 2 0 1M", "flush")
-        refused = subprocess.run(["qemu-img", "snapshot", "-c", "no", image], capture_output=True, timeout=60)
+        refused = subprocess.run(
+            ["qemu-img", "snapshot", "-c", "no", image], capture_output=True, timeout=60, check=False
+        )
         assert refused.returncode
         client.suspend("disk")
         client.upgrade()
@@ -224,8 +226,12 @@ def test_an_image_not_named_like_one_is_no_table_and_the_error_says_what_to_do(
     command = [blkloom, "--run-dir", str(life.run_dir), "create", "disk", str(other)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert refused.returncode
-    assert "name that ends in .qcow2" in refused.stderr
+    assert "it looks like a QCOW2 image; if its disk is to be the device, add --format qcow2" in refused.stderr
     assert len(refused.stderr) < 1000
+    blkloom_create(blkloom, life, "disk", other, "--format", "qcow2", cwd=image.parent)
+    with life.client() as client:
+        assert client.table("disk").split()[2:4] == ["qcow2", str(other)]
+        client.remove("disk")
     image.symlink_to(other.name)
     blkloom_create(blkloom, life, "disk", image, cwd=image.parent)
     io(life, "write -P 1 0 1M")
@@ -295,6 +301,6 @@ def test_an_empty_image_makes_no_device_and_that_is_said(
     command = [blkloom, "--run-dir", str(life.run_dir), "create", "disk", str(tmp_path / "empty.qcow2")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
-    assert "the image is empty" in done.stderr
-    assert "qemu-img resize empty.qcow2 1G" in done.stderr
+    assert "the disk is empty" in done.stderr
+    assert f"qemu-img resize -f qcow2 {tmp_path / 'empty.qcow2'} 1G" in done.stderr
     assert client.info() == []

@@ -1,4 +1,6 @@
-"""I/O errors of a device that lives: in `info`, beside `status`, in the log, in metrics; over restarts and upgrades."""
+"""I/O errors of a supervised device: in `info`, beside `status`, in the log and in metrics; after restarts and
+upgrades.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Processes are killed again and again under load: every flushed write is there, nobody else notices.
+"""Processes are killed repeatedly under load: every flushed write is there, and other devices are not affected.
 
-The load reconnects. A worker's death takes its clients' connections with it; the supervisor's does not.
+The clients of the load reconnect. The death of a worker closes the connections of its clients; the death of the
+supervisor does not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.timeout(280)
 
 
 def make_devices(life: Life, folder: Path) -> list[ReconnectingWriter]:
-    """A device on files, one of memory, and one that nobody touches; two writers for each of the first."""
+    """A device on files, one in memory, and an idle one; two writers for each of the first."""
     sectors = 2 * BLOCKS * BLOCK // 512
     for name in ("a.img", "quiet.img"):
         (folder / name).write_bytes(bytes(sectors * 512))
@@ -107,7 +108,7 @@ def test_a_worker_that_dies_while_there_is_no_supervisor_is_started_by_the_next(
         assert info.worker != worker
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["nobody has the image", "somebody has the image"])
+@pytest.mark.parametrize("busy", [False, True], ids=["the image is free", "the image is in use"])
 def test_an_image_is_lent_out_even_if_the_worker_dies_while_its_device_is_suspended(
     life: Life, connect: Callable[[str], NbdClient], tmp_path: Path, program: Callable[[str, str], str], busy: bool
 ) -> None:

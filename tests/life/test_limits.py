@@ -1,4 +1,4 @@
-"""Limits, failed devices, strangers and what is left lying about: each said, none fatal."""
+"""Limits, failed devices, other users and stale files: each gives an error, and none is fatal."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_failed_device_is_removed_and_one_on_it_cannot_be_made(client: Client)
     assert client.info() == []
 
 
-def test_whoever_waits_is_told_of_a_failure(client: Client, beside: Callable[..., Future[Any]]) -> None:
+def test_a_waiting_client_is_told_of_a_failure(client: Client, beside: Callable[..., Future[Any]]) -> None:
     client.create("disk", table="0 16 zero")
     waiting = beside("wait", "disk", 2)  # two restarts, and the failure
     assert fail(client, "disk").event == 3
@@ -235,7 +235,7 @@ def test_a_clients_refusal_is_the_error_of_the_table(life: Life, file: Path) -> 
 # strangers, and clients of another version
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 def test_another_users_client_is_refused_and_told_why() -> None:
     with a_life() as life:
         life.run_dir.parent.chmod(0o755)
@@ -278,7 +278,7 @@ def test_a_call_that_was_given_up_does_not_disturb_the_next(life: Life) -> None:
 # what is left lying about
 
 
-def test_what_belongs_to_nobody_is_reaped_and_the_rest_stays(life: Life, client: Client) -> None:
+def test_stale_files_are_reaped_and_the_rest_stays(life: Life, client: Client) -> None:
     client.create("disk", table="0 16 zero")
     before = {path for path in life.run_dir.rglob("*") if not path.is_dir()}
     for stale in ("dev/stale", "workers/0123.sock"):
@@ -288,7 +288,7 @@ def test_what_belongs_to_nobody_is_reaped_and_the_rest_stays(life: Life, client:
     for stray in ("devices/77.json", "devices/nonsense.new", "devices/².json"):
         (life.run_dir / stray).write_text("{}")
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(life.run_dir / "dev" / "somebody"))
+        listening.bind(str(life.run_dir / "dev" / "leftover"))
         listening.listen()
         assert sorted(client.reap()) == [
             f"socket {life.run_dir}/dev/stale",
@@ -297,8 +297,8 @@ def test_what_belongs_to_nobody_is_reaped_and_the_rest_stays(life: Life, client:
             f"state file {life.run_dir}/devices/².json",
             f"worker's socket {life.run_dir}/workers/0123.sock",
         ]
-        assert (life.run_dir / "dev" / "somebody").is_socket()
-    assert client.reap() == [f"socket {life.run_dir}/dev/somebody"]
+        assert (life.run_dir / "dev" / "leftover").is_socket()
+    assert client.reap() == [f"socket {life.run_dir}/dev/leftover"]
     assert client.reap() == []
     assert {path for path in life.run_dir.rglob("*") if not path.is_dir()} == before
     with closing(NbdClient.unix(life.socket("disk"))) as nbd:

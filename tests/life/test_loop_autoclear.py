@@ -1,4 +1,4 @@
-"""Devices that go when their last user leaves, whatever happens to supervisor and worker meanwhile."""
+"""Devices that are removed after their last user has left, with deaths of supervisor and worker in between."""
 
 from __future__ import annotations
 

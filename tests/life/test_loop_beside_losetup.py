@@ -1,4 +1,4 @@
-"""`blkloom loop` beside losetup itself: the same lists, the same complaints."""
+"""`blkloom loop` compared with losetup: the same lists, the same errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`blkloom loop` on a real supervisor: what losetup's users expect of it."""
+"""`blkloom loop` with a real supervisor behaves like losetup."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_read_only_device(loop: Loop, file: Path, connect: Callable[[str], Nbd
 
 @contextmanager
 def unwritable(file: Path) -> Iterator[None]:
-    """A file that nobody may write to, not even root."""
+    """A file that no user may write to, not even root."""
     if os.geteuid() != 0:
         file.chmod(0o400)
         yield
@@ -164,14 +164,35 @@ def test_several_that_look_for_a_free_name_at_once_get_one_each(
     for path in paths:
         path.write_bytes(bytes(512))
     environment = {**os.environ, "BLKLOOM_RUN_DIR": str(life.run_dir)}
-    running = [
-        subprocess.Popen([blkloom, "loop", "-f", "--show", path], env=environment, stdout=subprocess.PIPE, text=True)
-        for path in paths
-    ]
+    command = [blkloom, "loop", "--no-attach", "-f", "--show"]
+    running = [subprocess.Popen([*command, path], env=environment, stdout=subprocess.PIPE, text=True) for path in paths]
     assert sorted(process.communicate(timeout=60)[0].strip() for process in running) == [
         f"loop{number}" for number in range(4)
     ]
     assert {process.returncode for process in running} == {0}
+
+
+def test_what_has_no_whole_block_is_refused_with_what_gives_it_one(loop: Loop, file: Path, tmp_path: Path) -> None:
+    said = loop.fails("-f", "--sizelimit", "100", file)
+    assert "from byte 0 on up to a limit of 100" in said
+    assert "give --sizelimit 512 or more" in said
+    assert "truncate" not in said, "it would cut the file off"
+    short = tmp_path / "short"
+    short.write_bytes(b"s" * 100)
+    assert "make it longer (truncate -s 1536)" in loop.fails("-f", "-o", "1024", short)
+
+
+def test_several_that_want_the_same_piece_of_a_file_at_once_get_one_device(
+    client: Client, blkloom: str, life: Life, file: Path
+) -> None:
+    environment = {**os.environ, "BLKLOOM_RUN_DIR": str(life.run_dir)}
+    command = [blkloom, "loop", "--no-attach", "-L", "-f", "--show", str(file)]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(6)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in running] == ["loop0\n"] * 6
+    assert names(client) == ["loop0"]
 
 
 def test_nooverlap_uses_the_device_there_is_and_refuses_what_overlaps(
@@ -194,7 +215,7 @@ def test_a_file_in_use_is_refused_unless_it_is_shared(loop: Loop, client: Client
     loop("-f", file)
     said = loop.fails("-f", file)
     assert said.startswith(f"blkloom: {file}: failed to set up loop device: ")
-    assert "in use" in said or "busy" in said
+    assert "in use by device 'loop0'; blkloom loop -d loop0 ends that" in said
     assert loop("-f", "--show", "--shared", file) == "loop1\n"
     loop("-c", "loop1")
 
@@ -241,6 +262,7 @@ def test_columns_of_ones_choice(loop: Loop, life: Life, client: Client, file: Pa
         "maj:min": f"0:{info(client, 'loop0').minor}",
         "dio": False,
         "log-sec": 512,
+        "node": None,
         "socket": str(life.socket("loop0")),
         "mode": "file",
     }

@@ -1,4 +1,4 @@
-"""A loop device stays with the file that it has open, whatever becomes of the file's name: as the kernel's does."""
+"""A loop device keeps its open file when the file is renamed, replaced or deleted, as in the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partitions of loop devices: found, kept and given up."""
+"""Partitions of loop devices: found, kept and removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from blkloom.control.client import Client
 from conformance.file_systems import EXT4, made_on_a_device
 from conformance.nbd_client import READ_ONLY, NbdClient
-from partition_images import mbr
+from partition_images import gpt, mbr
 
 from .conftest import Life, info, read
 from .loop_commands import Loop, cells, names, until_gone
@@ -46,6 +46,18 @@ def write_partitions(path: Path, partitions: dict[int, tuple[int, int]]) -> Path
         data[record * 512 : record * 512 + 512] = mbr((0, 0x83, partitions[5][0] - record, partitions[5][1]))
     path.write_bytes(data)
     return path
+
+
+def test_the_block_size_is_that_of_the_gpt_unless_it_is_given(loop: Loop, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(8192) + gpt((100, 199), block=4096, count=16))
+    assert loop("-f", "--show", "-P", "-o", "8192", path) == "loop0\n"
+    assert client.table("loop0") == f"0 32768 loop {path} 8192 1 block_size=4096"
+    assert client.table("loop0p1") == "0 800 linear blkloom:loop0 800"
+    loop("-D")
+    done = loop.run("-f", "--show", "-P", "-b", "512", "-o", "8192", path)
+    assert (done.returncode, done.stdout) == (0, "loop0\n")
+    assert "there is a GPT for blocks of 4096 bytes, and the device has blocks of 512; use -b 4096" in done.stderr
 
 
 def tables(client: Client) -> dict[str, str]:

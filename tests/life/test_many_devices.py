@@ -1,4 +1,4 @@
-"""Two thousand devices come and go, and leave nothing behind."""
+"""Two thousand devices are created and removed, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def descriptors(pid: int) -> int:
 
 
 def private(pid: int) -> int:
-    """KiB nobody shares."""
+    """KiB of private memory."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 

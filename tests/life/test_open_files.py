@@ -1,4 +1,6 @@
-"""Limits of open files: what clients use up takes nothing from a supervisor, and what is too little is said."""
+"""Limits of open files: clients cannot use up the descriptors of a supervisor, and errors name a limit that is too
+low.
+"""
 
 from __future__ import annotations
 

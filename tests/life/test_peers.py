@@ -1,4 +1,4 @@
-"""Who may speak to a supervisor: its own user, and root."""
+"""Only the supervisor's user and root may connect to a supervisor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOBODY = 65534
 
 
 @contextmanager
-def somebody_else() -> Iterator[None]:
+def another_user() -> Iterator[None]:
     """Another user, for what is connected meanwhile (unix(7): SO_PEERCRED has the effective user)."""
     os.seteuid(NOBODY)
     try:
@@ -33,7 +33,7 @@ def test_another_user_is_told_why_and_hung_up_on_even_where_files_let_him_in(lif
     for path, mode in ((life.run_dir.parent, 0o711), (life.run_dir, 0o711), (life.run_dir / "control.sock", 0o666)):
         path.chmod(mode)
     connected = socket.socket(socket.AF_UNIX)
-    with somebody_else():
+    with another_user():
         connected.connect(str(life.run_dir / "control.sock"))
     channel = Channel(connected, m.ToClient)
     refused, _ = channel.receive(30)

@@ -1,4 +1,4 @@
-"""Whether a device can be written to: as its live table was loaded, whatever table was there before."""
+"""The active table decides whether a device is writable; former tables have no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that take no replies: nobody waits for them, and what they are sent later is right."""
+"""Clients that read no replies: no operation waits for them, and their later replies are correct."""
 
 from __future__ import annotations
 

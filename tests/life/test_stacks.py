@@ -1,4 +1,4 @@
-"""Devices that stand on each other, through the supervisor: suspended, renamed and removed in the right order."""
+"""Stacked devices of a supervisor: suspended, renamed and removed in the right order."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_a_table_waiting_above_is_not_swapped_in_when_a_lower_device_is_resumed(
 
 @pytest.mark.parametrize("lower", ["blkloom:top", "blkloom:middle", "blkloom:bottom"])
 def test_nothing_comes_to_stand_on_itself(client: Client, lower: str) -> None:
-    with pytest.raises(TableError, match="device 'bottom' would stand on itself"):
+    with pytest.raises(TableError, match="device 'bottom' would be stacked on itself"):
         client.load("bottom", f"0 16 linear {lower} 0")
     assert not info(client, "bottom").inactive
 
 
 def test_a_device_others_stand_on_is_not_removed(client: Client) -> None:
     for force in (False, True):
-        with pytest.raises(DeviceBusy, match="Device middle is in use: device 'top' stands on it"):
+        with pytest.raises(DeviceBusy, match="Device middle is in use: device 'top' is stacked on it"):
             client.remove("middle", force=force)
     assert len(client.info()) == 3
 

@@ -1,4 +1,4 @@
-"""`stop` says whom it would cut off, and a device is found by what it is named by only."""
+"""`stop` names the clients that it would disconnect, and devices are selected only by their names."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ from .conftest import STOP_TIMEOUT, Life, info, read, until
 
 pytestmark = pytest.mark.timeout(120)
 Connect = Callable[[str], NbdClient]
+
+
+def test_a_supervisor_that_never_had_a_worker_ends_all_that_it_started_by_itself(life: Life) -> None:
+    life.stop()
+    assert "is killed" not in (life.run_dir.parent / "supervisor.log").read_text()
 
 
 def test_stop_leaves_devices_with_clients_alone_and_says_which(

@@ -1,6 +1,6 @@
-"""A backing file that does not answer makes errors that name it; no command hangs, nobody else waits.
+"""A backing file that does not answer: errors name it, no command hangs, other devices do not wait.
 
-The file is a FUSE file system's (nbdfuse) on a server that delays reads for longer than anybody waits.
+The file is on a FUSE file system (nbdfuse) whose server delays reads for longer than any timeout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every verb against a real supervisor and its workers: what it does, what it refuses, what stays as it was."""
+"""Every verb with a real supervisor and its workers: its effect, its refusals, and what it does not change."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_device_made_suspended_has_its_table_ready(client: Client) -> None:
         ({"name": "there", "table": "0 8 zero"}, DeviceExists, "a device 'there' exists; choose another name"),
         ({"name": "new", "uuid": "taken"}, DeviceExists, "device 'there' has the uuid 'taken'"),
         ({"name": "new", "minor": 0}, DeviceExists, "device 'there' has minor number 0"),
-        ({"name": "new", "minor": -1}, UsageError, "-1 is no minor number"),
+        ({"name": "new", "minor": -1}, UsageError, "-1 is not a minor number"),
         ({"name": "a/b"}, UsageError, 'It contains "/"'),
         ({"name": "new", "table": "0 8 zorro"}, UnknownTarget, "table:1:5: unknown target type: 'zorro'"),
         ({"name": "new", "table": "0 8 linear blkloom:no 0"}, TableError, "no such blkloom device: 'blkloom:no'"),
@@ -108,7 +108,7 @@ def test_a_place_in_a_table_is_that_of_the_callers_text(client: Client) -> None:
     assert (place.source, place.line, place.column, caught.value.value) == ("disk.table", 2, 22, "x")
 
 
-def test_a_name_may_be_taken_again_by_whoever_comes_first(client: Client, beside: Callable[..., Future[Any]]) -> None:
+def test_a_free_name_may_be_taken_by_the_first_client(client: Client, beside: Callable[..., Future[Any]]) -> None:
     attempts = [beside("create", "same", table="0 8 zero") for _ in range(6)]
     errors = [attempt.exception() for attempt in attempts]
     assert sum(error is None for error in errors) == 1
@@ -139,6 +139,8 @@ def test_a_file_another_device_writes_to_is_refused_unless_shared(client: Client
     with pytest.raises(BusyError) as caught:
         client.create("second", table=f"0 16 linear {file} 0")
     assert caught.value.path == str(file)
+    assert f"{file}: already in use by device 'first'; blkloom remove first ends that" in str(caught.value)
+    assert "process" not in str(caught.value)
     client.remove("first")
     client.create("second", table=f"0 16 linear {file} 0")
 
@@ -169,7 +171,7 @@ def test_a_cleared_table_is_not_swapped_in(client: Client, file: Path, connect: 
 
 @pytest.mark.parametrize(
     "table",
-    ["0 16 zorro", "8 8 zero", "0 16 linear /no/file 0", "0 99 linear {file} 0", "0 16 linear blkloom:nobody 0"],
+    ["0 16 zorro", "8 8 zero", "0 16 linear /no/file 0", "0 99 linear {file} 0", "0 16 linear blkloom:missing 0"],
 )
 def test_a_table_that_cannot_be_loaded_leaves_both_slots(
     client: Client, file: Path, connect: Callable[[str], NbdClient], table: str
@@ -312,6 +314,23 @@ def test_a_deferred_removal_comes_when_the_last_client_leaves(
     assert not life.socket("disk").exists()
 
 
+def test_a_deferred_removal_is_cancelled_by_a_message_for_the_device(
+    client: Client, connect: Callable[[str], NbdClient]
+) -> None:
+    client.create("disk", table="0 16 zero")
+    nbd = connect("disk")
+    until(client, "disk", lambda found: found.connections == 1)
+    client.remove("disk", deferred=True)
+    assert client.message("disk", 0, "@Cancel_Deferred_Remove") is None
+    nbd.close()
+    found = until(client, "disk", lambda found: found.connections == 0)
+    assert not found.deferred
+    with pytest.raises(UsageError, match="'@stats_list' is no message for a device"):
+        client.message("disk", 0, "@stats_list")
+    with pytest.raises(UsageError, match="takes no words, and not 'now'"):
+        client.message("disk", 0, "@cancel_deferred_remove now")
+
+
 def test_a_retried_removal_waits_for_the_client_to_leave(
     client: Client, connect: Callable[[str], NbdClient], beside: Callable[..., Future[Any]]
 ) -> None:
@@ -430,7 +449,7 @@ def test_messages_are_for_targets_that_understand_them(client: Client) -> None:
     with pytest.raises(UsageError, match="sector outside device: 16; it has 16 sectors"):
         client.message("disk", 16, "do this")
     with pytest.raises(NoSuchDevice):
-        client.message("nobody", 0, "do this")
+        client.message("missing", 0, "do this")
 
 
 def test_waiting_ends_when_the_size_changes(client: Client, beside: Callable[..., Future[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""fio as a witness: it writes with checksums over several connections and reads everything back."""
+"""fio as a checker: it writes with checksums over several connections and reads everything back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is on a disk, looking for partitions ends, reads little, and finds only what is inside."""
+"""The search for partitions on arbitrary disks ends, reads little, and finds only partitions inside the disk."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Any sequence of writes, zeros, discards, flushes and reopenings leaves what a bytearray holds, without an engine.
+"""Any sequence of writes, zeros, discards, flushes and reopenings has the same result as on a bytearray, without an
+engine.
 
-Every layout the format knows, small clusters and narrow counts above all, where tables are many and grow. A discard
-may leave each unit as it was or as zeros. QEMU checks every image at the end.
+All layouts of the format occur, mainly small clusters and narrow refcounts, because these have many growing tables. A
+discard may leave each unit unchanged or as zeros. QEMU checks every image at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blkloom.qcow2.writer import Options
+from blkloom.image.qcow2.write.writer import Options
 from qcow2_python_engine import Guest, check, create
 
 SEARCH = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

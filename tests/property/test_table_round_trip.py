@@ -1,6 +1,6 @@
-r"""Tables and text, over arbitrary names: they round-trip, or are refused, and nothing else.
+r"""Tables with arbitrary names round-trip through text, or are refused.
 
-`slow_words` is the oracle: dmsetup's and the kernel's rules for a line, one byte at a time.
+`slow_words` is the oracle: the rules of dmsetup and of the kernel for a line, one byte at a time.
 """
 
 from __future__ import annotations
@@ -8,39 +8,32 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from blkloom.errors import TableError
-from blkloom.table import ConciseDevice, Segment, Table, format_concise, format_table, parse, parse_concise
-from blkloom.table.arguments import Arguments
-from blkloom.target.error import Error
-from blkloom.target.linear import Linear
-from blkloom.target.loop import Loop
-from blkloom.target.ram import Ram
-from blkloom.target.registry import all_targets
-from blkloom.target.zero import Zero
+from blkloom.errors import Place, TableError
+from blkloom.table import ConciseDevice, Segment, Table, format_concise, format_table, parse_concise, parse_table
+from blkloom.table.syntax import Syntax, integer
+from blkloom.targets.error import Error
+from blkloom.targets.linear import Linear
+from blkloom.targets.loop import Loop
+from blkloom.targets.ram import Ram
+from blkloom.targets.registry import all_targets
+from blkloom.targets.spec import TargetSpec
+from blkloom.targets.zero import Zero
 from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors
 from words_target import Blank, Words
 
 
-@dataclass(frozen=True)
 class Number(Blank):
     number: int
 
     name: ClassVar[str] = "number"
-    syntax: ClassVar[str] = "<number>"
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        return cls(arguments.integer("number"))
-
-    def format(self) -> list[str]:
-        return [str(self.number)]
+    arguments: ClassVar[Syntax] = (integer("number"),)
 
 
 TARGETS = all_targets([Words, Number])
@@ -63,9 +56,9 @@ loops = st.builds(
     block_size=st.sampled_from(("", "block_size=512", "block_size=4096")),
 ).flatmap(
     lambda loop: (
-        st.sampled_from(("", "immutable=off")).map(lambda immutable: replace(loop, immutable=immutable))
+        st.sampled_from(("", "immutable=off")).map(lambda immutable: structs.replace(loop, immutable=immutable))
         if loop.way.startswith("block_map")
-        else st.sampled_from(("", "round_up")).map(lambda round_up: replace(loop, round_up=round_up))
+        else st.sampled_from(("", "round_up")).map(lambda round_up: structs.replace(loop, round_up=round_up))
     )
 )
 targets = st.one_of(
@@ -163,52 +156,52 @@ def assert_complete(error: TableError, text: str) -> None:
 @example(Table((Segment(Sectors(0), Sectors(8), Loop("/ends in a space ")),)))
 @example(Table((Segment(Sectors(0), Sectors(8), Loop("/ends in a backslash\\")),)))
 @example(Table((Segment(Sectors(0), Sectors(8), Words(("#", "\\#", "\r", " "))),)))
-def test_a_printed_table_parses_to_the_same_table(table):
-    assert parse(format_table(table), targets=TARGETS) == table
+def test_a_printed_table_parses_to_the_same_table(table: Table) -> None:
+    assert parse_table(format_table(table), targets=TARGETS) == table
 
 
 @given(tables())
-def test_a_printed_table_survives_being_bytes_in_a_file(table):
+def test_a_printed_table_survives_being_bytes_in_a_file(table: Table) -> None:
     text = format_table(table)
     # A pair of escaped bytes that together are UTF-8 is one character after the trip: same bytes.
-    assert os.fsencode(format_table(parse(os.fsdecode(os.fsencode(text)), targets=TARGETS))) == os.fsencode(text)
+    assert os.fsencode(format_table(parse_table(os.fsdecode(os.fsencode(text)), targets=TARGETS))) == os.fsencode(text)
 
 
 @given(st.data(), tables())
-def test_however_a_table_was_written_it_prints_the_same(data, table):
+def test_however_a_table_was_written_it_prints_the_same(data: st.DataObject, table: Table) -> None:
     text = data.draw(sloppily_written(table))
-    assert parse(text, targets=TARGETS) == table
-    assert format_table(parse(text, targets=TARGETS)) == format_table(table)
+    assert parse_table(text, targets=TARGETS) == table
+    assert format_table(parse_table(text, targets=TARGETS)) == format_table(table)
 
 
 @given(st.lists(st.text(st.sampled_from("\0\na\ud800\udfff \\")), max_size=3))
-def test_any_words_round_trip_or_are_refused(words):
+def test_any_words_round_trip_or_are_refused(words: list[str]) -> None:
     table = Table((Segment(Sectors(0), Sectors(8), Words(tuple(words))),))
     try:
         text = format_table(table)
     except TableError:
         assert any(not word or set(word) & set("\0\n\ud800\udfff") for word in words)
     else:
-        assert parse(text, targets=TARGETS) == table
+        assert parse_table(text, targets=TARGETS) == table
 
 
 @given(st.one_of(st.text(), table_like))
 @example("0 8 words \\")
 @example("0 8 words \\\n")
-def test_arbitrary_text_raises_nothing_but_table_errors(text):
-    if error := complaint(lambda: parse(text, targets=TARGETS, source="fuzz")):
+def test_arbitrary_text_raises_nothing_but_table_errors(text: str) -> None:
+    if error := complaint(lambda: parse_table(text, targets=TARGETS, source="fuzz")):
         assert_complete(error, text)
 
 
 @given(st.one_of(st.text(), table_like, st.text(st.sampled_from("a,; \n\\08words"), max_size=40)))
 @example("a,,,,0 8 words \\")
-def test_arbitrary_concise_text_raises_nothing_but_table_errors(text):
+def test_arbitrary_concise_text_raises_nothing_but_table_errors(text: str) -> None:
     if error := complaint(lambda: parse_concise(text, targets=TARGETS, source="fuzz")):
         assert_complete(error, text)
 
 
 @given(st.lists(concise_devices, min_size=1, max_size=3, unique_by=lambda device: device.name))
-def test_the_printed_concise_form_parses_to_the_same_devices(devices):
+def test_the_printed_concise_form_parses_to_the_same_devices(devices: list[ConciseDevice]) -> None:
     text = format_concise(devices)
     assert parse_concise(text, targets=TARGETS) == devices
     assert parse_concise(text + "\n", targets=TARGETS) == devices
@@ -216,7 +209,7 @@ def test_the_printed_concise_form_parses_to_the_same_devices(devices):
 
 
 @given(st.lists(concise_devices, min_size=1, max_size=3, unique_by=lambda device: device.name))
-def test_dmsetup_would_part_the_printed_concise_form_alike(devices):
+def test_dmsetup_would_part_the_printed_concise_form_alike(devices: list[ConciseDevice]) -> None:
     assert slow_concise(format_concise(devices)) == [
         [
             device.name,
@@ -230,39 +223,39 @@ def test_dmsetup_would_part_the_printed_concise_form_alike(devices):
 
 
 @given(st.text(st.sampled_from(" \t\r#\\ab/,;\u00e4"), max_size=30))
-def test_arguments_are_parted_as_dmsetup_and_the_kernel_part_them(arguments):
+def test_arguments_are_parted_as_dmsetup_and_the_kernel_part_them(arguments: str) -> None:
     assume("\\#" not in arguments)  # ours alone: dmsetup has no way to write a '#'
     assume(not PROTECTED_END.search(arguments))  # dmsetup trims it nevertheless
     line = f"0 8 words {arguments}"
     expected = slow_words(os.fsencode(line))
-    if error := complaint(lambda: parse(line, targets=TARGETS)):
+    if error := complaint(lambda: parse_table(line, targets=TARGETS)):
         # A backslash at the very end is a backslash to the kernel; to us it is a slip.
         assert error.value == "\\"
         assert expected[-1].endswith(b"\\")
     else:
-        words = parse(line, targets=TARGETS).segments[0].target.words
+        words = parse_table(line, targets=TARGETS).segments[0].target.words
         assert list(map(os.fsencode, words)) == expected
 
 
 @pytest.mark.parametrize("name", ["words", "loop", "linear", "zero"])
 @given(st.lists(file_names, max_size=5))
-def test_every_target_takes_or_refuses_any_words(name, words):
+def test_every_target_takes_or_refuses_any_words(name: str, words: list[str]) -> None:
     line = f"0 8 {name} " + format_table(Table((Segment(Sectors(0), Sectors(8), Words(tuple(words))),)))[10:]
     try:
-        table = parse(line, targets=TARGETS)
+        table = parse_table(line, targets=TARGETS)
     except TableError:
         assert name != "words"
     else:
         assert isinstance(table.segments[0].target, Words | Loop | Linear | Zero)
-        assert parse(format_table(table), targets=TARGETS) == table
+        assert parse_table(format_table(table), targets=TARGETS) == table
 
 
-def test_the_lookup_of_a_caller_needs_no_more_than_find():
+def test_the_lookup_of_a_caller_needs_no_more_than_find() -> None:
     class Only:
-        def find(self, name, *, place=None):
+        def find(self, name: str, *, place: Place | None = None) -> type[TargetSpec]:
             return Words
 
-    assert parse("0 8 anything", targets=Only()).segments[0].target == Words()
+    assert parse_table("0 8 anything", targets=Only()).segments[0].target == Words()
 
 
 def slow_words(line: bytes) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Images as devices in this process, and what a test does with them next to the truth it keeps."""
+"""Images as devices of this process, and test operations that are also applied to a bytearray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small file system that can be full, and an image on it whose device is told of."""
+"""A small file system that can be full, with an image whose device reports events."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blkloom import Device
-from blkloom.table import parse
-from blkloom.target.registry import all_targets
+from blkloom.table import parse_table
+from blkloom.targets.registry import all_targets
 from conformance.file_systems import EXT4, made_on_a_device, mounted, needs_root
 
 from . import qemu
@@ -41,7 +41,7 @@ class SmallDisk:
 
     def free(self) -> None:
         """There is space again."""
-        (self.folder / "filler").unlink()
+        (self.folder / "filler").unlink(missing_ok=True)
         os.sync()
 
 
@@ -97,7 +97,7 @@ def attached(path: Path, size: int, *options: str, fault_timeout: float = 30.0) 
     with (
         ThreadPoolExecutor(8) as pool,
         Device(
-            parse(table_of(path, size, *options), targets=all_targets()),
+            parse_table(table_of(path, size, *options), targets=all_targets()),
             on_event=events.put,
             fault_timeout=fault_timeout,
         ) as device,

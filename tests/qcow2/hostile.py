@@ -1,9 +1,9 @@
-"""Meeting an image nobody vouches for: open it, read it, write to it, and see that blkloom bears it.
+"""Test of an untrusted image: open it, read it, write to it, and check that blkloom survives.
 
-`examine` allows two outcomes: an error of blkloom's own (or an OSError for an I/O), or bytes. Whatever
-else happens is a `Misbehaviour`: an exception that shows a check missing (also one that a handler
-raised and the device turned into EIO), more memory than `MEMORY` beyond what was there, a file opened
-outside the image's folder. A hang is for the caller to notice. Tests and the fuzzer share this.
+`examine` allows two outcomes: an error of blkloom (or an OSError of an I/O), or bytes. All other outcomes are a
+`Misbehaviour`: an exception that shows a missing check (also one that a handler raised and the device turned into EIO),
+more additional memory than `MEMORY`, a file opened outside the image's directory. The caller must detect hangs. Tests
+and the fuzzer use this module.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 class _Openings:
-    """Paths opened by this process while somebody listens. An audit hook cannot be taken out again, so
+    """Paths that this process opens while the hook is active. An audit hook cannot be taken out again, so
     there is one for good.
     """
 

@@ -1,9 +1,8 @@
-"""Writes the stored corpus anew: `cd tests; python -m qcow2.make_corpus`, where QEMU's tools are.
+"""Program that writes the stored corpus: `cd tests; python -m qcow2.make_corpus`. Needs QEMU's tools.
 
-Each image has one thing wrong that somebody might do on purpose; the file's name says which, and how it
-must be met: `refused_` is not opened, `broken_` opens and some of it does not read, `reads_` reads
-whole, and as QEMU reads it. They are stored, and not made by the tests, so that what was once found
-stays found whatever QEMU's next version makes.
+Each image has one error that an attacker could make. The name of the file has the error and the expected outcome:
+`refused_` images are not opened, `broken_` images open but some ranges cannot be read, `reads_` images read completely
+and as in QEMU. The images are stored and not made by the tests, so that new versions of QEMU do not change them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Valid images made hostile: every number in one found and replaced by what does the most harm.
+"""Mutations of valid images: numbers in an image are found and replaced by harmful values.
 
-`fields` lists where the numbers of an image are, with the slow model's understanding; `mutate` changes
-one to three of them, or bytes at random, or cuts the file short. Pure; the dice decide everything.
+`fields` lists the positions of an image's numbers, with the help of the slow model. `mutate` changes one to three of
+them, changes random bytes, or truncates the file. Pure; the random number generator decides everything.
 """
 
 from __future__ import annotations

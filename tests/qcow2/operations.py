@@ -1,7 +1,7 @@
-"""What a guest and its keeper may do to an image, as values for Hypothesis, and a bytearray beside them.
+"""Operations on an image as Hypothesis values, with a bytearray as the model.
 
-Sizes and places cluster around clusters' edges, where the mistakes are. A discard is a hint: each byte
-of it may be kept or read as zeros afterwards, nothing else; what it became is taken into the model.
+Sizes and offsets are mostly near the boundaries of clusters, where errors are likely. A discard is a hint: each of its
+bytes may stay or read as zero afterwards. The model takes over the observed result.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""A disk that remembers everything done to it, and every state a crash could leave behind.
+"""Disk that records all changes, and generates the states that a crash could leave.
 
-A `Recorder` holds the bytes of some files and a log of all that changed them; `Watch` fills it from a
-live device. `after_crash` is what may be found when the power goes at a point of the log: everything up
-to the file's last sync before it, and of what came later any subset, sector by sector, since nothing
-orders writes that no sync parts. Storage that tears inside a sector of 512 bytes is not modelled; the
-format could not bear it.
+A `Recorder` has the bytes of some files and a log of all changes; `Watch` fills it from a live device. `after_crash`
+gives a possible state after a power failure at a point of the log: everything up to the last sync of the file, and any
+subset of later sectors, because writes without a sync between them have no order. Storage that tears inside a sector of
+512 bytes is not modelled; the format does not support it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any, Literal, Self
 
 import pytest
 
-from blkloom.qcow2.storage import FileStorage
-from blkloom.target.qcow2 import Qcow2
+from blkloom.image.storage import FileStorage
+from blkloom.targets.image import LoadedImage
 
 SECTOR = 512
 
@@ -127,7 +126,7 @@ class Watch:
     """Records what a device does to its files. Metadata goes through FileStorage, whose methods are wrapped
     while this is entered; what the engine writes by itself is found by looking at the files before each of
     those calls and after each request. That is exact as long as one request is made at a time, whatever the
-    device does by itself meanwhile: such a call and its record are one thing for whoever looks. The engine
+    device does by itself meanwhile: such a call and its record are atomic for a reader of the record. The engine
     syncs before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`).
     """
 
@@ -141,13 +140,13 @@ class Watch:
         self._patch = pytest.MonkeyPatch()
         for kind in ("write", "zero", "punch", "truncate", "sync"):
             self._patch.setattr(FileStorage, kind, self._wrapped(kind, getattr(FileStorage, kind)))
-        flush = Qcow2.flush
+        flush = LoadedImage.flush
 
-        def flushed(target: Qcow2) -> None:
+        def flushed(target: LoadedImage) -> None:
             self.engine_syncs()
             flush(target)
 
-        self._patch.setattr(Qcow2, "flush", flushed)
+        self._patch.setattr(LoadedImage, "flush", flushed)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,7 +180,7 @@ class Watch:
                 self.recorder.do(Event(name, "sync"))
 
     def maintained(self) -> None:
-        """Somebody else, to whom the files had been left, is done with them, and what he did is durable."""
+        """Another program that had the files is done with them, and its changes are durable."""
         for name, path in self._paths.items():
             if (found := path.read_bytes()) != self.recorder.files[name]:
                 self.recorder.do(Event(name, "replace", data=found))

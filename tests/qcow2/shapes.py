@@ -1,7 +1,7 @@
-"""Images of every kind the format knows, made by QEMU's own tools.
+"""Images of every kind of the format, made by QEMU's tools.
 
-A `Shape` says which kind; `make` builds one with clusters of every state in it (data, zeros plain
-and allocated, compressed, discarded, shared with a snapshot) and says what a guest must read.
+A `Shape` says which kind. `make` builds an image with clusters in every state (data, zeros plain and allocated,
+compressed, discarded, shared with a snapshot), and returns the expected contents of the disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The slow model of the format: an image as bytes, read and checked entry by entry.
+"""Slow model of the format: an image as bytes, read and checked entry by entry.
 
-Written from QEMU's docs/interop/qcow2 and nothing else; it shares no code with blkloom, knows no
-caches and no NumPy, and is meant to be obviously right. `check` finds what `qemu-img check` finds
-(and a few things it does not), `content` is what a guest reads. Small images only.
+Written from QEMU's docs/interop/qcow2 alone. It shares no code with blkloom, uses no caches and no NumPy, and should be
+obviously right. `check` finds the errors that `qemu-img check` finds (and a few more); `content` returns the contents
+of the disk. Small images only.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ class SlowImage:
                 active[offset] += 1
 
     def _compare(self, findings: Findings, uses: Counter[int]) -> None:
-        last = max(max(uses), len(self.data) // self.cluster)
+        last = max(*uses, len(self.data) // self.cluster)
         for cluster in range(last + 1):
             stored, used = self.refcount(cluster), uses[cluster]
             if stored < used:
@@ -370,6 +370,9 @@ class SlowImage:
         return wrong
 
     def _copied_fits(self, entry: int, offset: int) -> bool:
-        # A dirty image's counts are behind; a cluster not counted yet is ours alone.
-        counts = (0, 1) if self.dirty else (1,)
-        return bool(entry & COPIED) == (self.refcount(offset // self.cluster) in counts)
+        count = self.refcount(offset // self.cluster)
+        if not self.dirty:
+            return bool(entry & COPIED) == (count == 1)
+        # The counts of a dirty image are behind. A cluster with the copied bit may not be counted yet, or still have
+        # the count of what it held before: of several compressed clusters, for example.
+        return bool(entry & COPIED) or count > 1

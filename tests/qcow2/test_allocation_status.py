@@ -1,4 +1,4 @@
-"""base:allocation of an image: what qemu-nbd says of it, and the same before and after anything was read."""
+"""base:allocation of an image: the same as from qemu-nbd, and the same before and after data was read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from blkloom import Device
-from blkloom.qcow2 import allocation_status
-from blkloom.qcow2.image import Image
-from blkloom.qcow2.storage import FileStorage
-from blkloom.qcow2.tables import Units
-from blkloom.qcow2.types import HostOffset
+from blkloom.image import allocation_status
+from blkloom.image.qcow2.format.tables import Units
+from blkloom.image.qcow2.state.image import Image
+from blkloom.image.storage import FileStorage
+from blkloom.image.types import HostOffset
 
 from . import qemu
 from .attached import attached, read_all

@@ -1,4 +1,6 @@
-"""Allocation depth and dirty bitmaps: run for run what qemu-nbd says of the same images, and true while they change."""
+"""Allocation depth and dirty bitmaps: the same runs as from qemu-nbd for the same images, also while the images
+change.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from hypothesis import strategies as st
 
 import blkloom
 from blkloom import Device
-from blkloom.table import parse
-from blkloom.target.registry import builtin_targets
+from blkloom.table import parse_table
+from blkloom.targets.registry import builtin_targets
 
 from . import qemu
 from .attached import attached, table_of
@@ -259,7 +261,7 @@ def test_bitmaps_that_come_and_go_while_the_device_is_suspended(tmp_path: Path) 
         qemu.qemu_img("resize", made.path, "3M")
         device.resume()
         assert device.extents(context=BITMAP + "off") == [(0, 3 * MIB, 0)]
-        device.load(parse("0 8 zero", targets=builtin_targets()))
+        device.load(parse_table("0 8 zero", targets=builtin_targets()))
         device.resume()
         assert device.contexts == ()
         with pytest.raises(OSError, match=rf"\[Errno {errno.EINVAL}\]"):

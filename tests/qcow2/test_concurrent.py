@@ -1,4 +1,4 @@
-"""Many at once: neighbours in one cluster written by several clients while its place changes under them."""
+"""Several clients write to neighbouring ranges of one cluster while its location changes."""
 
 from __future__ import annotations
 

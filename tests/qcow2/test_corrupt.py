@@ -1,5 +1,5 @@
-"""Metadata found wrong while an image is written to, and images that say so of themselves: as QEMU takes them, but that
-what can be read is read on.
+"""Inconsistent metadata found while an image is written to, and images marked corrupt: as in QEMU, except that readable
+ranges stay readable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zstandard
 import blkloom
 from blkloom import Device
 from blkloom.errors import BlkloomError
-from blkloom.qcow2.errors import CorruptImage
+from blkloom.image.errors import CorruptImage
 
 from . import qemu
 from .attached import attached, await_check, first_difference, read_all, table_of

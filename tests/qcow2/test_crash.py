@@ -1,10 +1,9 @@
-"""The power goes: at any instant, with any part of what was not synced lost, the image stays whole.
+"""A power failure at any time, with any part of the unsynced writes lost, leaves a consistent image.
 
-A device works on an image while everything that reaches its files is recorded. Then the files are
-rebuilt as a crash at many points of that record may leave them, and each must satisfy: no corruption
-(leaks are allowed; counts may be behind only under the dirty bit), every sector reads as the last
-completed flush left it or as something written since, and a bitmap that does not say in_use knows
-of every change. The judge is the slow model, whose own judge is `qemu-img check` on some of them.
+A device works on an image while all changes of its files are recorded. Then the files are rebuilt as a crash may leave
+them, at many points of the record. For each: there is no corruption (leaks are allowed; refcounts may be too low only
+with the dirty bit); every sector has the data of the last completed flush or of a later write; and a bitmap without
+in_use includes every change. The slow model checks this; `qemu-img check` checks the slow model on some of the images.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from blkloom.qcow2.storage import FileStorage
-from blkloom.qcow2.types import HostOffset
-from blkloom.qcow2.writer import Writer
+from blkloom.image.qcow2.write.writer import Writer
+from blkloom.image.storage import FileStorage
+from blkloom.image.types import HostOffset
 
 from . import qemu
 from .attached import attached, first_difference, read_all
@@ -170,6 +169,8 @@ def _show_others(made: Made, files: dict[str, bytes], image: SlowImage, where: s
     max_examples=max(settings().max_examples // 10, 1), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 @given(shape=shapes(largest_cluster_bits=14), seed=st.integers(0, 1 << 30))
+# A cluster that held several compressed ones is used again for one, and its count on disk is behind.
+@example(shape=Shape(cluster_bits=13, refcount_bits=32, compressed=True, lazy=True, bitmap=True), seed=25996)
 def test_no_crash_corrupts_any_other_kind_of_image(shape: Shape, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         _crash(Path(folder), shape, seed=seed, steps=40, cuts=60, size=min(96 * shape.cluster, 256 << 10))
@@ -232,7 +233,7 @@ def test_the_recorder_rebuilds_what_was_there_when_nothing_is_lost(tmp_path: Pat
 def test_the_recorder_never_takes_what_the_device_has_replaced_meanwhile_for_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device writes by itself while somebody looks: the record has its writes in their order, and no other."""
+    """The device writes by itself while the test reads the record: it has exactly these writes, in their order."""
     path = tmp_path / "image"
     path.write_bytes(bytes(SECTOR))
     watch = Watch({"image": path})
@@ -250,7 +251,7 @@ def test_the_recorder_never_takes_what_the_device_has_replaced_meanwhile_for_new
                 looks += 1
                 if looks == 2:  # it has seen that the file is what it is
                     device.start()
-                    device.join(0.2)  # until it is done, or waits for whoever looks
+                    device.join(0.2)  # until it is done, or waits for the reader of the record
             return found
 
         monkeypatch.setattr(Path, "read_bytes", meanwhile)

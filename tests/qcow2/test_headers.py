@@ -1,4 +1,4 @@
-"""Headers that QEMU refuses: we refuse them too, so that no two readers of an image see different disks."""
+"""Headers that QEMU refuses are refused, so that all readers of an image see the same disk."""
 
 from __future__ import annotations
 

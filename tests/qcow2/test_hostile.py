@@ -1,4 +1,4 @@
-"""Images nobody vouches for: a clear error or correct bytes, and nothing worse. See `hostile`."""
+"""Untrusted images give a clear error or correct bytes. See `hostile`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_stored_image_is_met_as_its_name_says(tmp_path: Path, name: str) -> No
     path.write_bytes(CORPUS[name])
     found = examine(path, writable=False)
     assert path.read_bytes() == CORPUS[name], "reading wrote to the image"
-    manner = name.split("_")[0]
+    manner = name.split("_", maxsplit=1)[0]
     assert bool(found.refused) == (manner == "refused"), found.refused
     if manner == "refused":
         assert found.refused.startswith(str(path)) or str(path) in found.refused, "the error does not say which file"
@@ -78,7 +78,7 @@ def test_a_mutated_image_is_borne(name: str, seed: int, writable: bool) -> None:
             assert not first_difference(found.content, theirs), what
 
 
-# The gate
+# The path policy
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.strip(b"\0.") and b"\0" not in name])
@@ -208,7 +208,7 @@ def test_writing_where_metadata_overlaps_marks_the_image_corrupt_and_harms_nothi
     data[block : block + image.cluster] = bytes(image.cluster)  # as if all clusters were free
     made.path.write_bytes(data)
     with attached(made.path, made.size) as device:
-        assert _fails(device), "nobody noticed"
+        assert _fails(device), "the error was not noticed"
         assert device.pread(64 << 10, 0) == b"\1" * (64 << 10)
     after = SlowImage(made.path.read_bytes())
     assert after.incompatible & CORRUPT, "the corrupt bit is not set"

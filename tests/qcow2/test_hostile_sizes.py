@@ -1,4 +1,4 @@
-"""Images whose few bytes name very many things, or one thing very often: that is no reason to take memory or time."""
+"""Small images that name very many objects, or one object very often, do not cause much memory or time to be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from blkloom import Device
 from blkloom._engine import ClusterTable
-from blkloom.target.qcow2 import Qcow2
+from blkloom.targets.image import LoadedImage
 
 from . import qemu
 from .attached import attached
@@ -121,7 +121,7 @@ def _table(device: Device) -> ClusterTable:
     """The engine's, of the image that is the whole device."""
     assert device._active
     (owner,) = device._active.owners.values()
-    assert isinstance(owner.target, Qcow2)
+    assert isinstance(owner.target, LoadedImage)
     assert owner.target._attachment
     return owner.target._attachment.table
 

@@ -1,4 +1,6 @@
-"""What an L2 table names and no refcount counts is found where the table is met, and not handed out a second time."""
+"""A cluster that an L2 table names although its refcount is 0 is found when the table is read, and not allocated
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be said to an image, and what it answers when things go wrong; made to go wrong where they would not."""
+"""Messages to an image and their answers after errors, which fault injection causes where necessary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names in images that are reached through symbolic links: they lead where they lead in QEMU."""
+"""Names in images that are reached through symbolic links refer to the same files as in QEMU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random operations on images of every kind, a bytearray beside them, and QEMU's judgement at the end."""
+"""Random operations on images of every kind, compared with a bytearray, and checked by QEMU at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each option of the table does to the image, as a table says it."""
+"""The effect of each option of the table on the image."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def _data(path: Path) -> list[tuple[int, int]]:
 def _held(path: Path) -> int:
     """Bytes that the file takes."""
     return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("cluster_bits", [12, 16])
+def test_discards_free_whole_clusters(tmp_path: Path, cluster_bits: int) -> None:
+    made = make(tmp_path, Shape(cluster_bits=cluster_bits), size=MIB, steps=0)
+    with attached(made.path, MIB) as device:
+        assert device.limits.discard == 1 << cluster_bits
 
 
 def test_read_only_opens_for_reading_and_lets_other_readers_in(tmp_path: Path) -> None:

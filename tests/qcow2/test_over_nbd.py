@@ -1,4 +1,4 @@
-"""Images served over NBD: fio verifies, qemu-io and qemu-img meet us as any server, kill -9 loses nothing flushed."""
+"""Images served over NBD: fio verifies, qemu-io and qemu-img work, and after kill -9 no flushed data is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What QEMU wrote, we read: every kind of image, whole, in pieces, and its snapshots."""
+"""Images of every kind that QEMU wrote: read completely, in pieces, and their snapshots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maintenance with QEMU's own tools while the device is suspended, and what resuming makes of it."""
+"""Maintenance with QEMU's tools while the device is suspended, and the state after the resume."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 import blkloom
 from blkloom.errors import BlkloomError
-from blkloom.qcow2.attachment import Attachment
-from blkloom.qcow2.image import Image
-from blkloom.qcow2.writer import Writer
+from blkloom.image.attachment import Attachment
+from blkloom.image.qcow2.state.image import Image
+from blkloom.image.qcow2.write.writability import Writability
+from blkloom.image.qcow2.write.writer import Writer
 
 from . import qemu
 from .attached import attached, first_difference, read_all, table_of
@@ -90,7 +91,7 @@ def test_an_image_replaced_by_another_is_the_other_one_after_resuming(tmp_path: 
         assert device.pread(4096, 0) == b"x" * 4096
         assert device.pread(64 << 10, 64 << 10) == b"\7" * (64 << 10)
         device.pwrite(b"y" * 4096, 0)
-        qemu.qemu_io(tmp_path / "former.qcow2", "write -P 8 0 4k")  # nobody's any more
+        qemu.qemu_io(tmp_path / "former.qcow2", "write -P 8 0 4k")  # no longer used by the device
         device.suspend()
         device.resume()
         assert device.pread(4096, 0) == b"y" * 4096
@@ -178,14 +179,14 @@ def test_what_is_written_after_suspending_failed_at_the_last_step_is_announced_a
     with attached(made.path, made.size) as device:
         device.pwrite(b"a" * 4096, 0)
         assert SlowImage(made.path.read_bytes()).dirty
-        set_header = Writer._set_header
+        set_header = Writability.set_header
 
-        def half(writer: Writer, **fields: int) -> None:
-            set_header(writer, **fields)
+        def half(writability: Writability, **fields: int) -> None:
+            set_header(writability, **fields)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with monkeypatch.context() as patch:
-            patch.setattr(Writer, "_set_header", half)
+            patch.setattr(Writability, "set_header", half)
             with pytest.raises(OSError, match="Input/output"):
                 device.suspend()
         device.pwrite(b"b" * 4096, MIB // 2)

@@ -1,4 +1,4 @@
-"""A guest at work on an image whose every write and sync is recorded, and what it may rely on after a crash."""
+"""A workload on an image whose writes and syncs are recorded, and the data that must be there after a crash."""
 
 from __future__ import annotations
 

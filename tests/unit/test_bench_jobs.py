@@ -1,4 +1,4 @@
-"""What the benchmark asks of its load generators, and how it reads what they say."""
+"""The benchmark's load generators: their arguments, and the parsing of their output."""
 
 import json
 import shutil

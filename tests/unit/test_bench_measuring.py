@@ -1,4 +1,4 @@
-"""How the rounds of a workload go: who is warmed up, counted and measured, and what becomes of one that fails."""
+"""The rounds of a workload: warm-up, counting and measurement of contenders, and failed contenders."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

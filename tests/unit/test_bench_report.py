@@ -1,4 +1,4 @@
-"""From samples to verdicts, the page, its appendix and its picture."""
+"""The performance page: from samples to verdicts, the page, its appendix and its picture."""
 
 from dataclasses import replace
 from typing import Any
@@ -145,3 +145,22 @@ def test_the_picture_has_few_bars_and_nothing_leaves_it() -> None:
         assert start >= 0
         assert start + length <= width, element.text
         assert float(element.get("y", 0)) < height
+
+
+def test_rows_measured_again_replace_those_of_the_run_and_the_page_names_them() -> None:
+    first = workload(contest("blkloom loop", 100.0), contest("nbdkit file", 100.0), goals=[LOOP_AND_PEER], name="a")
+    other = workload(contest("blkloom loop", 300.0), contest("nbdkit file", 100.0), goals=[LOOP_AND_PEER], name="b")
+    begun = replace(run(first, other), missing=[Missing("a: nbdkit file", "not there"), Missing("perf", "not there")])
+    new = replace(other, name="c", title="New")
+    later = replace(run(replace(first, title="Again", contests=other.contests), new), when="2026-02-02")
+    merged = begun.with_rows_of(later)
+    assert [(row.name, row.again, row.contests[0].figure) for row in merged.workloads] == [
+        ("a", "2026-02-02", 300.0),
+        ("b", "", 300.0),
+        ("c", "2026-02-02", 300.0),
+    ]
+    assert [lack.what for lack in merged.missing] == ["perf"]
+    assert "all of its contenders: *Again* (2026-02-02); *New* (2026-02-02)." in page(
+        merged, plot="x.svg", appendix="x.md"
+    )
+    assert "all of its contenders" not in page(begun, plot="x.svg", appendix="x.md")

@@ -1,4 +1,4 @@
-"""What a run of the benchmark measures, against what, and how long it takes."""
+"""The rows of the benchmark: workloads, contenders, and duration."""
 
 from jobs import Client
 from measuring import NBD_CLIENTS, Effort, Workload

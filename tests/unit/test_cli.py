@@ -1,4 +1,4 @@
-"""The command line: what it says of itself, and one exit status an error, each with what, where and the cure."""
+"""The command line: help, version, and one exit status for each kind of error, with place, value and remedy."""
 
 from __future__ import annotations
 
@@ -114,12 +114,26 @@ def test_completion_script_is_one_its_shell_can_read(cli: Cli, shell: str, check
     subprocess.run([shell, check, script], check=True, capture_output=True, timeout=30)
 
 
-def test_completion_completes_words(cli: Cli, blkloom: str) -> None:
-    environment = {"_BLKLOOM_COMPLETE": "bash_complete", "COMP_WORDS": "blkloom serve --di", "COMP_CWORD": "2"}
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("serve --direct", ["--direct-io"]),
+        ("ls --target str", ["striped"]),
+        ("table --target lo", ["log-writes", "loop"]),
+        ("target-version l", ["linear", "log-writes", "loop"]),
+        ("help susp", ["suspend"]),
+    ],
+)
+def test_completion_completes_options_targets_and_verbs(cli: Cli, blkloom: str, words: str, found: list[str]) -> None:
+    complete = {
+        "_BLKLOOM_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"blkloom {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
     done = subprocess.run(
-        [blkloom], env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=30
+        [blkloom], env={**os.environ, **complete}, capture_output=True, text=True, check=False, timeout=30
     )
-    assert "--direct-io" in done.stdout
+    assert done.stdout.split() == [f"plain,{name}" for name in found]
 
 
 # 64: usage
@@ -131,17 +145,17 @@ def test_completion_completes_words(cli: Cli, blkloom: str) -> None:
         (["serve"], "nothing to serve; name a FILE, or give --table, --ram or --device"),
         (["serve", "--ram", "1M", "--table", "0 8 zero"], "exclude each other"),
         (["serve", "--ram", "100"], "must be a multiple of 512 bytes"),
-        (["serve", "--ram", "0"], "not nothing"),
+        (["serve", "--ram", "0"], "and not 0"),
         (["serve", "--ram", "1X"], "'1X' is not a size"),
         (["serve", "--device", "0 8 zero"], "is not NAME=TABLE"),
         (["serve", "--device", "a=0 8 zero", "--device", "a=0 8 zero"], "two devices are called 'a'"),
         (["serve", "--device", "a=0 8 zero", "--device", "b=0 8 zero", "--export", "c"], "--export names one device"),
         (["serve", "--listen", "localhost:port", "--ram", "1M"], "the port must be a number"),
         (["serve", "--listen", "localhost:65536", "--ram", "1M"], "up to 65535"),
-        (["serve", "--listen", "::1", "--ram", "1M"], "an IPv6 address stands in brackets, as in [::1]:10809"),
+        (["serve", "--listen", "::1", "--ram", "1M"], "write an IPv6 address in brackets, as in [::1]:10809"),
         (["serve", "--listen", "0.0.0.0:0", "--ram", "1M"], "confirm it with --allow-remote"),
-        (["serve", "--listen", "[::]:0", "--ram", "1M"], "other hosts reach ::"),
-        (["serve", "--allow-remote", "--ram", "1M"], "--allow-remote goes with --listen"),
+        (["serve", "--listen", "[::]:0", "--ram", "1M"], "other hosts can reach ::"),
+        (["serve", "--allow-remote", "--ram", "1M"], "--allow-remote needs --listen"),
         (["serve", "--no-such-option"], "No such option"),
         (["serve", "--format", "vmdk", "--ram", "1M"], "vmdk"),
         (["serve", "--export", "x" * 5000, "--ram", "1M"], "use at most 4096"),
@@ -167,7 +181,7 @@ def test_usage_errors_are_64_and_say_what_to_write(cli: Cli, arguments: list[str
         ("0 8 linear", "--table:1:"),
         ("0 8 ram\n8 8 zero", "--table:"),
         ("0 99999999999999999999 zero", "--table:1:3:"),
-        ("0 8 linear blkloom:nobody 0", "nobody"),
+        ("0 8 linear blkloom:missing 0", "missing"),
         ("0 2049 loop disk.img", "Target maps area after file end"),
         ("0 8 loop disk.img 100", "Unaligned offset"),
         ("0 8 loop disk.img 2097152", "Offset is greater than file size"),
@@ -192,7 +206,7 @@ def test_bad_named_device_says_which(cli: Cli) -> None:
 
 
 def test_missing_file_is_66_and_named(cli: Cli) -> None:
-    assert "nowhere.img: could not open backing file: No such file or directory; check the path" in cli.fails(
+    assert "nowhere.img: could not be opened: No such file or directory; check the path" in cli.fails(
         NO_INPUT, "serve", "nowhere.img"
     )
 
@@ -256,7 +270,7 @@ def test_preallocating_more_memory_than_is_free_is_refused_before_it_is_tried(bl
     assert "are available; make the device smaller, or leave preallocate out" in done.stderr
 
 
-def test_file_that_somebody_holds_is_75_and_says_who(cli: Cli, image: Path) -> None:
+def test_file_in_use_is_75_and_names_the_process(cli: Cli, image: Path) -> None:
     with image.open("rb+") as holder:
         # As QEMU does: an OFD lock on the byte that says "I write" (here on all of them).
         lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

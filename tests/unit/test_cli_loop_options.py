@@ -1,4 +1,4 @@
-"""The command line of `blkloom loop` as losetup's getopt_long would read it, and tables of loop devices."""
+"""The command line of `blkloom loop`, parsed like losetup's getopt_long, and tables of loop devices."""
 
 from __future__ import annotations
 

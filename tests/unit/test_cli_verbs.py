@@ -1,4 +1,4 @@
-"""Verbs of dmsetup's: what they ask of the supervisor, and what they say, without one."""
+"""dmsetup's verbs: their requests to the supervisor and their output, without a supervisor."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from blkloom.control.messages import DeviceKey, Selector
 from blkloom.control.states import DeviceInfo, ExportState
 from blkloom.dm.options import IGNORED, LONG
 from blkloom.errors import BackingError, Place, TableError, UsageError
-from blkloom.table import parse
-from blkloom.target.registry import builtin_targets
+from blkloom.table import parse_table
+from blkloom.targets.registry import builtin_targets
 
 DISK = DeviceInfo(
     name="my disk",
@@ -122,7 +122,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         (["-r", "create", "a", "-u", "id", "--tab=0 8 zero"], {"read_only": True, "uuid": "id", "table": "0 8 zero"}),
         (["create", "a", "-n"], {}),
         (["create", "-j0", "-m7", "a", "--notable"], {"minor": 7}),
-        (["create", "a", "--notable", "--addnodeoncreate", "--readahead", "auto", "-M", "600", "-U0", "--yes"], {}),
+        (["create", "a", "--notable", "--noudevsync", "--readahead", "auto", "--yes"], {}),
         (["create", "a", "--shared", "--notable"], {"shared": True}),
         (["create", "a", "--table", "# nothing\n"], {}),
     ],
@@ -158,7 +158,7 @@ def test_create_makes_each_device_of_a_concise_form(run: Run) -> None:
         ("reload -r -u some-uuid --table 0_8_zero", ("load", BY_UUID, "0 8 zero", READ_ONLY)),
         ("clear a", ("clear", "a", {})),
         ("suspend --noflush --nolockfs a", ("suspend", "a", {})),
-        ("suspend a --timeout 3", ("suspend", "a", {"flush": True, "timeout": 3.0})),
+        ("suspend a --timeout 3", ("suspend", "a", {"flush": True, "lock_fs": True, "timeout": 3.0})),
         ("resume -j 0 -m 2", ("resume", BY_NUMBER, {"flush": True})),
         ("remove -j 0 -m -1", ("remove", Selector(minor=-1), {})),
         ("remove -j 0 -m 18446744073709551616", ("remove", Selector(minor=1 << 64), {})),
@@ -174,7 +174,7 @@ def test_create_makes_each_device_of_a_concise_form(run: Run) -> None:
         ("wait broken", ("wait", "broken", 0, {})),
         ("unexport a 1", ("unexport", "a", "1", {})),
         ("unexport a /x/s", ("unexport", "a", "/x/s", {})),
-        ("suspend uuid:some-uuid", ("suspend", "uuid:some-uuid", {"flush": True})),
+        ("suspend uuid:some-uuid", ("suspend", "uuid:some-uuid", {"flush": True, "lock_fs": True})),
         ("remove minor:2", ("remove", "minor:2", {})),
         ("remove -S name=broken -j 0 -m 2", None),
         ("stop", ("stop", {})),
@@ -217,14 +217,14 @@ def test_a_verb_for_all_takes_no_selector(run: Run, verb: str, option: str) -> N
     for words in (f"{verb} {option}", f"{option} {verb}"):
         told = run(*words.split())
         assert (told.status, told.out, run.client.calls) == (1, "", [])
-        assert f"{verb} has no use for --" in told.err
+        assert f"{verb} does not take --" in told.err
 
 
 @pytest.mark.parametrize("words", ["create a -n", "load a", "rename a b", "message a 0 x", "wait a", "export a"])
 def test_a_verb_for_one_device_takes_no_selection(run: Run, words: str) -> None:
     told = run(*words.split(), "-S", "name=broken")
     assert (told.status, told.out, run.client.calls) == (1, "", [])
-    assert f"{words.split()[0]} has no use for --select" in told.err
+    assert f"{words.split(maxsplit=1)[0]} does not take --select" in told.err
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ _UNSAID = {
 def test_an_option_is_in_the_help_or_documented_as_ignored_or_refused(run: Run, verb: str) -> None:
     shown = set(re.findall(r"--([a-z-]+)", run(verb, "--help").out)) | {"verbose", "manglename", "select"}
     ignored = set(
-        re.findall(r"`--([a-z]+)`", re.split(r"taken and ignored", _DOCUMENT.read_text())[1].split("There are")[0])
+        re.findall(r"`--([a-z]+)`", re.split(r"accepted and ignored", _DOCUMENT.read_text())[1].split("There are")[0])
     )
     assert ignored == IGNORED
     for option, takes_value in LONG.items():
@@ -270,7 +270,7 @@ def test_an_option_is_in_the_help_or_documented_as_ignored_or_refused(run: Run, 
             else run(verb, f"--{option}{'=1' * takes_value}")
         )
         assert told.status == 1, option
-        assert "has no use for" in told.err or option == "major", option
+        assert "does not take" in told.err or option == "major", option
         assert run.client.calls == []
 
 
@@ -359,7 +359,7 @@ def test_exec_runs_a_command_with_each_socket(run: Run, tmp_path: Path) -> None:
     [
         (UsageError("a client is connected", errno=errno.EBUSY), "Device or resource busy", "a client is connected"),
         (UsageError("no device a", errno=errno.ENXIO), "No such device or address", "no device a"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error", "[Errno 5] Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error", "Input/output error (EIO)"),
     ],
 )
 def test_an_error_is_told_as_dmsetup_tells_it_and_then_in_full(
@@ -403,14 +403,17 @@ def test_a_device_that_is_there_is_a_failed_create_with_its_uuid(run: Run) -> No
     assert told.err.splitlines()[0] == "device-mapper: create ioctl on a id failed: Device or resource busy"
 
 
-def test_a_file_that_is_no_text_is_refused_with_the_words_that_make_a_device_of_it(run: Run, tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_refused_with_the_option_that_makes_a_device_of_it(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "a disk.img"
     disk.write_bytes(bytes(1000))
     told = run("create", "a", str(disk))
     assert told.err.splitlines()[0] == f"{disk} is no table."
-    (table,) = re.findall(r"--table '(.*)'", told.err)
-    assert parse(table, targets=builtin_targets()).segments[0].target.format()[0] == str(disk)
-    assert f"blkloom loop -f --show '{disk}'" in told.err
+    (option,) = re.findall(r"add (--format raw)", told.err)
+    ((_verb, _name, options),) = [
+        call for call in run.asks("create", "a", str(disk), *option.split()) if "table" in call[-1]
+    ]
+    segments = parse_table(options["table"], targets=builtin_targets()).segments
+    assert [(segment.length, segment.target.format()[0]) for segment in segments] == [(2, str(disk))]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Messages and descriptors over a socket: each gets its own, whatever the socket does, and none is leaked."""
+"""Messages and descriptors over a socket: each message gets its own descriptors, with any split of the stream, and none
+leaks.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,15 @@ from blkloom.control.framing import Arrivals, BadMessage, ChannelClosed
 from blkloom.control.messages import MOST_DESCRIPTORS, FromWorker, Keep, Reply
 from blkloom.control.states import Label
 from blkloom.errors import UsageError
+from left_behind import no_descriptor_left
 
 Receive = Callable[[socket.socket, int], list[tuple[Any, list[int]]]]
 
 
 @pytest.fixture(autouse=True)
 def all_descriptors_closed() -> Iterator[None]:
-    before = sorted(os.listdir("/proc/self/fd"))
-    yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    with no_descriptor_left():
+        yield
 
 
 @pytest.fixture
@@ -258,7 +260,7 @@ def test_what_was_sent_before_the_other_side_left_is_received(
     assert contents(receive(pair[0], 2)) == [(1, []), (2, [b"x"])]
 
 
-def test_messages_nobody_asks_for_do_not_keep_their_descriptors_open(
+def test_unread_messages_do_not_keep_their_descriptors_open(
     pair: tuple[socket.socket, socket.socket], receive: Receive
 ) -> None:
     send(pair[1], line(1) + line(2, 2), b"x", b"y")
@@ -267,8 +269,8 @@ def test_messages_nobody_asks_for_do_not_keep_their_descriptors_open(
 
 def test_text_that_is_no_unicode_is_refused_before_anything_is_sent(pair: tuple[socket.socket, socket.socket]) -> None:
     channel = Channel(pair[1], FromWorker)
-    with pytest.raises(UsageError, match="not UTF-8"):
-        channel.send(Reply(id=1, result="/disk\udcff"))
+    with pytest.raises(UsageError, match="not Unicode"):
+        channel.send(Reply(id=1, result="/disk\ud800"))
     channel.send(Reply(id=2))
     channel.close()
     assert contents(receive_blocking(pair[0], 1)) == [(2, [])]
@@ -339,7 +341,7 @@ def on_loop(scenario: Callable[[AsyncChannel, socket.socket], Coroutine[Any, Any
     asyncio.run(run())
 
 
-def test_closing_wakes_whoever_waits_for_a_message() -> None:
+def test_closing_wakes_a_waiting_receiver() -> None:
     async def scenario(channel: AsyncChannel, _theirs: socket.socket) -> None:
         waiting = asyncio.create_task(channel.receive())
         await asyncio.sleep(0)
@@ -350,7 +352,7 @@ def test_closing_wakes_whoever_waits_for_a_message() -> None:
     on_loop(scenario)
 
 
-def test_closing_wakes_whoever_waits_to_send() -> None:
+def test_closing_wakes_a_waiting_sender() -> None:
     async def scenario(channel: AsyncChannel, _theirs: socket.socket) -> None:
         waiting = asyncio.create_task(channel.send(Reply(id=1, result="x" * (4 << 20))))
         behind = asyncio.create_task(channel.send(Reply(id=2)))

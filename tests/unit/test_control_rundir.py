@@ -1,4 +1,4 @@
-"""The run directory is its owner's alone, and where one looks for it does not move."""
+"""Only the owner can use a run directory, and one rule decides where it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from blkloom.control import rundir
 from blkloom.control.client import Client
 from blkloom.control.rundir import RunDir
-from blkloom.dm.names import unmangle
+from blkloom.device_names import unmangle
 from blkloom.errors import NoSupervisor, UsageError
 
 
@@ -81,7 +81,14 @@ def test_one_that_is_open_to_others_is_refused_with_the_cure(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_somebody_elses_is_refused(tmp_path: Path, user: Callable[[int], None]) -> None:
+def test_a_directory_of_other_things_is_not_to_be_closed_to_others(tmp_path: Path) -> None:
+    (tmp_path / "passwd").touch()
+    tmp_path.chmod(0o755)
+    with pytest.raises(UsageError, match=f"{tmp_path} is open to others; choose another with --run-dir"):
+        RunDir.at(tmp_path).make()
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, user: Callable[[int], None]) -> None:
     tmp_path.chmod(0o700)
     user(os.getuid() + 1)
     with pytest.raises(UsageError, match=rf"belongs to user {os.getuid()}, .*; choose another with --run-dir"):
@@ -99,6 +106,23 @@ def test_a_device_has_a_socket_in_the_folder_whose_name_says_whose_it_is(name: s
     path = RunDir.at("/r").device(name)
     assert path.parent == Path("/r/dev")
     assert unmangle(path.name) == name
+
+
+@pytest.mark.parametrize("length", [1, 80, 81, 82, 300, 4000])
+def test_sockets_have_paths_that_a_socket_can_have(length: int) -> None:
+    places = RunDir.at("/" + "r" * (length - 1))
+    for path in (places.control, places.worker("0123456789ab"), places.device("disk"), places.device("x" * 127)):
+        assert len(os.fsencode(path)) <= 107
+    assert (places.sockets == places.path) == (length <= 81)
+    assert places.state(0).is_relative_to(places.path)
+
+
+def test_two_long_paths_have_sockets_apart_and_each_user_his_own(user: Callable[[int], None]) -> None:
+    user(1000)
+    found = {RunDir.at("/" + "r" * 200 + end).sockets for end in "ab"}
+    user(1001)
+    found |= {RunDir.at("/" + "r" * 200 + end).sockets for end in "ab"}
+    assert len(found) == 4
 
 
 def test_everything_has_a_place_of_its_own() -> None:

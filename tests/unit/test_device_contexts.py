@@ -1,4 +1,4 @@
-"""Metadata contexts of targets: which a device has, whom it asks, and what becomes of a wrong answer."""
+"""Metadata contexts of targets: the contexts of a device, the queries to its targets, and wrong answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import errno
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pytest
 
@@ -15,45 +14,44 @@ import blkloom
 from blkloom._engine import Extent
 from blkloom.errors import FaultError
 from blkloom.table import Segment, Table
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Mapped, Target
-from blkloom.target.opening import Opening
-from blkloom.target.zero import Zero
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget
+from blkloom.targets.spec import TargetSpec
+from blkloom.targets.zero import Zero
 from blkloom.units import Bytes, Sectors
 
 PART = 8 * 512
 
 
-@dataclass
-class Told(Target):
+class LoadedTold(LoadedTarget):
+    spec: Told
+
+    def contexts(self) -> Sequence[str]:
+        return list(self.spec.names)
+
+    def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
+        self.spec.asked.append((context, offset, length))
+        if context not in self.spec.names:
+            raise FaultError(errno.EINVAL, "not that one")
+        for at in range(offset, offset + length, 512):
+            yield Bytes(512), self.spec.value + at // 512 % 2
+
+
+class Told(TargetSpec):
     """Has `names`, and says of every context that sectors alternate, beginning with `value`."""
 
     names: list[str]
     value: int = 1
-    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    asked: list[tuple[str, int, int]] = []  # noqa: RUF012 - a struct copies it
+    kind: type[LoadedTold] = LoadedTold
 
     name: ClassVar[str] = "told"
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        arguments.finish()
-        return cls([])
-
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
-        return [(Bytes(0), length, Extent.zero())]
-
-    def contexts(self) -> Sequence[str]:
-        return list(self.names)
-
-    def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
-        self.asked.append((context, offset, length))
-        if context not in self.names:
-            raise FaultError(errno.EINVAL, "not that one")
-        for at in range(offset, offset + length, 512):
-            yield Bytes(512), self.value + at // 512 % 2
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return self.kind(self, [(Bytes(0), length, Extent.zero())])
 
 
-def table(*targets: Target) -> Table:
+def table(*targets: TargetSpec) -> Table:
     sectors = PART // 512
     return Table(tuple(Segment(Sectors(sectors * i), Sectors(sectors), target) for i, target in enumerate(targets)))
 
@@ -140,17 +138,18 @@ def test_contexts_are_those_of_the_last_resume() -> None:
 
 
 def test_an_answer_that_says_nothing_or_fails_midway_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    class Silent(Told):
+    class Silent(LoadedTold):
         def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
             return []
 
-    class Failing(Told):
+    class Failing(LoadedTold):
         def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
             yield Bytes(512), 1
             raise OSError(errno.ENXIO, "gone")
 
-    for target, number in ((Silent(["x-a:1"]), errno.EIO), (Failing(["x-a:1"]), errno.ENXIO)):
-        with blkloom.Device(table(target)) as device:
+    kinds: tuple[tuple[type[LoadedTold], int], ...] = ((Silent, errno.EIO), (Failing, errno.ENXIO))
+    for kind, number in kinds:
+        with blkloom.Device(table(Told(["x-a:1"], kind=kind))) as device:
             with failing(number):
                 device.extents(context="x-a:1")
             assert device.extents() == [(0, PART, 3)]
@@ -160,13 +159,13 @@ def test_an_answer_that_says_nothing_or_fails_midway_is_an_error(caplog: pytest.
 def test_no_more_is_taken_of_an_answer_than_a_request_may_have() -> None:
     taken = 0
 
-    class Endless(Told):
+    class Endless(LoadedTold):
         def block_status(self, context: str, offset: Bytes, length: Bytes) -> Iterable[tuple[Bytes, int]]:
             nonlocal taken
             for at in range(offset, offset + length):
                 taken += 1
                 yield Bytes(1), at % 2
 
-    with blkloom.Device(Table((Segment(Sectors(0), Sectors(200), Endless(["x-a:1"])),))) as device:
+    with blkloom.Device(Table((Segment(Sectors(0), Sectors(200), Told(["x-a:1"], kind=Endless)),))) as device:
         found = device.extents(context="x-a:1")
     assert len(found) == taken == 200 * 512, "the rest was asked for again, and nothing of it twice"

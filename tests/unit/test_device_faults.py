@@ -1,45 +1,37 @@
-"""Faults: what reaches a target's handlers, how they answer, and that no target harms its device."""
+"""Faults: the arguments of a target's handlers, their answers, and protection of the device from faulty targets."""
 
+from __future__ import annotations
+
+import asyncio
 import errno
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pytest
 from typing_extensions import Buffer
 
 import blkloom
+from async_target import Asynchronous, table
 from blkloom._engine import Extent
-from blkloom.errors import FaultError
-from blkloom.table import Segment, Table
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import HOLE, RETRY, ZERO, Retry, Target
-from blkloom.target.opening import Opening
-from blkloom.target.zero import Zero
-from blkloom.units import Bytes, Sectors
+from blkloom.errors import FaultError, TableError
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import HOLE, RETRY, ZERO, LoadedTarget, Retry
+from blkloom.targets.spec import TargetSpec
+from blkloom.targets.zero import Zero
+from blkloom.units import Bytes
+from longer_times import TooSlow, in_time, with_longer_times
 
 
-@dataclass
-class Scripted(Target):
-    """Every range faults; what handlers do is up to the test."""
+class LoadedScripted(LoadedTarget):
+    writes = flushes = True
 
-    log: list[tuple[Any, ...]]
-    act: Callable[[str], Any] = lambda _: None
-
-    name: ClassVar[str] = "scripted"
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        arguments.finish()
-        return cls([])
-
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-        self.log.append(("map", start, length))
-        return [(Bytes(0), length, Extent.fault())]
+    def __init__(self, spec: Scripted, length: Bytes) -> None:
+        super().__init__(spec, [(Bytes(0), length, Extent.fault())])
+        self.log, self.act = spec.log, spec.act
 
     def read(self, offset: Bytes, length: Bytes) -> Buffer | Retry:
         self.log.append(("read", offset, length))
@@ -68,34 +60,77 @@ class Scripted(Target):
         self.log.append(("close",))
 
 
-class Silent(Scripted):
-    """Overrides no handler."""
+class Scripted(TargetSpec):
+    """Every range faults; what handlers do is up to the test."""
 
-    read = Target.read
-    write = Target.write  # type: ignore[assignment]
-    flush = Target.flush
-    discard = Target.discard  # type: ignore[assignment]
-    write_zeroes = Target.write_zeroes  # type: ignore[assignment]
+    log: list[tuple[Any, ...]]
+    act: Callable[[str], Any] = lambda _: None
+    kind: type[LoadedScripted] = LoadedScripted
+
+    name: ClassVar[str] = "scripted"
+
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        self.log.append(("load", start, length))
+        return self.kind(self, length)
 
 
-class WriteOnly(Scripted):
+class Silent(TargetSpec):
+    """Has no handler."""
+
+    name: ClassVar[str] = "silent"
+
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedTarget(self, [(Bytes(0), length, Extent.fault())])
+
+
+class WriteOnly(LoadedScripted):
     """Leaves zeros and discards to the base class."""
 
-    discard = Target.discard  # type: ignore[assignment]
-    write_zeroes = Target.write_zeroes  # type: ignore[assignment]
+    discard = LoadedTarget.discard  # type: ignore[assignment]
+    write_zeroes = LoadedTarget.write_zeroes  # type: ignore[assignment]
 
 
-def table(*targets: Target, sectors: int = 8) -> Table:
-    return Table(tuple(Segment(Sectors(sectors * i), Sectors(sectors), target) for i, target in enumerate(targets)))
+Make = Callable[[list[tuple[Any, ...]], Callable[[str], Any]], TargetSpec]
+"""A target of its log and what its handlers do."""
+
+
+def at_once(log: list[tuple[Any, ...]], act: Callable[[str], Any]) -> TargetSpec:
+    """Its handlers are coroutines that wait for nothing."""
+
+    async def coroutine(operation: str, offset: int) -> object:
+        return act(operation)
+
+    return Asynchronous(log, coroutine)
+
+
+def awaiting(log: list[tuple[Any, ...]], act: Callable[[str], Any]) -> TargetSpec:
+    """Its handlers are coroutines that give way first."""
+
+    async def coroutine(operation: str, offset: int) -> object:
+        await asyncio.sleep(0)
+        return act(operation)
+
+    return Asynchronous(log, coroutine)
+
+
+@pytest.fixture(params=[Scripted, at_once, awaiting])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Targets of plain handlers, and of coroutines."""
+    made: Make = request.param
+    return made
+
+
+def nothing(operation: str) -> None:
+    """What a handler does by default."""
 
 
 def failing(number: int) -> AbstractContextManager[object]:
     return pytest.raises(OSError, match=rf"\[Errno {number}\]")
 
 
-def test_handlers_get_offsets_from_the_segment_s_start() -> None:
+def test_handlers_get_offsets_from_the_segment_s_start(make: Make) -> None:
     log: list[tuple[Any, ...]] = []
-    with blkloom.Device(table(Zero(), Scripted(log))) as device:
+    with blkloom.Device(table(Zero(), make(log, nothing))) as device:
         assert device.pread(8192, 0) == bytes(4096) + b"r" * 4096
         device.pwrite(b"w" * 512, 4096 + 512)
         device.pwrite(b"f" * 512, 4096, fua=True)
@@ -105,7 +140,7 @@ def test_handlers_get_offsets_from_the_segment_s_start() -> None:
         device.flush()
         assert device.extents(4096, 2048) == [(4096, 512, 3), (4608, 1536, 0)]
     assert log == [
-        ("map", 4096, 4096),
+        *([("load", 4096, 4096)] if make is Scripted else []),
         ("read", 0, 4096),
         ("write", 512, b"w" * 512, False),
         ("write", 0, b"f" * 512, True),
@@ -130,7 +165,7 @@ def test_a_request_over_two_targets_faults_to_each_with_its_part() -> None:
 
 
 def test_a_target_without_handlers_can_neither_be_read_nor_written() -> None:
-    with blkloom.Device(table(Silent([]))) as device:
+    with blkloom.Device(table(Silent())) as device:
         with failing(errno.EIO):
             device.pread(512, 0)
         for write in (
@@ -145,7 +180,7 @@ def test_a_target_without_handlers_can_neither_be_read_nor_written() -> None:
 
 def test_zeros_are_written_and_discards_ignored_unless_the_target_does_better() -> None:
     log: list[tuple[Any, ...]] = []
-    with blkloom.Device(table(WriteOnly(log), sectors=4096)) as device:
+    with blkloom.Device(table(Scripted(log, kind=WriteOnly), sectors=4096)) as device:
         device.discard(0, 512)
         device.write_zeroes(512, (1 << 20) + 512)
         with failing(errno.EOPNOTSUPP):
@@ -166,10 +201,12 @@ def test_zeros_are_written_and_discards_ignored_unless_the_target_does_better() 
         (MemoryError(), errno.ENOMEM),
         (SystemExit(3), errno.EIO),
         (KeyboardInterrupt(), errno.EIO),
+        (asyncio.CancelledError(), errno.EIO),
+        (TimeoutError(), errno.EIO),
     ],
 )
 def test_what_a_handler_raises_becomes_the_request_s_errno_and_the_device_lives_on(
-    error: BaseException, number: int
+    error: BaseException, number: int, make: Make
 ) -> None:
     wrong = threading.Event()
     wrong.set()
@@ -178,7 +215,7 @@ def test_what_a_handler_raises_becomes_the_request_s_errno_and_the_device_lives_
         if wrong.is_set() and operation == "read":
             raise error
 
-    with blkloom.Device(table(Scripted([], act), Zero())) as device:
+    with blkloom.Device(table(make([], act), Zero())) as device:
         with failing(number):
             device.pread(4096, 2048)
         assert device.pread(512, 4096) == bytes(512)
@@ -186,65 +223,80 @@ def test_what_a_handler_raises_becomes_the_request_s_errno_and_the_device_lives_
         assert device.pread(512, 0) == b"r" * 512
 
 
-def test_a_bug_in_a_target_is_logged_with_its_traceback_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_in_a_target_is_logged_with_its_traceback_once(caplog: pytest.LogCaptureFixture, make: Make) -> None:
     def act(operation: str) -> None:
         if operation == "read":
             raise LookupError("the bug")
 
-    with blkloom.Device(table(Scripted([], act)), name="disk") as device:
+    target = make([], act)
+    with blkloom.Device(table(target), name="disk") as device:
         for _ in range(3):
             with failing(errno.EIO):
                 device.pread(512, 512)
     records = [record for record in caplog.records if record.exc_info]
     assert len(records) == 1
-    assert "device 'disk': target scripted failed a read of 512 bytes at 512" in records[0].message
+    assert f"device 'disk': target {target.name} failed a read of 512 bytes at 512" in records[0].message
     assert records[0].levelno == logging.ERROR
     assert "the bug" in caplog.text
 
 
-def test_a_read_of_the_wrong_length_is_eio_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    with blkloom.Device(table(Scripted([], lambda _: b"short"))) as device, failing(errno.EIO):
+def test_a_read_of_the_wrong_length_is_eio_and_said(caplog: pytest.LogCaptureFixture, make: Make) -> None:
+    with blkloom.Device(table(make([], lambda _: b"short"))) as device, failing(errno.EIO):
         device.pread(512, 0)
     assert "returned 5 bytes, not 512" in caplog.text
 
 
-def test_a_target_that_always_says_retry_fails_its_request() -> None:
+def test_a_target_that_always_says_retry_fails_its_request(make: Make) -> None:
     with (
-        blkloom.Device(table(Scripted([], lambda name: RETRY if name == "read" else None))) as device,
+        blkloom.Device(table(make([], lambda name: RETRY if name == "read" else None))) as device,
         failing(errno.EIO),
     ):
         device.pread(512, 0)
 
 
+@with_longer_times(0.2, 2, 20)
 def test_a_handler_that_never_returns_fails_its_requests_after_the_bound_not_the_device(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, seconds: float
 ) -> None:
-    go_on = threading.Event()
-    device = blkloom.Device(
-        table(Scripted([], lambda name: go_on.wait() and None if name == "read" else None), Zero()), fault_timeout=0.2
-    )
+    entered, go_on = threading.Event(), threading.Event()
+
+    def act(operation: str) -> None:
+        if operation == "read":
+            entered.set()
+            go_on.wait()
+
+    device = blkloom.Device(table(Scripted([], act), Zero()), fault_timeout=seconds)
     with failing(errno.ETIMEDOUT):
         device.pread(512, 0)
+    if not entered.is_set():
+        go_on.set()
+        device.close()
+        raise TooSlow("no handler was begun")
     assert device.pread(512, 4096) == bytes(512)
-    with pytest.raises(TimeoutError, match=r"closed with requests not ended after 0\.2 s"):
+    with pytest.raises(TimeoutError, match=rf"closed with requests not ended after {seconds} s"):
         device.close()
     assert "does not return" in caplog.text
     go_on.set()
     assert device._mapper.ended(20), "the thread ends when the handler does"
 
 
-def test_changes_whose_time_was_over_before_their_turn_are_never_made() -> None:
+@with_longer_times(0.2, 2, 20)
+def test_changes_whose_time_was_over_before_their_turn_are_never_made(seconds: float) -> None:
     log: list[tuple[Any, ...]] = []
-    go_on = threading.Event()
+    entered, go_on = threading.Event(), threading.Event()
     first = iter([go_on.wait])
 
     def act(operation: str) -> None:
         if operation == "read":
-            next(first, lambda _: True)(20)
+            entered.set()
+            next(first, lambda _: True)(6 * seconds + 20)
 
-    with blkloom.Device(table(Scripted(log, act)), fault_timeout=0.2) as device:
+    with blkloom.Device(table(Scripted(log, act)), fault_timeout=seconds) as device:
         with failing(errno.ETIMEDOUT):
             device.pread(512, 0)
+        if not entered.is_set():
+            go_on.set()
+            raise TooSlow("no handler was begun")
         for change in (
             lambda: device.discard(0, 512),
             lambda: device.write_zeroes(0, 512),
@@ -253,8 +305,9 @@ def test_changes_whose_time_was_over_before_their_turn_are_never_made() -> None:
             with failing(errno.ETIMEDOUT):
                 change()
         go_on.set()
-        assert device.pread(512, 0) == b"r" * 512, "the device goes on"
-        device.discard(512, 512)
+        with in_time():
+            assert device.pread(512, 0) == b"r" * 512, "the device goes on"
+            device.discard(512, 512)
     changes = [entry for entry in log if entry[0] in ("discard", "write_zeroes", "write")]
     assert changes == [("discard", 512, 512)]
 
@@ -302,24 +355,22 @@ def test_flushes_that_wait_together_share_one_call() -> None:
     assert log.count(("flush",)) == 1
 
 
-@dataclass
-class Preparing(Scripted):
-    """prepare: which of the writes that came together are to be looked up again."""
-
-    prepare: Callable[[int], list[int]] = lambda _: []
-
-    def prepare_writes(self, writes: Sequence[tuple[Bytes, Bytes]]) -> Sequence[int]:
-        self.log.append(("prepare", list(writes)))
-        return self.prepare(len(writes))
-
-
 def _writes_together(prepare: Callable[[int], list[int]]) -> list[tuple[Any, ...]]:
-    """What a target met of a read and, while it was being answered, four writes."""
+    """What a target met of a read and, while it was being answered, four writes. prepare: which of the writes that came
+    together are to be looked up again.
+    """
+
+    class Preparing(LoadedScripted):
+        prepares_writes = True
+
+        def prepare_writes(self, writes: Sequence[tuple[Bytes, Bytes]]) -> Sequence[int]:
+            self.log.append(("prepare", list(writes)))
+            return prepare(len(writes))
 
     def write(number: int) -> Callable[[blkloom.Device], object]:
         return lambda device: device.pwrite(bytes([number]) * 512, number * 512)
 
-    return _behind_a_read(lambda log, act: Preparing(log, act, prepare), [write(number) for number in range(4)])
+    return _behind_a_read(lambda log, act: Scripted(log, act, Preparing), [write(number) for number in range(4)])
 
 
 def test_a_target_prepares_the_writes_that_came_together_with_one_call() -> None:
@@ -341,19 +392,54 @@ def test_what_goes_wrong_while_writes_are_prepared_fails_none_of_them(caplog: py
     assert "a bug" in caplog.text
 
 
-def test_every_load_gets_a_copy_of_its_target() -> None:
-    seen: list[tuple[Any, ...]] = []
+def test_every_load_is_a_loaded_target_of_its_own() -> None:
+    log: list[tuple[Any, ...]] = []
+    loaded: list[LoadedTarget] = []
 
-    @dataclass
-    class Stateful(Scripted):
-        def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
-            assert not hasattr(self, "state")
-            self.state: object = object()
-            return super().map(opening, start, length)
+    class Listed(LoadedScripted):
+        def __init__(self, spec: Scripted, length: Bytes) -> None:
+            super().__init__(spec, length)
+            loaded.append(self)
 
-    twice = table(Stateful(seen))
+    twice = table(Scripted(log, kind=Listed))
     with blkloom.Device(twice) as first, blkloom.Device(twice) as second:
         assert first.pread(1, 0) == second.pread(1, 0) == b"r"
         first.load(twice)
         first.resume()
-    assert seen.count(("close",)) == 3
+    assert len(set(map(id, loaded))) == 3
+    assert all(target.spec is loaded[0].spec for target in loaded)
+    assert log.count(("close",)) == 3
+
+
+@pytest.mark.parametrize(
+    ("handler", "declaration"),
+    [
+        ("flush", "flushes"),
+        ("write", "writes"),
+        ("prefetch", "prefetches"),
+        ("prepare_writes", "prepares_writes"),
+    ],
+)
+def test_a_handler_that_must_be_declared_and_is_not_is_refused_at_once(handler: str, declaration: str) -> None:
+    with pytest.raises(TypeError, match=f"Odd has a handler '{handler}'; say so: {declaration} = True"):
+        type("Odd", (LoadedTarget,), {handler: lambda *_: None})
+    type("Even", (LoadedTarget,), {handler: lambda *_: None, declaration: True})
+
+
+def test_what_a_spec_loads_must_be_a_loaded_target() -> None:
+    class Wrong(Silent):
+        def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+            return []  # type: ignore[return-value]
+
+    class Lacking(TargetSpec):
+        name = "lacking"
+
+    with pytest.raises(TableError, match="target silent loads no LoadedTarget but list"):
+        blkloom.Device(table(Wrong()))
+    with pytest.raises(TableError, match=r"target lacking failed to map: .*Lacking does not define load"):
+        blkloom.Device(table(Lacking()))
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        Scripted([]).log = []  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""I/O errors of a device: what is counted, what the log says, and what is no error."""
+"""I/O errors of a device: the counter, the log, and errors that are not I/O errors."""
 
 from __future__ import annotations
 

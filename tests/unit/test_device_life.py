@@ -1,8 +1,6 @@
-"""The life of a device: load, resume, suspend, close; and that nothing stays open behind it."""
+"""Load, resume, suspend and close of a device; afterwards no file is left open."""
 
 import errno
-import gc
-import os
 import subprocess
 import sys
 import threading
@@ -15,12 +13,13 @@ import pytest
 import blkloom
 from blkloom.device.open_device import is_table_text
 from blkloom.errors import BackingError, TableError, UsageError
-from blkloom.table import Table, parse
-from blkloom.target.registry import all_targets, builtin_targets
+from blkloom.table import Table, parse_table
+from blkloom.targets.registry import all_targets, builtin_targets
+from left_behind import no_descriptor_left, no_thread_left
 
 
 def table(text: str) -> Table:
-    return parse(text, targets=builtin_targets())
+    return parse_table(text, targets=builtin_targets())
 
 
 @pytest.fixture
@@ -33,12 +32,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """No descriptor and no thread more than before."""
-    gc.collect()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    yield
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
-    assert len(os.listdir("/proc/self/task")) <= threads
+    with no_descriptor_left(collect=True), no_thread_left():
+        yield
 
 
 def test_open_takes_a_path_a_table_s_text_or_a_table(path: Path) -> None:
@@ -127,7 +122,7 @@ def test_a_table_that_would_make_a_device_stand_on_itself_is_refused() -> None:
         with blkloom.Device(devices=devices, table=table("0 8 linear blkloom:self 0")) as upper:
             lower = devices["self"]
             lower._devices["upper"] = upper
-            with pytest.raises(TableError, match="would stand on itself: 'upper'"):
+            with pytest.raises(TableError, match="would be stacked on itself: 'upper'"):
                 lower.load(table("0 8 linear blkloom:upper 0"))
             assert lower.inactive_table is None
             assert not lower.suspended
@@ -272,6 +267,6 @@ def test_a_table_loaded_read_only_makes_no_later_one_so(path: Path) -> None:
 
 def test_load_says_what_makes_a_table_of_text() -> None:
     with blkloom.open("0 8 zero") as device:
-        with pytest.raises(TypeError, match=r"takes a Table, not str: blkloom\.table\.parse\(text"):
+        with pytest.raises(TypeError, match=r"takes a Table, not str: blkloom\.parse_table\(text"):
             device.load("0 8 error")  # type: ignore[arg-type]
         assert device.inactive_table is None

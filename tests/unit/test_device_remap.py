@@ -1,11 +1,11 @@
-"""A loaded target changes what it mapped: by `remap`, and between suspend and resume."""
+"""A loaded target changes its mapping: by `remap`, and between suspend and resume."""
 
 from __future__ import annotations
 
 import errno
 import threading
 from contextlib import AbstractContextManager
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pytest
 
@@ -13,36 +13,27 @@ import blkloom
 from blkloom import Device
 from blkloom._engine import Extent
 from blkloom.errors import FaultError, TableError, UsageError
-from blkloom.table import Segment, Table, parse
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Mapped, Target
-from blkloom.target.limits import BlockLimits
-from blkloom.target.opening import Opening
-from blkloom.target.registry import builtin_targets
+from blkloom.table import Segment, Table, parse_table
+from blkloom.targets.limits import BlockLimits
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget, Mapped
+from blkloom.targets.registry import builtin_targets
+from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes, Sectors
 
 SIZE = 64 * 512
 
 
-class Turning(Target):
+class LoadedTurning(LoadedTarget):
     """Zeros at first; a test has it turn into memory, refuse, or grow."""
 
-    name: ClassVar[str] = "turning"
-    loaded: ClassVar[list[Turning]] = []
-
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        arguments.finish()
-        return cls()
-
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
-        self.loaded.append(self)
-        self.live = opening.segment()
-        self.memory = opening.region(Bytes(4 * SIZE))
+    def __init__(self, spec: Turning, context: LoadContext, length: Bytes) -> None:
+        super().__init__(spec, [(Bytes(0), length, Extent.zero())])
+        self.live = context.segment()
+        self.memory = context.region(Bytes(4 * SIZE))
         self.calls: list[str] = []
         self.next: Mapped | None = None
         self.no = ""
-        return [(Bytes(0), length, Extent.zero())]
 
     def in_memory(self, length: int = SIZE) -> Mapped:
         return [(Bytes(0), Bytes(length), Extent.memory(self.memory, 0))]
@@ -62,7 +53,18 @@ class Turning(Target):
         return self.next
 
 
-def made(*, segments: int = 1) -> tuple[Device, list[Turning]]:
+class Turning(TargetSpec):
+    kind: type[LoadedTurning] = LoadedTurning
+
+    name: ClassVar[str] = "turning"
+    loaded: ClassVar[list[LoadedTurning]] = []
+
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        self.loaded.append(self.kind(self, context, length))
+        return self.loaded[-1]
+
+
+def made(*, segments: int = 1) -> tuple[Device, list[LoadedTurning]]:
     Turning.loaded.clear()
     length = SIZE // 512
     table = Table(tuple(Segment(Sectors(i * length), Sectors(length), Turning()) for i in range(segments)))
@@ -130,7 +132,9 @@ def test_a_remap_that_leaves_a_gap_is_refused() -> None:
 def test_a_fault_handler_cannot_remap() -> None:
     caught: list[BaseException] = []
 
-    class Reckless(Turning):
+    class Reckless(LoadedTurning):
+        writes = True
+
         def write(self, offset: Bytes, data: bytes, *, fua: bool) -> None:
             try:
                 self.live.remap(self.in_memory())
@@ -138,7 +142,7 @@ def test_a_fault_handler_cannot_remap() -> None:
                 caught.append(error)
             raise FaultError(errno.EPERM, "as expected")
 
-    table = Table((Segment(Sectors(0), Sectors(64), Reckless()),))
+    table = Table((Segment(Sectors(0), Sectors(64), Turning(Reckless)),))
     with blkloom.open(table) as device, pytest.raises(PermissionError):
         device.pwrite(b"x" * 512, 0)
     assert len(caught) == 1
@@ -146,7 +150,7 @@ def test_a_fault_handler_cannot_remap() -> None:
 
 def test_after_the_table_has_gone_remap_does_nothing() -> None:
     device, [target] = made()
-    device.load(parse("0 64 zero", targets=builtin_targets()))
+    device.load(parse_table("0 64 zero", targets=builtin_targets()))
     device.resume()
     assert not target.live.remap(target.in_memory())
     device.close()
@@ -223,7 +227,7 @@ def test_limits_of_a_device_are_those_of_all_that_it_is_made_of() -> None:
         assert plain.limits == BlockLimits(512, 4096)
 
 
-def test_an_event_of_a_target_reaches_whoever_made_the_device() -> None:
+def test_an_event_of_a_target_reaches_the_callback_of_the_device() -> None:
     Turning.loaded.clear()
     heard: list[str] = []
     with Device(Table((Segment(Sectors(0), Sectors(64), Turning()),)), on_event=heard.append):

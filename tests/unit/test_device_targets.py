@@ -1,18 +1,26 @@
-"""The built-in targets through a device: where their bytes are, and what they refuse."""
+"""The built-in targets through a device: the location of their bytes, and refused arguments."""
 
 import errno
+import gc
 import logging
 import os
 import re
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 import blkloom
+from blkloom._engine import Extent
 from blkloom.errors import BackingError, BusyError, TableError
-from blkloom.target.holding import HeldFiles
-from blkloom.target.opening import Opening
+from blkloom.targets.holding import SharedFiles
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget, Mapped
+from blkloom.targets.spec import TargetSpec
+from blkloom.units import Bytes
+from left_behind import open_descriptors
 
 SECTOR = 512
 
@@ -288,21 +296,21 @@ def test_direct_io_that_the_file_system_refuses_is_buffered_with_a_warning(
 ) -> None:
     path = "/proc/version"  # a regular file of a file system without O_DIRECT
     with caplog.at_level(logging.WARNING):
-        opening = Opening(HeldFiles(), read_only=True, direct_io=True, shared=True)
-        assert not opening.file(path).direct
-        opening.close()
+        context = LoadContext(SharedFiles(), read_only=True, direct_io=True, shared=True)
+        assert not context.file(path).direct
+        context.close()
     assert "does not do direct I/O (O_DIRECT: EINVAL); using buffered I/O" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "character device", "null byte", "dangling"])
 def test_what_is_no_file_is_refused_with_its_name(tmp_path: Path, kind: str) -> None:
     path, number, message = {
-        "missing": (str(tmp_path / "no"), errno.ENOENT, "could not open backing file: No such file"),
+        "missing": (str(tmp_path / "no"), errno.ENOENT, "could not be opened: No such file"),
         "directory": (str(tmp_path), errno.EISDIR, "must be a regular file or a block device"),
         "fifo": (str(tmp_path / "fifo"), errno.EINVAL, "must be a regular file or a block device"),
         "character device": ("/dev/null", errno.EINVAL, "must be a regular file or a block device"),
         "null byte": ("a\0b", errno.EINVAL, "not a path"),
-        "dangling": (str(tmp_path / "link"), errno.ENOENT, "could not open backing file"),
+        "dangling": (str(tmp_path / "link"), errno.ENOENT, "could not be opened"),
     }[kind]
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("nowhere")
@@ -327,56 +335,105 @@ def test_a_file_in_use_is_refused_to_a_second_device_and_free_after_close(tmp_pa
 
 def test_ten_thousand_segments_share_one_open_file(tmp_path: Path) -> None:
     path = file(tmp_path / "f", 10_000 * SECTOR)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     table = "".join(f"{i} 1 linear {path} {9_999 - i}\n" for i in range(10_000))
     with blkloom.open(table) as device:
         assert device.size == 10_000 * SECTOR
         assert sectors(device) == [i % 256 for i in reversed(range(10_000))]
-        assert len(os.listdir("/proc/self/fd")) < before + 20
+        assert len(open_descriptors() - before) < 20
 
 
 def test_what_is_asked_for_anew_is_what_the_path_leads_to_and_the_rest_is_given_up(tmp_path: Path) -> None:
     stays, goes, leaves = (file(tmp_path / name) for name in ("stays", "goes", "leaves"))
-    held = HeldFiles()
-    opening = Opening(held)
-    before = [opening.file(str(path)) for path in (stays, goes, leaves)]
-    opening.lend(opening.owner)
+    held = SharedFiles()
+    context = LoadContext(held)
+    before = [context.file(str(path)) for path in (stays, goes, leaves)]
+    context.files.lend(context.owner)
     file(tmp_path / "new").rename(goes)
-    with blkloom.open(str(stays)), pytest.raises(BusyError), opening.anew(opening.owner):
-        opening.file(str(stays))
-    with opening.anew(opening.owner):
-        assert opening.file(str(stays)) is before[0]
-        after = opening.file(str(goes))
+    with blkloom.open(str(stays)), pytest.raises(BusyError), context.reacquired(context.owner):
+        context.file(str(stays))
+    with context.reacquired(context.owner):
+        assert context.file(str(stays)) is before[0]
+        after = context.file(str(goes))
     assert os.fstat(after.fileno()).st_ino == goes.stat().st_ino
-    assert opening.deps == [str(stays), str(goes)]
+    assert context.deps == [str(stays), str(goes)]
     with blkloom.open(str(leaves)):
         pass
     for path in (stays, goes):
         with pytest.raises(BusyError):
             blkloom.open(str(path))
-    opening.close()
+    context.close()
     assert len(held) == 0
 
 
 def test_files_lent_while_suspended_can_be_had_by_others_and_are_claimed_again(tmp_path: Path) -> None:
     path = str(file(tmp_path / "f"))
-    held = HeldFiles()
-    opening = Opening(held)
-    opening.file(path)
-    opening.file(path, direct_io=True)
+    held = SharedFiles()
+    context = LoadContext(held)
+    context.file(path)
+    context.file(path, direct_io=True)
     with pytest.raises(BusyError):
         blkloom.open(path)
-    opening.lend(opening.owner)
-    with blkloom.open(path), pytest.raises(BusyError), opening.anew(opening.owner):
-        opening.file(path)
+    context.files.lend(context.owner)
+    with blkloom.open(path), pytest.raises(BusyError), context.reacquired(context.owner):
+        context.file(path)
     with blkloom.open(path):
         pass  # a refused claim leaves nothing behind
     for _ in range(2):
-        with opening.anew(opening.owner):
-            opening.file(path)
-            opening.file(path, direct_io=True)
+        with context.reacquired(context.owner):
+            context.file(path)
+            context.file(path, direct_io=True)
     with pytest.raises(BusyError):
         blkloom.open(path)
-    opening.close()
+    context.close()
     with blkloom.open(path):
         pass
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Objects that refer to themselves stay, with the descriptors that they have."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@pytest.mark.parametrize(
+    "line", ["zero", "ram", "linear {} 0", "loop {}", "loop {} 0 1 round_up", "striped 2 4 {0} 0 {0} 8"]
+)
+def test_a_closed_device_is_freed_at_once(tmp_path: Path, line: str) -> None:
+    path = file(tmp_path / "a.img", 64 * SECTOR)
+    with uncollected():
+        device = blkloom.open(f"0 16 {line.format(path)}")
+        device.pread(512, 0)
+        device.close()
+        freed = weakref.ref(device)
+        del device
+        assert freed() is None
+
+
+def test_the_files_of_a_target_that_refers_to_itself_are_closed_with_its_device(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.img", 8 * SECTOR)
+
+    class LoadedLooped(LoadedTarget):
+        def __init__(self, spec: TargetSpec, map: Mapped) -> None:
+            super().__init__(spec, map)
+            self.itself = self
+
+    class Looped(TargetSpec):
+        name = "looped"
+
+        def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+            return LoadedLooped(self, [(Bytes(0), length, Extent.data(context.file(str(path)), 0))])
+
+    def is_open() -> bool:
+        return str(path) in map(os.path.realpath, Path("/proc/self/fd").iterdir())
+
+    with uncollected():
+        with blkloom.open("0 8 looped", targets=[Looped]):
+            assert is_open()
+        assert not is_open()

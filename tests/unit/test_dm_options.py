@@ -1,4 +1,4 @@
-"""Command lines, read as getopt_long reads dmsetup's."""
+"""Command lines, parsed as getopt_long parses dmsetup's."""
 
 from __future__ import annotations
 

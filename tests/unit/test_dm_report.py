@@ -1,4 +1,4 @@
-"""`info -c`: fields, order, layout and selection, in libdevmapper's form."""
+"""`info -c`: fields, order, layout and selection, as in libdevmapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ls --tree`, as dmsetup draws it."""
+"""`ls --tree`, as in dmsetup."""
 
 from __future__ import annotations
 

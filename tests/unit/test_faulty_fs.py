@@ -1,4 +1,4 @@
-"""The file system that fails on command does what tests with it rely on, and so does this machine's kernel."""
+"""The file system that fails on command, and this machine's kernel, behave as the tests with it assume."""
 
 from __future__ import annotations
 

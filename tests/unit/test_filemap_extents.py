@@ -1,4 +1,6 @@
-"""What a file's extents must be like for its blocks to be mapped, and who has it mapped into memory."""
+"""Conditions for the extents of a file whose blocks are mapped, and processes that have the file in a memory
+mapping.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pytest
 
 from blkloom.filemap import fiemap
 from blkloom.filemap.fiemap import Extents
-from blkloom.filemap.ground import check_alignment, check_extents, check_place
+from blkloom.filemap.mappability import check_alignment, check_extents, check_place
 from blkloom.filemap.mappings import mapped_to_write
-from blkloom.filemap.unsound import Unsound
+from blkloom.filemap.not_mappable import NotMappable
 
 
 def extents(*runs: tuple[int, int, int, int]) -> Extents:
@@ -34,7 +36,7 @@ def extents(*runs: tuple[int, int, int, int]) -> Extents:
         (fiemap.ENCODED, "compressed or encrypted"),
         (fiemap.ENCRYPTED | fiemap.ENCODED, "is encrypted"),
         (fiemap.NOT_ALIGNED, "begin and end with a block"),
-        (fiemap.INLINE | fiemap.NOT_ALIGNED, "among the file system's metadata"),
+        (fiemap.INLINE | fiemap.NOT_ALIGNED, "in the file system's metadata"),
         (fiemap.TAIL | fiemap.NOT_ALIGNED, "shares a block with other files"),
         (fiemap.UNWRITTEN, "allocated but not written"),
         (fiemap.SHARED, "reflink"),
@@ -44,7 +46,7 @@ def extents(*runs: tuple[int, int, int, int]) -> Extents:
 @pytest.mark.parametrize("holes", [False, True])
 def test_an_extent_of_that_kind_is_refused_and_named(flag: int, reason: str, holes: bool) -> None:
     found = extents((0, 8192, 4096, 0), (4096, 65536, 4096, flag), (8192, 16384, 4096, 0))
-    with pytest.raises(Unsound, match=f"byte 4096 .*{reason}"):
+    with pytest.raises(NotMappable, match=f"byte 4096 .*{reason}"):
         check_extents(found, 0, 12288, holes=holes)
 
 
@@ -58,30 +60,30 @@ def test_an_extent_of_that_kind_is_refused_and_named(flag: int, reason: str, hol
 )
 def test_a_hole_is_refused_only_where_it_could_be_written(runs: list[tuple[int, int, int, int]], hole: int) -> None:
     check_extents(extents(*runs), 0, 12288, holes=True)
-    with pytest.raises(Unsound, match=f"File is sparse: there is a hole at byte {hole}"):
+    with pytest.raises(NotMappable, match=f"File is sparse: there is a hole at byte {hole}"):
         check_extents(extents(*runs), 0, 12288, holes=False)
 
 
 def test_a_file_that_is_all_hole() -> None:
     nothing = extents((0, 0, 4096, 0)).within(8192, 12288)
     check_extents(nothing, 8192, 12288, holes=True)
-    with pytest.raises(Unsound, match="File is sparse"):
+    with pytest.raises(NotMappable, match="File is sparse"):
         check_extents(nothing, 8192, 12288, holes=False)
 
 
 @pytest.mark.parametrize("run", [(0, 4096, 8193, 0), (0, 12289, 1, 0), (0, (1 << 64) - 4096, 4096, 0)])
 def test_an_extent_past_the_end_of_the_disk_is_refused(run: tuple[int, int, int, int]) -> None:
     check_place(extents((0, 4096, 8192, 0)), 12288)
-    with pytest.raises(Unsound, match="reach past the 12288 bytes"):
+    with pytest.raises(NotMappable, match="reach past the 12288 bytes"):
         check_place(extents(run), 12288)
 
 
 def test_what_direct_io_cannot_reach_is_refused() -> None:
     check_alignment(extents((0, 512, 4096, 0)), 0, 4096, 512)
-    with pytest.raises(Unsound, match="do not begin with a block of 4096 bytes"):
+    with pytest.raises(NotMappable, match="do not begin with a block of 4096 bytes"):
         check_alignment(extents((0, 512, 4096, 0)), 0, 4096, 4096)
     for start, end, what in ((512, 4096, "Unaligned offset 512"), (0, 1024, "Unaligned end 1024")):
-        with pytest.raises(Unsound, match=what):
+        with pytest.raises(NotMappable, match=what):
             check_alignment(extents((0, 4096, 4096, 0)), start, end, 4096)
 
 

@@ -1,4 +1,4 @@
-"""Leases: who holds a file's blocks hears of everybody who asks for it, and is stopped before he gets it."""
+"""Leases: the holder of a lease is notified of every open, and stops before the other process gets the file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from blkloom.filemap.lease import GivenUp, Leases
-from blkloom.filemap.unsound import Unsound
+from blkloom.filemap.not_mappable import NotMappable
 
 pytestmark = pytest.mark.timeout(60)
-WHY = "somebody else opened or truncated the file"
+WHY = "another process opened or truncated the file"
 
 
 class Holder:
@@ -53,20 +53,20 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
     made = Holder(tmp_path / "file")
     try:
         made.leases.take(made.fd, "file", made.stopped, lambda why: False, keep_writers_out=False)(False)
-    except Unsound as error:
+    except NotMappable as error:
         pytest.skip(str(error))
-    join_keepers()
+    join_handlers()
     yield made
     made.close()
 
 
-def keepers() -> list[threading.Thread]:
+def handlers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "blkloom-leases"]
 
 
-def join_keepers() -> None:
+def join_handlers() -> None:
     """They end when there is nothing left to keep."""
-    for thread in keepers():
+    for thread in handlers():
         thread.join(5)
         assert not thread.is_alive()
 
@@ -81,7 +81,7 @@ def test_all_users_change_over_in_one_stop_before_the_other_gets_the_file(holder
 
 
 @pytest.mark.parametrize("way", ["read", "write", "truncate"])
-def test_whoever_asks_for_the_file_gets_it(holder: Holder, way: str) -> None:
+def test_another_process_gets_the_file(holder: Holder, way: str) -> None:
     user = holder.user("a")
     holder.leases.take(holder.fd, "file", holder.stopped, user, keep_writers_out=False)
     assert holder.leases.renew(holder.fd, user)
@@ -98,8 +98,8 @@ def test_whoever_asks_for_the_file_gets_it(holder: Holder, way: str) -> None:
     leave(False)
 
 
-def test_nobody_joins_while_the_file_is_asked_for(holder: Holder) -> None:
-    """A user that came too late to be told would go on with blocks that are somebody else's."""
+def test_no_user_joins_while_the_lease_is_broken(holder: Holder) -> None:
+    """A user that came too late to be told would go on with blocks that now belong to another file."""
     asked, joined = threading.Event(), threading.Event()
 
     @contextmanager
@@ -114,7 +114,7 @@ def test_nobody_joins_while_the_file_is_asked_for(holder: Holder) -> None:
     opener.start()
     try:
         assert asked.wait(30)
-        with pytest.raises(Unsound, match="somebody else asks for it"):
+        with pytest.raises(NotMappable, match="another process is opening it"):
             holder.leases.take(holder.fd, "file", stopped, lambda why: False, keep_writers_out=False)
         assert not holder.leases.renew(holder.fd, user)
     finally:
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_let_go_stays_held(holder: Holder, caplog: pytest.
     holder.leases.make_way(str(holder.path), here=True)
     assert len(tries) == 2
     os.close(os.open(holder.path, os.O_RDONLY | os.O_NONBLOCK))
-    join_keepers()
+    join_handlers()
     assert "cannot stop" in caplog.text
 
 
@@ -158,13 +158,13 @@ def test_the_files_time_tells_whether_it_was_written_to(holder: Holder, wrote: b
 
 
 def test_a_file_that_is_open_elsewhere_is_not_held(holder: Holder) -> None:
-    with holder.path.open("rb"), pytest.raises(Unsound, match="it is open elsewhere"):
+    with holder.path.open("rb"), pytest.raises(NotMappable, match="it is open elsewhere"):
         holder.leases.take(holder.fd, "file", holder.stopped, lambda why: False, keep_writers_out=False)
-    join_keepers()
+    join_handlers()
     holder.leases.take(holder.fd, "file", holder.stopped, lambda why: False, keep_writers_out=False)(False)
 
 
-def test_the_one_who_makes_way_need_not_wait_for_the_keeper(holder: Holder) -> None:
+def test_the_one_who_makes_way_need_not_wait_for_the_break_handler(holder: Holder) -> None:
     threads: list[threading.Thread] = []
 
     def given_up(why: str) -> bool:
@@ -194,9 +194,9 @@ def test_the_programs_own_signals_are_left_alone(holder: Holder) -> None:
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_the_keeper_ends_with_the_last_lease(holder: Holder) -> None:
+def test_the_break_handler_ends_with_the_last_lease(holder: Holder) -> None:
     leave = holder.leases.take(holder.fd, "file", holder.stopped, lambda why: False, keep_writers_out=False)
-    (keeper,) = keepers()
+    (handler,) = handlers()
     leave(False)
-    keeper.join(30)
-    assert not keeper.is_alive()
+    handler.join(30)
+    assert not handler.is_alive()

@@ -1,6 +1,6 @@
-"""Forked children of a process with open devices: nothing of it hangs there, and the parent's devices are not harmed.
+"""Forked children of a process with open devices do not hang, and do not change the devices of the parent.
 
-Each program runs in a process of its own, with a bound, because a child that hangs must fail the test and nothing else.
+Each program runs in a separate process with a timeout, because a child that hangs must only fail its test.
 """
 
 from __future__ import annotations

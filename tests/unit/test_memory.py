@@ -1,4 +1,4 @@
-"""How much memory a process may use, on machines with control groups of both kinds and without."""
+"""The amount of memory that a process may use, with both versions of control groups and without."""
 
 from __future__ import annotations
 

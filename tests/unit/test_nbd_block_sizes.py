@@ -1,10 +1,10 @@
-"""Which block sizes an export tells: what its device wants, within what the protocol allows."""
+"""The block sizes that an export announces: those of its device, within the limits of the protocol."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pytest
 
@@ -15,36 +15,36 @@ from blkloom.export.nbd.events import Answered, Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.offer import BlockSizes, Catalogue
 from blkloom.export.nbd.session import NbdExport
-from blkloom.table import parse
-from blkloom.table.arguments import Arguments
-from blkloom.target.base import Mapped, Target
-from blkloom.target.limits import BlockLimits
-from blkloom.target.opening import Opening
-from blkloom.target.registry import builtin_targets
+from blkloom.table import parse_table
+from blkloom.table.syntax import Syntax, integer
+from blkloom.targets.limits import BlockLimits
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget
+from blkloom.targets.registry import builtin_targets
+from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes
 
 MAXIMUM = 32 << 20
 
 
-class Choosy(Target):
+class Choosy(TargetSpec):
     """Zeros with limits: `choosy <logical> <optimal>`."""
 
+    logical: int
+    optimal: int
+
     name: ClassVar[str] = "choosy"
+    arguments: ClassVar[Syntax] = (integer("logical"), integer("optimal"))
 
-    def __init__(self, logical: int, optimal: int) -> None:
-        self._limits = BlockLimits(logical, optimal)
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedChoosy(self, [(Bytes(0), length, _engine.Extent.zero(discard_writes=True))])
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        logical, optimal = arguments.integer("logical"), arguments.integer("optimal")
-        arguments.finish()
-        return cls(logical, optimal)
 
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> Mapped:
-        return [(Bytes(0), length, _engine.Extent.zero(discard_writes=True))]
+class LoadedChoosy(LoadedTarget):
+    spec: Choosy
 
     def limits(self) -> BlockLimits:
-        return self._limits
+        return BlockLimits(self.spec.logical, self.spec.optimal)
 
 
 def a_device(table: str) -> Device:
@@ -120,7 +120,7 @@ def test_a_device_wants_what_the_devices_below_want(device: Device) -> None:
 
 
 def reload(device: Device, text: str) -> None:
-    device.load(parse(text, targets=builtin_targets().extended([Choosy])))
+    device.load(parse_table(text, targets=builtin_targets().extended([Choosy])))
     device.resume()
 
 
@@ -152,7 +152,7 @@ def test_each_client_hears_of_the_table_of_its_time(device: Device) -> None:
 
 def test_an_inactive_table_has_no_say(device: Device) -> None:
     export = NbdExport("disk", _engine.Export(device))
-    device.load(parse("0 64 zero", targets=builtin_targets()))
+    device.load(parse_table("0 64 zero", targets=builtin_targets()))
     assert told(4096, 65536) in go(export, Info.BLOCK_SIZE).data
 
 

@@ -1,4 +1,4 @@
-"""What a server says of metadata contexts in the handshake.
+"""Replies to metadata context options in the NBD handshake.
 
 The table in test_nbd_handshake_musts.py maps each MUST of the specification to the tests here, too.
 """

@@ -1,7 +1,7 @@
-"""Every MUST of proto.md (and, marked ext, of its extension-ext-header branch) that binds a server's handshake.
+"""Every MUST of proto.md (and, marked ext, of its extension-ext-header branch) for a server in the handshake.
 
-MUSTS maps the quoted sentence to the tests in test_nbd_handshake_{server,contexts}.py that pin it; ELSEWHERE names
-those quoted beside them that bind the transmission phase, TLS or the client, and why they are not there.
+MUSTS maps the quoted sentence to tests in test_nbd_handshake_{server,contexts}.py. ELSEWHERE has nearby sentences about
+the transmission phase, TLS or the client, with the reason why they are not in MUSTS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a server says in the handshake, option by option.
+"""The server's replies in the NBD handshake, option by option.
 
 The table in test_nbd_handshake_musts.py maps each MUST of the specification to the tests here.
 """
@@ -253,6 +253,16 @@ def test_empty_name_is_the_default_export_everywhere() -> None:
     assert client(NO_ZEROES, DISK, Offer("", 1)).go("").offer.size == 1
     asking = Client(Handshake(Catalogue.of())).greet()
     assert asking.answer(Option.GO, export_request("")) == Reply.ERR_UNKNOWN
+
+
+@pytest.mark.parametrize("exports", [1, 2000])
+def test_options_are_bounded_and_a_client_may_ask_about_every_export(exports: int) -> None:
+    offers = [Offer(f"disk{number}", 4096) for number in range(exports)]
+    client = Client(Handshake(Catalogue.of(*offers))).greet()
+    for _ in range(4096 + 8 * exports):
+        assert client.answer(99) == Reply.ERR_UNSUP
+    with pytest.raises(ProtocolError, match=f"more than {4096 + 8 * exports} options"):
+        client.option(99)
 
 
 # LIST, INFO, GO

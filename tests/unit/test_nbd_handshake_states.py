@@ -1,4 +1,4 @@
-"""The table of transitions: complete, documented, and the only way a handshake moves."""
+"""The table of state transitions: it is complete and documented, and the handshake follows it."""
 
 from __future__ import annotations
 

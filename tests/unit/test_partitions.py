@@ -1,5 +1,5 @@
-"""Partition tables that sfdisk, sgdisk and parted make, read as the tools read them; and those that nobody
-should make. How the kernel reads them all is compared in tests/kernel.
+"""Partition tables of sfdisk, sgdisk and parted, parsed as these tools parse them; and invalid ones. tests/kernel
+compares with the kernel.
 """
 
 from __future__ import annotations
@@ -7,11 +7,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from blkloom.partitions import Partition, PartitionTable, find_partitions
+from blkloom.partitions import Partition, PartitionTable, block_size_of, find_partitions
 from blkloom.units import Sectors
 from partition_images import (
     BY_TOOLS,
@@ -134,7 +135,7 @@ def test_rubbish_in_the_third_and_fourth_entry_of_a_logical_record_is_passed_ove
 def test_the_mbr_of_a_gpt_disk_without_gpt_has_no_partitions() -> None:
     table = disk_with({0: mbr((0, 0xEE, 1, 4095), (0, 0x83, 100, 10))})
     assert table.partitions == []
-    assert table.warnings == ["the MBR is a GPT disk's, and there is no GPT"]
+    assert table.warnings == ["the MBR is that of a GPT disk, and there is no GPT"]
 
 
 # GPT
@@ -147,6 +148,27 @@ def test_a_gpt_is_read_at_every_block_and_entry_size(block: int, entry_size: int
     times = block // 512
     assert by_number(table) == {1: (100 * times, 100 * times), 2: (300 * times, times)}
     assert (table.kind, table.warnings) == ("gpt", [])
+
+
+@pytest.mark.parametrize(("made", "opened"), [(4096, 512), (512, 4096), (2048, 1024)])
+def test_a_gpt_for_another_block_size_is_named_with_its_block_size(made: int, opened: int) -> None:
+    disk = disk_of(gpt((100, 199), block=made, count=16), opened)
+    what = f"there is a GPT for blocks of {made} bytes, and the device has blocks of {opened}; use -b {made}"
+    assert find_partitions(disk) == PartitionTable(warnings=[what])
+    assert block_size_of(disk.size, disk.read) == made
+    assert block_size_of(4096, disk_of(bytes(4096)).read) is None
+
+
+def test_a_protective_mbr_that_does_not_begin_at_block_one_is_mended_as_the_warning_says(
+    program: Program, image: Path
+) -> None:
+    data = gpt((100, 199), blocks=32768, count=128)
+    data[454:458] = bytes(4)
+    image.write_bytes(data)
+    (warning,) = found_in(image).warnings
+    assert "the MBR's entry for it does not begin at block 1; `fdisk` and its command w mend it" in warning
+    subprocess.run([program("fdisk", "fdisk"), image], input="w\n", text=True, check=True, capture_output=True)
+    assert by_number(found_in(image)) == {1: (100, 100)}
 
 
 BAD_HEADERS = {
@@ -229,3 +251,22 @@ def test_the_largest_array_that_is_read_has_a_mebibyte() -> None:
 def test_a_disk_has_blocks_of_512_to_4096_bytes(block: int) -> None:
     with pytest.raises(ValueError, match="logical block size"):
         disk_of(bytes(4096), block)
+
+
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_types_names_and_uuids_are_those_of_partx(label: str, program: Program, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    second = 'type=swap, name="a \u00fc b"' if label == "gpt" else "size=16384, type=extended"
+    table = f"label: {label}\nstart=2048, size=2048\nstart=8192, {second}\n"
+    run(
+        program("sfdisk", "fdisk"), "--quiet", image, said=table + ("start=10240, size=64, type=7\n" * (label == "dos"))
+    )
+    columns = ["--noheadings", "--raw", "--output", "NR,START,TYPE,UUID,NAME"]
+    shown = run(program("partx", "util-linux"), *columns, image)
+    names = shown.encode().decode("unicode_escape").encode("latin-1").decode()  # partx escapes bytes of names
+    found = found_in(image).partitions
+    assert [f"{p.number} {p.start} {p.type} {p.uuid} {p.name}".strip() for p in found] == [
+        *map(str.strip, names.splitlines())
+    ]

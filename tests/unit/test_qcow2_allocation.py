@@ -1,4 +1,4 @@
-"""Allocation: lowest free clusters, zeros for certain, never metadata, and nothing reused too early."""
+"""Allocation: lowest free clusters first, contents are zeros, never metadata, and no reuse before a flush."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import errno
 import numpy as np
 import pytest
 
-from blkloom.qcow2.allocation import Allocator, Run, runs_of
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.refcounts import Refcounts
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.state.refcounts import Refcounts
+from blkloom.image.qcow2.write.allocation import Allocator, Run, runs_of
+from blkloom.image.types import HostOffset
 from qcow2_python_engine import Disk
 
 BITS = 9

@@ -1,5 +1,5 @@
-"""Tables looked at while an image is written to: nothing waits for it, nothing inside the file is handed out before it
-ends, and whatever happens meanwhile, counts are exact afterwards.
+"""Background check of tables while an image is written to: no request waits for it, free clusters inside the file are
+not used before its end, and refcounts are exact afterwards.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from blkloom.qcow2 import background_check, recount
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.header import Incompatible, encode_fields, parse
-from blkloom.qcow2.writer import Options
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.format.header import Incompatible, encode_fields, parse
+from blkloom.image.qcow2.write import background_check, recount
+from blkloom.image.qcow2.write.writer import Options
 from qcow2.slow_image import SlowImage
 from qcow2_python_engine import Disk, Guest, check, create
 
@@ -159,7 +159,7 @@ def test_a_clean_image_is_looked_through_before_its_free_clusters_are_used(
     image, before = _image(tmp_path, snapshot=snapshot)
     content = bytearray(before)
     guest = Guest(bytes(image), options=Options(preallocate=4 * KIB))
-    assert not guest.writer.checking, "nothing is done for an image that nobody writes to"
+    assert not guest.writer.checking, "nothing is done for an image without writes"
     _at_work(guest, content, seed)
     assert not guest.writer.allocator.doubtful
     assert guest.read(0, SIZE) == content
@@ -253,7 +253,7 @@ def test_a_table_that_names_what_was_handed_out_meanwhile_is_found(tmp_path: Pat
     assert guest.disk.size() > end
     with pytest.raises(OSError, match="past the end the file had"):
         guest.write(128 * KIB, b"y" * CLUSTER)
-    assert guest.read(8 * KIB, 4 * CLUSTER) == b"x" * (4 * CLUSTER), "nobody has written over it"
+    assert guest.read(8 * KIB, 4 * CLUSTER) == b"x" * (4 * CLUSTER), "it was not overwritten"
 
 
 def test_a_cluster_in_use_that_nothing_counts_is_found_wherever_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Tables looked at in the background, a step here and there between a guest's requests, in session after session: no
-crash corrupts the image, each clean end leaves exact counts, and nothing is said to have been wrong that was right.
+"""Background checks in single steps between requests, over many sessions: no crash corrupts the image, each clean close
+leaves exact refcounts, and no correct refcount is reported as wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from blkloom.qcow2 import background_check, recount
-from blkloom.qcow2.header import Incompatible
-from blkloom.qcow2.writer import Options
+from blkloom.image.qcow2.format.header import Incompatible
+from blkloom.image.qcow2.write import background_check, recount
+from blkloom.image.qcow2.write.writer import Options
 from qcow2.recording import Event, Recorder
 from qcow2.slow_image import SlowImage
 from qcow2_python_engine import Disk, Guest, check, create

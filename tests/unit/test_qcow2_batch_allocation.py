@@ -1,4 +1,4 @@
-"""Writes that are prepared together: they share clusters, runs and copies, and one that fails fails alone."""
+"""Writes that are prepared together share clusters, runs and copies; a failed one does not affect the others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.refcounts import Refcounts
-from blkloom.qcow2.tables import COPIED, OFFSET_MASK
-from blkloom.qcow2.writer import Options
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.format.tables import COPIED, OFFSET_MASK
+from blkloom.image.qcow2.state.refcounts import Refcounts
+from blkloom.image.qcow2.write.writer import Options
 from qcow2_python_engine import Guest, allocated, check, create
 
 KIB = 1 << 10
@@ -63,7 +63,7 @@ def test_writes_to_one_window_share_it(tmp_path: Path) -> None:
     assert (guest.together, allocated(guest), guest.faults) == (5, 64, 0)
     image = guest.close()
     assert not check(image, tmp_path)
-    assert allocated(Guest(image)) == 4, "what nobody wrote is taken out again"
+    assert allocated(Guest(image)) == 4, "clusters that were not written are freed"
 
 
 def test_a_window_is_given_as_far_as_it_is_free(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dirty bitmaps: read as they are, kept right while the image is written, and honest about it after a crash."""
+"""Dirty bitmaps: reading, updates while the image is written, and the flag in_use after a crash."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blkloom.qcow2.bitmaps import AUTO, IN_USE, Bitmap, Bitmaps, read_directory
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.header import ExtensionKind, parse
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.format.header import ExtensionKind, parse
+from blkloom.image.qcow2.state.bitmaps import AUTO, IN_USE, Bitmap, Bitmaps, read_directory
+from blkloom.image.types import HostOffset
 from qcow2_python_engine import Disk, Guest, check, create
 
 KIB = 1 << 10
@@ -104,7 +104,7 @@ def test_a_bitmap_that_records_nothing_is_left_alone(tmp_path: Path) -> None:
 def test_a_bitmap_too_large_to_be_kept_says_in_use_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blkloom.qcow2.bitmaps._MEMORY_LIMIT", 4)
+    monkeypatch.setattr("blkloom.image.qcow2.state.bitmaps._MEMORY_LIMIT", 4)
     guest = Guest(_with_bitmap(tmp_path).read_bytes())
     assert _listed(guest.crash())[1].flags == AUTO | IN_USE
     guest.write(0, b"x")

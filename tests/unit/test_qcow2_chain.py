@@ -1,4 +1,4 @@
-"""Backing chains: opened from the names in images, flattened whatever the layers' cluster sizes and lengths."""
+"""Backing chains: opened from the names in images, and flattened for any cluster sizes and lengths of the layers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 
 import blkloom
 from blkloom.errors import BackingError
-from blkloom.gate import Gate
-from blkloom.qcow2 import places
-from blkloom.qcow2.chain import Chain, open_chain
-from blkloom.qcow2.errors import CorruptImage, UnsupportedImage
-from blkloom.target.holding import HeldFiles
-from blkloom.target.opening import Opening
+from blkloom.image import cluster_entries
+from blkloom.image.chain import Chain
+from blkloom.image.errors import CorruptImage, UnsupportedImage
+from blkloom.image.open_chain import open_chain
+from blkloom.image.path_policy import PathPolicy
+from blkloom.image.qcow2.driver import Qcow2Format
+from blkloom.targets.holding import SharedFiles
+from blkloom.targets.load_context import LoadContext
 from qcow2_by_hand import ByHand
 
 SIZE = 64 << 10
 
 
-def opened(path: Path) -> tuple[Chain, Opening]:
-    opening = Opening(HeldFiles(), read_only=True, shared=True)
-    return open_chain(str(path), opening, Gate.of_image(str(path))), opening
+def opened(path: Path) -> tuple[Chain, LoadContext]:
+    context = LoadContext(SharedFiles(), read_only=True, shared=True)
+    return open_chain(str(path), context, PathPolicy.of_image(str(path)), format=Qcow2Format()), context
 
 
 @st.composite
@@ -108,7 +110,7 @@ def test_any_stack_reads_as_its_layers_say(
         assert sum(length for _, length, _ in found) == len(content)
         for at, length, flags in found:
             assert not flags & 2 or not any(content[at : at + length]), "what is said to be zeros"
-    chain, opening = opened(path)
+    chain, context = opened(path)
     try:
         assert chain.read(0, len(content)) == content
         unit = 1 << chain.top.unit_bits
@@ -117,18 +119,18 @@ def test_any_stack_reads_as_its_layers_say(
         for number, zero in enumerate(zeros):
             assert not zero or not any(below[number * unit : (number + 1) * unit])
     finally:
-        opening.close()
+        context.close()
 
 
 def test_a_chain_costs_no_more_entries_than_its_smallest_unit_asks_for(tmp_path: Path) -> None:
     path, _ = make(tmp_path, [("v3", 9, 128, 0), ("v3", 16, 128, 1)])
-    chain, opening = opened(path)
+    chain, context = opened(path)
     try:
         assert chain.unit_bits == 9
-        assert chain.places(0, 128).size == 128
-        assert (chain.places(0, 128) != places.SHOWS_THROUGH).all()
+        assert chain.entries(0, 128).size == 128
+        assert (chain.entries(0, 128) != cluster_entries.SHOWS_THROUGH).all()
     finally:
-        opening.close()
+        context.close()
 
 
 def overlay(folder: Path, name: str, backing: bytes, form: bytes | None = b"qcow2") -> Path:
@@ -139,14 +141,14 @@ def overlay(folder: Path, name: str, backing: bytes, form: bytes | None = b"qcow
 def test_a_chain_that_leads_back_to_itself_is_found(tmp_path: Path, names: list[str]) -> None:
     for number, name in enumerate(names):
         overlay(tmp_path, name, names[(number + 1) % len(names)].encode())
-    with pytest.raises(CorruptImage, match="leads back to itself"):
+    with pytest.raises(CorruptImage, match="the backing chain is a cycle"):
         opened(tmp_path / "a")
 
 
 def test_a_chain_that_leads_back_by_another_name_of_the_file_is_found(tmp_path: Path) -> None:
     overlay(tmp_path, "a", b"link")
     os.link(tmp_path / "a", tmp_path / "link")
-    with pytest.raises(CorruptImage, match="leads back to itself"):
+    with pytest.raises(CorruptImage, match="the backing chain is a cycle"):
         opened(tmp_path / "a")
 
 
@@ -158,9 +160,9 @@ def test_a_format_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_backing_file_said_to_be_raw_is_raw_whatever_it_looks_like(tmp_path: Path) -> None:
     base = ByHand(SIZE).write(tmp_path / "base")
-    chain, opening = opened(overlay(tmp_path, "a", b"base", b"raw"))
+    chain, context = opened(overlay(tmp_path, "a", b"base", b"raw"))
     assert chain.read(0, 4096) == base.read_bytes()[:4096]
-    opening.close()
+    context.close()
 
 
 @pytest.mark.parametrize("form", ["qcow2", "raw"])
@@ -172,9 +174,9 @@ def test_a_backing_file_of_no_said_format_is_looked_at_with_a_warning(
     raw = base.build() if form == "qcow2" else b"inside".ljust(SIZE, b"\0")
     (tmp_path / "base").write_bytes(raw)
     with caplog.at_level(logging.WARNING):
-        chain, opening = opened(overlay(tmp_path, "a", b"base", None))
+        chain, context = opened(overlay(tmp_path, "a", b"base", None))
     assert chain.read(0, 6) == b"inside"
-    opening.close()
+    context.close()
     assert f"looks like {form}" in caplog.text
 
 

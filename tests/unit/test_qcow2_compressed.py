@@ -1,4 +1,4 @@
-"""Compressed clusters: exactly a cluster comes out, of honest data and of none."""
+"""Compressed clusters: valid data gives exactly one cluster, invalid data gives an error."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blkloom.qcow2.compressed import read_compressed, unpack
-from blkloom.qcow2.errors import CorruptImage, DamagedCluster
-from blkloom.qcow2.header import Compression
-from blkloom.qcow2.tables import COMPRESSED
+from blkloom.image.errors import CorruptImage, DamagedCluster
+from blkloom.image.qcow2.format.compressed import read_compressed, unpack
+from blkloom.image.qcow2.format.header import Compression
+from blkloom.image.qcow2.format.tables import COMPRESSED
 from qcow2_by_hand import MemoryFile
 
 BITS = 16

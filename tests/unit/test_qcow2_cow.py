@@ -1,4 +1,4 @@
-"""Copy on write: which clusters need what, and what is put where the write will go."""
+"""Copy on write: which clusters need a copy, and what is copied to the new cluster."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blkloom.qcow2.cow import Copier, Payload
-from blkloom.qcow2.placing import (
+from blkloom.image.qcow2.format.geometry import Geometry
+from blkloom.image.qcow2.format.tables import ALL_ZERO, COMPRESSED, COPIED, Layout, host_clusters
+from blkloom.image.qcow2.write.cow import Copier, Payload
+from blkloom.image.qcow2.write.write_classification import (
     BAD,
     COPY,
     IN_PLACE,
     READY,
     ZEROS,
-    Layout,
-    host_clusters,
-    place,
-    runs_alike,
+    classify_writes,
     touched_by,
 )
-from blkloom.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED
-from blkloom.qcow2.types import Geometry, GuestOffset
+from blkloom.image.runs import runs_alike
+from blkloom.image.types import GuestOffset
 from qcow2_python_engine import Disk, Guest, allocated, check, create
 
 HOST = 0x50000
@@ -48,19 +47,19 @@ KIB = 1 << 10
 )
 def test_what_a_cluster_needs_before_it_may_be_written(entry: int, alone: int, over_data: int) -> None:
     entries = np.array([entry], np.uint64)
-    assert place(PLAIN, entries, None, None, None).tolist() == [alone]
-    assert place(PLAIN, entries, None, None, np.array([False])).tolist() == [over_data]
-    assert place(PLAIN, entries, None, None, np.array([True])).tolist() == [alone]
+    assert classify_writes(PLAIN, entries, None, None, None).tolist() == [alone]
+    assert classify_writes(PLAIN, entries, None, None, np.array([False])).tolist() == [over_data]
+    assert classify_writes(PLAIN, entries, None, None, np.array([True])).tolist() == [alone]
 
 
 def test_version_2_knows_no_zero_clusters() -> None:
     layout = Layout(Geometry(16), 2, False)
-    assert place(layout, np.array([ALL_ZERO], np.uint64), None, None, None).tolist() == [BAD]
+    assert classify_writes(layout, np.array([ALL_ZERO], np.uint64), None, None, None).tolist() == [BAD]
 
 
 def test_an_external_data_file_may_hold_data_at_its_start() -> None:
     entries = np.array([COPIED, 0, COPIED | ALL_ZERO], np.uint64)
-    assert place(EXTERNAL, entries, None, None, None).tolist() == [READY, ZEROS, IN_PLACE]
+    assert classify_writes(EXTERNAL, entries, None, None, None).tolist() == [READY, ZEROS, IN_PLACE]
     assert host_clusters(EXTERNAL, entries).size == 0, "its clusters are not counted"
 
 
@@ -81,7 +80,7 @@ def test_an_external_data_file_may_hold_data_at_its_start() -> None:
 )
 def test_what_subclusters_need(entry: int, bitmap: int, units: tuple[int, int], wanted: int) -> None:
     touched = touched_by(*units, 0, 1)
-    found = place(EXTENDED, np.array([entry], np.uint64), np.array([bitmap], np.uint64), touched, None)
+    found = classify_writes(EXTENDED, np.array([entry], np.uint64), np.array([bitmap], np.uint64), touched, None)
     assert found.tolist() == [wanted]
 
 

@@ -1,4 +1,4 @@
-"""The order of write-back: what is synced before what, what a failure leaves, and when space may be used again."""
+"""The order of write-back: syncs, the state after a failure, and the reuse of freed clusters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blkloom.qcow2.writer import Options
+from blkloom.image.qcow2.write.writer import Options
 from qcow2_python_engine import Guest, check, create
 
 KIB = 1 << 10

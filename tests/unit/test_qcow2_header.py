@@ -1,7 +1,8 @@
-"""Headers of images: what is read is written back, and what cannot be is refused by name."""
+"""Image headers: they round-trip, and unsupported ones are refused with a name."""
 
 from __future__ import annotations
 
+import re
 import struct
 from contextlib import suppress
 from dataclasses import replace
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blkloom.qcow2.errors import CorruptImage, UnsupportedImage
-from blkloom.qcow2.header import (
+from blkloom.image.errors import CorruptImage, UnsupportedImage
+from blkloom.image.qcow2.format.header import (
     Compression,
     Extension,
     ExtensionKind,
@@ -21,7 +22,7 @@ from blkloom.qcow2.header import (
     parse,
     read_header,
 )
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.types import HostOffset
 from qcow2_by_hand import ByHand, MemoryFile
 
 
@@ -123,8 +124,8 @@ def test_any_bytes_are_a_header_or_refused_as_corrupt_or_unsupported(noise: byte
         (95, ">B", 2, "raw external data file without"),
         (112, ">II", (0x1234, 4096), "header extension 0x1234 of 4096 bytes"),
         (112, ">II", (0, 4096), "header extension 0x0 of 4096 bytes"),
-        (112, ">IIQII", (0xE2792ACA, 3, 0, 0xE2792ACA, 3), "header extension 0xe2792aca stands there twice"),
-        (112, ">IIQII", (0x44415441, 3, 0, 0x44415441, 5), "header extension 0x44415441 stands there twice"),
+        (112, ">IIQII", (0xE2792ACA, 3, 0, 0xE2792ACA, 3), "header extension 0xe2792aca occurs twice"),
+        (112, ">IIQII", (0x44415441, 3, 0, 0x44415441, 5), "header extension 0x44415441 occurs twice"),
         (112, ">II", (0xE2792ACA, 16), "format with a name of 16 bytes"),
         (112, ">II", (0x23852875, 8), "bitmaps extension of 8 bytes"),
         (112, ">II", (0x23852875, 32), "bitmaps extension of 32 bytes"),
@@ -141,6 +142,8 @@ def test_a_number_that_cannot_be_is_named(offset: int, form: str, value: object,
     with pytest.raises((CorruptImage, UnsupportedImage)) as refused:
         parsed(raw)
     assert says in str(refused.value)
+    assert len(re.findall(r"\d+", refused.value.what)) >= 2, "what is there, and what may be"
+    assert refused.value.cure
 
 
 @pytest.mark.parametrize(

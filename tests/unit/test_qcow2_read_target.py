@@ -1,10 +1,9 @@
-"""The qcow2 target as a reader: its arguments, the engine's table under it, clusters made in memory, and its life."""
+"""The qcow2 target for reading: arguments, the engine's table, clusters filled in memory, load and close."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 import random
 import threading
 from pathlib import Path
@@ -15,24 +14,27 @@ from hypothesis import strategies as st
 
 import blkloom
 from blkloom.errors import BackingError, BusyError, TableError
-from blkloom.gate import Gate
-from blkloom.qcow2 import attachment
-from blkloom.qcow2.attachment import Attachment
-from blkloom.qcow2.chain import open_chain
-from blkloom.table import Segment, Table, format_table, parse
-from blkloom.target.base import Target
-from blkloom.target.holding import HeldFiles
-from blkloom.target.opening import Opening
-from blkloom.target.qcow2 import CACHE, Qcow2
-from blkloom.target.registry import all_targets
+from blkloom.image import attachment
+from blkloom.image.attachment import Attachment
+from blkloom.image.open_chain import open_chain
+from blkloom.image.path_policy import PathPolicy
+from blkloom.image.qcow2.driver import Qcow2Format
+from blkloom.table import Segment, Table, format_table, parse_table
+from blkloom.targets.holding import SharedFiles
+from blkloom.targets.image import CACHE
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.qcow2 import Qcow2
+from blkloom.targets.registry import all_targets
+from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes, Sectors
+from left_behind import open_descriptors
 from qcow2_by_hand import ByHand
 
 CLUSTER = 4096
 
 
-def target_of(line: str) -> Target:
-    return parse(line, targets=all_targets()).segments[0].target
+def target_of(line: str) -> TargetSpec:
+    return parse_table(line, targets=all_targets()).segments[0].target
 
 
 def full(folder: Path, count: int = 64, *, compressed: bool = True, bits: int = 12) -> tuple[Path, bytes]:
@@ -77,7 +79,18 @@ class TestArguments:
             "discard=ignore preallocate=64K compact_zeroes on_enospc=park fault_injection"
         )
         assert target_of(line) == Qcow2(
-            "d", True, True, "s", ("/a", "/b"), False, Bytes(3 << 19), "ignore", Bytes(65536), True, "park", True
+            "d",
+            read_only=True,
+            direct_io=True,
+            snapshot="s",
+            allow_backing=("/a", "/b"),
+            lock=False,
+            cache=Bytes(3 << 19),
+            discard_as="ignore",
+            preallocate=Bytes(65536),
+            compact_zeroes=True,
+            on_enospc="park",
+            fault_injection=True,
         )
 
     @pytest.mark.parametrize(
@@ -200,8 +213,8 @@ class Told:
     """An attachment of its own, and how often it waited for the engine."""
 
     def __init__(self, path: Path, *, cache: int = 1 << 20) -> None:
-        self.opening = Opening(HeldFiles(), read_only=True, shared=True)
-        self.chain = open_chain(str(path), self.opening, Gate.of_image(str(path)))
+        self.context = LoadContext(SharedFiles(), read_only=True, shared=True)
+        self.chain = open_chain(str(path), self.context, PathPolicy.of_image(str(path)), format=Qcow2Format())
         self.waits = 0
         self.attachment = Attachment(self.chain, self.chain.size, cache=cache, synchronize=self._wait)
 
@@ -213,7 +226,7 @@ class Told:
 
     def __exit__(self, *_: object) -> None:
         self.attachment.close()
-        self.opening.close()
+        self.context.close()
 
 
 class TestTable:
@@ -246,7 +259,7 @@ class TestTable:
         monkeypatch.setattr(told.chain, "making", lambda *key: made.append(key) or making(*key))
         with told as attached:
             reads = [(number * CLUSTER, CLUSTER) for number in range(0, 64, 2)]
-            attached.expect(reads)
+            attached.prefetch(reads)
             assert len(made) == 4
             for offset, length in reads:
                 assert attached.read(offset, length) == content[offset : offset + length]
@@ -323,7 +336,7 @@ class TestLife:
             with pytest.raises(BusyError):
                 blkloom.open(f"0 8 loop {path}")
 
-    def test_resume_waits_for_whoever_has_the_file_and_says_who(self, tmp_path: Path) -> None:
+    def test_resume_waits_for_the_user_of_the_file_and_names_it(self, tmp_path: Path) -> None:
         path, content = full(tmp_path)
         with open_image(path) as device:
             device.suspend()
@@ -391,7 +404,7 @@ class TestLife:
         path, content = full(tmp_path)
         with open_image(path) as device:
             for _ in range(3):
-                device.load(parse(f"0 {len(content) // 512} qcow2 {path} 1 cache=64K", targets=all_targets()))
+                device.load(parse_table(f"0 {len(content) // 512} qcow2 {path} 1 cache=64K", targets=all_targets()))
                 device.resume()
                 assert device.pread(len(content), 0) == content
 
@@ -416,17 +429,14 @@ class TestLife:
 
     def test_nothing_stays_open_after_it_is_closed_or_refused(self, tmp_path: Path) -> None:
         path, content = full(tmp_path)
+        before = open_descriptors()
         with open_image(path) as device:
             device.pread(len(content), 0)
-            assert any("blkloom-unpacked" in name for name in open_files())
+            assert any("blkloom-unpacked" in new.target for new in open_descriptors() - before)
             device.suspend()
             device.resume()
         with pytest.raises(TableError):
             blkloom.open(f"0 {len(content)} qcow2 {path}")
         gc.collect()
-        assert not [name for name in open_files() if "blkloom-unpacked" in name or str(tmp_path) in name]
-
-
-def open_files() -> list[str]:
-    folder = Path("/proc/self/fd")
-    return [os.readlink(folder / name) for name in os.listdir(folder) if (folder / name).is_symlink()]
+        left = open_descriptors() - before  # what an engine keeps is not the image's
+        assert not [new for new in left if "blkloom-unpacked" in new.target or str(tmp_path) in new.target]

@@ -1,4 +1,4 @@
-"""Refcounts put right in the background, in an image that was not closed, whatever of them never reached the disk."""
+"""Background repair of refcounts in an image that was not closed, with any part of them missing on disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from blkloom.qcow2 import recount
-from blkloom.qcow2.header import encode_fields, parse
+from blkloom.image.qcow2.format.header import encode_fields, parse
+from blkloom.image.qcow2.write import recount
 from qcow2_python_engine import Disk, Guest, check, create
 
 KIB = 1 << 10
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def _crashed(folder: Path, *options: str, size: int = 4 * MIB) -> bytearray:
-    """An image full of data that nobody closed."""
+    """An image full of data that was not closed."""
     guest = Guest(create(folder, size, "lazy_refcounts=on", *options).read_bytes())
     guest.write(0, b"x" * (size // 2))
     guest.flush()

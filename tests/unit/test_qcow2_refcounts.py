@@ -1,4 +1,4 @@
-"""Reference counts: every width, runs over blocks, growth of the table, and what they refuse."""
+"""Refcounts: every width, runs over several blocks, growth of the table, and refused changes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.refcounts import Refcounts, Widths
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.state.refcounts import Refcounts, Widths
+from blkloom.image.types import HostOffset
 
 ORDERS = range(7)
 

@@ -1,4 +1,4 @@
-"""The snapshot table, and a snapshot as what is read."""
+"""The snapshot table, and reading of a snapshot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 import blkloom
 from blkloom.errors import UsageError
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
-from blkloom.qcow2.tables import COPIED
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.format.snapshots import Snapshot, find_snapshot, read_snapshots
+from blkloom.image.qcow2.format.tables import COPIED
+from blkloom.image.types import HostOffset
 from qcow2_by_hand import ByHand, MemoryFile
 
 CLUSTER = 4096

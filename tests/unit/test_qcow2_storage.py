@@ -1,4 +1,4 @@
-"""A file's bytes: what a file system cannot do."""
+"""Storage of an image file on file systems without some features."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blkloom.qcow2.storage import FileStorage
-from blkloom.qcow2.types import HostOffset
+from blkloom.image.storage import FileStorage
+from blkloom.image.types import HostOffset
 
 
 @pytest.fixture

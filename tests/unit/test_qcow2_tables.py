@@ -1,13 +1,14 @@
-"""Entries of L2 tables, whole tables at once, against the specification read one entry at a time."""
+"""Decoding of whole L2 tables, compared with the specification applied to one entry at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from blkloom.qcow2.tables import (
+from blkloom.image.qcow2.format.geometry import Geometry
+from blkloom.image.qcow2.format.tables import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
@@ -20,7 +21,6 @@ from blkloom.qcow2.tables import (
     encode,
     subcluster_bits,
 )
-from blkloom.qcow2.types import Geometry
 
 RESERVED = ~(COPIED | COMPRESSED | OFFSET_MASK | 1) & (1 << 64) - 1
 WORDS = st.integers(0, 2**64 - 1) | st.sampled_from(
@@ -84,6 +84,7 @@ def test_extended_entries_are_what_the_specification_says(
 
 
 @given(WORDS, st.none() | BITMAPS, st.integers(14, 21), st.booleans(), st.none() | st.integers(0, 1 << 20))
+@example(entry=COPIED, bitmap=None, bits=16, data_file=True, end=0)
 def test_what_is_wrong_with_an_entry_is_said_of_those_that_are_invalid(
     entry: int, bitmap: int | None, bits: int, data_file: bool, end: int | None
 ) -> None:

@@ -1,4 +1,4 @@
-"""The writer as a whole: clusters given ahead and taken back, discards, header bits, corruption, a full disk."""
+"""The whole writer: preallocated clusters and their release, discards, header bits, corruption, a full disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from blkloom.errors import FaultError
-from blkloom.qcow2.errors import CorruptImage
-from blkloom.qcow2.header import Incompatible, encode_fields, parse
-from blkloom.qcow2.types import HostOffset
-from blkloom.qcow2.writer import Options
+from blkloom.image.errors import CorruptImage
+from blkloom.image.qcow2.format.header import Incompatible, encode_fields, parse
+from blkloom.image.qcow2.write.writer import Options
+from blkloom.image.types import HostOffset
 from qcow2_python_engine import Guest, allocated, check, create
 
 KIB = 1 << 10
@@ -75,7 +75,7 @@ def test_what_was_given_ahead_and_never_written_is_taken_out_at_the_end(tmp_path
     guest.flush()
     image = guest.close()
     assert not check(image, tmp_path)
-    assert guest.writer.ahead.returned == 62
+    assert guest.writer.preallocation.returned == 62
     again = Guest(image)
     assert allocated(again) == 2
     assert again.read(7 * MIB, 2 * KIB) == bytes(512) + b"y" * 512 + bytes(1024)
@@ -276,7 +276,7 @@ def test_unknown_autoclear_bits_go_before_anything_is_written(tmp_path: Path) ->
     assert [event[0] for event in guest.disk.log][-2:] == ["write", "sync"]
 
 
-def test_an_image_nobody_writes_to_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_image_without_writes_stays_as_it_is(tmp_path: Path) -> None:
     image = create(tmp_path, MIB, "lazy_refcounts=on").read_bytes()
     guest = Guest(image)
     guest.read(0, MIB)
@@ -351,7 +351,7 @@ def test_neighbours_are_left_out_where_space_is_short(tmp_path: Path) -> None:
         if length > 64 * KIB:
             raise OSError(errno.ENOSPC, "full")
 
-    guest = Guest(create(tmp_path, 64 * MIB).read_bytes(), reserve=reserve)
+    guest = Guest(create(tmp_path, 64 * MIB).read_bytes(), allocating=reserve)
     guest.write(5 * MIB, b"x" * 512)
     assert allocated(guest) == 1
     assert not check(guest.close(), tmp_path)

@@ -1,4 +1,4 @@
-"""blkloom.stats: buckets as the engine counts them, percentiles, arithmetic, reports."""
+"""blkloom.stats: buckets as in the engine, percentiles, arithmetic, reports."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Samples in Prometheus' text format, read back by Prometheus' own parser."""
+"""Samples in Prometheus' text format, parsed by Prometheus' own parser."""
 
 from __future__ import annotations
 

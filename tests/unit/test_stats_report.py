@@ -1,4 +1,4 @@
-"""`blkloom stats` for people and as JSON."""
+"""`blkloom stats` as text and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry against a model that looks at everything anew each time, and what it refuses."""
+"""The registry of devices compared with a model that recomputes everything each time, and refused changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from blkloom.control.messages import DeviceKey, Selector
 from blkloom.control.states import Loaded
-from blkloom.dm.names import DeviceNameError
+from blkloom.device_names import DeviceNameError
 from blkloom.errors import DeviceBusy, DeviceExists, NoSuchDevice, ResourceError, TableError, UsageError
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.registry import MOST_MINORS, Entry, Registry
@@ -114,7 +114,7 @@ class Modelled(RuleBasedStateMachine):
         minors = sorted(other.minor for other in self.devices.values())
         below = frozenset(data.draw(st.sets(st.sampled_from(minors), max_size=3)))
         if entry.minor in self.all_below(below):
-            with pytest.raises(TableError, match="would stand on itself"):
+            with pytest.raises(TableError, match="would be stacked on itself"):
                 self.registry.check_stack(entry, below)
         else:
             self.registry.check_stack(entry, below)
@@ -195,7 +195,7 @@ def test_a_uuid_no_device_can_have_is_refused() -> None:
 
 @pytest.mark.parametrize("minor", [-1, MOST_MINORS])
 def test_a_number_no_device_can_have_is_refused(minor: int) -> None:
-    with pytest.raises(UsageError, match=f"{minor} is no minor number; take one from 0 to 1048575"):
+    with pytest.raises(UsageError, match=f"{minor} is not a minor number; take one from 0 to 1048575"):
         Registry(LIMIT).check_new("fine", "", minor)
 
 
@@ -248,7 +248,7 @@ def test_a_busy_device_says_who_uses_it() -> None:
     lower, upper = entry_of(registry, "lower"), entry_of(registry, "upper")
     registry.set_below(upper, active=frozenset({lower.minor}))
     lower.connections = 2
-    with pytest.raises(DeviceBusy, match="in use: device 'upper' stands on it, 2 clients are connected; "):
+    with pytest.raises(DeviceBusy, match="in use: device 'upper' is stacked on it, 2 clients are connected; "):
         registry.check_unused(lower)
 
 
@@ -287,5 +287,5 @@ def test_a_stack_higher_than_pythons_is_ordered() -> None:
         registry.set_below(upper, active=frozenset({lower.minor}))
     assert registry.above(entries[0]) == entries[:0:-1]
     assert registry.lower_first({entry.minor for entry in entries}) == entries
-    with pytest.raises(TableError, match="device 'd0' would stand on itself"):
+    with pytest.raises(TableError, match="device 'd0' would be stacked on itself"):
         registry.check_stack(entries[0], frozenset({entries[-1].minor}))

@@ -1,4 +1,4 @@
-"""What one client may ask for at once, and what it is told of requests that are none."""
+"""Requests of one client: the limit of concurrent ones, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
+from blkloom.control.endpoint import Opener
 from blkloom.supervisor import session as sessions
 from blkloom.supervisor.session import AT_ONCE, Session
-from blkloom.supervisor.verbs import Caller
+from left_behind import no_descriptor_left
 
 pytestmark = pytest.mark.timeout(60)
 
-Answer = Callable[[m.ClientCall, Caller], Awaitable[Any]]
+Answer = Callable[[m.ClientCall, Opener], Awaitable[Any]]
 MANY = 20_000
 
 
@@ -35,8 +36,8 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 def begin(ours: socket.socket, answer: Answer, *, stall: float | None = None) -> asyncio.Task[None]:
     """A session whose calls are answered so."""
 
-    async def answered(call: m.ClientCall, caller: Caller, _session: Session, _request: int) -> Any:
-        return await answer(call, caller)
+    async def answered(call: m.ClientCall, opener: Opener, _session: Session, _request: int) -> Any:
+        return await answer(call, opener)
 
     channel = AsyncChannel(ours, m.FromClient, stall=stall)
     return asyncio.create_task(Session(channel, m.Hello(), answered, greet=False).run())
@@ -62,7 +63,7 @@ def test_a_few_requests_of_a_client_are_worked_on_and_the_others_wait_unread(
         begun: list[asyncio.Future[None]] = []
         full = asyncio.Event()
 
-        async def answer(call: m.ClientCall, _caller: Caller) -> None:
+        async def answer(call: m.ClientCall, _opener: Opener) -> None:
             begun.append(asyncio.get_running_loop().create_future())
             if len(begun) == AT_ONCE:
                 full.set()
@@ -87,7 +88,7 @@ def test_what_waits_for_events_keeps_no_other_request_waiting(pair: tuple[socket
     async def run() -> None:
         never = asyncio.Event()
 
-        async def answer(call: m.ClientCall, _caller: Caller) -> str:
+        async def answer(call: m.ClientCall, _opener: Opener) -> str:
             if isinstance(call, m.Wait):
                 await never.wait()
             return "here"
@@ -108,7 +109,7 @@ def test_waits_beyond_the_limit_are_refused(
     monkeypatch.setattr(sessions, "MOST_WAITS", 3)
 
     async def run() -> None:
-        async def answer(call: m.ClientCall, _caller: Caller) -> None:
+        async def answer(call: m.ClientCall, _opener: Opener) -> None:
             await asyncio.Event().wait()
 
         session = begin(pair[0], answer)
@@ -130,8 +131,8 @@ def test_files_are_opened_although_more_requests_than_are_worked_on_stand_before
     count = 10 * AT_ONCE
 
     async def run() -> None:
-        async def answer(call: m.ClientCall, caller: Caller) -> None:
-            os.close(await caller.opener(m.OpenFile(id=0, request=0, path="x"), ()))
+        async def answer(call: m.ClientCall, opener: Opener) -> None:
+            os.close(await opener(m.OpenFile(id=0, request=0, path="x"), ()))
 
         session = begin(pair[0], answer)
         pair[1].sendall(line({"verb": "info"}) * count)
@@ -161,7 +162,7 @@ def test_a_client_that_reads_no_answers_is_bounded_and_cut(
     calls = 0
 
     async def run() -> None:
-        async def answer(call: m.ClientCall, _caller: Caller) -> str:
+        async def answer(call: m.ClientCall, _opener: Opener) -> str:
             nonlocal calls
             calls += 1
             return "x" * (1 << 20)
@@ -203,7 +204,7 @@ def test_a_value_that_is_none_or_out_of_range_is_a_failure_of_its_request(
     pair: tuple[socket.socket, socket.socket], call: dict[str, Any], says: str
 ) -> None:
     async def run() -> None:
-        async def answer(call: m.ClientCall, _caller: Caller) -> str:
+        async def answer(call: m.ClientCall, _opener: Opener) -> str:
             assert call == m.GetInfo()
             return "fine"
 
@@ -223,7 +224,7 @@ def test_a_value_that_is_none_or_out_of_range_is_a_failure_of_its_request(
 @pytest.mark.parametrize("number", [0, -5, 4096, BIG])
 def test_an_errno_that_is_none_harms_nothing(pair: tuple[socket.socket, socket.socket], number: int) -> None:
     async def run() -> None:
-        async def answer(call: m.ClientCall, _caller: Caller) -> str:
+        async def answer(call: m.ClientCall, _opener: Opener) -> str:
             return "fine"
 
         session = begin(pair[0], answer)
@@ -241,16 +242,16 @@ def test_an_errno_that_is_none_harms_nothing(pair: tuple[socket.socket, socket.s
 
 def test_descriptors_that_no_message_promises_end_the_conversation(pair: tuple[socket.socket, socket.socket]) -> None:
     async def run() -> None:
-        async def answer(call: m.ClientCall, _caller: Caller) -> None:
+        async def answer(call: m.ClientCall, _opener: Opener) -> None:
             raise AssertionError("nothing was asked")
 
-        before = len(os.listdir("/proc/self/fd"))
-        session = begin(pair[0], answer)
-        with open(os.devnull, "rb") as file:
-            for _ in range(3):
-                socket.send_fds(pair[1], [b" "], [file.fileno()] * m.MOST_DESCRIPTORS)
-            await session
-        assert len(os.listdir("/proc/self/fd")) < before
+        with no_descriptor_left():
+            session = begin(pair[0], answer)
+            with open(os.devnull, "rb") as file:
+                for _ in range(3):
+                    socket.send_fds(pair[1], [b" "], [file.fileno()] * m.MOST_DESCRIPTORS)
+                await session
+        assert pair[0].fileno() == -1
         assert b"that no message promises" in pair[1].recv(65536)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""What the supervisor reads in a table before a worker loads it, and what it refuses."""
+"""The supervisor's view of a table before a worker loads it, and refused tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blkloom.errors import ResourceError, TableError, UnknownTarget, UsageError
 from blkloom.supervisor.group import Group
 from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.tables import Tables, error_table
-from blkloom.target.registry import Targets, all_targets
+from blkloom.targets.registry import Targets, all_targets
 
 FOLDER = Path("/run/blkloom/dev")
 LIMIT = 1 << 20
@@ -48,8 +48,12 @@ def test_one_that_appears_twice_is_stood_on_once(registry: Registry, tables: Tab
 def test_a_device_that_is_not_there_is_named_with_its_place(registry: Registry, tables: Tables) -> None:
     upper = add(registry, "upper")
     with pytest.raises(TableError, match="Device lookup failed") as caught:
-        tables.read(upper, "0 8 zero\n8 8 linear blkloom:nobody 0", "my.table")
-    assert (caught.value.value, caught.value.place.source, caught.value.place.line) == ("blkloom:nobody", "my.table", 2)
+        tables.read(upper, "0 8 zero\n8 8 linear blkloom:absent 0", "my.table")
+    assert (caught.value.value, caught.value.place.source, caught.value.place.line) == (
+        "blkloom:absent",
+        "my.table",
+        2,
+    )
 
 
 def test_one_that_is_only_being_made_is_not_there_yet(registry: Registry, tables: Tables) -> None:
@@ -72,7 +76,7 @@ def test_a_cycle_is_refused_whichever_slot_it_goes_through(registry: Registry, t
     registry.set_below(top, active=tables.read(top, "0 8 linear blkloom:middle 0", "table").below)
     registry.set_below(middle, **{slot: tables.read(middle, "0 8 linear blkloom:bottom 0", "table").below})
     for text in ("0 8 linear blkloom:top 0", "0 8 linear blkloom:bottom 0"):
-        with pytest.raises(TableError, match="device 'bottom' would stand on itself"):
+        with pytest.raises(TableError, match="device 'bottom' would be stacked on itself"):
             tables.read(bottom, text, "table")
     assert tables.read(top, "0 8 linear blkloom:bottom 0", "table").below == {bottom.minor}, "a diamond is no cycle"
 

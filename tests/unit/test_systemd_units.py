@@ -1,4 +1,4 @@
-"""The units: limits, a reload that upgrades, and no hardening that would hide mounts and devices."""
+"""The systemd units: limits, a reload that upgrades, and no hardening that would hide mounts and devices."""
 
 from __future__ import annotations
 
@@ -66,17 +66,35 @@ def test_descriptors_and_tasks_are_enough_for_many_devices(name: str) -> None:
     assert service["OOMPolicy"] == "continue"
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_restart_leaves_the_devices_in_use(name: str) -> None:
+    service = unit(name)["Service"]
+    assert "--keep-devices" in service["ExecStart"]
+    assert int(service["FileDescriptorStoreMax"]) >= 2 * 4096
+    assert (service["KillMode"], service["SendSIGKILL"]) == ("process", "no")
+
+
+@pytest.mark.parametrize("name", ["blkloom-shutdown.service", "blkloom-devices.service"])
+def test_mounts_with_netdev_are_between_devices_and_their_removal(name: str) -> None:
+    parsed = unit(name)["Unit"]
+    assert parsed["Before"] == parsed["Wants"] == "remote-fs-pre.target"
+    assert {"blkloom.service", "local-fs.target"} <= set(parsed["After"].split())
+    assert "blkloom.service" not in parsed.get("Requires", "")  # its restart would stop this unit
+
+
 @pytest.mark.parametrize(("kind", "name"), [("system", "blkloom"), ("user", "blkloom-user")])
 def test_systemd_takes_them(
     tmp_path: Path, blkloom: str, program: Callable[[str, str], str], kind: str, name: str
 ) -> None:
     analyze = program("systemd-analyze", "systemd")
-    for suffix in ("service", "socket"):
-        text = (UNITS / f"{name}.{suffix}").read_text()
+    files = []
+    for suffix in (".service", ".socket", "-devices.service", "-shutdown.service"):
+        text = (UNITS / f"{name}{suffix}").read_text()
         for command in ("/usr/local/bin/blkloom", "%h/.local/bin/blkloom"):
             text = text.replace(command, blkloom)
-        (tmp_path / f"blkloom.{suffix}").write_text(text)
-    files = [str(tmp_path / f"blkloom.{suffix}") for suffix in ("service", "socket")]
+        text = text.replace("FileDescriptorStorePreserve=yes\n", "")  # since systemd 254
+        (tmp_path / f"blkloom{suffix}").write_text(text)
+        files.append(str(tmp_path / f"blkloom{suffix}"))
     environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(
         [analyze, f"--{kind}", "verify", "--man=no", *files],

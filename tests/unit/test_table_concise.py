@@ -1,4 +1,4 @@
-r"""dmsetup's concise form: many devices in one line."""
+r"""dmsetup's concise form: several devices on one line."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import pytest
 from msgspec.structs import replace
 
 from blkloom.errors import TableError
-from blkloom.table import ConciseDevice, format_concise, parse, parse_concise
-from blkloom.target.registry import Targets, builtin_targets
+from blkloom.table import ConciseDevice, Table, format_concise, parse_concise, parse_table
+from blkloom.targets.registry import Targets, builtin_targets
 from words_target import Words
 
 TARGETS = Targets([Words])
 
 
-def table(text: str):
-    return parse(text, targets=TARGETS)
+def table(text: str) -> Table:
+    return parse_table(text, targets=TARGETS)
 
 
 def devices(text: str) -> list[ConciseDevice]:
     return parse_concise(text, targets=TARGETS)
 
 
-def test_the_examples_of_the_manual_page():
+def test_the_examples_of_the_manual_page() -> None:
     small = "test-linear-small,,,ro, 0 2097152 linear /dev/loop0 0, 2097152 2097152 linear /dev/loop1 0"
     (device,) = parse_concise(small, targets=builtin_targets())
     assert (device.name, device.uuid, device.minor, device.read_only) == ("test-linear-small", "", None, True)
@@ -35,7 +35,7 @@ def test_the_examples_of_the_manual_page():
     assert (second.name, second.read_only, second.table.length) == ("test-linear-large", False, 4194304)
 
 
-def test_a_line_that_goes_on_after_a_backslash_is_read_from_a_file_too():
+def test_a_line_that_goes_on_after_a_backslash_is_read_from_a_file_too() -> None:
     text = "a,,,ro,\\\n 0 8 words x,\\\n 8 8 words\n"
     assert devices(text) == [ConciseDevice("a", "", None, True, table("0 8 words x\n8 8 words"))]
 
@@ -60,11 +60,11 @@ def test_a_line_that_goes_on_after_a_backslash_is_read_from_a_file_too():
         (r"a,,,,0 8 words x\\\,", ConciseDevice("a", "", None, False, table(r"0 8 words x\,"))),
     ],
 )
-def test_one_device(text, expected):
+def test_one_device(text: str, expected: ConciseDevice) -> None:
     assert devices(text) == [expected]
 
 
-def test_white_space_and_a_semicolon_may_end_the_text_and_part_devices():
+def test_white_space_and_a_semicolon_may_end_the_text_and_part_devices() -> None:
     assert [device.name for device in devices("a,,,,0 8 words;\n b,,,,0 8 words\n;\n")] == ["a", "b"]
 
 
@@ -94,26 +94,26 @@ def test_white_space_and_a_semicolon_may_end_the_text_and_part_devices():
         ("a,,,,0 8 words;\na,,,,0 8 words", "2:1", "a", "two devices have one name"),
     ],
 )
-def test_the_error_names_place_and_value(text, place, value, what):
+def test_the_error_names_place_and_value(text: str, place: str, value: str, what: str) -> None:
     with pytest.raises(TableError, match=what) as caught:
         devices(text)
     assert (str(caught.value.place), caught.value.value) == (f"--concise:{place}", value)
     assert caught.value.cure
 
 
-def test_printing_escapes_what_parts_the_form():
+def test_printing_escapes_what_parts_the_form() -> None:
     device = ConciseDevice(" n,;\\", "u ", 3, True, table(r"0 8 words a\ b , ;" + "\n8 8 words"))
     text = format_concise([device])
     assert text == r"\ n\,\;\\,u ,3,ro,0 8 words a\\ b \, \;,8 8 words"
     assert devices(text) == [device]
 
 
-def test_a_device_that_ends_in_an_escape_is_closed_for_dmsetup():
+def test_a_device_that_ends_in_an_escape_is_closed_for_dmsetup() -> None:
     device = ConciseDevice("a", "", None, False, table("0 8 words ,"))
     assert format_concise([device]) == r"a,,,rw,0 8 words \,;"
 
 
-def test_what_no_concise_form_can_hold_is_refused_when_printed():
+def test_what_no_concise_form_can_hold_is_refused_when_printed() -> None:
     good = ConciseDevice("a", "", None, False, table("0 8 words"))
     bad = [
         [],

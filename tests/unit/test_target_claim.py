@@ -1,4 +1,4 @@
-"""Claims: many readers or one writer, the holder named, the locks those of QEMU."""
+"""Claims of files: many readers or one writer, errors that name the holder, and QEMU's locks."""
 
 import fcntl
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from blkloom.errors import BusyError
-from blkloom.target.claim import Claim
+from blkloom.targets.claim import Claim
 
 HOLDER = """
 import os, sys
-from blkloom.target.claim import Claim
+from blkloom.targets.claim import Claim
 claim = Claim(os.open(sys.argv[1], os.O_RDWR), sys.argv[1], writable=True)
 print("held", flush=True)
 sys.stdin.read()
@@ -53,7 +53,7 @@ def test_many_may_read(path: Path) -> None:
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
 def test_one_who_writes_is_alone(path: Path, first: bool, second: bool) -> None:
     held = claim(path, writable=first)
-    with pytest.raises(BusyError, match=f"backing file already in use by process {os.getpid()};"):
+    with pytest.raises(BusyError, match=rf"already in use by process {os.getpid()} \(this one\);"):
         claim(path, writable=second)
     held.release()
     claim(path, writable=second).release()
@@ -94,7 +94,7 @@ def test_another_process_is_named_by_its_pid(path: Path) -> None:
     with process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(BusyError, match=f"in use by process {process.pid};"):
+        with pytest.raises(BusyError, match=rf"in use by process {process.pid} \(-c .*\);"):
             claim(path, writable=False)
     claim(path, writable=True).release()
 

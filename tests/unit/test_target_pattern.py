@@ -1,4 +1,4 @@
-"""The documented example of a user's target: it does what docs/writing-a-target.md says."""
+"""The documented example of a user's target works as docs/writing-a-target.md says."""
 
 import errno
 import struct
@@ -53,5 +53,27 @@ def test_it_is_read_only_when_its_device_is() -> None:
 
 def test_the_documentation_shows_the_code_that_runs() -> None:
     source = Path(pattern.__file__).read_text()
-    shown = (DOCS / "writing-a-target.md").read_text().split("```python\n")[1].split("```")[0]
-    assert shown in source
+    assert source.endswith(shown("class Pattern")), "all of it, with its imports"
+
+
+def test_the_smallest_target_of_the_documentation_runs() -> None:
+    names = {name: getattr(blkloom, name) for name in ("TargetSpec", "LoadedTarget", "LoadContext", "Extent", "Bytes")}
+    exec(shown("class Zero"), names)
+    with blkloom.open("0 8 zero", targets=[names["Zero"]]) as device:
+        device.pwrite(b"w" * 512, 0)
+        assert device.pread(4096, 0) == bytes(4096)
+
+
+def test_the_arguments_that_the_documentation_shows_are_read_and_printed() -> None:
+    names = {name: getattr(blkloom, name) for name in ("TargetSpec", "Bytes", "syntax")}
+    exec(shown("insecure"), names)
+    line = "0 8 http http://there/disk 2 cache=2M insecure"
+    table = blkloom.parse_table(line, targets=blkloom.all_targets([names["Http"]]))
+    assert table.segments[0].target == names["Http"]("http://there/disk", 2 << 20, True)
+    assert names["Http"].syntax == "<url> [<#opts> [cache=<size>] [insecure]]"
+
+
+def shown(word: str) -> str:
+    """The first block of the documentation with that word."""
+    blocks = (DOCS / "writing-a-target.md").read_text().split("```python\n")[1:]
+    return next(block for block in (block.split("```")[0] for block in blocks) if word in block)

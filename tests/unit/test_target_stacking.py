@@ -1,4 +1,4 @@
-"""Legs that stand on devices, what targets say of themselves, and what a drain that hangs says."""
+"""References to other devices, descriptions of targets, and errors of a drain that hangs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import pytest
 import blkloom
 from blkloom._engine import Extent
 from blkloom.errors import BusyError, DrainError, UsageError
-from blkloom.table import Table, parse
-from blkloom.target.base import Target
-from blkloom.target.claim import Claim
-from blkloom.target.descriptors import OwnDescriptors
-from blkloom.target.holding import HeldFiles
-from blkloom.target.leg import Leg, rename_legs
-from blkloom.target.registry import all_targets
-from blkloom.target.zero import Zero
-from blkloom.units import Sectors
+from blkloom.table import Table, parse_table
+from blkloom.targets.claim import Claim
+from blkloom.targets.descriptors import OwnDescriptors
+from blkloom.targets.device_ref import DeviceRef, rename_device_refs
+from blkloom.targets.holding import SharedFiles
+from blkloom.targets.load_context import LoadContext
+from blkloom.targets.loaded import LoadedTarget
+from blkloom.targets.registry import all_targets
+from blkloom.targets.spec import TargetSpec
+from blkloom.units import Bytes, Sectors
 
 
-def table(text: str, *targets: type[Target]) -> Table:
-    return parse(text, targets=all_targets(targets))
+def table(text: str, *targets: type[TargetSpec]) -> Table:
+    return parse_table(text, targets=all_targets(targets))
 
 
 @pytest.mark.parametrize(
@@ -41,24 +42,24 @@ def table(text: str, *targets: type[Target]) -> Table:
     ],
 )
 def test_a_leg_names_a_device_by_its_name_or_by_its_socket(path: str, name: str | None) -> None:
-    assert Leg(path, Sectors(0)).device_name("/run/x/dev") == name
+    assert DeviceRef(path, Sectors(0)).device_name("/run/x/dev") == name
 
 
 def test_without_a_run_directory_only_the_name_names() -> None:
-    assert Leg("/dev/a", Sectors(0)).device_name() is None
-    assert Leg("blkloom:a", Sectors(0)).device_name() == "a"
+    assert DeviceRef("/dev/a", Sectors(0)).device_name() is None
+    assert DeviceRef("blkloom:a", Sectors(0)).device_name() == "a"
 
 
-def test_a_rename_below_changes_the_legs_and_nothing_else() -> None:
+def test_a_rename_below_changes_the_references_and_nothing_else() -> None:
     text = (
         "0 8 linear blkloom:old 0\n8 8 linear /r/dev/old 4\n16 8 linear /old 0\n24 8 striped 2 4 blkloom:old 0 f\\ g 1"
     )
-    renamed = rename_legs(table(text), "old", "n w", device_folder="/r/dev")
+    renamed = rename_device_refs(table(text), "old", "n w", device_folder="/r/dev")
     assert renamed == (
         "0 8 linear blkloom:n\\ w 0\n8 8 linear /r/dev/n\\\\x20w 4\n"
         "16 8 linear /old 0\n24 8 striped 2 4 blkloom:n\\ w 0 f\\ g 1"
     )
-    assert [leg.device_name("/r/dev") for leg in table(renamed).segments[1].target.legs()] == ["n w"]
+    assert [ref.device_name("/r/dev") for ref in table(renamed).segments[1].target.device_refs()] == ["n w"]
 
 
 def test_striped_says_what_the_kernel_s_says_and_others_say_nothing(tmp_path: Path) -> None:
@@ -69,11 +70,15 @@ def test_striped_says_what_the_kernel_s_says_and_others_say_nothing(tmp_path: Pa
 
 
 def test_a_message_goes_to_the_segment_that_holds_the_sector() -> None:
-    class Said(Zero):
-        name = "said"
-
+    class LoadedSaid(LoadedTarget):
         def message(self, words: list[str]) -> str | None:
             return " ".join(words)
+
+    class Said(TargetSpec):
+        name = "said"
+
+        def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+            return LoadedSaid(self, [(Bytes(0), length, Extent.zero())])
 
     with blkloom.open("0 8 zero\n8 8 said\n", targets=[Said]) as device:
         assert device.message(Sectors(15), ["a", "b"]) == "a b"
@@ -108,19 +113,21 @@ def test_an_abandoned_claim_stands_as_long_as_a_duplicate_lives_and_is_taken_up_
         os.close(fd)
 
 
-class Hangs(Zero):
+class Hangs(TargetSpec):
     """Reads wait for `go`."""
 
     name = "hangs"
     asked = threading.Event()
     go = threading.Event()
 
-    def map(self, opening, start, length):  # type: ignore[no-untyped-def]
-        return [(0, length, Extent.fault())]
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        return LoadedHangs(self, [(Bytes(0), length, Extent.fault())])
 
-    def read(self, offset, length):  # type: ignore[no-untyped-def]
-        self.asked.set()
-        self.go.wait()
+
+class LoadedHangs(LoadedTarget):
+    def read(self, offset: Bytes, length: Bytes) -> bytes:
+        Hangs.asked.set()
+        Hangs.go.wait()
         return bytes(length)
 
 
@@ -140,7 +147,7 @@ def reading(device: blkloom.Device) -> Iterator[None]:
 
 
 def test_a_drain_that_hangs_names_the_file_of_whichever_device_below() -> None:
-    class Slow(HeldFiles):
+    class Slow(SharedFiles):
         def in_flight(self) -> dict[str, int]:
             return {"/mnt/slow": 3}
 
@@ -156,7 +163,7 @@ def test_a_drain_that_hangs_names_the_file_of_whichever_device_below() -> None:
 def test_files_at_rest_hold_nothing_up(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(4096))
-    held = HeldFiles()
+    held = SharedFiles()
     with blkloom.Device(table(f"0 8 loop {path}"), held=held) as device:
         device.pwrite(bytes(4096), 0)
         device.flush()

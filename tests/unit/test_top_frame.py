@@ -1,4 +1,4 @@
-"""`blkloom top`'s picture: rows in, lines out; and the keys that change it."""
+"""The frame of `blkloom top`: rows to lines, and the keys that change it."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_more_devices_than_fit_scroll_and_the_last_line_says_which_are_seen() ->
 
 
 def test_old_numbers_are_said_to_be_old() -> None:
-    line = draw(scene(problem="old numbers: nobody answers"), Shape(160))[0]
-    assert "old numbers: nobody answers" in line.plain
+    line = draw(scene(problem="old numbers: no answer"), Shape(160))[0]
+    assert "old numbers: no answer" in line.plain
 
 
 @pytest.mark.parametrize(

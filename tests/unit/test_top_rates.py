@@ -1,4 +1,4 @@
-"""`blkloom top`'s numbers: two samples in, rows out."""
+"""The rates of `blkloom top`: two samples to rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal of a full-screen command: keys without Return, and everything as before at the end."""
+"""The terminal of a full-screen command: keys without Return, and restoration at the end."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-//! A load generator for NBD servers that costs little itself: it sends all requests it may have in flight together, takes
-//! all replies that have arrived together, and sleeps in epoll when there is nothing to do, as a client in a kernel or a
-//! virtual machine may. fio's nbd engine sends and receives request by request, and so is often what limits its figures.
+//! Load generator for NBD servers with little overhead. It sends and receives many requests per system call, and sleeps
+//! in epoll when it has nothing to do, as a client in a kernel or in a virtual machine does. fio's nbd engine sends and
+//! receives one request at a time, which often limits its results.
 //!
-//! One thread, any number of connections with simple replies, nonblocking both ways. Prints a line of JSON.
+//! One thread, any number of connections with simple replies, nonblocking in both directions. Prints one line of JSON.
 //! Arguments: SOCKET EXPORT PATTERN BLOCK DEPTH CONNECTIONS SIZE SECONDS
 //!
-//! EXPORT: its name, "" for the default export. PATTERN: read, write, randread, randwrite or randrw (half of each); with
-//! `-flush` behind it a flush follows each write, in the same slot; with `-end-flush` one flush ends the run and is part
-//! of its time. BLOCK: bytes a request. DEPTH: requests in flight a connection. SIZE: bytes of the device that are used.
-//! SECONDS: how long; 0: until SIZE bytes have been read or written. Offsets repeat from run to run.
+//! EXPORT: name, "" for the default export. PATTERN: read, write, randread, randwrite or randrw (half of each). With
+//! the suffix `-flush` a flush follows each write, in the same slot. With `-end-flush` one flush ends the run and is
+//! part of its time. BLOCK: bytes per request. DEPTH: requests in flight per connection. SIZE: bytes of the device to
+//! use. SECONDS: duration; 0: until SIZE bytes are read or written. The offsets are the same in each run.
 
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
@@ -29,7 +29,7 @@ const FLUSH: u16 = 3;
 const REPLY: [u8; 4] = 0x6744_6698u32.to_be_bytes();
 const REPLY_SIZE: usize = 16;
 const HEADER_SIZE: usize = 28;
-/// Bytes a receive takes at most.
+/// Most bytes per receive call.
 const INPUT: usize = 256 << 10;
 /// IOV_MAX; see writev(2).
 const MOST_SLICES: usize = 1024;
@@ -37,7 +37,7 @@ const MOST_SLICES: usize = 1024;
 #[derive(Clone, Copy)]
 struct Job {
     random: bool,
-    /// Of 256 requests, how many are writes.
+    /// Number of writes among 256 requests.
     writes: u64,
     /// After each write.
     flush: bool,

@@ -1,13 +1,12 @@
-//! An NBD server with nothing behind it: reads answer with whatever is in its buffer, writes vanish.
+//! NBD server without storage: a read returns the bytes that are in its buffer, a write is discarded.
 //!
-//! What a client reaches against it is what the client, the socket and this machine can do at all, so
-//! `make bench` measures it beside the others: no server with a disk behind it can be faster than one
-//! without. It drains, answers everything in one send and polls before it sleeps, as the engine does,
-//! and speaks structured replies to who asks for them, as all contenders do. A thread a connection; takes a
-//! listening Unix socket as descriptor 3 (sd_listen_fds(3)). Arguments: SIZE [FILE|memory]
+//! Its throughput is the limit of the client, the socket and the machine, because no server with storage can be faster.
+//! `make bench` measures it beside the other servers. Like the engine it receives all requests, answers them by one
+//! send, and polls before it sleeps. It supports structured replies, as all measured servers do. One thread per
+//! connection. It gets a listening Unix socket as descriptor 3 (sd_listen_fds(3)). Arguments: SIZE [FILE|memory]
 //!
-//! SIZE: of the disk in bytes. FILE: its bytes are read and written, by one call a request, and nothing else is done;
-//! likewise memory, by one copy: what a server that has a disk of that kind can reach at most.
+//! SIZE: bytes of the disk. FILE: each request is one read or write of this file. memory: each request is one copy. The
+//! results are the limits of servers with such a disk.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result, Write};
@@ -35,7 +34,7 @@ fn main() -> Result<()> {
         Some("memory") => Disk::Memory(Memory(vec![1; size as usize].leak().as_mut_ptr())),
         Some(path) => Disk::File(File::options().read(true).write(true).open(path)?),
     });
-    // SAFETY: descriptor 3 is ours by the convention above, and nothing else here uses it.
+    // SAFETY: by the convention above descriptor 3 belongs to this program, and no other code here uses it.
     let listener = unsafe { UnixListener::from_raw_fd(3) };
     for client in listener.incoming() {
         let client = client?;
@@ -84,17 +83,18 @@ fn handshake(mut client: &UnixStream, size: u64) -> Result<Style> {
     }
 }
 
-/// What is behind the server.
+/// The storage of the server.
 enum Disk {
     Nothing,
     File(File),
     Memory(Memory),
 }
 
-/// Read and written by all threads at once, as a disk is: what comes of two writes to one place is not said.
+/// Memory that all threads read and write concurrently, like a disk: the result of concurrent writes to one place is
+/// undefined.
 struct Memory(*mut u8);
 
-// SAFETY: the memory is never given back, and no two threads use the same bytes but by copying them.
+// SAFETY: the memory is never freed, and threads access its bytes only by copying.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -105,7 +105,7 @@ impl Disk {
             Disk::Nothing => {}
             Disk::File(file) => file.read_exact_at(into, offset)?,
             Disk::Memory(Memory(disk)) => {
-                // SAFETY: the caller has seen to it that the range is one of the disk's.
+                // SAFETY: the caller has checked that the range is inside the disk.
                 unsafe { copy_nonoverlapping(disk.add(offset as usize), into.as_mut_ptr(), into.len()) }
             }
         }
@@ -167,7 +167,7 @@ fn transmission(mut client: &UnixStream, style: Style, size: u64, disk: &Disk) -
     }
 }
 
-/// Replies gather in a buffer whose old contents are the data: nothing is moved but by the socket.
+/// Collects replies in a buffer. Its old contents are the data, so only the socket copies bytes.
 struct Output {
     buffer: Vec<u8>,
     used: usize,
@@ -180,7 +180,7 @@ impl Sink for Output {
     }
 }
 
-/// Some bytes; polls for a while before it sleeps.
+/// Receives some bytes. Polls for a while before it sleeps.
 fn receive(client: &UnixStream, into: &mut [u8]) -> Result<usize> {
     let begun = Instant::now();
     loop {

@@ -1,45 +1,48 @@
-//! One budget of memory for what clients make an engine keep: payloads, replies, and copies made on the way.
+//! Memory budget of an engine for its clients: payloads, replies and copies of requests in flight.
 //!
-//! A request reserves all it may need before its payload is received. Where that is not to be had it waits in line, and
-//! its connection is not read meanwhile; a message to the connection's loop brings the reservation. Small and large
-//! requests have a share and a line each, so that clients that stall with large ones do not hold small ones up, and
-//! small ones never starve large ones. Within a share it is first come, first served, over all loops.
+//! A request reserves all memory that it may need before its payload is received. If that memory is not available, the
+//! request waits in a FIFO, and its connection is not read meanwhile. A message to the connection's loop brings the
+//! reservation. Small and large requests have a share of the budget and a FIFO each: a client that stalls with a large
+//! request does not delay small requests, and small requests never starve large ones. All loops use the same FIFOs.
 //!
-//! Some things show only when they are there: replies the socket does not take, bytes received together with a request
-//! that waits. They count against the share of small requests (`Kept`), and once half of that is used connections keep
-//! next to none of them (`Account::is_tight`).
+//! Some memory is known only when it is already in use: replies that the socket does not accept, and bytes that were
+//! received together with a request that waits. This memory counts against the share of small requests (`Kept`). Once
+//! half of that share is used, connections keep almost none of it (`Account::is_tight`).
 //!
-//! A request may need others of the same engine before it can end: a device's storage may be reached through another
-//! device's export, by a target, a mount or another process, which the engine does not see. Such devices never stand in
-//! a circle. So a device that has nothing reserved may take the first small request beyond the share, and for a client
-//! in the engine's own process also the first large one: the device at the bottom can always go on, and ends what waits
-//! for it. A request larger than its share is served alone.
+//! A request may depend on other requests of the same engine: a device's storage may be reached through another
+//! device's export (by a target, a mount or another process), and the engine does not see that. Such devices never form
+//! a cycle. To avoid a deadlock, a device without any reservation may exceed the share for its first small request, and
+//! for its first large request if the client is in the engine's own process. So the lowest device can always make
+//! progress, and then the requests above it can, too. A request larger than its share is served alone.
 //!
-//! Reserving takes no lock while nobody waits. Any thread.
+//! Reserving takes no lock while no request waits. Any thread may reserve.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use crate::device::Device;
-use crate::inbox::{Inbox, Message};
 use crate::lock;
+use crate::mailbox::Poster;
+use crate::request::TransportId;
 
 /// Requests for more bytes are large.
 const SMALL: u64 = 1 << 20;
 
-/// Shares of the budget in eighths; the rest is for memory that loops keep at hand.
+/// Shares of the budget in eighths. The rest is for buffers that loops keep for their next requests.
 const SHARES: [usize; 2] = [3, 4];
 const AT_HAND: usize = 1;
+/// Requests that may wait, one of each transport, before a line has to grow.
+const IN_LINE: usize = 256;
 
-/// Which share a request's memory comes from.
+/// The share that a request's memory comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Size {
     Small,
     Large,
 }
 
-/// The memory that a request may need.
+/// The most memory that a request may need.
 #[derive(Clone, Copy, Debug)]
 pub struct Need {
     size: Size,
@@ -47,12 +50,13 @@ pub struct Need {
 }
 
 impl Need {
-    /// bytes: for a request of `length`.
+    /// A request of `length` bytes that needs `bytes` of memory.
     pub fn new(length: u64, bytes: usize) -> Need {
         Need { size: if length > SMALL { Size::Large } else { Size::Small }, bytes }
     }
 }
 
+/// The memory budget of one engine.
 pub struct Budget {
     limit: usize,
     shares: [Share; 2],
@@ -61,19 +65,26 @@ pub struct Budget {
 struct Share {
     limit: usize,
     reserved: AtomicUsize,
-    /// How many are in line; while somebody is, nobody is served before them.
+    /// Length of `line`. While it is not 0, new requests join the line.
     waiting: AtomicUsize,
+    /// Requests that wait for memory, oldest first.
     line: Mutex<VecDeque<InLine>>,
 }
 
 struct InLine {
     account: Arc<Account>,
     need: Need,
-    inbox: Arc<Inbox>,
-    slot: usize,
+    grants: Poster<Granted>,
+    transport: TransportId,
 }
 
-/// The budget as it is now, in bytes; waiting: requests.
+/// The reservation that the next request of a transport waited for.
+pub struct Granted {
+    pub transport: TransportId,
+    pub reservation: Reservation,
+}
+
+/// Current use of the budget, in bytes. waiting: number of requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MemoryUse {
     pub budget: usize,
@@ -87,12 +98,12 @@ impl Budget {
             limit: limit / 8 * eighths,
             reserved: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
-            line: Mutex::default(),
+            line: Mutex::new(VecDeque::with_capacity(IN_LINE)),
         };
         Arc::new(Budget { limit, shares: SHARES.map(share) })
     }
 
-    /// What all loops together may keep at hand for the next requests.
+    /// Bytes that all loops together may keep in buffers for their next requests.
     pub fn at_hand(&self) -> usize {
         self.limit / 8 * AT_HAND
     }
@@ -104,27 +115,28 @@ impl Budget {
 }
 
 impl Share {
-    /// Serves those in line: in order, and past one that must wait only what is served from beyond the share.
+    /// Grants memory to waiting requests, in order. Behind a request that must go on waiting, only requests that may
+    /// exceed the share (`take_beyond`) are granted.
     fn serve(&self) {
-        if self.waiting.load(SeqCst) == 0 {
-            return;
+        // Posted without the lock: a loop that has ended drops the reservation at once, which takes the lock again.
+        while self.waiting.load(SeqCst) > 0
+            && let Some((InLine { grants, transport, .. }, reservation)) = self.next_served()
+        {
+            grants.post(Granted { transport, reservation });
         }
-        let mut served = Vec::new();
+    }
+
+    /// Takes the first request from the line that can be granted its memory now.
+    fn next_served(&self) -> Option<(InLine, Reservation)> {
         let mut line = lock(&self.line);
-        let mut at = 0;
-        while let Some(InLine { account, need, .. }) = line.get(at) {
+        let take = |(at, InLine { account, need, .. }): (usize, &InLine)| {
             let taken = if at == 0 { account.take(*need) } else { account.take_beyond(*need) };
-            match taken {
-                Some(reservation) => served.extend(line.remove(at).map(|waiter| (waiter, reservation))),
-                None => at += 1,
-            }
-        }
+            taken.map(|reservation| (at, reservation))
+        };
+        let (at, reservation) = line.iter().enumerate().find_map(take)?;
+        let served = line.remove(at);
         self.waiting.store(line.len(), SeqCst);
-        // Dropping a reservation, as of a loop that has ended, takes the lock again.
-        drop(line);
-        for (InLine { account, inbox, slot, .. }, reservation) in served {
-            inbox.send(Message::Reserved { slot, id: account.id, reservation });
-        }
+        served.map(|waiter| (waiter, reservation))
     }
 
     fn give_back(&self, bytes: usize) {
@@ -133,31 +145,30 @@ impl Share {
     }
 }
 
-/// One connection, as the budget knows it.
+/// The budget's view of one transport.
 pub struct Account {
     budget: Arc<Budget>,
     device: Arc<Device>,
-    id: u64,
-    /// The client is a part of this process.
+    /// The client is in this process.
     own: bool,
 }
 
 impl Account {
-    pub fn new(budget: Arc<Budget>, device: Arc<Device>, id: u64, own: bool) -> Arc<Account> {
-        Arc::new(Account { budget, device, id, own })
+    pub fn new(budget: Arc<Budget>, device: Arc<Device>, own: bool) -> Arc<Account> {
+        Arc::new(Account { budget, device, own })
     }
 
     fn share(&self, size: Size) -> &Share {
         &self.budget.shares[size as usize]
     }
 
-    /// Half of the share of small requests is used: connections must not keep what was not reserved.
+    /// Whether half of the share of small requests is used. Connections must then keep no unreserved memory.
     pub fn is_tight(&self) -> bool {
         let share = self.share(Size::Small);
         share.reserved.load(SeqCst) > share.limit / 2
     }
 
-    /// None: it must wait.
+    /// Reserves memory without waiting. None: the request must `wait`.
     pub fn reserve(self: &Arc<Self>, need: Need) -> Option<Reservation> {
         if self.share(need.size).waiting.load(SeqCst) > 0 {
             return None;
@@ -165,14 +176,14 @@ impl Account {
         self.take(need)
     }
 
-    /// Gets in line; a message to the inbox brings the reservation.
-    pub fn wait(self: &Arc<Self>, need: Need, inbox: Arc<Inbox>, slot: usize) -> Waiting {
+    /// Joins the line. A message to `grants` brings the reservation.
+    pub fn wait(self: &Arc<Self>, need: Need, grants: Poster<Granted>, transport: TransportId) -> Waiting {
         let share = self.share(need.size);
         let mut line = lock(&share.line);
-        line.push_back(InLine { account: self.clone(), need, inbox, slot });
+        line.push_back(InLine { account: self.clone(), need, grants, transport });
         share.waiting.store(line.len(), SeqCst);
         drop(line);
-        share.serve(); // what was given back meanwhile saw nobody in line
+        share.serve(); // memory given back just before saw an empty line
         Waiting { account: self.clone(), size: need.size }
     }
 
@@ -189,7 +200,7 @@ impl Account {
         Some(Reservation { account: self.clone(), need })
     }
 
-    /// The first of its device, beyond the share.
+    /// Reserves beyond the share, if the device has no other reservation of this size.
     fn take_beyond(self: &Arc<Self>, need: Need) -> Option<Reservation> {
         let may = need.size == Size::Small || self.own;
         let first = &self.device.reservations[need.size as usize];
@@ -201,7 +212,7 @@ impl Account {
     }
 }
 
-/// Memory that is a request's to use until this is dropped.
+/// Memory reserved for one request until this is dropped.
 pub struct Reservation {
     account: Arc<Account>,
     need: Need,
@@ -212,7 +223,7 @@ impl Reservation {
         self.need.size == need.size && self.need.bytes >= need.bytes
     }
 
-    /// Gives back all but `bytes`.
+    /// Returns all memory but `bytes` to the budget.
     pub fn shrink(&mut self, bytes: usize) {
         if let Some(more) = self.need.bytes.checked_sub(bytes).filter(|more| *more > 0) {
             self.need.bytes = bytes;
@@ -228,7 +239,7 @@ impl Drop for Reservation {
     }
 }
 
-/// A place in line, given up when it is dropped.
+/// A request's entry in the line of its share. Dropping it removes the entry.
 pub struct Waiting {
     account: Arc<Account>,
     size: Size,
@@ -248,7 +259,7 @@ impl Drop for Waiting {
     }
 }
 
-/// What a connection keeps without having reserved it. Counted, never refused.
+/// Unreserved memory that a transport keeps. It is counted and never refused.
 pub struct Kept {
     account: Arc<Account>,
     bytes: usize,

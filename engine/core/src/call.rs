@@ -1,75 +1,100 @@
-//! The in-process API: a caller's thread does what it can itself and waits for a loop for the rest.
+//! The in-process API: requests from threads of this process, without a client connection.
+//!
+//! The caller's thread executes the fast path itself. A loop executes the rest, and the caller waits for it or gets a
+//! notice.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Slice, errno::EINVAL, errno::ENOSPC, errno::ESHUTDOWN};
+use blkloom_io::{Ahead, Errno, Slice, Source};
 
+use crate::clock::nanoseconds;
 use crate::device::{Device, SuspendError};
 use crate::engine::Engine;
-use crate::now::{self, Besides, Now, Patience};
-use crate::request::{Context, Flags, Found, Memory, Owner, Request, Waiter};
+use crate::fast_path::{self, Besides, Patience, Progress};
+use crate::operation::{Context, Flags, Found};
+use crate::request::{Memory, Owner, Request, Waiter};
 use crate::stats::{Op, Shard};
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Direction {
-    Read,
-    Write,
+/// Direction of a transfer, with the memory of its bytes.
+#[derive(Clone, Copy)]
+pub enum Direction<'m> {
+    Read(Slice<'m>),
+    Write(Source<'m>),
 }
 
-impl Direction {
-    fn op(self) -> Op {
+impl Direction<'_> {
+    pub fn op(self) -> Op {
         match self {
-            Direction::Read => Op::Read,
-            Direction::Write => Op::Write,
+            Direction::Read(_) => Op::Read,
+            Direction::Write(_) => Op::Write,
+        }
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty, reason = "a length of a transfer, not of a collection")]
+    pub fn len(self) -> u64 {
+        match self {
+            Direction::Read(into) => into.len() as u64,
+            Direction::Write(from) => from.len() as u64,
         }
     }
 }
 
-/// Larger reads find their own way into the caches, and would drive each other out.
+/// Largest read that is prefetched. The hardware prefetches larger reads, and they would evict each other.
 const WORTH_FETCHING: u64 = 16 << 10;
 
-/// Larger transfers are done by a loop while their caller, who has other things to do, goes on.
+/// Largest transfer that `attempt` executes. A loop executes larger ones, and the caller continues meanwhile.
 const AT_ONCE: u64 = 256 << 10;
 
-/// How many reads of a batch ahead memory is fetched.
+/// Distance of the prefetch in a batch, in transfers.
 const AHEAD: usize = 2;
 
-/// One I/O of a caller's.
+/// One read or write of a caller.
 #[derive(Clone, Copy)]
-pub struct Transfer {
-    pub direction: Direction,
-    pub memory: Slice,
+pub struct Transfer<'m> {
+    pub direction: Direction<'m>,
     pub offset: u64,
 }
 
-impl Transfer {
-    /// next: memory that will be read soon.
-    fn now(&self, device: &Device, shard: Shard, patience: Patience, next: Option<Slice>) -> Now {
+impl Transfer<'_> {
+    /// Runs the fast path. next: memory that a queued read needs.
+    fn now(&self, device: &Device, shard: Shard, patience: Patience, next: Option<Ahead>) -> Progress {
         match self.direction {
-            Direction::Read => {
-                now::read(device, shard, self.offset, self.memory, patience, Besides { next, zeros: None })
+            Direction::Read(into) => {
+                fast_path::read(device, shard, self.offset, into, patience, Besides { next, zeros: None })
             }
-            Direction::Write => now::write(device, shard, self.offset, self.memory, patience),
+            Direction::Write(from) => fast_path::write(device, shard, self.offset, from, patience),
         }
     }
 
-    /// The memory it will copy from, where fetching that ahead pays.
-    fn source(&self, device: &Device, shard: Shard) -> Option<Slice> {
-        let len = self.memory.len() as u64;
-        let pays = self.direction == Direction::Read && len <= WORTH_FETCHING;
+    /// The memory that it will copy from, if a prefetch is useful.
+    fn source(&self, device: &Device, shard: Shard) -> Option<Ahead> {
+        let len = self.direction.len();
+        let pays = matches!(self.direction, Direction::Read(_)) && len <= WORTH_FETCHING;
         (pays && check(device, Op::Read, self.offset, len).is_ok())
-            .then(|| now::source(device, shard, self.offset, len))
+            .then(|| fast_path::source(device, shard, self.offset, len))
     }
 
-    fn later(&self, device: &Arc<Device>, flags: Flags, done: u64, started: Instant, owner: Owner) -> Request {
+    /// Makes a request for the rest of the transfer, after `done` bytes.
+    ///
+    /// # Safety
+    /// The request ends before the memory is released or used otherwise.
+    unsafe fn rest(&self, device: &Arc<Device>, flags: Flags, done: u64, started: Instant, owner: Owner) -> Request {
+        // SAFETY: the caller waits for the request's end.
+        let memory = unsafe {
+            match self.direction {
+                Direction::Read(into) => Memory::Borrowed(Slice::new(into.as_ptr(), into.len())),
+                Direction::Write(from) => Memory::Source(Slice::new(from.as_ptr().cast_mut(), from.len()).source()),
+            }
+        };
         Request {
             device: device.clone(),
             op: self.direction.op(),
             offset: self.offset,
-            len: self.memory.len() as u64,
+            len: self.direction.len(),
             flags,
-            memory: Memory::Borrowed(self.memory),
+            memory,
             owner,
             started,
             context: None,
@@ -78,40 +103,37 @@ impl Transfer {
     }
 }
 
-fn check(device: &Device, op: Op, offset: u64, len: u64) -> Result<(), i32> {
+fn check(device: &Device, op: Op, offset: u64, len: u64) -> Result<(), Errno> {
     match offset.checked_add(len) {
         Some(end) if end <= device.size() => Ok(()),
-        _ if device.closed() => Err(ESHUTDOWN),
-        _ if op == Op::Write || op == Op::WriteZeroes => Err(ENOSPC),
-        _ => Err(EINVAL),
+        _ if device.closed() => Err(Errno::SHUTDOWN),
+        _ if op == Op::Write || op == Op::WriteZeroes => Err(Errno::NOSPC),
+        _ => Err(Errno::INVAL),
     }
 }
 
-pub type Batch = Vec<Transfer>;
-
 impl Engine {
-    /// One transfer, waiting for its end.
-    pub fn transfer(&self, device: &Arc<Device>, transfer: Transfer, fua: bool) -> Result<(), i32> {
-        let (op, len) = (transfer.direction.op(), transfer.memory.len() as u64);
+    /// Executes one transfer and waits for its end.
+    pub fn transfer(&self, device: &Arc<Device>, transfer: Transfer<'_>, fua: bool) -> Result<(), Errno> {
+        let (op, len) = (transfer.direction.op(), transfer.direction.len());
         check(device, op, transfer.offset, len)?;
         let (shard, started) = (Shard::of_caller(), Instant::now());
         device.stats.start(shard, 1);
         let attempt = match fua && device.needs_flush() {
-            true => Now::Later(0),
+            true => Progress::Queue(0),
             false => transfer.now(device, shard, Patience::Wait, None),
         };
         match attempt {
-            Now::Later(done) => {
+            Progress::Queue(done) => {
                 let waiter = Waiter::new(1);
                 let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
-                self.submit(transfer.later(device, Flags { fua, ..Flags::default() }, done, started, owner));
-                match waiter.wait().0[0] {
-                    0 => Ok(()),
-                    errno => Err(errno),
-                }
+                let flags = Flags { fua, ..Flags::default() };
+                // SAFETY: the transfer's memory is there until this function returns, which is after the request's end.
+                self.submit(unsafe { transfer.rest(device, flags, done, started, owner) });
+                waiter.wait().0[0].map_or(Ok(()), Err)
             }
             now => {
-                let result = if let Now::Failed(errno) = now { Err(errno) } else { Ok(()) };
+                let result = if let Progress::Failed(errno) = now { Err(errno) } else { Ok(()) };
                 let errors = u64::from(result.is_err());
                 let bytes = if result.is_ok() { len } else { 0 };
                 device.stats.end(shard, op, 1, bytes, errors, nanoseconds(started));
@@ -120,30 +142,30 @@ impl Engine {
         }
     }
 
-    /// Many transfers in no order; an errno each, 0 for success. What storage would make wait goes to
-    /// the loop all at once.
-    pub fn batch(&self, device: &Arc<Device>, batch: &[Transfer]) -> Vec<i32> {
+    /// Executes many transfers, in no order, and returns the error of each. Transfers that must wait for storage are
+    /// submitted to the loops together.
+    pub fn batch(&self, device: &Arc<Device>, batch: &[Transfer<'_>]) -> Vec<Option<Errno>> {
         let (shard, started) = (Shard::of_caller(), Instant::now());
-        let mut results = vec![0; batch.len()];
-        let mut later = Vec::new();
-        // (count, bytes, errors) a direction
+        let mut results = vec![None; batch.len()];
+        let mut queued = Vec::new();
+        // (count, bytes, errors) per direction
         let mut sums = [(0, 0, 0); 2];
         device.stats.start(shard, batch.len() as u64);
         for (index, transfer) in batch.iter().enumerate() {
-            let (op, len) = (transfer.direction.op(), transfer.memory.len() as u64);
+            let (op, len) = (transfer.direction.op(), transfer.direction.len());
             let next = batch.get(index + AHEAD).and_then(|next| next.source(device, shard));
             let attempt = match check(device, op, transfer.offset, len) {
                 Ok(()) => transfer.now(device, shard, Patience::Nowait, next),
-                Err(errno) => Now::Failed(errno),
+                Err(errno) => Progress::Failed(errno),
             };
             let sum = &mut sums[op as usize];
             match attempt {
-                Now::Done => *sum = (sum.0 + 1, sum.1 + len, sum.2),
-                Now::Failed(errno) => {
-                    results[index] = errno;
+                Progress::Done => *sum = (sum.0 + 1, sum.1 + len, sum.2),
+                Progress::Failed(errno) => {
+                    results[index] = Some(errno);
                     *sum = (sum.0 + 1, sum.1, sum.2 + 1);
                 }
-                Now::Later(done) => later.push((index, done)),
+                Progress::Queue(done) => queued.push((index, done)),
             }
         }
         for (op, (count, bytes, errors)) in [Op::Read, Op::Write].into_iter().zip(sums) {
@@ -151,48 +173,49 @@ impl Engine {
                 device.stats.end(shard, op, count, bytes, errors, nanoseconds(started) / batch.len() as u64);
             }
         }
-        if !later.is_empty() {
-            let waiter = Waiter::new(later.len());
-            for (at, &(index, done)) in later.iter().enumerate() {
+        if !queued.is_empty() {
+            let waiter = Waiter::new(queued.len());
+            for (at, &(index, done)) in queued.iter().enumerate() {
                 let owner = Owner::Waiter { waiter: waiter.clone(), index: at };
-                self.submit(batch[index].later(device, Flags::default(), done, started, owner));
+                // SAFETY: the memory is there until this function returns, which is after the end of all requests.
+                self.submit(unsafe { batch[index].rest(device, Flags::default(), done, started, owner) });
             }
             let (errors, _) = waiter.wait();
-            for (&(index, _), errno) in later.iter().zip(errors) {
-                results[index] = errno;
+            for (&(index, _), error) in queued.iter().zip(errors) {
+                results[index] = error;
             }
         }
         results
     }
 
-    /// A request without bytes of its own: flush, discard, write zeroes.
-    pub fn command(&self, device: &Arc<Device>, op: Op, offset: u64, len: u64, flags: Flags) -> Result<(), i32> {
+    /// Executes a request without data (flush, discard, write zeroes, cache) and waits for its end.
+    pub fn command(&self, device: &Arc<Device>, op: Op, offset: u64, len: u64, flags: Flags) -> Result<(), Errno> {
         check(device, op, offset, len)?;
         let (shard, started) = (Shard::of_caller(), Instant::now());
         device.stats.start(shard, 1);
         let attempt = match op {
-            Op::Flush => now::flush(device, shard),
-            Op::Discard | Op::WriteZeroes => now::clear(device, shard, op, offset, len, flags),
-            _ => Now::Later(0),
+            Op::Flush => fast_path::flush(device, shard),
+            Op::Discard | Op::WriteZeroes => fast_path::clear(device, shard, op, offset, len, flags),
+            _ => Progress::Queue(0),
         };
         match attempt {
-            Now::Later(_) => self.ask(device, op, (offset, len), flags, None, started).map(drop),
+            Progress::Queue(_) => self.ask(device, op, (offset, len), flags, None, started).map(drop),
             now => {
-                let errors = u64::from(matches!(now, Now::Failed(_)));
+                let errors = u64::from(matches!(now, Progress::Failed(_)));
                 device.stats.end(shard, op, 1, if errors == 0 { len } else { 0 }, errors, nanoseconds(started));
-                if let Now::Failed(errno) = now { Err(errno) } else { Ok(()) }
+                if let Progress::Failed(errno) = now { Err(errno) } else { Ok(()) }
             }
         }
     }
 
-    /// What a range holds, as far as one answer reaches.
-    pub fn extents(&self, device: &Arc<Device>, offset: u64, len: u64, context: Context) -> Result<Vec<Found>, i32> {
+    /// Block status of a range, from `offset` as far as one answer reaches.
+    pub fn extents(&self, device: &Arc<Device>, offset: u64, len: u64, context: Context) -> Result<Vec<Found>, Errno> {
         check(device, Op::Extents, offset, len)?;
         device.stats.start(Shard::of_caller(), 1);
         self.ask(device, Op::Extents, (offset, len), Flags::default(), context, Instant::now())
     }
 
-    /// Gives a request to a loop and waits for its end.
+    /// Submits a request to a loop and waits for its end.
     fn ask(
         &self,
         device: &Arc<Device>,
@@ -201,45 +224,54 @@ impl Engine {
         flags: Flags,
         context: Context,
         started: Instant,
-    ) -> Result<Vec<Found>, i32> {
+    ) -> Result<Vec<Found>, Errno> {
         let waiter = Waiter::new(1);
         let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
         let (device, memory) = (device.clone(), Memory::None);
         self.submit(Request { device, op, offset, len, flags, memory, owner, started, context, done: 0 });
         let (errors, found) = waiter.wait();
-        if errors[0] == 0 { Ok(found) } else { Err(errors[0]) }
+        errors[0].map_or(Ok(found), Err)
     }
 
-    /// Does a request now if it is small and need not wait for anything: its result, and no notice follows. None:
-    /// `start` it; what was done of it is noted in it.
-    pub fn attempt(&self, request: &mut Request) -> Option<Result<(), i32>> {
-        let Request { device, op, offset, len, flags, .. } = request;
+    /// Executes a request on this thread if it is small and need not wait. Returns its result; no notice follows. None:
+    /// the caller must `start` the request, which records in `done` what is done already.
+    pub fn attempt(&self, request: &mut Request) -> Option<Result<(), Errno>> {
+        let Request { device, op, offset, len, flags, memory, .. } = request;
         let shard = Shard::of_caller();
         let attempt = match (*op, check(device, *op, *offset, *len)) {
-            (_, Err(errno)) => Now::Failed(errno),
+            (_, Err(errno)) => Progress::Failed(errno),
+            _ if !memory.fits(*op, *len) => Progress::Failed(Errno::INVAL),
             (Op::Read | Op::Write, _) if *len > AT_ONCE || flags.fua && device.needs_flush() => return None,
+            // Memory in several pieces.
+            (Op::Read | Op::Write, _) if memory.run(0, *len as usize) < *len as usize => return None,
             (Op::Read, _) => {
-                now::read(device, shard, *offset, request.memory.slice(), Patience::Nowait, Besides::default())
+                // SAFETY: the request has not ended, nor does it during this call.
+                let into = unsafe { memory.destination(0, *len as usize) };
+                fast_path::read(device, shard, *offset, into, Patience::Nowait, Besides::default())
             }
-            (Op::Write, _) => now::write(device, shard, *offset, request.memory.slice(), Patience::Nowait),
-            (Op::Flush, _) => now::flush(device, shard),
-            (Op::Discard | Op::WriteZeroes, _) => now::clear(device, shard, *op, *offset, *len, *flags),
+            (Op::Write, _) => {
+                // SAFETY: as above.
+                let from = unsafe { memory.source(0, *len as usize) };
+                fast_path::write(device, shard, *offset, from, Patience::Nowait)
+            }
+            (Op::Flush, _) => fast_path::flush(device, shard),
+            (Op::Discard | Op::WriteZeroes, _) => fast_path::clear(device, shard, *op, *offset, *len, *flags),
             _ => return None,
         };
-        let (bytes, errno) = match attempt {
-            Now::Later(done) => {
+        let (bytes, error) = match attempt {
+            Progress::Queue(done) => {
                 request.done = done;
                 return None;
             }
-            Now::Done => (*len, 0),
-            Now::Failed(errno) => (0, errno),
+            Progress::Done => (*len, None),
+            Progress::Failed(errno) => (0, Some(errno)),
         };
         device.stats.start(shard, 1);
-        device.stats.end(shard, *op, 1, bytes, u64::from(errno != 0), nanoseconds(request.started));
-        Some(if errno == 0 { Ok(()) } else { Err(errno) })
+        device.stats.end(shard, *op, 1, bytes, u64::from(error.is_some()), nanoseconds(request.started));
+        Some(error.map_or(Ok(()), Err))
     }
 
-    /// Starts a request whose end is a notice; the memory is the caller's until then.
+    /// Starts a request and returns. Its owner is notified of the end; until then the caller keeps the memory alive.
     pub fn start(&self, request: Request) {
         let (device, op) = (&request.device, request.op);
         device.stats.start(Shard::of_caller(), 1);
@@ -247,12 +279,12 @@ impl Engine {
             Ok(()) => self.submit(request),
             Err(errno) => {
                 device.stats.end(Shard::of_caller(), op, 1, 0, 1, nanoseconds(request.started));
-                request.owner.complete(errno, Vec::new());
+                request.owner.complete(Some(errno), Vec::new());
             }
         }
     }
 
-    /// See `Device::suspend`; `flush` writes everything back before it returns.
+    /// Suspends a device: see `Device::suspend`. flush: flush the device before this returns.
     pub fn suspend(&self, device: &Arc<Device>, flush: bool, deadline: Option<Instant>) -> Result<(), SuspendError> {
         device.suspend(deadline, || {
             if !flush || !device.needs_flush() {
@@ -278,11 +310,7 @@ impl Engine {
                 None => waiter.wait().0,
                 Some(deadline) => waiter.wait_until(deadline).ok_or(SuspendError::Timeout)?,
             };
-            if errors[0] == 0 { Ok(()) } else { Err(SuspendError::Flush(errors[0])) }
+            errors[0].map_or(Ok(()), |errno| Err(SuspendError::Flush(errno)))
         })
     }
-}
-
-pub(crate) fn nanoseconds(since: Instant) -> u64 {
-    since.elapsed().as_nanos() as u64
 }

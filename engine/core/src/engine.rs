@@ -1,27 +1,27 @@
-//! The engine: loops, started when first needed, and the pool they share.
+//! The engine: event loops, started when first needed, and the thread pool that they share.
 
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use blkloom_io::errno::ESHUTDOWN;
+use blkloom_io::Errno;
 use blkloom_io::{Process, Ring};
 
 use crate::budget::{Budget, MemoryUse};
-use crate::call::nanoseconds;
+use crate::clock::nanoseconds;
 use crate::device::Export;
-use crate::inbox::{Inbox, Message};
+use crate::event_loop::{self, LoopSettings, Message, Processors, Serving};
 use crate::lock;
-use crate::looper::{self, LoopSettings};
-use crate::nbd::{Connection, Session};
-use crate::notice::Notices;
+use crate::log;
+use crate::mailbox::Mailbox;
+use crate::notice::Recipient;
 use crate::pool::Pool;
 use crate::request::Request;
 use crate::stats::Shard;
+use crate::transport::Transport;
 
-/// What an engine keeps for its clients, unless told otherwise.
+/// Default memory budget for clients, in bytes.
 const MEMORY: usize = 256 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,90 +41,99 @@ pub enum EngineError {
     Closed,
 }
 
-/// What a connection of NBD's transmission phase was told by its handshake.
-pub struct NbdSession {
-    pub export: Arc<Export>,
-    pub fd: OwnedFd,
-    pub session: Session,
-    pub notices: Arc<Notices>,
-    pub token: u64,
-}
-
+/// One event loop.
 struct Member {
-    inbox: Arc<Inbox>,
-    connections: Arc<AtomicUsize>,
+    mailbox: Arc<Mailbox<Message>>,
+    /// Number of transports on this loop.
+    transports: Arc<AtomicUsize>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Event loops with a thread pool and a memory budget.
 pub struct Engine {
     use_ring: bool,
-    /// A loop that gets no ring of its own after all goes without.
+    /// A loop whose io_uring cannot be created uses threads instead.
     may_do_without: bool,
     count: usize,
+    processors: Arc<Processors>,
     spin: Duration,
     pool: Arc<Pool>,
     budget: Arc<Budget>,
     members: OnceLock<Result<Vec<Member>, String>>,
     next: AtomicUsize,
-    next_connection: AtomicU64,
+    next_transport: AtomicU64,
     closed: Mutex<bool>,
     home: Process,
 }
 
-/// A served connection, for ending it.
-pub struct ConnectionHandle {
-    inbox: Arc<Inbox>,
-    id: u64,
+/// A handle to close or detach a transport that an engine serves.
+pub struct TransportHandle {
+    mailbox: Arc<Mailbox<Message>>,
+    number: u64,
 }
 
-impl ConnectionHandle {
+impl TransportHandle {
     pub fn close(&self) {
-        self.inbox.send(Message::CloseConnection(self.id));
+        self.mailbox.send(Message::Close(self.number));
     }
 
-    /// Lets go of the client without its noticing; the notice brings what the next engine needs. From
-    /// then on `close` does nothing. drain: not before the client has taken its replies, or `detach` without `drain`.
+    /// Detaches the peer from this engine; the peer does not notice. The notice carries the state that the next engine
+    /// needs. From then on `close` does nothing. drain: wait until the peer has received its replies, or until a
+    /// `detach` without `drain`.
     pub fn detach(&self, drain: bool) {
-        self.inbox.send(Message::DetachConnection { id: self.id, drain });
+        self.mailbox.send(Message::Detach { number: self.number, drain });
     }
 }
 
 impl Engine {
-    /// loops: 0 for one a CPU.
+    /// loops: number of event loops, 0 for one per CPU.
     pub fn new(loops: usize, io: IoChoice, spin: Duration, threads: usize) -> Result<Engine, EngineError> {
-        // As large as the loops': a small one may be allowed where that is not.
-        let use_ring = match (io, Ring::new(looper::RING_ENTRIES)) {
+        log::install();
+        // As large as the rings of the loops: a smaller ring may be allowed where theirs is not.
+        let use_ring = match (io, Ring::new(event_loop::RING_ENTRIES)) {
             (IoChoice::Threads, _) => false,
             (IoChoice::Ring, Err(error)) => return Err(EngineError::NoRing(error)),
-            (_, probed) => probed.is_ok(),
+            (IoChoice::Auto, Err(error)) => {
+                say_that_there_is_no_ring(&error);
+                false
+            }
+            (_, Ok(_)) => true,
         };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let processors = Arc::new(Processors::new(cpus));
         Ok(Engine {
             use_ring,
             may_do_without: io == IoChoice::Auto,
             count: if loops == 0 { cpus } else { loops }.clamp(1, 64),
+            processors,
             spin,
             pool: Arc::new(Pool::new(threads)),
             budget: Budget::new(MEMORY),
             members: OnceLock::new(),
             next: AtomicUsize::new(0),
-            next_connection: AtomicU64::new(1),
+            next_transport: AtomicU64::new(1),
             closed: Mutex::new(false),
             home: Process::current(),
         })
     }
 
-    /// With another budget of memory for what clients make it keep. Before the first of them comes.
+    /// Sets the memory budget for clients. Must be called before the first client is served.
     pub fn with_memory(mut self, bytes: usize) -> Engine {
         self.budget = Budget::new(bytes);
         self
+    }
+
+    /// The memory budget for clients.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
     pub fn memory_use(&self) -> MemoryUse {
         self.budget.memory_use()
     }
 
-    /// False in a fork of the process that made it: its threads are not there, and nothing of it may be used.
+    /// False in a fork of the process that created the engine. Its threads do not exist there, and the engine must not
+    /// be used.
     pub fn is_here(&self) -> bool {
         self.home.is_current()
     }
@@ -145,71 +154,86 @@ impl Engine {
     }
 
     fn start_loop(&self, index: usize) -> Result<Member, EngineError> {
-        let inbox = Arc::new(Inbox::new().map_err(|error| EngineError::Os("eventfd", error))?);
-        let connections = Arc::new(AtomicUsize::new(0));
+        let mailbox = Arc::new(Mailbox::new().map_err(|error| EngineError::Os("eventfd", error))?);
+        let transports = Arc::new(AtomicUsize::new(0));
         let settings = LoopSettings {
-            inbox: inbox.clone(),
+            mailbox: mailbox.clone(),
             pool: self.pool.clone(),
             use_ring: self.use_ring,
             spin: self.spin,
             shard: Shard::of_loop(index),
             buffers: self.budget.at_hand() / self.count,
-            connections: connections.clone(),
+            count: transports.clone(),
+            processors: self.processors.clone(),
         };
-        let thread = match looper::start(index, settings.clone()) {
-            Err(_) if self.may_do_without => looper::start(index, LoopSettings { use_ring: false, ..settings }),
+        let thread = match event_loop::start(index, settings.clone()) {
+            Err(error) if self.use_ring && self.may_do_without => {
+                tracing::warn!(%error, index, "io_uring could not be set up for a loop; the loop uses threads");
+                event_loop::start(index, LoopSettings { use_ring: false, ..settings })
+            }
             started => started,
         };
         let thread = thread.map_err(|error| EngineError::Os("starting a loop", error))?;
-        Ok(Member { inbox, connections, thread: Mutex::new(Some(thread)) })
+        Ok(Member { mailbox, transports, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Gives a request to a loop.
+    /// Submits a request to one of the loops.
     pub fn submit(&self, request: Request) {
         let closed = lock(&self.closed);
         match self.members() {
             Ok(members) if !*closed => {
-                let turn = self.next.fetch_add(1, Ordering::Relaxed);
-                members[turn % members.len()].inbox.send(Message::Submit(Box::new(request)));
+                let next = self.next.fetch_add(1, Ordering::Relaxed);
+                members[next % members.len()].mailbox.send(Message::Submit(Box::new(request)));
             }
             _ => {
                 let latency = nanoseconds(request.started);
                 request.device.stats().end(Shard::of_caller(), request.op, 1, 0, 1, latency);
-                request.owner.complete(ESHUTDOWN, Vec::new());
+                request.owner.complete(Some(Errno::SHUTDOWN), Vec::new());
             }
         }
     }
 
-    /// Serves a connection on the loop that has the fewest.
-    pub fn serve_nbd(&self, session: NbdSession) -> Result<ConnectionHandle, EngineError> {
+    /// Serves a transport on the loop that has the fewest transports. The recipient is notified when it ends.
+    pub fn serve(
+        &self,
+        export: &Arc<Export>,
+        transport: Box<dyn Transport>,
+        recipient: Recipient,
+    ) -> Result<TransportHandle, EngineError> {
         let closed = lock(&self.closed);
         if *closed {
             return Err(EngineError::Closed);
         }
         let members = self.members()?;
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        let order = (0..members.len()).map(|i| &members[(turn + i) % members.len()]);
-        let Some(member) = order.min_by_key(|member| member.connections.load(Ordering::Relaxed)) else {
+        if transport.reserves() > 0 {
+            self.pool.start().map_err(|error| EngineError::Os("starting a thread", error))?;
+        }
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        let order = (0..members.len()).map(|i| &members[(next + i) % members.len()]);
+        let Some(member) = order.min_by_key(|member| member.transports.load(Ordering::Relaxed)) else {
             return Err(EngineError::Closed);
         };
-        let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
-        member.connections.fetch_add(1, Ordering::Relaxed);
-        member.inbox.send(Message::Serve(Box::new(Connection::new(id, session, self.budget.clone()))));
-        Ok(ConnectionHandle { inbox: member.inbox.clone(), id })
+        let number = self.next_transport.fetch_add(1, Ordering::Relaxed);
+        member.transports.fetch_add(1, Ordering::Relaxed);
+        export.begin(transport.kind());
+        let export = export.clone();
+        member.mailbox.send(Message::Serve(Box::new(Serving { transport, number, export, recipient })));
+        Ok(TransportHandle { mailbox: member.mailbox.clone(), number })
     }
 
-    /// Closes connections, finishes what is in flight and joins the loops. A client has `looper::LAST_REPLIES` to take
-    /// its replies. Later requests get ESHUTDOWN. Nothing in a fork: the loops are the parent's.
+    /// Closes all transports, finishes the requests in flight and joins the loops. A peer has
+    /// `event_loop::LAST_REPLIES` to receive its replies. Later requests fail with ESHUTDOWN. Does nothing in a fork,
+    /// where the loops do not exist.
     pub fn close(&self) {
         if !self.is_here() {
             return;
         }
         *lock(&self.closed) = true;
         if let Some(Ok(members)) = self.members.get() {
-            members.iter().for_each(|member| member.inbox.send(Message::Stop));
+            members.iter().for_each(|member| member.mailbox.send(Message::Stop));
             for member in members {
                 if let Some(thread) = lock(&member.thread).take() {
-                    // A loop that panicked has said so; there is nothing left to join.
+                    // A loop that panicked aborts the process, so the result is of no use.
                     let _joined = thread.join();
                 }
             }
@@ -218,12 +242,20 @@ impl Engine {
     }
 }
 
+/// Logs once, for this process and its forks.
+fn say_that_there_is_no_ring(error: &std::io::Error) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !SAID.swap(true, Ordering::Relaxed) {
+        tracing::warn!(%error, "io_uring is not available here; threads are used instead, which is slower");
+    }
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
         if self.is_here() {
             self.close();
         } else {
-            // Handles of threads that are not there must not even be dropped.
+            // The threads do not exist in a fork: their handles must not even be dropped.
             std::mem::forget(self.members.take());
         }
     }

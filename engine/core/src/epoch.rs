@@ -1,38 +1,48 @@
-//! Epochs: knowing when nobody uses what was just unpublished.
+//! Epoch-based reclamation: waits until no request uses an old map any more.
 //!
-//! A request pins the current epoch before it looks at a map and unpins when it no longer uses what
-//! it found. `synchronize` starts a new epoch and waits until the pins of the old one are gone.
-//! Pins are counted per shard, so that loops do not share cache lines. Parked requests hold no pin.
+//! A request pins the current epoch before it reads the map, and unpins when it no longer uses what the lookup
+//! returned. `synchronize` starts a new epoch and waits until all pins of the old epoch are gone. Pins are counted per
+//! shard, so that loops do not share cache lines. Requests that wait (for a target, a gate or a timer) are
+//! counted, but hold no pin.
 //!
-//! Why one turn is enough: turns are serialised, and each ends with the counter of the parity it
-//! left at zero; so at the next turn every pin alive is of the parity being left.
+//! Why two counters suffice: calls of `synchronize` are serialised, and each ends when the counter of the old parity is
+//! zero. So all pins that exist when the next call begins have the parity that this next call ends.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::time::Instant;
 
-use crate::stats::{SHARDS, Shard};
-use crate::turn::Turn;
+use crate::deadline_mutex::DeadlineMutex;
+use crate::stats::Shard;
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use crate::sync::{Condvar, Mutex, lock};
+
+#[cfg(not(loom))]
+use crate::stats::SHARDS;
+/// Two in a loom model: each further shard multiplies the number of interleavings.
+#[cfg(loom)]
+const SHARDS: usize = 2;
 
 #[repr(align(128))]
 #[derive(Default)]
 struct Pins([AtomicI64; 2]);
 
+/// Counters of the requests inside one device.
 #[derive(Default)]
 pub struct Epochs {
     epoch: AtomicU64,
     pins: [Pins; SHARDS],
-    /// Requests that are in the device but hold no pin: faults, and those waiting at a lower gate.
-    parked: AtomicI64,
-    /// How often anything was ever parked: tells `drain` what came and went while it looked elsewhere.
-    parks: AtomicU64,
-    turn: Turn,
-    waiting: AtomicBool,
+    /// Requests inside the device without a pin: faults, and requests that wait at the gate of a lower device.
+    waiting: AtomicI64,
+    /// Number of `begin_wait` calls ever. `drain` uses it to detect requests that waited and left meanwhile.
+    waits: AtomicU64,
+    /// Serialises `synchronize`.
+    synchronizing: DeadlineMutex,
+    awaited: AtomicBool,
     quiet: Mutex<()>,
     changed: Condvar,
 }
 
-/// What `unpin` needs to know.
+/// One pin: the counter that `unpin` decrements.
 #[derive(Clone, Copy, Debug)]
 pub struct Pin {
     shard: Shard,
@@ -52,7 +62,7 @@ impl Epochs {
         }
     }
 
-    /// A second pin of the same epoch, allowed while the first is held.
+    /// Takes a second pin of the same epoch. Allowed only while the first pin is held.
     pub fn again(&self, pin: Pin) -> Pin {
         self.pins[pin.shard.0].0[pin.parity].fetch_add(1, Ordering::SeqCst);
         pin
@@ -63,29 +73,29 @@ impl Epochs {
         self.announce();
     }
 
-    pub fn park(&self) {
-        self.parked.fetch_add(1, Ordering::SeqCst);
-        self.parks.fetch_add(1, Ordering::SeqCst);
+    pub fn begin_wait(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.waits.fetch_add(1, Ordering::SeqCst);
     }
 
-    pub fn unpark(&self) {
-        self.parked.fetch_sub(1, Ordering::SeqCst);
+    pub fn end_wait(&self) {
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
         self.announce();
     }
 
     fn announce(&self) {
-        if self.waiting.load(Ordering::SeqCst) {
-            drop(self.quiet.lock().unwrap_or_else(PoisonError::into_inner));
+        if self.awaited.load(Ordering::SeqCst) {
+            drop(lock(&self.quiet));
             self.changed.notify_all();
         }
     }
 
-    /// Waits until no pin taken before this call is held. False: the deadline passed first.
+    /// Waits until all pins taken before this call are released. False: the deadline passed first.
     pub fn synchronize(&self, deadline: Option<Instant>) -> bool {
-        let Some(_turn) = self.turn.take(deadline) else {
+        let Some(_serialised) = self.synchronizing.lock(deadline) else {
             return false;
         };
-        // A turn that timed out left pins of the other parity behind; they must go first.
+        // A call that timed out may have left pins of the other parity. They must be released first.
         let old = self.epoch.load(Ordering::SeqCst);
         if !self.wait(deadline, || self.pinned(((old + 1) & 1) as usize) == 0) {
             return false;
@@ -94,18 +104,18 @@ impl Epochs {
         self.wait(deadline, || self.pinned((old & 1) as usize) == 0)
     }
 
-    /// Waits until nothing is in flight, pinned or parked. The caller has closed the gate, so that
-    /// only what is inside already can move between the two.
+    /// Waits until no request is in flight, pinned or waiting. The caller has closed the gate, so no new request can
+    /// enter; those inside may change between pinned and waiting.
     pub fn drain(&self, deadline: Option<Instant>) -> bool {
         loop {
-            let before = self.parks.load(Ordering::SeqCst);
-            if !self.wait(deadline, || self.parked.load(Ordering::SeqCst) == 0) || !self.synchronize(deadline) {
+            let before = self.waits.load(Ordering::SeqCst);
+            if !self.wait(deadline, || self.waiting.load(Ordering::SeqCst) == 0) || !self.synchronize(deadline) {
                 return false;
             }
-            // Nothing parked when the turn began, and nothing was parked since: then nothing came back
-            // with a pin of the new epoch either, and the old ones are gone. (That nothing is parked
-            // *now* would not be enough: a request may park, be answered and pin again in between.)
-            if self.parks.load(Ordering::SeqCst) == before {
+            // No request was waiting when `synchronize` began, and none has begun to wait since. So none came back with
+            // a pin of the new epoch, and the pins of the old epoch are gone. (It would not be enough that no request
+            // waits *now*: a request may begin to wait, be answered and pin again in between.)
+            if self.waits.load(Ordering::SeqCst) == before {
                 return true;
             }
         }
@@ -119,10 +129,10 @@ impl Epochs {
         if done() {
             return true;
         }
-        let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut quiet = lock(&self.quiet);
         loop {
             // The flag is set under the lock again each time: another waiter may have cleared it.
-            self.waiting.store(true, Ordering::SeqCst);
+            self.awaited.store(true, Ordering::SeqCst);
             if done() {
                 break;
             }
@@ -130,7 +140,7 @@ impl Epochs {
                 None => quiet = self.changed.wait(quiet).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                        self.waiting.store(false, Ordering::SeqCst);
+                        self.awaited.store(false, Ordering::SeqCst);
                         self.changed.notify_all();
                         return done();
                     };
@@ -138,21 +148,21 @@ impl Epochs {
                 }
             }
         }
-        self.waiting.store(false, Ordering::SeqCst);
-        // Whoever else waits must set the flag anew.
+        self.awaited.store(false, Ordering::SeqCst);
+        // Other waiters must set the flag again.
         self.changed.notify_all();
         true
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize};
     use std::time::Duration;
 
     use super::*;
 
-    /// Requests that enter, park, are answered and pin again, over and over, as fast as they can.
+    /// Threads enter, wait, are answered and pin again in a tight loop.
     #[test]
     fn nothing_is_inside_once_drained() {
         let (epochs, shut, stop, inside) =
@@ -167,10 +177,10 @@ mod tests {
                         if !shut.load(Ordering::SeqCst) {
                             inside.fetch_add(1, Ordering::SeqCst);
                             for _ in 0..4 {
-                                epochs.park();
+                                epochs.begin_wait();
                                 epochs.unpin(pin);
                                 pin = epochs.pin(shard);
-                                epochs.unpark();
+                                epochs.end_wait();
                                 std::thread::yield_now();
                             }
                             inside.fetch_sub(1, Ordering::SeqCst);
@@ -184,7 +194,7 @@ mod tests {
                 shut.store(true, Ordering::SeqCst);
                 let drained = epochs.drain(Some(Instant::now() + Duration::from_secs(60)));
                 busy += inside.load(Ordering::SeqCst);
-                assert!(drained, "nobody may keep a device from draining for ever");
+                assert!(drained, "requests kept a device from draining for ever");
                 shut.store(false, Ordering::SeqCst);
                 std::thread::yield_now();
             }
@@ -194,23 +204,23 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_waits_for_those_before_it_and_for_nobody_else() {
+    fn synchronize_waits_for_earlier_pins_only() {
         let epochs = Epochs::default();
         let past = Some(Instant::now());
-        assert!(epochs.synchronize(past), "nobody is inside");
+        assert!(epochs.synchronize(past), "no request is inside");
         let old = epochs.pin(Shard(3));
         let again = epochs.again(old);
         assert!(!epochs.synchronize(past));
-        // The turn that gave up left a pin behind: later turns wait for it, too.
+        // The call that timed out left a pin: later calls wait for it, too.
         let young = epochs.pin(Shard(4));
         epochs.unpin(old);
         assert!(!epochs.synchronize(past));
         epochs.unpin(again);
         epochs.unpin(young);
-        epochs.park();
-        assert!(epochs.synchronize(past), "parked requests hold nothing");
-        assert!(!epochs.drain(past), "but they are inside");
-        epochs.unpark();
+        epochs.begin_wait();
+        assert!(epochs.synchronize(past), "waiting requests hold no pin");
+        assert!(!epochs.drain(past), "waiting requests are inside the device");
+        epochs.end_wait();
         assert!(epochs.drain(past));
     }
 }

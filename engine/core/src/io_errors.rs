@@ -1,19 +1,20 @@
-//! I/O errors of one device: a counter, the last one, and what is new for the log, of bounded size.
+//! I/O errors of one device: a counter, the last error, and the new errors for the log. The size is bounded.
 //!
-//! An error counts where a request ends because storage failed it, or the target that was asked; on the device
-//! that the request came to, not on those below. What a client asked for and may not have (a range past the end, a
-//! write to what is read-only) is none, nor is what a table promises to fail. Any thread; the lock is taken for errors
-//! only.
+//! An error is counted when a request ends because storage or a target failed. It is counted on the device that
+//! received the request, not on the devices below. Errors of the client are not counted (a range past the end, a write
+//! to a read-only device), nor are ranges that the table makes fail (`error` target). Any thread may record; the lock
+//! is taken only for an error.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use blkloom_io::errno::{EINVAL, EOPNOTSUPP, EPERM, EROFS, ESHUTDOWN};
+use blkloom_io::Errno;
 
 use crate::lock;
 use crate::stats::Op;
 
-/// Kinds of new errors (operation, errno and file) that are told apart; others are counted.
+/// Most kinds of new errors (operation, errno and file) that are kept one by one. Errors of further kinds are only
+/// counted.
 const MOST_KINDS: usize = 8;
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -21,15 +22,15 @@ pub struct IoError {
     pub op: Op,
     /// Bytes from the start of the device.
     pub offset: u64,
-    pub errno: i32,
-    /// The path of the file that failed; "" where a target answered so.
+    pub errno: Errno,
+    /// Path of the file that failed. "" if a target returned the error.
     pub file: String,
 }
 
-/// What has come since it was last taken.
+/// Errors since the last `take`.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub struct News {
-    /// The last of each kind, and how many there were.
+    /// The last error of each kind, and the number of errors of that kind.
     pub kinds: Vec<(IoError, u64)>,
     /// Errors of further kinds.
     pub others: u64,
@@ -49,7 +50,7 @@ pub struct IoErrors {
 }
 
 impl IoErrors {
-    /// Whether whoever takes the news must be told that there are some.
+    /// Records an error. Returns whether the reader of `take` must be woken.
     pub(crate) fn record(&self, error: IoError) -> bool {
         let mut state = lock(&self.state);
         self.count.fetch_add(1, Ordering::Relaxed);
@@ -73,7 +74,7 @@ impl IoErrors {
         lock(&self.state).last.clone()
     }
 
-    /// Whether `take` has something.
+    /// Whether `take` has errors to return.
     pub fn waiting(&self) -> bool {
         self.waiting.load(Ordering::Relaxed)
     }
@@ -85,12 +86,13 @@ impl IoErrors {
     }
 }
 
-/// Whether a request that storage has answered so has failed for a reason of storage's.
-pub(crate) fn is_of_storage(errno: i32) -> bool {
-    !matches!(errno, EOPNOTSUPP | ESHUTDOWN)
+/// Whether this errno, returned by storage, is an error of storage. "Not supported" and "shut down" are not.
+pub(crate) fn is_of_storage(errno: Errno) -> bool {
+    !matches!(errno, Errno::OPNOTSUPP | Errno::SHUTDOWN)
 }
 
-/// The same of a target's answer, which may also be about what was asked.
-pub(crate) fn is_of_target(errno: i32) -> bool {
-    is_of_storage(errno) && !matches!(errno, EROFS | EPERM | EINVAL)
+/// Whether this errno, returned by a target, is an error of storage. A target also rejects requests that are not
+/// allowed.
+pub(crate) fn is_of_target(errno: Errno) -> bool {
+    is_of_storage(errno) && !matches!(errno, Errno::ROFS | Errno::PERM | Errno::INVAL)
 }

@@ -1,42 +1,61 @@
-//! Devices, requests and the loops that execute them.
+//! Devices, requests, and the event loops that execute requests.
 //!
-//! A request makes one pass: an export or a caller (`nbd`, `call`) asks a `Device`; what can be done
-//! at once is (`now`); the rest goes to a loop's `Queue`, which looks places up, moves bytes through
-//! io_uring or the thread `Pool`, parks faults and completes the request as one. Threads here never
-//! call Python. Lookups take no lock; a device's `Epochs` say when an old map is out of use.
+//! A `Transport` or an in-process caller (`call`) sends a request to a `Device`. The fast path (`fast_path`) executes
+//! the part that does not wait. The rest goes to a loop's `Queue`, which looks up the map, moves bytes through io_uring
+//! or the thread `Pool`, sends faults to the mapper, and completes the request. Threads of this crate never call
+//! Python. Lookups take no lock; a device's `Epochs` tell when an old map is no longer used.
 
+mod backend;
+mod backend_queue;
+mod bounds;
 mod budget;
 mod call;
+mod clock;
 mod copy;
+mod deadline_mutex;
+mod deferred;
 mod device;
 mod engine;
 mod epoch;
+mod event;
+mod event_loop;
+pub mod fast_path;
 mod fault;
-mod held;
-mod inbox;
+pub mod filter;
+mod generations;
 mod io_errors;
-mod looper;
-mod nbd;
+pub mod log;
+mod mailbox;
+#[cfg(all(loom, test))]
+mod models;
 mod notice;
-mod now;
+mod operation;
 mod pool;
 mod queue;
 mod request;
+mod semantics;
 mod stacking;
 mod stats;
-mod turn;
+mod sync;
+mod transport;
+mod wake;
 
-pub use budget::MemoryUse;
-pub use call::{Batch, Direction, Transfer};
+pub use backend::{Backend, Limits, Operation, OperationId};
+pub use backend_queue::{BackendQueue, Taken};
+pub use bounds::OutOfBounds;
+pub use budget::{Account, Budget, Kept, MemoryUse, Need, Reservation, Waiting};
+pub use call::{Direction, Transfer};
 pub use copy::copy;
-pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError};
-pub use engine::{ConnectionHandle, Engine, EngineError, IoChoice, NbdSession};
+pub use device::{Device, Export, Kinds, Map, Mapping, SuspendError, SwapError};
+pub use engine::{Engine, EngineError, IoChoice, TransportHandle};
 pub use fault::{Answer, Fault};
 pub use io_errors::{IoError, IoErrors, News};
-pub use nbd::{Selected, Session, Skipping, Unfinished};
-pub use notice::{Notice, Notices, Outcome};
-pub use request::{Context, Flags, Found, Memory, Owner, Request, Waiter, context};
+pub use notice::{Notice, Notices, Outcome, Recipient};
+pub use operation::{Context, Flags, Found, context};
+pub use queue::Ended;
+pub use request::{Memory, OwnedBuffer, Owner, Request, TransportId, Waiter};
 pub use stats::{Op, Shard, Stats, Totals};
+pub use transport::{Arena, LoopContext, Status, Transport, fuse, nbd, ublk};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,30 +1,43 @@
-//! What an event loop of Python's is told: ended I/O, and connections that closed or were detached.
+//! Notices: a queue of events from event loops to Python's asyncio loop (ended I/O; transports' users, end and detach).
 //!
-//! A queue and an eventfd that is readable while the queue is not empty. Loops push, Python takes.
+//! An eventfd is readable while the queue is not empty. Event loops push, Python takes.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
+use std::any::Any;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex};
 
-use blkloom_io::Process;
-use rustix::event::{EventfdFlags, eventfd};
+use blkloom_io::{Errno, Process};
 
+use crate::event::Event;
 use crate::lock;
-use crate::nbd::Unfinished;
-use crate::request::Found;
+use crate::operation::Found;
 
+/// The event that a notice reports.
 pub enum Outcome {
     Io {
-        error: i32,
+        error: Option<Errno>,
         found: Vec<Found>,
     },
     Closed {
         reason: String,
     },
-    /// The engine let go of the client.
-    Detached {
-        fd: OwnedFd,
-        unfinished: Unfinished,
-    },
+    /// The number of users has changed to this.
+    Users(u64),
+    /// The transport was detached. The state that the next engine needs to continue; its type depends on the transport.
+    Detached(Box<dyn Any + Send>),
+}
+
+/// Where to report the end of one request or transport: a notice queue, and the reader's token.
+#[derive(Clone)]
+pub struct Recipient {
+    pub notices: Arc<Notices>,
+    pub token: u64,
+}
+
+impl Recipient {
+    pub(crate) fn tell(self, outcome: Outcome) {
+        self.notices.push(self.token, outcome);
+    }
 }
 
 pub struct Notice {
@@ -34,14 +47,13 @@ pub struct Notice {
 
 pub struct Notices {
     queue: Mutex<Vec<Notice>>,
-    event: OwnedFd,
+    event: Event,
     home: Process,
 }
 
 impl Notices {
     pub fn new() -> std::io::Result<Notices> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Notices { queue: Mutex::new(Vec::new()), event, home: Process::current() })
+        Ok(Notices { queue: Mutex::new(Vec::new()), event: Event::new()?, home: Process::current() })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -52,27 +64,17 @@ impl Notices {
         let mut queue = lock(&self.queue);
         queue.push(Notice { token, outcome });
         if queue.len() == 1 {
-            raise(&self.event);
+            self.event.raise();
         }
     }
 
-    /// Nothing in a fork of the process: the event's counter is its parent's, too.
+    /// Takes all notices. Empty in a fork: the eventfd is shared with the parent.
     pub fn take(&self) -> Vec<Notice> {
         if !self.home.is_current() {
             return Vec::new();
         }
         let mut queue = lock(&self.queue);
-        clear(&self.event);
+        self.event.clear();
         std::mem::take(&mut *queue)
     }
-}
-
-/// Makes an eventfd readable. A full counter (EAGAIN) is readable already.
-pub(crate) fn raise(event: &OwnedFd) {
-    let _written = rustix::io::write(event, &1u64.to_ne_bytes());
-}
-
-/// Makes an eventfd unreadable. EAGAIN: it was.
-pub(crate) fn clear(event: &OwnedFd) {
-    let _read = rustix::io::read(event, &mut [0u8; 8]);
 }

@@ -1,26 +1,26 @@
-//! Which devices may stand on which: none on itself, and no more than `MOST_LEVELS` on one another, so
-//! that walks from device to device end, on any thread's stack.
+//! Checks of stacked devices: no device reaches itself, and a stack has at most `MOST_LEVELS` levels. So every
+//! recursion from device to device ends, on any thread's stack.
 //!
-//! A device knows those below it by its map, and those above it by `users`: weakly, and as they were at
-//! some time; whoever asks weeds out those that have changed their map since. Maps are published one at a
-//! time in the whole process, for two at once could close a circle that neither sees.
+//! A device's map names the devices below it. `users` names the devices above it, by weak references that may be out of
+//! date: a reader removes the devices whose map has changed since. The process publishes one map at a time, because two
+//! maps published at once could form a cycle that neither check sees.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, Weak};
 
-use crate::device::{Device, Mapping, SuspendError};
+use crate::device::{Device, Mapping, SwapError};
 use crate::lock;
 
 pub const MOST_LEVELS: usize = 32;
 
 static PUBLISHING: Mutex<()> = Mutex::new(());
 
-/// Devices whose maps name this one, or once did.
+/// Devices whose maps name this device now, or did so before.
 #[derive(Default)]
 pub struct Users(Mutex<Vec<Weak<Device>>>);
 
 impl Users {
-    /// Those that still do.
+    /// The devices whose maps name device `of` now.
     fn now(&self, of: &Device) -> Vec<Arc<Device>> {
         let mut users = lock(&self.0);
         let mut found: Vec<Arc<Device>> = Vec::new();
@@ -34,17 +34,17 @@ impl Users {
     }
 }
 
-/// Makes `mapping` the device's, and returns the one before.
-pub fn publish(device: &Arc<Device>, mapping: Arc<Mapping>) -> Result<Option<Arc<Mapping>>, SuspendError> {
+/// Replaces the device's mapping and returns the old one. Fails if the new mapping makes a cycle or too deep a stack.
+pub fn publish(device: &Arc<Device>, mapping: Arc<Mapping>) -> Result<Option<Arc<Mapping>>, SwapError> {
     let _one_at_a_time = lock(&PUBLISHING);
-    let below = levels_below(&mapping, device, &mut HashMap::new()).ok_or(SuspendError::Cycle)?;
+    let below = levels_below(&mapping, device, &mut HashMap::new()).ok_or(SwapError::Cycle)?;
     let levels = levels_above(device, &mut HashMap::new()) + 1 + below;
     if levels > MOST_LEVELS {
-        return Err(SuspendError::TooDeep(levels));
+        return Err(SwapError::TooDeep(levels));
     }
     let old = device.mapping.swap(Some(mapping.clone()));
     for lower in &mapping.lower {
-        // Asked for the weeding: the list must not grow with every swap.
+        // `now` also removes old users: the list must not grow with every swap.
         if !lower.users.now(lower).iter().any(|user| Arc::ptr_eq(user, device)) {
             lock(&lower.users.0).push(Arc::downgrade(device));
         }
@@ -52,7 +52,7 @@ pub fn publish(device: &Arc<Device>, mapping: Arc<Mapping>) -> Result<Option<Arc
     Ok(old)
 }
 
-/// How many levels of devices are below a map. None: `device` is among them.
+/// Number of levels of devices below a map. None: `device` is one of them.
 fn levels_below(mapping: &Mapping, device: &Device, known: &mut HashMap<*const Device, usize>) -> Option<usize> {
     let mut most = 0;
     for lower in &mapping.lower {
@@ -71,6 +71,17 @@ fn levels_below(mapping: &Mapping, device: &Device, known: &mut HashMap<*const D
         most = most.max(levels);
     }
     Some(most)
+}
+
+/// Calls `visit` once for each device below `device`.
+pub fn visit_below(device: &Device, seen: &mut HashSet<*const Device>, visit: &dyn Fn(&Device)) {
+    let Some(mapping) = device.mapping.load_full() else { return };
+    for lower in &mapping.lower {
+        if seen.insert(Arc::as_ptr(lower)) {
+            visit(lower);
+            visit_below(lower, seen, visit);
+        }
+    }
 }
 
 fn levels_above(device: &Device, known: &mut HashMap<*const Device, usize>) -> usize {

@@ -1,8 +1,8 @@
-//! Counters and latency histograms that cost their writers one uncontended atomic each.
+//! Request counters and latency histograms. Each update is one uncontended atomic operation.
 //!
-//! A `Stats` is sharded: each loop thread writes its own shard, callers of the in-process API spread
-//! over a few more; shards are made when first written. A reader sums them, without locks; the sum
-//! is exact once writers rest, and each counter only grows.
+//! A `Stats` is sharded: each loop thread writes its own shard, and callers of the in-process API are spread over a few
+//! more. A shard is allocated at its first write. A reader sums the shards without locks. The sum is exact when no
+//! thread writes, and each counter only grows.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,7 +43,7 @@ impl Op {
     }
 }
 
-/// Who writes: a loop or a caller's thread.
+/// The shard of a loop thread, or of a caller's thread.
 #[derive(Clone, Copy, Debug)]
 pub struct Shard(pub(crate) usize);
 
@@ -52,7 +52,7 @@ impl Shard {
         Shard(index % LOOPS)
     }
 
-    /// Spreads callers by where their stack is: threads differ, one thread mostly agrees with itself.
+    /// Chooses a shard by the address of the caller's stack: threads differ, and one thread mostly gets the same shard.
     pub fn of_caller() -> Shard {
         let here = 0u8;
         Shard(LOOPS + ((&raw const here as usize) >> 16) % (SHARDS - LOOPS))
@@ -78,13 +78,13 @@ pub struct Stats {
     shards: [OnceLock<Box<Counts>>; SHARDS],
 }
 
-/// One operation's sums.
+/// Sums of one operation over all shards.
 pub struct OpTotals {
     pub op: Op,
     pub count: u64,
     pub bytes: u64,
     pub errors: u64,
-    /// Counts by bucket of nanoseconds; see `bucket`.
+    /// Requests per latency bucket (see `bucket`).
     pub latency: Vec<u64>,
 }
 
@@ -94,7 +94,7 @@ pub struct Totals {
     pub in_flight: u64,
 }
 
-/// Log-linear: exact below 16 ns, then eight buckets an octave (12 % wide).
+/// The bucket of a latency. Log-linear: exact below 16 ns, then eight buckets an octave (12 % wide).
 pub fn bucket(nanoseconds: u64) -> usize {
     if nanoseconds < 16 {
         return nanoseconds as usize;
@@ -124,11 +124,16 @@ impl Stats {
         })
     }
 
+    /// Allocates the counters of a shard. Otherwise the shard's first request does so.
+    pub fn prepare(&self, shard: Shard) {
+        let _counts = self.shard(shard);
+    }
+
     pub fn start(&self, shard: Shard, count: u64) {
         self.shard(shard).started.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// `count` requests of `op` ended, all with this latency.
+    /// Counts `count` ended requests of `op`, all with this latency.
     pub fn end(&self, shard: Shard, op: Op, count: u64, bytes: u64, errors: u64, nanoseconds: u64) {
         let shard = self.shard(shard);
         let counters = &shard.ops[op as usize];
@@ -141,7 +146,7 @@ impl Stats {
         shard.ended.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// A request that was started will not end here: another process goes on with it.
+    /// Uncounts a started request: another process continues it.
     pub fn withdraw(&self, shard: Shard) {
         self.shard(shard).ended.fetch_add(1, Ordering::Relaxed);
     }
@@ -155,7 +160,7 @@ impl Stats {
         let sum = |pick: &dyn Fn(&Counts) -> &AtomicU64| -> u64 {
             shards.iter().map(|shard| pick(shard).load(Ordering::Relaxed)).sum()
         };
-        // Ended before started: a request that ends in between must not make the difference negative.
+        // `ended` is read before `started`: a request that ends in between must not make the difference negative.
         let ended = sum(&|counts| &counts.ended);
         Totals {
             ops: Op::ALL

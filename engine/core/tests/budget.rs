@@ -1,16 +1,16 @@
-//! The memory that clients make an engine keep: bounded in all, given in the order it is asked for, and never what a
-//! request inside another waits for.
+//! The memory budget for clients: it is bounded, memory is granted in order, and nested requests never deadlock.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use blkloom_core::{Answer, Device, Engine, Export, MemoryUse, NbdSession, Notices, Op, Outcome, Session, Unfinished};
+use blkloom_core::nbd::{self, Session, Unfinished};
+use blkloom_core::{Answer, Device, Engine, Export, MemoryUse, Notices, Op, Outcome, Recipient};
 use blkloom_map::Extent;
 use blkloom_wire::Style;
 use rig::hosts::{self, Client, READ, WRITE};
@@ -20,7 +20,7 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 32 * MIB;
 const LARGE: usize = 8 << 20;
 const BUDGET: usize = 64 << 20;
-/// Requests of so many bytes that the share of large ones has room for.
+/// Number of large requests that fit their share of the budget.
 const FIT: usize = 3;
 
 /// An engine with an export.
@@ -44,8 +44,8 @@ impl Server {
             max_payload: SIZE as u32,
             stall,
         };
-        let (export, notices) = (self.export.clone(), self.notices.clone());
-        let _handle = self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap();
+        let recipient = Recipient { notices: self.notices.clone(), token: 1 };
+        let _handle = nbd::serve(&self.engine, &self.export, fd, session, recipient).unwrap();
     }
 
     fn connect(&self, stall: Duration) -> Client {
@@ -56,12 +56,27 @@ impl Server {
         Client { socket, style: Style::Structured, told: 0 }
     }
 
-    /// Waits until the memory is used as `so` says.
+    /// Waits until the memory use fulfils the condition `so`.
     fn until(&self, so: impl Fn(MemoryUse) -> bool) -> MemoryUse {
+        let deadline = Instant::now() + PATIENT;
         loop {
             let used = self.engine.memory_use();
             if so(used) {
                 return used;
+            }
+            assert!(Instant::now() < deadline, "{used:?}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits until more than so much is reserved. False: a client was dropped before this was seen.
+    fn until_reserved(&self, bytes: usize) -> bool {
+        loop {
+            if self.engine.memory_use().reserved > bytes {
+                return true;
+            }
+            if !self.notices.take().is_empty() {
+                return false;
             }
             std::thread::yield_now();
         }
@@ -83,12 +98,22 @@ fn with_memory(budget: usize) -> Vec<Arc<Engine>> {
     engines().into_iter().map(|(_, engine)| Arc::new(engine.with_memory(budget))).collect()
 }
 
-/// Writes to it wait for a disk, so that they need their payload whole.
+/// A device on disk. Its writes wait for storage, so they need their whole payload.
 fn on_disk() -> Arc<Device> {
     device(mapping(vec![(SIZE, data(&file(SIZE, false), 0))], vec![]))
 }
 
-/// Half of a large durable write; the rest is returned.
+/// Runs a test with short stall timeouts. If it returns false, because a slow client was taken for a stalled one, runs
+/// it again with longer timeouts.
+fn with_longer_stalls(server: impl Fn() -> Server, test: impl Fn(Server, u32) -> bool) {
+    with_longer_times(|times| {
+        let server = server();
+        server.until(|used| (used.reserved, used.waiting) == (0, 0));
+        test(server, times)
+    });
+}
+
+/// Sends half of a large durable write. Returns the rest.
 fn half_a_write(client: &mut Client, offset: u64) -> Vec<u8> {
     let mut header = hosts::request(Style::Structured, WRITE, 7, offset, LARGE as u64);
     header[5] = 1; // FUA
@@ -102,6 +127,8 @@ fn clients_that_stall_stay_within_the_budget_and_others_are_served() {
         let server = Server::new(&engine, &on_disk());
         let mut writers: Vec<Client> = (0..16).map(|_| server.connect(PATIENT)).collect();
         let payloads: Vec<Vec<u8>> = writers.iter_mut().map(|client| half_a_write(client, 0)).collect();
+        // All of them come before the first reader: a read may need twice its length.
+        server.until(|used| used.waiting == 16 - FIT);
         let mut readers: Vec<Client> = (0..16).map(|_| server.connect(PATIENT)).collect();
         for reader in &mut readers {
             reader.send(READ, 8, 0, LARGE as u64, &[]);
@@ -118,7 +145,7 @@ fn clients_that_stall_stay_within_the_budget_and_others_are_served() {
         }
         assert_eq!(engine.memory_use().waiting, 32 - FIT);
 
-        // Each sends its rest, or takes its reply, when its turn has come.
+        // Each client sends its rest, or receives its reply, in turn.
         let writers = writers.into_iter().zip(payloads).map(|(mut client, payload)| {
             std::thread::spawn(move || {
                 client.socket.write_all(&payload).unwrap();
@@ -127,7 +154,7 @@ fn clients_that_stall_stay_within_the_budget_and_others_are_served() {
         });
         let readers = readers.into_iter().map(|mut client| {
             std::thread::spawn(move || {
-                // Holes come as chunks of their own.
+                // A hole is a chunk of its own.
                 let mut left = LARGE;
                 while left > 0 {
                     let head = client.exactly(20);
@@ -147,9 +174,9 @@ fn clients_that_stall_stay_within_the_budget_and_others_are_served() {
     }
 }
 
-/// Replies that fit no socket are counted when they are left over, and clients that take none get few of them.
+/// Replies that the socket does not accept are counted, and a client that receives no replies gets only few.
 #[test]
-fn replies_that_nobody_takes_stay_within_the_budget() {
+fn replies_that_are_not_received_stay_within_the_budget() {
     const CLIENTS: u64 = 64;
     for engine in with_memory(BUDGET) {
         let server = Server::new(&engine, &hosts::memory_device(SIZE));
@@ -168,7 +195,7 @@ fn replies_that_nobody_takes_stay_within_the_budget() {
         let mut other = server.connect(PATIENT);
         other.send(READ, 1, 0, 4096, &[]);
         assert_eq!(other.reply(|_| 4096), (0, 1, vec![7; 4096]));
-        // Nothing was lost by waiting.
+        // The wait has lost nothing.
         for client in &mut clients {
             for cookie in 0..400 {
                 assert_eq!(client.reply(|_| 65536), (0, cookie, vec![7; 65536]));
@@ -188,12 +215,12 @@ fn memory_is_given_in_the_order_it_was_asked_for() {
         let mut second = server.connect(PATIENT);
         half_a_write(&mut second, SIZE / 2);
         server.until(|used| used.waiting == 1);
-        // Large, too, and there is room for it.
+        // Also large, and it fits the budget.
         let mut third = server.connect(PATIENT);
         third.send(READ, 3, 0, 2 * MIB, &[]);
         server.until(|used| used.waiting == 2);
         assert!(server.engine.memory_use().reserved < 2 * LARGE);
-        // Once nobody is before it, it is served.
+        // It is served when it is the first in line.
         drop(second);
         assert_eq!(server.next_end(), "the client hung up");
         let head = third.exactly(20);
@@ -204,39 +231,61 @@ fn memory_is_given_in_the_order_it_was_asked_for() {
 }
 
 #[test]
-fn a_client_that_stalls_with_memory_is_cut_and_the_next_one_served() {
+fn a_client_that_stalls_with_memory_is_dropped_and_the_next_one_served() {
     for engine in with_memory(BUDGET / 4) {
-        let server = Server::new(&engine, &on_disk());
-        let mut stalled = server.connect(Duration::from_millis(50));
-        half_a_write(&mut stalled, 0);
-        server.until(|used| used.reserved > LARGE);
-        // It waits for longer than it would be allowed to stall.
-        let mut next = server.connect(Duration::from_millis(20));
-        let mut header = hosts::request(Style::Structured, WRITE, 9, 0, LARGE as u64);
-        header.extend(vec![9; LARGE]);
-        next.socket.write_all(&header).unwrap();
-        next.done(9);
-        assert!(server.next_end().contains("stalled"));
+        let device = on_disk();
+        with_longer_stalls(
+            || Server::new(&engine, &device),
+            |server, times| {
+                let mut stalled = server.connect(times * Duration::from_millis(50));
+                half_a_write(&mut stalled, 0);
+                if !server.until_reserved(LARGE) {
+                    return false;
+                }
+                // It waits longer than the stall timeout.
+                let mut next = server.connect(times * Duration::from_millis(20));
+                let mut request = hosts::request(Style::Structured, WRITE, 9, 0, LARGE as u64);
+                request.extend(vec![9; LARGE]);
+                let mut reply = [0; 20];
+                if next.socket.write_all(&request).is_err() || next.socket.read_exact(&mut reply).is_err() {
+                    return false;
+                }
+                assert_eq!(
+                    reply,
+                    [[0x66, 0x8e, 0x33, 0xef, 0, 1, 0, 0].as_slice(), &[0; 7], &[9], &[0; 4]].concat()[..]
+                );
+                assert!(server.next_end().contains("stalled"));
+                true
+            },
+        );
     }
 }
 
 #[test]
-fn a_client_that_sends_requests_and_takes_no_replies_is_cut_and_the_next_one_served() {
+fn a_client_that_receives_no_replies_is_dropped_and_the_next_one_served() {
     for engine in with_memory(BUDGET / 16) {
-        let server = Server::new(&engine, &hosts::memory_device(SIZE));
-        let mut stalled = server.connect(Duration::from_millis(200));
-        stalled.send(READ, 1, 0, 2 * MIB, &[]);
-        server.until(|used| used.reserved > 2 * MIB as usize);
-        let mut next = server.connect(PATIENT);
-        next.send(READ, 2, 0, 2 * MIB, &[]);
-        // Refused ones, which need no memory, until it is cut; so slowly that there are never enough replies waiting
-        // for it to be left unread.
-        let refused = hosts::request(Style::Structured, READ, 3, 1 << 40, 1);
-        while stalled.socket.write_all(&refused).is_ok() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        assert_eq!(next.reply(|_| 2 * MIB as usize), (0, 2, vec![7; 2 * MIB as usize]));
-        assert!(server.next_end().contains("stalled"));
+        let device = hosts::memory_device(SIZE);
+        with_longer_stalls(
+            || Server::new(&engine, &device),
+            |server, times| {
+                let mut stalled = server.connect(times * Duration::from_millis(200));
+                stalled.send(READ, 1, 0, 2 * MIB, &[]);
+                if !server.until_reserved(2 * MIB as usize) {
+                    return false;
+                }
+                let mut next = server.connect(PATIENT);
+                next.send(READ, 2, 0, 2 * MIB, &[]);
+                // Sends refused requests, which need no memory, until it is dropped; so slowly that the waiting replies
+                // never stop the engine from receiving.
+                let refused = hosts::request(Style::Structured, READ, 3, 1 << 40, 1);
+                while stalled.socket.write_all(&refused).is_ok() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                assert_eq!(next.reply(|_| 2 * MIB as usize), (0, 2, vec![7; 2 * MIB as usize]));
+                assert!(server.next_end().contains("stalled"));
+                true
+            },
+        );
     }
 }
 
@@ -258,12 +307,12 @@ fn a_request_larger_than_the_whole_budget_is_served_alone() {
     }
 }
 
-/// Devices on one another by ways the engine does not see: what one is asked for, its target asks of the next, as a
-/// client of the same engine, when no memory is left.
+/// Devices stacked in a way that the engine does not see: each device's target is a client of the next device's export
+/// in the same engine, and no memory is left.
 #[test]
 fn an_engine_that_is_its_own_client_goes_on_when_all_memory_is_reserved() {
     const EACH: u64 = 100;
-    // Small ones that fill the budget, and a large one that is larger.
+    // Small requests that fill the budget, and a large request that exceeds it.
     for (length, count) in [(256 << 10, EACH), (20 << 20, 2)] {
         for engine in with_memory(BUDGET) {
             let bottom = hosts::memory_device(SIZE);

@@ -1,4 +1,4 @@
-//! Metadata contexts beside base:allocation: asked of targets, one after the other, and answered as one.
+//! Metadata contexts other than base:allocation: targets answer them one after the other, in one reply.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -7,12 +7,11 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use blkloom_core::nbd::{self, Selected, Session};
 use blkloom_core::{
-    Answer, ConnectionHandle, Device, Engine, Export, Fault, IoChoice, NbdSession, Notices, Outcome, Selected, Session,
-    context,
+    Answer, Device, Engine, Export, Fault, IoChoice, Notices, Outcome, Recipient, TransportHandle, context,
 };
 use blkloom_map::Extent;
 use blkloom_wire::{Header, Style};
@@ -20,10 +19,10 @@ use rig::*;
 
 const BLOCK_STATUS: u16 = 7;
 const REQ_ONE: u16 = 1 << 3;
-const EINVAL: i32 = 22;
+const EINVAL: Errno = Errno::INVAL;
 const HALF: u64 = 1 << 20;
 
-/// Two segments: memory in many small pieces, and what faults.
+/// Two segments: memory in many small pieces, and one that faults.
 fn two_segments() -> Arc<Device> {
     let place = region(HALF);
     let legs: Vec<_> = (0..2).map(|leg| memory(&place, leg * HALF / 2)).collect();
@@ -40,7 +39,7 @@ struct Client {
     device: Arc<Device>,
     export: Arc<Export>,
     notices: Arc<Notices>,
-    handle: ConnectionHandle,
+    handle: TransportHandle,
 }
 
 fn selected() -> Box<[Selected]> {
@@ -55,11 +54,11 @@ fn serve(
     style: Style,
     fd: OwnedFd,
     initial: Vec<u8>,
-) -> ConnectionHandle {
+) -> TransportHandle {
     let session =
         Session { style, contexts: selected(), unfinished: initial.into(), max_payload: 1 << 20, stall: PATIENT };
-    let (export, notices) = (export.clone(), notices.clone());
-    engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
+    let recipient = Recipient { notices: notices.clone(), token: 1 };
+    nbd::serve(engine, export, fd, session, recipient).unwrap()
 }
 
 impl Client {
@@ -134,12 +133,12 @@ fn named(fault: &Fault) -> (u32, Option<&str>) {
 }
 
 #[test]
-fn a_block_status_tells_of_every_context_in_a_chunk_of_its_own() {
+fn a_block_status_reply_has_one_chunk_per_context() {
     for style in [Style::Structured, Style::Extended] {
         let mut client = Client::new(engine(), two_segments(), style);
         client.ask(0, 512, 2 * HALF - 512);
         let mut asked = Vec::new();
-        // Each segment is asked once, however many pieces its map has; the memory knows its allocation itself.
+        // Each segment is asked once, however many pieces its map has. The engine knows the allocation of memory.
         client.faults(5, |fault| {
             asked.push((fault.owner, fault.context.as_deref().unwrap_or("").to_owned(), fault.offset, fault.len));
             match named(fault) {
@@ -166,7 +165,7 @@ fn a_block_status_tells_of_every_context_in_a_chunk_of_its_own() {
 }
 
 #[test]
-fn one_descriptor_a_context_where_one_was_asked_for() {
+fn with_req_one_there_is_one_descriptor_per_context() {
     let mut client = Client::new(engine(), two_segments(), Style::Structured);
     client.ask(REQ_ONE, HALF - 512, 1024);
     client.faults(2, |fault| {
@@ -178,7 +177,7 @@ fn one_descriptor_a_context_where_one_was_asked_for() {
 }
 
 #[test]
-fn a_context_that_is_gone_or_says_nothing_fails_the_request_and_nothing_else() {
+fn a_context_that_is_gone_or_does_not_answer_fails_only_that_request() {
     for (said, errno) in [(Answer::Fail(EINVAL), EINVAL), (Answer::Fail(EIO), EIO), (Answer::Extents(vec![]), EIO)] {
         let mut client = Client::new(engine(), two_segments(), Style::Structured);
         client.ask(0, HALF, HALF);
@@ -188,7 +187,7 @@ fn a_context_that_is_gone_or_says_nothing_fails_the_request_and_nothing_else() {
             _ => Answer::Extents(vec![(HALF, 0)]),
         });
         let (flags, kind, payload) = client.chunk();
-        assert_eq!((flags, kind, payload[..4].to_vec()), (1, 0x8001, errno.to_be_bytes().to_vec()));
+        assert_eq!((flags, kind, payload[..4].to_vec()), (1, 0x8001, errno.raw_os_error().to_be_bytes().to_vec()));
         let message = String::from_utf8(payload[6..].to_vec()).unwrap();
         assert_eq!(message.contains("x-test:b"), errno == EINVAL, "{message}");
         client.idle();
@@ -199,7 +198,7 @@ fn a_context_that_is_gone_or_says_nothing_fails_the_request_and_nothing_else() {
 }
 
 #[test]
-fn a_device_below_is_not_asked_for_what_the_one_above_it_does_not_know() {
+fn a_lower_device_is_not_asked_for_contexts_unknown_to_the_upper_one() {
     let lower = two_segments();
     let above =
         device(mapping(vec![(2 * HALF, Extent::Device { device: lower.clone(), offset: 0, writable: true })], vec![]));
@@ -214,7 +213,7 @@ fn a_device_below_is_not_asked_for_what_the_one_above_it_does_not_know() {
 }
 
 #[test]
-fn a_block_status_half_answered_is_given_back_whole() {
+fn a_partly_answered_block_status_is_withdrawn_whole() {
     for style in [Style::Structured, Style::Extended] {
         let mut client = Client::new(engine(), two_segments(), style);
         let sent = client.ask(0, 0, HALF);
@@ -233,11 +232,10 @@ fn a_block_status_half_answered_is_given_back_whole() {
         let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
         let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
         assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1);
-        let Outcome::Detached { fd, unfinished } = client.notices.take().remove(0).outcome else {
-            panic!("it did not leave")
-        };
+        let Outcome::Detached(left) = client.notices.take().remove(0).outcome else { panic!("it did not leave") };
+        let (fd, unfinished) = rig::hosts::unfinished(left);
         assert_eq!(unfinished.initial, sent);
-        assert_eq!(client.export.connections.load(Ordering::Relaxed), 0);
+        assert!(client.export.transports().is_empty());
         assert_eq!(client.export.stats.totals().in_flight, 0);
         assert_eq!(client.device.stats().totals().in_flight, 0);
 

@@ -1,5 +1,5 @@
-//! Connections that go from one engine to another while their clients go on: each request is answered
-//! once, whoever answers it, and nobody's bytes are lost.
+//! Connections that move from one engine to another while their clients continue: each request is answered exactly
+//! once, by one of the engines, and no bytes are lost.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -18,7 +18,7 @@ use rig::hosts::*;
 use rig::*;
 
 #[test]
-fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_order() {
+fn requests_at_the_gate_are_returned_byte_for_byte_in_order() {
     for style in STYLES {
         let host = Host::new(threads(), memory_device(1 << 20));
         let (mut client, handle) = host.connect(style);
@@ -39,7 +39,7 @@ fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_o
         handle.close();
         let (fd, left) = host.detached();
         let mut given = left.initial;
-        // What the engine had not received yet is still in the socket.
+        // Bytes that the engine has not received are still in the socket.
         let mut late = vec![0; 200_000];
         let (count, _) = rustix::net::recv(&fd, &mut *late, rustix::net::RecvFlags::DONTWAIT).unwrap_or((0, 0));
         given.extend_from_slice(&late[..count]);
@@ -63,7 +63,7 @@ fn what_waits_at_the_gate_of_a_suspended_device_is_given_back_byte_for_byte_in_o
 }
 
 #[test]
-fn what_was_begun_is_answered_before_the_connection_leaves() {
+fn requests_in_flight_are_answered_before_the_connection_is_detached() {
     for (_, engine) in engines() {
         let faulty = device(mapping(vec![(1 << 20, Extent::Fault)], vec![]));
         faulty.attach_mapper();
@@ -87,9 +87,9 @@ fn what_was_begun_is_answered_before_the_connection_leaves() {
     }
 }
 
-/// A request of which a part was done and a part waits at a lower device is given back whole.
+/// A request with one completed part and one part that waits at a lower device is withdrawn as a whole.
 #[test]
-fn a_request_that_waits_below_is_given_back_and_lets_the_device_above_drain() {
+fn a_request_at_a_lower_gate_is_withdrawn_and_the_upper_device_drains() {
     let lower = memory_device(4096);
     let upper = device(mapping(
         vec![
@@ -109,7 +109,7 @@ fn a_request_that_waits_below_is_given_back_and_lets_the_device_above_drain() {
 }
 
 #[test]
-fn a_request_is_given_back_only_once_no_part_of_it_moves() {
+fn a_request_is_withdrawn_only_when_all_its_tasks_wait() {
     for (_, engine) in engines() {
         let lower = memory_device(4096);
         let below = Extent::Device { device: lower.clone(), offset: 0, writable: true };
@@ -121,7 +121,8 @@ fn a_request_is_given_back_only_once_no_part_of_it_moves() {
         let sent = client.send(WRITE, 3, 0, 8192, &[4; 8192]);
         let mut faults = host.device.next_faults(Some(PATIENT)).unwrap();
         handle.detach(false);
-        // Another connection of the same loop shows that the message was taken; there may be two loops.
+        // A reply on another connection of the same loop shows that the loop has processed the message; there may be
+        // two loops.
         for _ in 0..2 {
             let (mut other, handle) = host.connect(Style::Simple);
             other.send(READ, 1, 1 << 40, 1, &[]);
@@ -136,21 +137,21 @@ fn a_request_is_given_back_only_once_no_part_of_it_moves() {
 }
 
 #[test]
-fn what_is_left_of_a_refused_payload_is_skipped_by_whoever_goes_on_and_refused_there_as_it_would_have_been() {
+fn the_next_engine_skips_the_rest_of_a_refused_payload_and_sends_the_same_error() {
     for style in STYLES {
         for waiting in [0, 3] {
             let host = Host::new(threads(), memory_device(1 << 20));
             let (mut client, handle) = host.connect(style);
             host.engine.suspend(&host.device, true, None).unwrap();
             (0..waiting).for_each(|cookie| drop(client.send(WRITE, cookie, cookie * 512, 512, &[cookie as u8; 512])));
-            // More than a socket holds: when it is sent, some of it was skipped.
+            // More than the socket's buffer: when all is sent, the engine has skipped some of it.
             client.send(WRITE, 10, 1 << 30, 1 << 20, &vec![1; 900_000]);
             handle.detach(false);
             let (fd, left) = host.detached();
             let skipping = left.skipping.as_ref().map(|skipping| skipping.left);
             assert!(skipping.is_some_and(|left| left < 1 << 20), "{style:?}: {skipping:?} bytes are left to skip");
 
-            // One that goes on for no longer than it takes to be asked for the client again changes nothing.
+            // An engine that is asked to detach the client at once changes nothing.
             let between = Host::new(threads(), memory_device(1 << 20));
             between.engine.suspend(&between.device, true, None).unwrap();
             between.serve(style, fd, left, PATIENT).detach(false);
@@ -168,11 +169,11 @@ fn what_is_left_of_a_refused_payload_is_skipped_by_whoever_goes_on_and_refused_t
     }
 }
 
-/// Sends reads of which each is more than a socket holds, and waits until the first has been done.
+/// Sends reads that are each larger than the socket's buffer, and waits until the first is done.
 fn ask_for_much(host: &Host, client: &mut Client) {
     (0..8).for_each(|cookie| drop(client.send(READ, cookie, cookie << 20, 1 << 20, &[])));
     while host.device.stats().totals().ops[0].count == 0 {
-        std::thread::yield_now(); // those after it wait for room among the replies
+        std::thread::yield_now(); // the later ones wait for space in the send queue
     }
 }
 
@@ -185,7 +186,7 @@ fn take_much(client: &mut Client) {
 }
 
 #[test]
-fn replies_that_the_client_has_not_taken_go_along_and_nobody_waits_for_it() {
+fn replies_that_the_client_has_not_received_are_handed_over_without_a_wait() {
     for style in STYLES {
         let host = Host::new(threads(), memory_device(8 << 20));
         let (mut client, handle) = host.connect(style);
@@ -205,12 +206,12 @@ fn replies_that_the_client_has_not_taken_go_along_and_nobody_waits_for_it() {
 }
 
 #[test]
-fn a_detach_that_drains_lets_the_client_take_its_replies_until_another_one_does_not() {
+fn a_detach_with_drain_waits_for_replies_until_a_detach_without_drain() {
     let host = Host::new(threads(), memory_device(8 << 20));
     let (mut client, handle) = host.connect(Style::Simple);
     ask_for_much(&host, &mut client);
     handle.detach(true);
-    // Its reply is there; the others had no room before it was asked to leave.
+    // The first reply is complete; for the others there was no space before the detach.
     assert_eq!(client.reply(|_| 1 << 20).1, 0);
     assert!(host.detached().1.unsent.is_empty());
 
@@ -223,7 +224,7 @@ fn a_detach_that_drains_lets_the_client_take_its_replies_until_another_one_does_
 }
 
 #[test]
-fn a_connection_that_left_with_unsent_replies_does_not_end_the_one_that_comes_after_it() {
+fn a_detached_connection_with_unsent_replies_does_not_stall_the_next_one() {
     let host = Host::new(threads(), memory_device(8 << 20));
     let stall = Duration::from_secs(2);
     let connect = |stall| {
@@ -238,7 +239,7 @@ fn a_connection_that_left_with_unsent_replies_does_not_end_the_one_that_comes_af
     let (mut second, _handle) = connect(PATIENT);
     second.send(FLUSH, 1, 0, 0, &[]);
     second.done(1);
-    // The third stalls later than the first did: when it is cut, the first one's time is over, too.
+    // The third client stalls later than the first: when it is dropped, the first one's timeout has passed, too.
     let (mut third, _handle) = connect(stall);
     third.socket.write_all(&[0x25]).unwrap();
     assert!(matches!(host.next_end(), Outcome::Closed { reason } if reason.contains("stalled")));
@@ -247,7 +248,7 @@ fn a_connection_that_left_with_unsent_replies_does_not_end_the_one_that_comes_af
 }
 
 #[test]
-fn an_engine_that_closes_does_not_wait_for_a_client_that_takes_no_replies() {
+fn closing_an_engine_does_not_wait_for_a_client_that_receives_no_replies() {
     let host = Host::new(threads(), memory_device(8 << 20));
     let (mut client, _handle) = host.connect(Style::Simple);
     ask_for_much(&host, &mut client);
@@ -256,14 +257,14 @@ fn an_engine_that_closes_does_not_wait_for_a_client_that_takes_no_replies() {
 }
 
 #[test]
-fn a_disconnection_behind_waiting_requests_is_handed_over_behind_them() {
+fn a_disconnect_after_waiting_requests_is_handed_over_after_them() {
     let host = Host::new(threads(), memory_device(1 << 20));
     let (mut client, handle) = host.connect(Style::Extended);
     host.engine.suspend(&host.device, true, None).unwrap();
     let mut sent = client.send(WRITE, 1, 0, 5, &[1; 5]);
     host.until_in_flight(1);
     sent.extend(client.send(DISCONNECT, 2, 0, 0, &[]));
-    // A second connection is served on the same loop: what the first sent was received before.
+    // A second connection is served on the same loop: the first one's bytes were received before.
     let (mut other, other_handle) = host.connect(Style::Extended);
     other.send(READ, 9, 1 << 40, 1, &[]);
     assert_eq!(other.reply(|_| 0).0, 22);
@@ -284,7 +285,7 @@ fn a_disconnection_behind_waiting_requests_is_handed_over_behind_them() {
 }
 
 #[test]
-fn requests_given_back_are_served_though_their_client_has_hung_up() {
+fn withdrawn_requests_are_served_although_their_client_has_disconnected() {
     let host = Host::new(threads(), memory_device(1 << 20));
     let (client, served) = UnixStream::pair().unwrap();
     drop(client);
@@ -303,7 +304,7 @@ fn requests_given_back_are_served_though_their_client_has_hung_up() {
 }
 
 #[test]
-fn a_client_that_is_gone_is_not_waited_for_though_its_requests_wait_at_a_gate() {
+fn a_detach_does_not_wait_for_requests_of_a_client_that_is_gone() {
     for (_, engine) in engines() {
         let host = Host::new(engine, memory_device(1 << 20));
         let (mut client, handle) = host.connect(Style::Simple);
@@ -319,7 +320,7 @@ fn a_client_that_is_gone_is_not_waited_for_though_its_requests_wait_at_a_gate() 
 }
 
 #[test]
-fn a_client_that_takes_no_replies_is_dropped_after_the_stall_timeout() {
+fn a_client_that_receives_no_replies_is_dropped_after_the_stall_timeout() {
     let host = Host::new(threads(), memory_device(8 << 20));
     let (mut socket, served) = UnixStream::pair().unwrap();
     let handle = host.serve(Style::Simple, served.into(), Vec::new(), Duration::from_millis(50));
@@ -334,7 +335,7 @@ fn a_client_that_takes_no_replies_is_dropped_after_the_stall_timeout() {
 }
 
 #[test]
-fn an_engine_that_closes_gives_back_what_was_to_be_given_back() {
+fn closing_an_engine_still_returns_withdrawn_requests() {
     for (_, engine) in engines() {
         let host = Host::new(engine, memory_device(1 << 20));
         let (mut client, handle) = host.connect(Style::Simple);
@@ -369,7 +370,7 @@ fn any_amount_of_unserved_bytes_is_served() {
     }
 }
 
-/// What the client knows of its device, and of its requests under way: (offset, length, a write, data).
+/// The client's model of its device, and its requests in flight: (offset, length, a write, data).
 #[derive(Default)]
 struct Model {
     bytes: Vec<u8>,
@@ -381,7 +382,7 @@ const SIZE: u64 = 3 << 20;
 const COUNT: u64 = 1500;
 const WINDOW: usize = 48;
 
-/// Sends `COUNT` requests in pieces of any size, those under way never overlapping where one writes.
+/// Sends `COUNT` requests in pieces of any size. No write overlaps another request in flight.
 fn ask(mut socket: UnixStream, style: Style, model: &Mutex<Model>, over: &AtomicBool, seed: u64) {
     let mut random = Random::new(seed);
     for cookie in 0..COUNT {
@@ -395,7 +396,7 @@ fn ask(mut socket: UnixStream, style: Style, model: &Mutex<Model>, over: &Atomic
             };
             if model.open.len() >= WINDOW || model.open.values().any(meets) {
                 drop(model);
-                assert!(!over.load(Ordering::SeqCst), "nobody takes the answers");
+                assert!(!over.load(Ordering::SeqCst), "the answers are not received");
                 std::thread::yield_now();
                 continue;
             }
@@ -433,7 +434,7 @@ fn listen(mut client: Client, model: &Mutex<Model>) {
     }
 }
 
-/// Says that the listener has ended, however it did.
+/// Sets a flag when the listener ends, also by a panic.
 struct Tell<'a>(&'a AtomicBool);
 
 impl Drop for Tell<'_> {
@@ -442,7 +443,7 @@ impl Drop for Tell<'_> {
     }
 }
 
-/// A device over shared storage: a direct file, a buffered one, and memory behind a lower device.
+/// A device on shared storage: a direct file, a buffered one, and memory behind a lower device.
 fn stack(parts: &[Extent<blkloom_core::Kinds>; 3]) -> (Arc<Device>, Arc<Device>) {
     let [first, second, third] = parts.clone();
     let lower = device(mapping(vec![(1 << 20, third)], vec![]));
@@ -451,7 +452,7 @@ fn stack(parts: &[Extent<blkloom_core::Kinds>; 3]) -> (Arc<Device>, Arc<Device>)
 }
 
 #[test]
-fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
+fn a_client_sees_one_device_while_its_connection_moves_between_engines() {
     for (number, style) in STYLES.into_iter().enumerate() {
         let mut random = Random::new(77 + number as u64);
         let parts = [data(&file(1 << 20, true), 0), data(&file(1 << 20, false), 0), memory(&region(1 << 20), 0)];
@@ -463,7 +464,7 @@ fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
                 (Host::new(engine, upper), lower)
             })
             .collect();
-        // No run of zeros is told apart: reads are answered in one piece.
+        // Holes are not reported: reads are answered in one chunk.
         let mut start = vec![0xa5u8; SIZE as usize];
         write(&hosts[0].0.engine, &hosts[0].0.device, 0, &start, false).unwrap();
         let model = Mutex::new(Model { bytes: std::mem::take(&mut start), ..Model::default() });
@@ -482,7 +483,7 @@ fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
             while !finished() {
                 let (host, lower) = &hosts[at];
                 let before = model.lock().unwrap().answered;
-                // Some are handed on at once, most after having done something.
+                // Some connections move on at once, most after they have served requests.
                 let enough = before + random.below(60);
                 while model.lock().unwrap().answered < enough && !finished() {
                     std::thread::yield_now();
@@ -501,12 +502,12 @@ fn a_client_that_goes_on_while_it_is_handed_to_and_fro_sees_one_device() {
                 host.device.resume();
                 lower.resume();
                 let (fd, unfinished) = match end {
-                    Outcome::Detached { fd, unfinished } => (fd, unfinished),
+                    Outcome::Detached(left) => unfinished(left),
                     Outcome::Closed { reason } => {
                         assert!(finished(), "closed: {reason}");
                         break;
                     }
-                    Outcome::Io { .. } => panic!("no I/O was submitted"),
+                    Outcome::Io { .. } | Outcome::Users(_) => panic!("no I/O was submitted"),
                 };
                 assert_eq!(host.device.stats().totals().in_flight, 0);
                 carried += unfinished.initial.len();

@@ -1,26 +1,31 @@
-//! Devices as their users meet them: epochs, faults and the gate, under load from several threads.
-//! (Every target over every way in is tested from Python, under tests/conformance.)
+//! Devices: epochs, faults and the gate, under load from several threads.
+//! (tests/conformance tests every target over every export from Python.)
 #![allow(clippy::unwrap_used, reason = "tests")]
+
+mod rig;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use blkloom_core::{
-    Answer, Device, Direction, Engine, Fault, Flags, IoChoice, Kinds, Map, Mapping, Op, SuspendError, Transfer,
+    Answer, Device, Direction, Engine, Fault, Flags, IoChoice, Kinds, Map, Mapping, Op, SuspendError, SwapError,
+    Transfer,
 };
-use blkloom_io::{Region, Slice};
+use blkloom_io::Errno;
+use blkloom_io::{Ahead, Region};
 use blkloom_map::{ClusterTable, Entry, Extent, Segment};
+use rig::with_longer_times;
 
 const SIZE: u64 = 1 << 20;
-const EIO: i32 = 5;
-const ETIMEDOUT: i32 = 110;
+const EIO: Errno = Errno::IO;
+const ETIMEDOUT: Errno = Errno::TIMEDOUT;
 
 fn engine(io: IoChoice) -> Engine {
     Engine::new(2, io, Duration::from_micros(20), 4).unwrap()
 }
 
-/// The next faults. New I/O errors wake who waits for them, too.
+/// Waits for the next faults. New I/O errors end the wait of `next_faults`, too.
 fn faults(device: &Device) -> Vec<Fault> {
     loop {
         let faults = device.next_faults(None).unwrap();
@@ -44,23 +49,19 @@ fn memory(region: &Arc<Region>) -> Extent<Kinds> {
 
 fn mapping(extent: Extent<Kinds>, flush_owners: Vec<u32>) -> Arc<Mapping> {
     let segment = Segment { start: 0, end: SIZE, owner: 7, extent };
-    Arc::new(Mapping::new(Map::new(vec![segment], flush_owners).unwrap()))
+    Arc::new(Mapping::new(Map::new(vec![segment], flush_owners).unwrap()).unwrap())
 }
 
 fn device(extent: Extent<Kinds>) -> Arc<Device> {
     Device::new("test".into(), Some(mapping(extent, vec![])), Duration::from_secs(20)).unwrap()
 }
 
-fn read(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), i32> {
-    // SAFETY: the borrow outlives the call, which returns when the I/O has ended.
-    let memory = unsafe { Slice::new(into.as_mut_ptr(), into.len()) };
-    engine.transfer(device, Transfer { direction: Direction::Read, memory, offset }, false)
+fn read(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    engine.transfer(device, Transfer { direction: Direction::Read(into.into()), offset }, false)
 }
 
-fn write(engine: &Engine, device: &Arc<Device>, offset: u64, from: &mut [u8]) -> Result<(), i32> {
-    // SAFETY: as in `read`.
-    let memory = unsafe { Slice::new(from.as_mut_ptr(), from.len()) };
-    engine.transfer(device, Transfer { direction: Direction::Write, memory, offset }, false)
+fn write(engine: &Engine, device: &Arc<Device>, offset: u64, from: &[u8]) -> Result<(), Errno> {
+    engine.transfer(device, Transfer { direction: Direction::Write(from.into()), offset }, false)
 }
 
 /// A cheap, seeded sequence.
@@ -72,13 +73,11 @@ fn random(seed: &mut u64) -> u64 {
 }
 
 #[test]
-fn after_a_swap_nobody_reads_what_was_mapped_before() {
+fn after_a_swap_no_request_reads_the_old_map() {
     let engine = engine(IoChoice::Auto);
     let regions = [region(), region()];
     let fill = |region: &Region, byte: u8| {
-        let mut bytes = vec![byte; SIZE as usize];
-        // SAFETY: `bytes` outlives the call.
-        region.write(0, unsafe { Slice::new(bytes.as_mut_ptr(), bytes.len()) });
+        region.write(0, vec![byte; SIZE as usize][..].into());
     };
     regions.iter().for_each(|region| fill(region, 1));
     let device = device(memory(&regions[0]));
@@ -105,10 +104,10 @@ fn after_a_swap_nobody_reads_what_was_mapped_before() {
     });
 }
 
-/// Threads write and read their own interleaved bytes of clusters that a mapper installs on demand,
-/// drops again at random, and waits for with `synchronize` while requests are parked.
+/// Threads write and read their own interleaved bytes of clusters. A mapper installs the clusters on demand, drops them
+/// at random, and calls `synchronize` while requests are deferred.
 #[test]
-fn clusters_that_come_and_go_lose_nothing() {
+fn no_write_is_lost_while_clusters_are_installed_and_dropped() {
     const CLUSTER: u64 = 4096;
     for io in [IoChoice::Auto, IoChoice::Threads] {
         let engine = engine(io);
@@ -155,7 +154,7 @@ fn clusters_that_come_and_go_lose_nothing() {
                                 let mut buffer = [0u8; 256];
                                 if random(&mut seed).is_multiple_of(2) {
                                     buffer.fill(random(&mut seed) as u8);
-                                    write(engine, device, at, &mut buffer).unwrap();
+                                    write(engine, device, at, &buffer).unwrap();
                                     model[own].copy_from_slice(&buffer);
                                 } else {
                                     read(engine, device, at, &mut buffer).unwrap();
@@ -175,15 +174,14 @@ fn clusters_that_come_and_go_lose_nothing() {
 }
 
 #[test]
-fn a_suspended_device_lets_nobody_in_and_parked_requests_finish_on_resume() {
+fn requests_to_a_suspended_device_wait_and_finish_after_the_resume() {
     let engine = engine(IoChoice::Auto);
     let region = region();
     let device = device(memory(&region));
     let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
     let contents = || {
         let mut bytes = vec![0u8; 3 * 512];
-        // SAFETY: `bytes` outlives the call.
-        region.read(0, unsafe { Slice::new(bytes.as_mut_ptr(), bytes.len()) }, Slice::empty());
+        region.read(0, (&mut bytes[..]).into(), Ahead::NOTHING);
         bytes
     };
     std::thread::scope(|scope| {
@@ -193,7 +191,7 @@ fn a_suspended_device_lets_nobody_in_and_parked_requests_finish_on_resume() {
                 let mut turn = 0u8;
                 while !stop.load(Ordering::SeqCst) {
                     turn = turn.wrapping_add(1);
-                    write(engine, device, writer * 512, &mut [turn; 512]).unwrap();
+                    write(engine, device, writer * 512, &[turn; 512]).unwrap();
                     done.fetch_add(1, Ordering::SeqCst);
                 }
             });
@@ -233,7 +231,7 @@ fn a_suspend_that_takes_too_long_leaves_the_device_live() {
 }
 
 #[test]
-fn faults_end_with_what_the_target_says_or_with_an_error() {
+fn faults_end_with_the_answer_of_the_target_or_with_an_error() {
     let engine = engine(IoChoice::Auto);
     let device = device(Extent::Fault);
     let mut buffer = [0; 1024];
@@ -246,7 +244,7 @@ fn faults_end_with_what_the_target_says_or_with_an_error() {
                 Some(Answer::Done(Some((0..=255).cycle().take(1024).collect()))),
                 Some(Answer::Done(Some(vec![1; 1023]))),
                 Some(Answer::Done(None)),
-                Some(Answer::Fail(28)),
+                Some(Answer::Fail(Errno::NOSPC)),
                 None,
             ];
             for answer in answers {
@@ -268,33 +266,42 @@ fn faults_end_with_what_the_target_says_or_with_an_error() {
         for why in ["too few bytes", "no bytes"] {
             assert_eq!(read(&engine, device, 4096, &mut buffer), Err(EIO), "{why}");
         }
-        assert_eq!(read(&engine, device, 4096, &mut buffer), Err(28));
+        assert_eq!(read(&engine, device, 4096, &mut buffer), Err(Errno::NOSPC));
         assert_eq!(read(&engine, device, 4096, &mut buffer), Err(EIO), "dropped without an answer");
-        assert_eq!(write(&engine, device, 0, &mut [3; 512]), Ok(()));
+        assert_eq!(write(&engine, device, 0, &[3; 512]), Ok(()));
         assert_eq!(read(&engine, device, 0, &mut buffer), Err(EIO), "retried for ever without a map");
         device.close();
     });
 }
 
 #[test]
-fn a_fault_nobody_answers_fails_and_its_late_answer_is_ignored() {
+fn an_unanswered_fault_fails_and_its_late_answer_is_ignored() {
     let engine = engine(IoChoice::Auto);
-    let device = Device::new(String::new(), Some(mapping(Extent::Fault, vec![])), Duration::from_millis(50)).unwrap();
-    device.attach_mapper();
-    assert_eq!(read(&engine, &device, 0, &mut [0; 512]), Err(ETIMEDOUT));
-    let mut late = faults(&device);
-    std::thread::scope(|scope| {
-        let (engine, device) = (&engine, &device);
-        let next = scope.spawn(move || read(engine, device, 512, &mut [0; 512]));
-        let mut fresh = faults(device);
-        late[0].answer(Answer::Fail(1));
-        fresh[0].answer(Answer::Done(Some(vec![0; 512])));
-        assert_eq!(next.join().unwrap(), Ok(()), "the late answer went to another request");
+    with_longer_times(|times| {
+        let timeout = times * Duration::from_millis(50);
+        let device = Device::new(String::new(), Some(mapping(Extent::Fault, vec![])), timeout).unwrap();
+        device.attach_mapper();
+        assert_eq!(read(&engine, &device, 0, &mut [0; 512]), Err(ETIMEDOUT));
+        let mut late = faults(&device);
+        std::thread::scope(|scope| {
+            let (engine, device) = (&engine, &device);
+            let asked = Instant::now();
+            let next = scope.spawn(move || read(engine, device, 512, &mut [0; 512]));
+            let mut fresh = faults(device);
+            late[0].answer(Answer::Fail(Errno::PERM));
+            fresh[0].answer(Answer::Done(Some(vec![0; 512])));
+            let next = next.join().unwrap();
+            if asked.elapsed() >= timeout && next == Err(ETIMEDOUT) {
+                return false;
+            }
+            assert_eq!(next, Ok(()), "the late answer went to another request");
+            true
+        })
     });
 }
 
 #[test]
-fn a_flush_reaches_targets_that_asked_for_it() {
+fn a_flush_reaches_flush_owners() {
     let engine = engine(IoChoice::Auto);
     let mapping = mapping(memory(&region()), vec![3, 9]);
     let device = Device::new(String::new(), Some(mapping), Duration::from_secs(20)).unwrap();
@@ -324,7 +331,7 @@ fn a_request_of_thousands_of_pieces_is_one_request() {
     let stripes = Extent::Stripes { chunk: 512, legs: legs.iter().map(memory).collect() };
     let upper = device(Extent::Device { device: device(stripes), offset: 0, writable: true });
     let mut data: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8).collect();
-    write(&engine, &upper, 0, &mut data).unwrap();
+    write(&engine, &upper, 0, &data).unwrap();
     let mut back = vec![0; SIZE as usize];
     read(&engine, &upper, 0, &mut back).unwrap();
     assert_eq!(back, data);
@@ -341,5 +348,5 @@ fn a_map_that_would_reach_its_own_device_is_refused() {
     let lower = device(memory(&region()));
     let upper = device(Extent::Device { device: lower.clone(), offset: 0, writable: true });
     let cycle = mapping(Extent::Device { device: upper, offset: 0, writable: true }, vec![]);
-    assert_eq!(lower.swap(cycle).map(drop), Err(SuspendError::Cycle));
+    assert_eq!(lower.swap(cycle).map(drop), Err(SwapError::Cycle));
 }

@@ -1,4 +1,4 @@
-//! What counts as an I/O error of a device, whichever way its requests go.
+//! Which failures count as I/O errors of a device, on the fast path and in the queue.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -11,15 +11,15 @@ use blkloom_io::File;
 use blkloom_map::Extent;
 use rustix::fs::ftruncate;
 
-use rig::{EIO, command, data, device, engines, file, file_in_memory, mapping, read, write};
+use rig::{EIO, Errno, command, data, device, engines, file, file_in_memory, mapping, read, write};
 
 const LEN: u64 = 1 << 20;
 
-fn error(op: Op, offset: u64, errno: i32) -> IoError {
+fn error(op: Op, offset: u64, errno: Errno) -> IoError {
     IoError { op, offset, errno, file: "test".into() }
 }
 
-/// Files of which the end is gone that a map promises, and a device on each that has it behind a megabyte of zeros.
+/// Truncated files that a map uses beyond their end, and a device on each, after a megabyte of zeros.
 fn cut_off() -> Vec<(Arc<File>, Arc<Device>)> {
     let files = [file(LEN, false), file(LEN, true), file_in_memory(LEN)];
     files
@@ -34,7 +34,7 @@ fn cut_off() -> Vec<(Arc<File>, Arc<Device>)> {
 }
 
 #[test]
-fn what_storage_fails_is_counted_with_its_place_and_file() {
+fn a_failure_of_storage_is_counted_with_its_offset_and_file() {
     for (kind, engine) in engines() {
         for (_file, device) in cut_off() {
             let mut bytes = [0; 8192];
@@ -55,7 +55,7 @@ fn what_storage_fails_is_counted_with_its_place_and_file() {
 }
 
 #[test]
-fn what_a_client_may_not_ask_for_and_what_a_table_fails_are_no_errors() {
+fn invalid_requests_and_error_extents_are_not_counted() {
     for (kind, engine) in engines() {
         let read_only = Extent::Data { file: file(LEN, false), offset: 0, writable: false };
         let made = device(mapping(vec![(LEN, read_only), (LEN, Extent::Error(EIO))], vec![]));
@@ -67,11 +67,11 @@ fn what_a_client_may_not_ask_for_and_what_a_table_fails_are_no_errors() {
             let made = made.clone();
             move || {
                 for mut fault in made.next_faults(None).unwrap() {
-                    fault.answer(blkloom_core::Answer::Fail(30)); // EROFS
+                    fault.answer(blkloom_core::Answer::Fail(Errno::ROFS));
                 }
             }
         });
-        assert_eq!(write(&engine, &made, 0, &[1; 512], false), Err(30), "{kind}");
+        assert_eq!(write(&engine, &made, 0, &[1; 512], false), Err(Errno::ROFS), "{kind}");
         answering.join().unwrap();
         assert_eq!((made.io_errors().count(), made.io_errors().last()), (0, None), "{kind}");
         engine.close();
@@ -79,7 +79,7 @@ fn what_a_client_may_not_ask_for_and_what_a_table_fails_are_no_errors() {
 }
 
 #[test]
-fn a_target_that_fails_counts_without_a_file() {
+fn a_failure_of_a_target_is_counted_without_a_file() {
     let (_, engine) = engines().remove(0);
     let made = device(mapping(vec![(LEN, Extent::Fault)], vec![]));
     assert_eq!(read(&engine, &made, 512, &mut [0; 512]), Err(EIO), "nothing answers");
@@ -88,7 +88,7 @@ fn a_target_that_fails_counts_without_a_file() {
 }
 
 #[test]
-fn the_news_are_bounded_and_whoever_waits_for_faults_is_woken_for_them_once() {
+fn new_errors_are_bounded_and_wake_the_mapper_once() {
     let (_, engine) = engines().remove(0);
     let (_file, made) = cut_off().remove(0);
     made.attach_mapper();
@@ -110,7 +110,7 @@ fn the_news_are_bounded_and_whoever_waits_for_faults_is_woken_for_them_once() {
 }
 
 #[test]
-fn of_many_kinds_some_are_told_and_the_others_counted() {
+fn of_many_kinds_of_errors_some_are_kept_and_the_others_counted() {
     let (_, engine) = engines().remove(0);
     let files: Vec<Arc<File>> = (0..12)
         .map(|number| {

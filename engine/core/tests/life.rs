@@ -1,6 +1,5 @@
-//! The life of a device under requests that take time: swaps, gates, faults of every outcome, flushes,
-//! and the ends of devices and engines. Everything here goes through a loop, with threads and, where it
-//! may be had, io_uring.
+//! Devices with requests in the queue: swap, suspend, faults with every outcome, flush, and closing of devices and
+//! engines. Every request goes through an event loop, with threads and, if it is available, with io_uring.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -11,26 +10,33 @@ use std::time::{Duration, Instant};
 
 use blkloom_core::{
     Answer, Device, Direction, Engine, Fault, Flags, Kinds, Memory, Notices, Op, Outcome, Owner, Request, SuspendError,
-    Transfer,
+    SwapError, Transfer,
 };
-use blkloom_io::{Buffer, File};
+use blkloom_io::{Buffer, File, Scratch};
 use blkloom_map::{ClusterTable, Entry, Extent};
 use rig::*;
 
-fn read_later(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> i32 {
+fn read_by_queue(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
     let len = into.len() as u64;
-    later(engine, device, Op::Read, offset, Memory::Borrowed(slice(into)), len, false)
+    by_queue(engine, device, Op::Read, offset, Memory::Borrowed(promised(into)), len, false)
 }
 
-fn write_later(engine: &Engine, device: &Arc<Device>, offset: u64, byte: u8, len: u64, fua: bool) -> i32 {
+fn write_by_queue(
+    engine: &Engine,
+    device: &Arc<Device>,
+    offset: u64,
+    byte: u8,
+    len: u64,
+    fua: bool,
+) -> Result<(), Errno> {
     let mut buffer = Buffer::new(len as usize);
     buffer.bytes_mut().fill(byte);
-    later(engine, device, Op::Write, offset, Memory::Owned(Arc::new(buffer)), len, fua)
+    by_queue(engine, device, Op::Write, offset, Memory::owned(buffer), len, fua)
 }
 
 fn contents(file: &File, size: u64) -> Vec<u8> {
     let mut bytes = vec![0; size as usize];
-    file.read(0, slice(&mut bytes)).unwrap();
+    file.read(0, (&mut bytes[..]).into(), &mut Scratch::default()).unwrap();
     bytes
 }
 
@@ -60,15 +66,14 @@ fn until(what: &str, done: impl Fn() -> bool) {
 }
 
 #[test]
-fn after_a_swap_no_queued_request_touches_what_was_mapped_before() {
+fn after_a_swap_no_queued_request_uses_the_old_map() {
     const SIZE: u64 = 64 << 10;
     for (name, engine) in engines() {
         let files = [file(SIZE, true), file(SIZE, true)];
         let fill = |file: &File, byte| {
             let mut buffer = Buffer::new(SIZE as usize);
             buffer.bytes_mut().fill(byte);
-            // SAFETY: the buffer outlives the call.
-            file.write(0, unsafe { buffer.slice() }, false).unwrap();
+            file.write(0, buffer.bytes().into(), false, &mut Scratch::default()).unwrap();
         };
         files.iter().for_each(|file| fill(file, 1));
         let device = device(mapping(vec![(SIZE, data(&files[0], 0))], vec![]));
@@ -81,9 +86,9 @@ fn after_a_swap_no_queued_request_touches_what_was_mapped_before() {
                     while !stop.load(Ordering::Relaxed) {
                         let (offset, mut bytes) = (random.below(SIZE - 5000), vec![0; 1 + random.below(5000) as usize]);
                         if random.one_in(3) {
-                            assert_eq!(write_later(engine, device, offset, 1, bytes.len() as u64, false), 0);
+                            assert_eq!(write_by_queue(engine, device, offset, 1, bytes.len() as u64, false), Ok(()));
                         } else {
-                            assert_eq!(read_later(engine, device, offset, &mut bytes), 0);
+                            assert_eq!(read_by_queue(engine, device, offset, &mut bytes), Ok(()));
                             assert!(bytes.iter().all(|&byte| byte == 1), "poison was read after the swap");
                         }
                     }
@@ -104,10 +109,9 @@ fn after_a_swap_no_queued_request_touches_what_was_mapped_before() {
     }
 }
 
-/// Writes that fault, park, are retried and then take time in a file: none of them may still be moving
-/// when `suspend` has returned.
+/// Writes that fault, are retried and then wait for a file. None may be in progress when `suspend` has returned.
 #[test]
-fn a_suspended_device_is_quiet_though_its_requests_fault() {
+fn a_suspend_drains_requests_that_fault() {
     const CLUSTERS: u64 = 32;
     const SIZE: u64 = CLUSTERS * 4096;
     for (name, engine) in engines() {
@@ -133,7 +137,7 @@ fn a_suspended_device_is_quiet_though_its_requests_fault() {
                     let mut random = Random::new(seed);
                     while !stop.load(Ordering::Relaxed) {
                         let (offset, len) = (random.below(SIZE - 9000), 1 + random.below(9000));
-                        assert_eq!(write_later(engine, device, offset, random.next() as u8, len, false), 0);
+                        assert_eq!(write_by_queue(engine, device, offset, random.next() as u8, len, false), Ok(()));
                         done.fetch_add(1, Ordering::Relaxed);
                     }
                 });
@@ -146,7 +150,7 @@ fn a_suspended_device_is_quiet_though_its_requests_fault() {
                 moved += usize::from(contents(&file, SIZE) != before);
                 assert!(device.resume());
                 let seen = done.load(Ordering::Relaxed);
-                until("parked requests finish on resume", || done.load(Ordering::Relaxed) > seen + 3);
+                until("waiting requests finish on resume", || done.load(Ordering::Relaxed) > seen + 3);
             }
             stop.store(true, Ordering::Relaxed);
             until("all end", || device.stats().totals().in_flight == 0);
@@ -189,8 +193,8 @@ fn a_failed_last_flush_leaves_the_device_suspended() {
     std::thread::scope(|scope| {
         let (engine, device) = (&engine, &device);
         let suspender = scope.spawn(move || engine.suspend(device, true, None));
-        next(device).answer(Answer::Fail(28));
-        assert_eq!(suspender.join().unwrap(), Err(SuspendError::Flush(28)));
+        next(device).answer(Answer::Fail(Errno::NOSPC));
+        assert_eq!(suspender.join().unwrap(), Err(SuspendError::Flush(Errno::NOSPC)));
         assert!(device.suspended() && device.resume() && !device.suspended());
     });
 }
@@ -206,8 +210,8 @@ fn requests_wait_at_the_gate_of_a_device_below() {
             let (engine, upper, lower) = (&engine, &upper, &lower);
             let writer = scope.spawn(move || write(engine, upper, 100, &[1; 100], false));
             until("the write begins", || upper.stats().totals().in_flight == 1);
-            // It is inside of the upper device, which therefore cannot drain; or it has not got there
-            // yet, and then it waits at the upper gate until the suspend gives up.
+            // The request is inside the upper device, which therefore cannot drain; or it is not there yet, and then
+            // it waits at the upper gate until the suspend times out.
             let soon = Instant::now() + Duration::from_millis(20);
             let result = engine.suspend(upper, true, Some(soon));
             assert!(matches!(result, Err(SuspendError::Timeout) | Ok(())), "{result:?}");
@@ -223,13 +227,13 @@ fn requests_wait_at_the_gate_of_a_device_below() {
 }
 
 #[test]
-fn faults_nobody_answers_time_out_however_soon_the_loop_sleeps() {
+fn unanswered_faults_time_out_however_soon_the_loop_sleeps() {
     for (name, engine) in engines() {
         let place = mapping(vec![(1 << 20, Extent::Fault)], vec![0]);
         let device = Device::new(String::new(), Some(place), Duration::from_millis(30)).unwrap();
         device.attach_mapper();
         for _ in 0..3 {
-            assert_eq!(read_later(&engine, &device, 0, &mut [0; 512]), ETIMEDOUT, "with {name}");
+            assert_eq!(read_by_queue(&engine, &device, 0, &mut [0; 512]), Err(ETIMEDOUT), "with {name}");
             assert_eq!(command(&engine, &device, Op::Flush, 0, 0, Flags::default()), Err(ETIMEDOUT), "with {name}");
         }
         let late = device.next_faults(None).unwrap();
@@ -238,22 +242,25 @@ fn faults_nobody_answers_time_out_however_soon_the_loop_sleeps() {
             let (engine, device) = (&engine, &device);
             let reader = scope.spawn(move || {
                 let mut bytes = [0; 512];
-                (read_later(engine, device, 4096, &mut bytes), bytes)
+                (read_by_queue(engine, device, 4096, &mut bytes), bytes)
             });
             let mut fault = next(device);
             for mut late in late {
                 late.answer(Answer::Done(Some(vec![0xbb; 512])));
             }
             fault.answer(Answer::Done(Some(vec![7; 512])));
-            // A machine so slow that this one timed out, too, proves nothing.
+            // If this request timed out as well, the machine is too slow for this check.
             let (error, bytes) = reader.join().unwrap();
-            assert!(error == ETIMEDOUT || (error, bytes) == (0, [7; 512]), "a late answer went astray: {error}");
+            assert!(
+                error == Err(ETIMEDOUT) || (error, bytes) == (Ok(()), [7; 512]),
+                "a late answer went astray: {error:?}"
+            );
         });
     }
 }
 
 #[test]
-fn timeouts_beyond_the_clock_are_for_ever() {
+fn timeouts_beyond_the_range_of_the_clock_never_end() {
     let engine = engines().remove(0).1;
     let device = Device::new(String::new(), Some(mapping(vec![(512, Extent::Fault)], vec![])), Duration::MAX).unwrap();
     device.attach_mapper();
@@ -278,9 +285,9 @@ fn a_request_of_very_many_faults_keeps_few_of_them_waiting() {
         std::thread::scope(|scope| {
             let (engine, device) = (&engine, &device);
             let writer = scope.spawn(move || {
-                let written = write_later(engine, device, 0, 9, SIZE, false);
+                let written = write_by_queue(engine, device, 0, 9, SIZE, false);
                 let mut bytes = vec![0; SIZE as usize];
-                (written, read_later(engine, device, 0, &mut bytes), bytes)
+                (written, read_by_queue(engine, device, 0, &mut bytes), bytes)
             });
             let mut answered = 0;
             while answered < CLUSTERS {
@@ -299,14 +306,14 @@ fn a_request_of_very_many_faults_keeps_few_of_them_waiting() {
                 }
             }
             let (written, read, bytes) = writer.join().unwrap();
-            assert_eq!((written, read), (0, 0), "with {name}");
+            assert_eq!((written, read), (Ok(()), Ok(())), "with {name}");
             assert!(bytes.iter().all(|&byte| byte == 9));
         });
     }
 }
 
 #[test]
-fn a_target_that_only_ever_says_retry_cannot_keep_a_wide_request_going() {
+fn endless_retry_answers_fail_a_request_of_many_pieces() {
     for (name, engine) in engines() {
         let table = Arc::new(ClusterTable::<Kinds>::new(512 * 512, 512, 1, vec![]).unwrap());
         let device = device(mapping(vec![(512 * 512, Extent::Table(table))], vec![]));
@@ -314,9 +321,9 @@ fn a_target_that_only_ever_says_retry_cannot_keep_a_wide_request_going() {
         std::thread::scope(|scope| {
             let device = &device;
             scope.spawn(move || answer_all(device, |_| Answer::Retry));
-            let result = read_later(&engine, device, 0, &mut vec![0; 512 * 512]);
+            let result = read_by_queue(&engine, device, 0, &mut vec![0; 512 * 512]);
             device.close();
-            assert_eq!(result, EIO, "with {name}");
+            assert_eq!(result, Err(EIO), "with {name}");
         });
     }
 }
@@ -328,15 +335,15 @@ fn a_request_of_thousands_of_stripes_in_files_is_one_request() {
         let legs = [data(&file(SIZE, false), 0), data(&file(SIZE, true), 512), memory(&region(SIZE), 0)];
         let device = device(mapping(vec![(SIZE, Extent::Stripes { chunk: 1024, legs: legs.into() })], vec![]));
         let mut written: Vec<u8> = (0..SIZE).map(|i| (i / 7 % 251) as u8).collect();
-        let memory = Memory::Borrowed(slice(&mut written));
-        assert_eq!(later(&engine, &device, Op::Write, 0, memory, SIZE, true), 0, "with {name}");
+        let memory = Memory::Borrowed(promised(&mut written));
+        assert_eq!(by_queue(&engine, &device, Op::Write, 0, memory, SIZE, true), Ok(()), "with {name}");
         let mut bytes = vec![0; SIZE as usize];
-        assert_eq!(read_later(&engine, &device, 0, &mut bytes), 0);
+        assert_eq!(read_by_queue(&engine, &device, 0, &mut bytes), Ok(()));
         assert!(bytes == written);
         let flags = Flags { unmap: true, fua: true, ..Flags::default() };
         command(&engine, &device, Op::WriteZeroes, 1000, SIZE - 2000, flags).unwrap();
         written[1000..SIZE as usize - 1000].fill(0);
-        assert_eq!(read_later(&engine, &device, 0, &mut bytes), 0);
+        assert_eq!(read_by_queue(&engine, &device, 0, &mut bytes), Ok(()));
         assert!(bytes == written);
         assert_eq!(device.stats().totals().in_flight, 0);
     }
@@ -369,7 +376,7 @@ fn a_flush_reaches_the_targets_below_first_and_fails_with_the_first_that_fails()
         [&lower, &upper].iter().for_each(|device| device.attach_mapper());
         std::thread::scope(|scope| {
             let (engine, upper) = (&engine, &upper);
-            for (fua, fail) in [(false, 0), (true, 0), (false, 28), (true, 28)] {
+            for (fua, fail) in [(false, None), (true, None), (false, Some(Errno::NOSPC)), (true, Some(Errno::NOSPC))] {
                 let asker = scope.spawn(move || match fua {
                     false => command(engine, upper, Op::Flush, 0, 0, Flags::default()),
                     true => write(engine, upper, 7, &[1; 9], true),
@@ -382,10 +389,10 @@ fn a_flush_reaches_the_targets_below_first_and_fails_with_the_first_that_fails()
                 let owners: Vec<u32> = above.iter().map(|fault| fault.owner).collect();
                 assert_eq!((below.owner, owners), (4, vec![8, 9]));
                 below.answer(Answer::Done(None));
-                above[0].answer(if fail == 0 { Answer::Done(None) } else { Answer::Fail(fail) });
+                above[0].answer(fail.map_or(Answer::Done(None), Answer::Fail));
                 assert!(!asker.is_finished(), "a flush ends when all its owners have answered");
                 above[1].answer(Answer::Retry);
-                assert_eq!(asker.join().unwrap(), if fail == 0 { Ok(()) } else { Err(fail) });
+                assert_eq!(asker.join().unwrap(), fail.map_or(Ok(()), Err));
             }
         });
     }
@@ -408,14 +415,14 @@ fn closing_a_device_ends_what_waits_at_its_gate() {
         assert_eq!(read(&engine, &device, 0, &mut [0; 512]), Err(ESHUTDOWN));
         assert!(!device.resume());
         let place = mapping(vec![(4096, memory(&region(4096), 0))], vec![]);
-        assert_eq!(device.swap(place).map(drop), Err(SuspendError::Closed));
+        assert_eq!(device.swap(place).map(drop), Err(SwapError::Closed));
         assert!(device.next_faults(None).is_none());
         assert_eq!(device.stats().totals().in_flight, 0);
     }
 }
 
 #[test]
-fn closing_an_engine_fails_what_waits_at_a_gate_and_what_comes_later() {
+fn closing_an_engine_fails_requests_at_a_gate_and_later_ones() {
     for (_, engine) in engines() {
         let device = device(mapping(vec![(4096, memory(&region(4096), 0))], vec![]));
         engine.suspend(&device, true, None).unwrap();
@@ -428,9 +435,9 @@ fn closing_an_engine_fails_what_waits_at_a_gate_and_what_comes_later() {
                 assert_eq!(waiting.join().unwrap(), Err(ESHUTDOWN));
             }
         });
-        assert_eq!(read_later(&engine, &device, 0, &mut [0; 512]), ESHUTDOWN);
+        assert_eq!(read_by_queue(&engine, &device, 0, &mut [0; 512]), Err(ESHUTDOWN));
         assert_eq!(device.stats().totals().in_flight, 0);
-        // The gate still opens, to the surprise of nobody.
+        // The gate still opens.
         assert!(device.resume());
     }
 }
@@ -448,7 +455,7 @@ fn io_that_was_submitted_comes_back_as_notices() {
                 offset,
                 len,
                 flags: Flags::default(),
-                memory: Memory::Owned(Arc::new(buffer)),
+                memory: Memory::owned(buffer),
                 owner: Owner::Notice { notices: notices.clone(), token },
                 started: Instant::now(),
                 context: None,
@@ -470,8 +477,9 @@ fn io_that_was_submitted_comes_back_as_notices() {
                 all.push((notice.token, error));
             }
         }
-        all.sort_unstable();
-        let expected: Vec<(u64, i32)> = (0..50).map(|token| (token, 0)).chain([(50, 22), (51, 28)]).collect();
+        all.sort_unstable_by_key(|(token, _)| *token);
+        let refused = [(50, Some(Errno::INVAL)), (51, Some(Errno::NOSPC))];
+        let expected: Vec<(u64, Option<Errno>)> = (0..50).map(|token| (token, None)).chain(refused).collect();
         assert_eq!(all, expected);
         assert!(notices.take().is_empty());
     }
@@ -483,21 +491,28 @@ fn a_batch_answers_each_of_its_transfers() {
         let parts = vec![
             (8192, memory(&region(8192), 0)),
             (8192, data(&file(8192, true), 0)),
-            (4096, Extent::Error(74)),
+            (4096, Extent::Error(Errno::BADMSG)),
             (4096, Extent::Fault),
         ];
         let device = device(mapping(parts, vec![]));
-        let mut buffers = [[1; 4096]; 6];
+        let buffers = [[1; 4096]; 6];
         let offsets = [0, 6000, 16_384, 20_480, 24_576, 20_481];
-        let transfers = |direction, buffers: &mut [[u8; 4096]]| -> Vec<Transfer> {
-            let each = buffers.iter_mut().zip(offsets);
-            each.map(|(buffer, offset)| Transfer { direction, memory: slice(buffer), offset }).collect()
-        };
-        let batch = transfers(Direction::Write, &mut buffers);
-        assert_eq!(engine.batch(&device, &batch), [0, 0, 74, EIO, 28, 28]);
+        let each = buffers.iter().zip(offsets);
+        let batch: Vec<_> =
+            each.map(|(from, offset)| Transfer { direction: Direction::Write(from[..].into()), offset }).collect();
+        assert_eq!(
+            engine.batch(&device, &batch),
+            [None, None, Some(Errno::BADMSG), Some(EIO), Some(Errno::NOSPC), Some(Errno::NOSPC)]
+        );
         let mut back = [[0; 4096]; 6];
-        let batch = transfers(Direction::Read, &mut back);
-        assert_eq!(engine.batch(&device, &batch), [0, 0, 74, EIO, 22, 22]);
+        let each = back.iter_mut().zip(offsets);
+        let batch: Vec<_> = each
+            .map(|(into, offset)| Transfer { direction: Direction::Read((&mut into[..]).into()), offset })
+            .collect();
+        assert_eq!(
+            engine.batch(&device, &batch),
+            [None, None, Some(Errno::BADMSG), Some(EIO), Some(Errno::INVAL), Some(Errno::INVAL)]
+        );
         assert_eq!(back[..2], buffers[..2]);
         let totals = device.stats().totals();
         assert_eq!((totals.ops[Op::Write as usize].count, totals.ops[Op::Write as usize].errors), (6, 4));

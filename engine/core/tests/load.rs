@@ -1,8 +1,8 @@
-//! Random requests from several threads against every kind of extent at once, while the map is
-//! swapped, the device suspended and resumed, and clusters come and go; checked byte by byte.
+//! Random requests from several threads on every kind of extent at once, while the map is swapped, the device suspended
+//! and resumed, and clusters installed and dropped; checked byte by byte.
 //!
-//! Every thread owns ranges of bytes that interleave with the others' inside blocks, clusters, chunks
-//! and pages, so that a lost or torn neighbour shows.
+//! Each thread owns ranges of bytes. The ranges of different threads are in the same blocks, clusters, chunks and
+//! pages, so that the test detects lost and mixed writes of a neighbour.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use blkloom_core::{Answer, Device, Direction, Engine, Fault, Flags, Kinds, Memory, Op, Transfer};
-use blkloom_io::{Buffer, File};
+use blkloom_io::{Buffer, File, Scratch};
 use blkloom_map::{ClusterTable, Entry, Extent};
 use rig::*;
 
@@ -22,8 +22,8 @@ const TABLE: u64 = 64 * CLUSTER;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
 
-/// A cluster table over a file, as a format would keep it: what was never written is zeros, the rest
-/// lies in reverse order. A page has eight entries.
+/// A cluster table on a file, like that of an image format: unwritten clusters are zeros, the others are in reverse
+/// order in the file. A page has eight entries.
 struct Format {
     table: Arc<ClusterTable<Kinds>>,
     file: Arc<File>,
@@ -42,13 +42,13 @@ impl Format {
         (63 - cluster) * CLUSTER
     }
 
-    /// Runs until the device closes; `start` is where the table begins in the device.
+    /// Answers faults until the device closes. start: offset of the table in the device.
     fn serve(mut self, device: &Device, start: u64) {
         while let Some(faults) = device.next_faults(None) {
             for mut fault in faults {
                 let answer = self.answer(&fault, start);
                 if self.random.one_in(5) {
-                    // With requests parked, this one among them.
+                    // While requests wait, also this one.
                     self.table.drop_page(self.random.below(8)).unwrap();
                     device.synchronize();
                 }
@@ -74,26 +74,28 @@ impl Format {
         }
         match fault.op {
             Op::Discard | Op::WriteZeroes => {
-                // What was never written is zeros already; of the rest exactly this range becomes so.
+                // Unwritten clusters are zeros already. Of the others only this range is zeroed.
                 let mut at = from;
                 while at < to {
                     let part = (CLUSTER - at % CLUSTER).min(to - at);
                     if self.written[(at / CLUSTER) as usize] {
                         let place = Self::place(at / CLUSTER) + at % CLUSTER;
-                        self.file.write(place, slice(&mut vec![0; part as usize]), false).unwrap();
+                        self.file
+                            .write(place, vec![0; part as usize][..].into(), false, &mut Scratch::default())
+                            .unwrap();
                     }
                     at += part;
                 }
                 Answer::Done(None)
             }
-            // Too few now and then: the engine must ask again for the rest.
+            // Sometimes too few: the engine must ask again for the rest.
             Op::Extents => Answer::Extents(vec![(fault.len.div_ceil(2), 0), (fault.len / 2, 0)]),
             _ => Answer::Retry,
         }
     }
 }
 
-/// The whole world: (device, lower device), and the parts of the upper map.
+/// The devices of the test, (device, lower device), and the segments of the upper map.
 struct World {
     upper: Arc<Device>,
     lower: Arc<Device>,
@@ -131,16 +133,16 @@ impl World {
     }
 }
 
-/// Where the tables begin: in the upper and in the lower device.
+/// Offsets of the tables in the upper and in the lower device.
 const TABLES: [u64; 2] = [VOID.end + 99_999 + 70_001, 100_352];
 
-/// Ranges of one thread, with what it believes of their bytes.
+/// The ranges of one thread, with its model of their bytes.
 struct Owned {
     ranges: Vec<Range<u64>>,
     model: Vec<Vec<u8>>,
 }
 
-/// Cuts the device into ranges of all sizes and deals them out.
+/// Divides the device into ranges of all sizes and distributes them to the threads.
 fn deal(size: u64, random: &mut Random) -> Vec<Owned> {
     let mut all: Vec<Owned> = (0..THREADS).map(|_| Owned { ranges: Vec::new(), model: Vec::new() }).collect();
     let (mut at, mut last) = (VOID.end, 0);
@@ -170,29 +172,45 @@ impl Owned {
             match random.below(12) {
                 0..=4 => {
                     let mut bytes: Vec<u8> = (0..count).map(|i| byte.wrapping_add(i as u8)).collect();
-                    match random.below(3) {
+                    match random.below(4) {
                         0 => write(engine, device, offset, &bytes, flags.fua).unwrap(),
                         1 => {
-                            let memory = Memory::Borrowed(slice(&mut bytes));
-                            assert_eq!(later(engine, device, Op::Write, offset, memory, count as u64, flags.fua), 0);
+                            let memory = Memory::Borrowed(promised(&mut bytes));
+                            assert_eq!(
+                                by_queue(engine, device, Op::Write, offset, memory, count as u64, flags.fua),
+                                Ok(())
+                            );
                         }
-                        // In a buffer that faults share.
+                        2 => {
+                            let memory = scattered(&mut bytes, &mut random);
+                            assert_eq!(
+                                by_queue(engine, device, Op::Write, offset, memory, count as u64, flags.fua),
+                                Ok(())
+                            );
+                        }
+                        // In a buffer that faults may share.
                         _ => {
                             let mut buffer = Buffer::new(count);
                             buffer.bytes_mut().copy_from_slice(&bytes);
-                            let memory = Memory::Owned(Arc::new(buffer));
-                            assert_eq!(later(engine, device, Op::Write, offset, memory, count as u64, flags.fua), 0);
+                            let memory = Memory::owned(buffer);
+                            assert_eq!(
+                                by_queue(engine, device, Op::Write, offset, memory, count as u64, flags.fua),
+                                Ok(())
+                            );
                         }
                     }
                     model[mine].copy_from_slice(&bytes);
                 }
                 5..=8 => {
                     let mut bytes = vec![0xaa; count];
-                    if random.one_in(2) {
+                    if random.one_in(3) {
                         read(engine, device, offset, &mut bytes).unwrap();
                     } else {
-                        let memory = Memory::Borrowed(slice(&mut bytes));
-                        assert_eq!(later(engine, device, Op::Read, offset, memory, count as u64, false), 0);
+                        let memory = match random.one_in(2) {
+                            true => Memory::Borrowed(promised(&mut bytes)),
+                            false => scattered(&mut bytes, &mut random),
+                        };
+                        assert_eq!(by_queue(engine, device, Op::Read, offset, memory, count as u64, false), Ok(()));
                     }
                     assert_eq!(first_difference(&bytes, &model[mine]), None, "{count} bytes at {offset}");
                 }
@@ -201,7 +219,7 @@ impl Owned {
                     model[mine].fill(0);
                 }
                 10 => {
-                    // A discard promises nothing of its own range; what it must not do is touch others.
+                    // The contents of a discarded range are undefined, but other ranges must not change.
                     command(engine, device, Op::Discard, offset, count as u64, flags).unwrap();
                     write(engine, device, offset, &vec![byte; count], false).unwrap();
                     model[mine].fill(byte);
@@ -223,14 +241,26 @@ impl Owned {
     fn check(&self, engine: &Engine, device: &Arc<Device>) {
         let mut found: Vec<Vec<u8>> = self.model.iter().map(|model| vec![0xaa; model.len()]).collect();
         let reads = found.iter_mut().zip(&self.ranges);
-        let batch: Vec<Transfer> = reads
-            .map(|(bytes, range)| Transfer { direction: Direction::Read, memory: slice(bytes), offset: range.start })
+        let batch: Vec<Transfer<'_>> = reads
+            .map(|(bytes, range)| Transfer { direction: Direction::Read((&mut bytes[..]).into()), offset: range.start })
             .collect();
-        assert!(engine.batch(device, &batch).iter().all(|&errno| errno == 0));
+        assert!(engine.batch(device, &batch).iter().all(Option::is_none));
         for ((found, model), range) in found.iter().zip(&self.model).zip(&self.ranges) {
             assert_eq!(first_difference(found, model), None, "in {range:?}");
         }
     }
+}
+
+/// The bytes in pieces of all sizes, also empty ones.
+fn scattered(bytes: &mut [u8], random: &mut Random) -> Memory {
+    let (whole, mut pieces, mut at) = (promised(bytes), Vec::new(), 0);
+    while at < whole.len() {
+        let longest = *[1, 512, 4096, 20_000].get(random.below(4) as usize).unwrap();
+        let len = (random.below(longest + 1) as usize).min(whole.len() - at);
+        pieces.push(whole.part(at, len));
+        at += len;
+    }
+    Memory::Pieces(pieces)
 }
 
 fn first_difference(found: &[u8], model: &[u8]) -> Option<(usize, u8, u8)> {
@@ -252,7 +282,7 @@ fn many_threads_on_every_kind_of_extent_lose_no_byte() {
             let (engine, upper, lower, stop) = (&engine, &upper, &lower, &stop);
             scope.spawn(|| first.serve(upper, TABLES[0]));
             scope.spawn(|| second.serve(lower, TABLES[1]));
-            // The same bytes under other segments, and gates that close and open, above and below.
+            // The same bytes in other segments, and gates of both devices that close and open.
             let disturber = scope.spawn(move || {
                 let mut random = Random::new(99);
                 while !stop.load(Ordering::Relaxed) {
@@ -278,7 +308,7 @@ fn many_threads_on_every_kind_of_extent_lose_no_byte() {
                     })
                 })
                 .collect();
-            // Whatever happened, the mappers must end, or the scope would wait for them for ever.
+            // The mappers must always end, or the scope would wait for them for ever.
             let ended: Vec<_> = workers.into_iter().map(|worker| worker.join()).collect();
             stop.store(true, Ordering::Relaxed);
             let disturbed = disturber.join();
@@ -292,11 +322,11 @@ fn many_threads_on_every_kind_of_extent_lose_no_byte() {
     }
 }
 
-/// The same places, each segment (but tables and stripes, which begin at their start) cut in two.
+/// The same segments, each split in two (except tables and stripes, whose mapping begins at their start).
 fn cut(parts: &[(u64, Extent<Kinds>)], random: &mut Random) -> Vec<(u64, Extent<Kinds>)> {
     let mut all = Vec::new();
     for (len, extent) in parts {
-        // Of a single byte nothing can be cut off.
+        // A single byte cannot be split.
         let at = if *len > 1 { 1 + random.below(len - 1) } else { 0 };
         let rest = match extent.clone() {
             Extent::Memory { region, offset } => Extent::Memory { region, offset: offset + at },

@@ -1,5 +1,5 @@
-//! Connections in NBD's transmission phase, as a raw client meets them: floods, large answers, early
-//! bytes, and ends of every kind. (What the protocol asks of each request is tested from Python.)
+//! NBD connections with a raw client: many requests at once, large replies, early bytes, and all ways to end. (Python
+//! tests check each kind of request.)
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
@@ -9,12 +9,10 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkloom_core::{
-    Answer, ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Op, Outcome, Session,
-};
+use blkloom_core::nbd::{self, Session};
+use blkloom_core::{Answer, Device, Engine, Export, IoChoice, Notices, Op, Outcome, Recipient, TransportHandle};
 use blkloom_map::Extent;
 use blkloom_wire::Style;
 use rig::hosts::{self, DISCONNECT, FLUSH, READ, WRITE};
@@ -26,7 +24,7 @@ fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
 
 struct Client {
     socket: UnixStream,
-    handle: ConnectionHandle,
+    handle: TransportHandle,
 }
 
 struct Server {
@@ -43,13 +41,13 @@ impl Server {
 
     fn connect(&self, initial: Vec<u8>) -> Client {
         let (socket, served) = UnixStream::pair().unwrap();
-        // Patience is the same in both directions: a server that forgets a client fails the test.
+        // Both directions have a timeout: the test fails if the server forgets a client.
         socket.set_read_timeout(Some(PATIENT)).unwrap();
         socket.set_write_timeout(Some(PATIENT)).unwrap();
         Client { socket, handle: self.serve(served.into(), initial) }
     }
 
-    fn serve(&self, fd: OwnedFd, initial: Vec<u8>) -> ConnectionHandle {
+    fn serve(&self, fd: OwnedFd, initial: Vec<u8>) -> TransportHandle {
         let session = Session {
             style: Style::Simple,
             contexts: Box::default(),
@@ -57,11 +55,11 @@ impl Server {
             max_payload: 32 << 20,
             stall: PATIENT,
         };
-        let (export, notices) = (self.export.clone(), self.notices.clone());
-        self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 7 }).unwrap()
+        let recipient = Recipient { notices: self.notices.clone(), token: 7 };
+        nbd::serve(&self.engine, &self.export, fd, session, recipient).unwrap()
     }
 
-    /// Waits for `count` connections to be over.
+    /// Waits until `count` connections have ended.
     fn ends(&self, count: usize) -> Vec<String> {
         let mut reasons = Vec::new();
         while reasons.len() < count {
@@ -74,7 +72,7 @@ impl Server {
                 reasons.push(reason);
             }
         }
-        assert_eq!(self.export.connections.load(Ordering::Relaxed), 0);
+        assert!(self.export.transports().is_empty());
         reasons
     }
 }
@@ -96,13 +94,13 @@ impl Client {
     }
 }
 
-/// A device whose first half is memory that tells its offsets, and whose second half faults.
+/// A device whose first half is memory with its offsets as contents, and whose second half faults.
 const HALF: u64 = 1 << 20;
 
 fn speaking() -> Arc<Device> {
     let place = region(HALF);
-    let mut bytes = expected(0, HALF as usize);
-    place.write(0, slice(&mut bytes));
+    let bytes = expected(0, HALF as usize);
+    place.write(0, bytes[..].into());
     let device = device(mapping(vec![(HALF, memory(&place, 0)), (HALF, Extent::Fault)], vec![]));
     device.attach_mapper();
     device
@@ -121,8 +119,8 @@ fn serve_faults(device: &Device) {
     }
 }
 
-/// More clients than a loop polls, each with more requests under way than a connection may have, so
-/// that what was received must wait for what is in flight.
+/// More clients than a loop polls. Each sends more requests than a connection may have in flight, so that received
+/// requests must wait for those in flight.
 #[test]
 fn floods_on_many_connections_are_answered_to_the_last() {
     const CLIENTS: u64 = 14;
@@ -164,10 +162,10 @@ fn floods_on_many_connections_are_answered_to_the_last() {
     }
 }
 
-/// A connection takes a thousand requests at once; what it received beyond them goes on when those
-/// have ended, all together here, though nothing new arrives on the socket to remind of it.
+/// A connection serves up to 1024 requests at a time. Received requests beyond that are served when those have ended,
+/// here all together, although no new input arrives on the socket.
 #[test]
-fn what_waited_for_room_goes_on_when_there_is_room() {
+fn requests_beyond_the_in_flight_limit_are_served_when_others_have_ended() {
     const CLIENTS: usize = 12;
     const MOST: usize = 1024;
     for (_, engine) in engines() {
@@ -197,7 +195,7 @@ fn what_waited_for_room_goes_on_when_there_is_room() {
     }
 }
 
-/// Everything is asked before anything is read: answers exceed what the engine keeps for a client.
+/// The client sends all requests before it receives a reply: the replies exceed the buffer for a client.
 #[test]
 fn clients_that_read_late_get_everything_in_the_end() {
     const LEN: u32 = 100_000;
@@ -227,7 +225,7 @@ fn what_the_handshake_received_too_early_is_served_however_much_it_is() {
     let engine = engines().remove(0).1;
     let device = speaking();
     let server = Server::new(engine, &device);
-    const COUNT: u64 = 30_000; // three times what a loop receives at once
+    const COUNT: u64 = 30_000; // three times the size of one receive
     let mut early: Vec<u8> = (0..COUNT).flat_map(|i| request(FLUSH, i, 0, 0)).collect();
     let late = early.split_off(early.len() - 13);
     let mut client = server.connect(early);
@@ -239,7 +237,7 @@ fn what_the_handshake_received_too_early_is_served_however_much_it_is() {
 #[test]
 fn writes_arrive_whole_however_they_are_cut() {
     const COUNT: u64 = 40;
-    // Direct I/O takes a write whole, memory and files in memory a large one in parts.
+    // A direct file gets a large write whole; memory and files on tmpfs get it in parts.
     let places = [
         (data(&file(1 << 20, true), 0), 25_000),
         (memory(&region(1 << 24), 0), 400_000),
@@ -252,7 +250,7 @@ fn writes_arrive_whole_however_they_are_cut() {
         let mut client = server.connect(Vec::new());
         let (mut random, mut model, mut all) = (Random::new(3), vec![0u8; size as usize], Vec::new());
         for cookie in 0..COUNT {
-            // Disjoint, for requests under way have no order.
+            // Disjoint, because requests in flight have no order.
             let (offset, len) = (cookie * most, 1 + random.below(*most));
             all.extend(request(WRITE, cookie, offset, len as u32));
             let bytes = random_bytes(cookie, len as usize);
@@ -280,7 +278,7 @@ fn writes_arrive_whole_however_they_are_cut() {
     }
 }
 
-/// A device of memory but for a range that faults, and what of a payload a large write brings.
+/// A device of memory with a range that faults, and the payload of a large write.
 const LARGE: usize = 1 << 20;
 
 fn gapped(faults: std::ops::Range<u64>) -> Arc<Device> {
@@ -300,7 +298,7 @@ fn random_bytes(seed: u64, len: usize) -> Vec<u8> {
     (0..len).map(|_| random.next() as u8).collect()
 }
 
-/// Waits until the device holds this.
+/// Waits until the device has these bytes.
 fn until_there(engine: &Engine, device: &Arc<Device>, offset: u64, bytes: &[u8]) {
     let (mut there, since) = (vec![0; bytes.len()], Instant::now());
     while there != bytes {
@@ -330,14 +328,14 @@ fn a_large_write_to_memory_is_done_while_it_comes() {
         until_there(&server.engine, &device, offset, &payload);
         let totals = || server.export.stats.totals().ops.into_iter().find(|op| op.op == Op::Write).unwrap();
         while totals().count == 0 {
-            std::thread::yield_now(); // what a turn served is counted after it was answered
+            std::thread::yield_now(); // requests are counted after they are answered
         }
         assert_eq!((totals().count, totals().bytes), (1, LARGE as u64));
     }
 }
 
 #[test]
-fn of_a_large_write_that_comes_to_a_fault_the_rest_waits_for_all_of_it() {
+fn the_rest_of_a_large_write_that_faults_waits_for_its_whole_payload() {
     for (_, engine) in engines() {
         let gap = 500_000..600_000;
         let device = gapped(gap.clone());
@@ -361,7 +359,7 @@ fn of_a_large_write_that_comes_to_a_fault_the_rest_waits_for_all_of_it() {
 }
 
 #[test]
-fn a_large_write_is_answered_for_the_place_that_was_asked_for() {
+fn the_reply_to_a_large_write_has_its_original_offset() {
     for style in hosts::STYLES {
         let host = hosts::Host::new(hosts::threads(), hosts::memory_device(4 << 20));
         let (mut client, _handle) = host.connect(style);
@@ -373,7 +371,7 @@ fn a_large_write_is_answered_for_the_place_that_was_asked_for() {
 }
 
 #[test]
-fn a_large_write_is_held_up_by_a_suspension_and_holds_up_none() {
+fn a_large_write_waits_for_the_resume_and_does_not_block_a_suspend() {
     for (_, engine) in engines() {
         let device = gapped((2 << 20)..(3 << 20));
         let server = Server::new(engine, &device);
@@ -388,7 +386,7 @@ fn a_large_write_is_held_up_by_a_suspension_and_holds_up_none() {
         device.resume();
         assert_eq!(client.reply(), (0, 1));
         until_there(&server.engine, &device, 0, &first);
-        // And of one that never comes whole, what came is all there ever is.
+        // Of a write that is never complete, only the received parts are written.
         half_a_write(&mut client, &server, &device, 0, &second);
         drop(client);
         server.ends(1);
@@ -409,15 +407,15 @@ fn a_client_that_vanishes_leaves_nothing_behind_once_its_requests_have_ended() {
         client.socket.write_all(&request(WRITE, 2, 0, 1 << 20)).unwrap();
         client.socket.write_all(&[1; 5000]).unwrap();
         drop(client);
-        // In the middle of its payload, and with a fault at the mapper that keeps it from being forgotten.
+        // In the middle of a payload, and with a fault at the mapper that keeps the connection alive.
         assert!(server.notices.take().is_empty());
         faults[0].answer(Answer::Done(Some(vec![0; 512])));
-        server.ends(1); // the reason is what was met first: the end of its input, or the broken pipe
+        server.ends(1); // the reason is the end of input or the broken pipe, whichever is detected first
         assert_eq!(device.stats().totals().in_flight, 0);
     }
 }
 
-/// A write of nines that waits, at the gate of its suspended device.
+/// A write of nines that waits at the gate of its suspended device.
 fn waiting_write(server: &Server, device: &Device) -> Client {
     let mut client = server.connect(Vec::new());
     client.socket.write_all(&[request(WRITE, 1, 0, 512), vec![9; 512]].concat()).unwrap();
@@ -428,7 +426,7 @@ fn waiting_write(server: &Server, device: &Device) -> Client {
 }
 
 #[test]
-fn what_a_vanished_client_left_waiting_is_never_done() {
+fn waiting_requests_of_a_vanished_client_are_never_executed() {
     for (_, engine) in engines() {
         let device = speaking();
         let server = Server::new(engine, &device);
@@ -440,26 +438,26 @@ fn what_a_vanished_client_left_waiting_is_never_done() {
         let mut there = vec![0; 512];
         read(&server.engine, &device, 0, &mut there).unwrap();
         assert_eq!(there, expected(0, 512));
-        // Likewise where a target has it wait, whether the client vanishes before that or after.
+        // The same for a deferred write, whether the client vanishes before or after the target's answer.
         for vanishes_first in [false, true] {
             let mut client = server.connect(Vec::new());
             client.socket.write_all(&request(READ, 2, HALF, 512)).unwrap();
             let mut faults = device.next_faults(Some(PATIENT)).unwrap();
             if vanishes_first {
                 drop(client);
-                faults[0].hold(28);
+                faults[0].defer(Errno::NOSPC);
             } else {
-                faults[0].hold(28);
+                faults[0].defer(Errno::NOSPC);
                 drop(client);
             }
             server.ends(1);
-            assert_eq!((device.held(), device.stats().totals().in_flight), (0, 0));
+            assert_eq!((device.deferred(), device.stats().totals().in_flight), (0, 0));
         }
     }
 }
 
 #[test]
-fn what_was_asked_for_before_a_goodbye_is_done() {
+fn requests_before_a_disconnect_are_executed() {
     for (_, engine) in engines() {
         let device = speaking();
         let server = Server::new(engine, &device);
@@ -503,7 +501,7 @@ fn after_its_device_has_closed_a_client_is_told_of_the_shutdown() {
     client.socket.write_all(&[request(WRITE, 2, 0, 512), vec![0; 512]].concat()).unwrap();
     client.socket.write_all(&request(FLUSH, 3, 0, 0)).unwrap();
     for cookie in 1..4 {
-        assert_eq!(client.reply(), (ESHUTDOWN as u32, cookie));
+        assert_eq!(client.reply(), (ESHUTDOWN.raw_os_error() as u32, cookie));
     }
 }
 
@@ -519,20 +517,20 @@ fn closing_the_engine_closes_its_connections_though_requests_wait_at_a_gate() {
             std::thread::yield_now();
         }
         server.engine.close();
-        assert_eq!(client.reply(), (ESHUTDOWN as u32, 1));
+        assert_eq!(client.reply(), (ESHUTDOWN.raw_os_error() as u32, 1));
         assert_eq!(client.socket.read(&mut [0]).unwrap(), 0);
         assert_eq!(server.ends(1), ["closed by the server"]);
     }
 }
 
-/// A client that the loop waited for has its first data before all of its requests have been served.
+/// A client of an idle loop receives the first data before all of its requests have been served.
 #[test]
-fn the_first_replies_leave_before_the_last_where_the_loop_was_waiting() {
+fn an_idle_loop_sends_the_first_replies_before_it_serves_the_last_requests() {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
     const REQUESTS: u64 = 15;
     const REPLY: usize = 16 + 4096;
     let server = Server::new(Engine::new(1, IoChoice::Threads, Duration::ZERO, 1).unwrap(), &speaking());
-    // A socket that keeps apart what was sent apart.
+    // A socket that preserves the boundaries of the sends.
     let (client, served) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let _handle = server.serve(served, Vec::new());
     let since = Instant::now();
@@ -553,7 +551,7 @@ fn the_first_replies_leave_before_the_last_where_the_loop_was_waiting() {
         if sends == [4, 8, 3] {
             break;
         }
-        // It had not found out yet that there was nothing to do.
+        // The loop was not idle yet.
         assert_eq!(sends, [REQUESTS as usize]);
         assert!(since.elapsed() < PATIENT, "the loop never waits");
     }

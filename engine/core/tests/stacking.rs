@@ -1,11 +1,11 @@
-//! Devices on devices: how many, and never in a circle, whoever changes maps at the same time.
+//! Stacked devices: the limit of levels, and no cycles, also when two threads swap maps at the same time.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod rig;
 
 use std::sync::{Arc, Barrier};
 
-use blkloom_core::{Device, Mapping, SuspendError};
+use blkloom_core::{Device, Mapping, SwapError};
 use blkloom_map::Extent;
 use rig::*;
 
@@ -16,13 +16,13 @@ fn floor() -> Arc<Mapping> {
     mapping(vec![(SIZE, Extent::Zero { discard_writes: true })], vec![])
 }
 
-/// One device several times over, where several are given.
+/// A map with one segment for each of the devices, of which several may be the same.
 fn on(devices: &[&Arc<Device>]) -> Arc<Mapping> {
     let below = |device: &&Arc<Device>| (SIZE, Extent::Device { device: (*device).clone(), offset: 0, writable: true });
     mapping(devices.iter().map(below).collect(), vec![])
 }
 
-/// A tower of devices, lowest first.
+/// A stack of devices, lowest first.
 fn tower(levels: usize) -> Vec<Arc<Device>> {
     let mut all = vec![device(floor())];
     while all.len() < levels {
@@ -32,29 +32,29 @@ fn tower(levels: usize) -> Vec<Arc<Device>> {
 }
 
 #[test]
-fn a_tower_ends_where_another_level_would_be_too_many() {
+fn a_stack_has_at_most_32_levels() {
     let all = tower(MOST);
     let top = all.last().unwrap();
     let error = Device::new("one more".into(), Some(on(&[top])), PATIENT).map(drop);
-    assert_eq!(error, Err(SuspendError::TooDeep(MOST + 1)));
+    assert_eq!(error, Err(SwapError::TooDeep(MOST + 1)));
     let (engine, mut bytes) = (engines().remove(0).1, [1; 4096]);
     assert_eq!(read(&engine, top, 0, &mut bytes), Ok(()));
     assert_eq!(bytes, [0; 4096]);
 }
 
 #[test]
-fn levels_above_count_as_those_below_do() {
+fn levels_above_and_below_count() {
     let (upper, lower) = (tower(20), tower(20));
     let middle = &upper[0];
-    assert_eq!(middle.swap(on(&[&lower[19]])).map(drop), Err(SuspendError::TooDeep(40)));
+    assert_eq!(middle.swap(on(&[&lower[19]])).map(drop), Err(SwapError::TooDeep(40)));
     assert!(middle.swap(on(&[&lower[11]])).is_ok(), "20 and 12 are as many as may be");
-    // Below the tower of now 32 there is no room, until its upper half has gone elsewhere.
-    assert_eq!(lower[0].swap(on(&[&device(floor())])).map(drop), Err(SuspendError::TooDeep(33)));
+    // The stack has 32 levels now. No level fits below, until its upper half is elsewhere.
+    assert_eq!(lower[0].swap(on(&[&device(floor())])).map(drop), Err(SwapError::TooDeep(33)));
     middle.swap(floor()).unwrap();
     assert!(lower[0].swap(on(&[&device(floor())])).is_ok());
-    // Devices that are closed, or that nobody has any more, stand on nothing.
+    // Closed and dropped devices do not count.
     middle.swap(on(&[&lower[10]])).unwrap();
-    assert_eq!(lower[0].swap(on(&[&lower_tower(2)])).map(drop), Err(SuspendError::TooDeep(33)));
+    assert_eq!(lower[0].swap(on(&[&lower_tower(2)])).map(drop), Err(SwapError::TooDeep(33)));
     middle.close();
     assert!(lower[0].swap(on(&[&lower_tower(2)])).is_ok());
 }
@@ -63,9 +63,9 @@ fn lower_tower(levels: usize) -> Arc<Device> {
     tower(levels).pop().unwrap()
 }
 
-/// Each level stands on both of the level below: the ways down are too many to walk them all.
+/// Each device uses both devices of the level below, so there are too many paths to walk all.
 #[test]
-fn levels_are_counted_once_however_many_ways_lead_to_them() {
+fn levels_are_counted_once_with_many_paths() {
     let mut levels = vec![[device(floor()), device(floor())]];
     while levels.len() < MOST {
         let [a, b] = levels.last().unwrap();
@@ -73,12 +73,12 @@ fn levels_are_counted_once_however_many_ways_lead_to_them() {
     }
     let [a, _] = levels.last().unwrap();
     assert!(Device::new(String::new(), Some(on(&[a])), PATIENT).is_err());
-    assert_eq!(levels[0][0].swap(on(&[a])).map(drop), Err(SuspendError::Cycle));
-    assert_eq!(levels[0][0].swap(on(&[&device(floor())])).map(drop), Err(SuspendError::TooDeep(33)));
+    assert_eq!(levels[0][0].swap(on(&[a])).map(drop), Err(SwapError::Cycle));
+    assert_eq!(levels[0][0].swap(on(&[&device(floor())])).map(drop), Err(SwapError::TooDeep(33)));
 }
 
 #[test]
-fn two_maps_that_would_close_a_circle_together_are_not_both_taken() {
+fn two_maps_that_together_form_a_cycle_are_not_both_accepted() {
     let engine = engines().remove(0).1;
     for _ in 0..200 {
         let (a, b, start) = (device(floor()), device(floor()), Barrier::new(2));

@@ -1,13 +1,15 @@
-//! Page-aligned memory for payloads, and a pool of it a loop.
+//! `Buffer`: page-aligned memory for payloads. `BufferPool`: free buffers of one loop.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
+use rustix::io::Errno;
+
 use crate::memory::Slice;
 
-/// Of every buffer, in bytes.
+/// Alignment of every buffer, in bytes.
 pub const ALIGNMENT: usize = 4096;
 
-/// Owned memory, aligned for direct I/O. Its address does not change when it moves.
+/// Owned memory, aligned for direct I/O. The memory stays at its address when the `Buffer` moves.
 pub struct Buffer {
     ptr: std::ptr::NonNull<u8>,
     capacity: usize,
@@ -20,17 +22,26 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// `len` zeroed bytes.
+    /// Allocates `len` zeroed bytes.
     pub fn new(len: usize) -> Buffer {
-        let capacity = Self::capacity(len);
-        let layout = Self::layout(capacity);
-        // SAFETY: the layout's size is not zero.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = std::ptr::NonNull::new(ptr) else { handle_alloc_error(layout) };
-        Buffer { ptr, capacity, len }
+        Self::allocate(len).unwrap_or_else(|| handle_alloc_error(Self::layout(Self::capacity(len))))
     }
 
-    /// The memory that a buffer of `len` bytes takes.
+    /// Allocates `len` zeroed bytes, and makes every page of them present: no later access has to wait for a page.
+    pub fn present(len: usize) -> Result<Buffer, Errno> {
+        let mut buffer = Self::allocate(len).ok_or(Errno::NOMEM)?;
+        make_present(buffer.slice());
+        Ok(buffer)
+    }
+
+    fn allocate(len: usize) -> Option<Buffer> {
+        let capacity = Self::capacity(len);
+        // SAFETY: the layout's size is not zero.
+        let ptr = std::ptr::NonNull::new(unsafe { alloc_zeroed(Self::layout(capacity)) })?;
+        Some(Buffer { ptr, capacity, len })
+    }
+
+    /// Bytes of memory that a buffer of `len` bytes occupies.
     pub fn capacity(len: usize) -> usize {
         len.max(1).next_power_of_two().max(ALIGNMENT)
     }
@@ -43,7 +54,7 @@ impl Buffer {
         self.len
     }
 
-    /// The memory that it takes, however much of that is shown.
+    /// Bytes of memory that the buffer occupies; at least `len`.
     pub fn footprint(&self) -> usize {
         self.capacity
     }
@@ -62,29 +73,38 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
     }
 
-    /// Makes it no longer than `len`.
+    /// Limits the length to `len`.
     pub fn shorten(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// The memory for an I/O that outlives this borrow.
-    ///
-    /// # Safety
-    /// The buffer must not be dropped, returned to its pool or borrowed while the slice is in use.
-    pub unsafe fn slice(&self) -> Slice {
-        // SAFETY: valid and writable while the buffer lives, which the caller promises.
-        unsafe { Slice::new(self.ptr.as_ptr(), self.len) }
+    /// The memory as a slice to copy to and from.
+    pub fn slice(&mut self) -> Slice<'_> {
+        Slice::from(self.bytes_mut())
+    }
+
+    /// The address, for I/O that outlives every borrow: see `Slice::new`.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with this very layout in `new`.
+        // SAFETY: allocated with the same layout in `new`.
         unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.capacity)) }
     }
 }
 
-/// Buffers kept for the next request, by power-of-two size, within `limit` bytes in all.
+/// Makes every page of new memory present: zeroes a byte of each.
+pub(crate) fn make_present(memory: Slice<'_>) {
+    for at in (0..memory.len()).step_by(ALIGNMENT) {
+        // SAFETY: in the memory, which is writable. Volatile: the compiler may know that the memory is zero.
+        unsafe { memory.as_ptr().add(at).write_volatile(0) };
+    }
+}
+
+/// Free buffers for the next requests, by power-of-two size; at most `limit` bytes in total.
 pub struct BufferPool {
     free: Vec<Vec<Buffer>>,
     held: usize,
@@ -96,7 +116,7 @@ impl BufferPool {
         BufferPool { free: Vec::new(), held: 0, limit }
     }
 
-    /// A buffer of `len` bytes with old contents: the caller overwrites or zeroes what it shows.
+    /// Takes a buffer of `len` bytes. It may have old contents: the caller overwrites all bytes that it uses.
     pub fn take(&mut self, len: usize) -> Buffer {
         let class = Self::class(len);
         if let Some(mut buffer) = self.free.get_mut(class).and_then(Vec::pop) {

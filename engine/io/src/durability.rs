@@ -1,13 +1,12 @@
-//! What syncs have said of one open file description: whether what was written through it can still become durable.
+//! `Durability`: sync errors of one open file description. After the first failed sync, all later syncs fail.
 //!
-//! Linux tells of a failed writeback once a description: the sync that meets the error fails, the pages count as
-//! clean, the next sync succeeds, and the data is gone. So the first failure is kept here and fails every sync that
-//! follows. Of syncs that run at the same time only one is told; one that succeeds therefore counts only when those
-//! that ran beside it have ended, too (`wait_for_others`). Writes with RWF_DSYNC are syncs as well.
+//! Linux reports a failed writeback once per open file description: the sync that meets the error fails, the pages
+//! count as clean, the next sync succeeds, and the data is lost. So the first failure is stored here and fails every
+//! later sync. Of several syncs that run at the same time, only one gets the error. So a sync succeeds only after all
+//! syncs that ran beside it have ended (`wait_for_others`). Writes with RWF_DSYNC are syncs as well.
 //!
-//! Any thread; only `wait_for_others` waits, and only for what the kernel is doing.
+//! Any thread may use it. Only `wait_for_others` waits, and only for system calls in progress.
 
-use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,31 +16,40 @@ use crate::file::File;
 
 #[derive(Default)]
 pub(crate) struct Durability {
-    /// Of the first sync that failed; 0 while none has.
+    /// The errno of the first failed sync. 0: no sync has failed.
     errno: AtomicI32,
-    /// The failure is known to those who must remember it when this process has ended.
+    /// The failure is stored outside of this process (by the supervisor).
     reported: AtomicBool,
     running: Mutex<Running>,
     ended: Condvar,
 }
 
-#[derive(Default)]
+/// Syncs of one file that may run at the same time before the list of them has to grow.
+const MOST: usize = 512;
+
 struct Running {
     next: u64,
-    numbers: BTreeSet<u64>,
+    /// Numbers of the running syncs, in order.
+    numbers: Vec<u64>,
+}
+
+impl Default for Running {
+    fn default() -> Running {
+        Running { next: 0, numbers: Vec::with_capacity(MOST) }
+    }
 }
 
 impl Durability {
     pub fn error(&self) -> Option<Errno> {
         match self.errno.load(Ordering::SeqCst) {
             0 => None,
-            errno => Some(errno),
+            errno => Some(Errno::from_raw_os_error(errno)),
         }
     }
 
-    /// The first errno stays.
+    /// Stores a failure. The first errno is kept.
     pub fn fail(&self, errno: Errno) {
-        let _kept = self.errno.compare_exchange(0, errno, Ordering::SeqCst, Ordering::SeqCst);
+        let _kept = self.errno.compare_exchange(0, errno.raw_os_error(), Ordering::SeqCst, Ordering::SeqCst);
     }
 
     pub fn is_unreported(&self) -> bool {
@@ -52,7 +60,7 @@ impl Durability {
         self.reported.store(true, Ordering::SeqCst);
     }
 
-    /// Waits until the syncs have ended that run now.
+    /// Waits until all syncs that are running now have ended.
     pub fn wait_for_others(&self) {
         let mut running = self.running();
         let end = running.next;
@@ -66,7 +74,7 @@ impl Durability {
     }
 }
 
-/// Counts as one of the file's syncs that run, until it is dropped. A failure is kept (`File::fail_syncs`) before that.
+/// Counts one running sync of the file until it is dropped. A failure must be stored (`File::fail_syncs`) before that.
 pub struct Syncing<F: Deref<Target = File>> {
     file: F,
     number: u64,
@@ -77,7 +85,7 @@ impl<F: Deref<Target = File>> Syncing<F> {
         let mut running = file.durability().running();
         let number = running.next;
         running.next += 1;
-        running.numbers.insert(number);
+        running.numbers.push(number);
         drop(running);
         Syncing { file, number }
     }
@@ -86,7 +94,11 @@ impl<F: Deref<Target = File>> Syncing<F> {
 impl<F: Deref<Target = File>> Drop for Syncing<F> {
     fn drop(&mut self) {
         let durability = self.file.durability();
-        durability.running().numbers.remove(&self.number);
+        let mut running = durability.running();
+        if let Ok(at) = running.numbers.binary_search(&self.number) {
+            running.numbers.remove(at);
+        }
+        drop(running);
         durability.ended.notify_all();
     }
 }

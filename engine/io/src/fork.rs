@@ -1,7 +1,8 @@
-//! In which process something was made. A forked child has the memory of its parent and none of its threads: what
-//! needs a thread, or a lock that a thread may have held at the fork, must not be used there.
+//! `Process`: detects that the current process is a fork of the process that created an object.
 //!
-//! fork(2) is counted by a handler that the C library calls in the child. The count is global because a fork is.
+//! A forked child has the memory of its parent, but not its threads. Objects that need a thread, or a lock that a
+//! thread may have held at the fork, must not be used there. A handler that the C library calls in the child counts the
+//! forks. The counter is global, because a fork concerns the whole process.
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,12 +23,12 @@ extern "C" fn forked() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// A process, among its ancestors.
+/// Identifies a process among its ancestors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Process(u32);
 
 impl Process {
-    /// The one that runs this.
+    /// The current process.
     pub fn current() -> Process {
         COUNTED.call_once(|| {
             // SAFETY: the handler touches one atomic, which a child may do at any time. ENOMEM, the only error, leaves
@@ -37,7 +38,7 @@ impl Process {
         Process(FORKS.load(Ordering::Relaxed))
     }
 
-    /// False in a fork of it.
+    /// False in a fork of that process.
     pub fn is_current(self) -> bool {
         FORKS.load(Ordering::Relaxed) == self.0
     }

@@ -1,40 +1,36 @@
-//! Memory, files and rings: the only unsafe code below the Python glue.
+//! Memory, files and io_uring: the only unsafe code below the Python bindings.
 //!
-//! Roles: `Slice` is a promise that some memory stays valid; `Buffer` and `Region` are memory;
-//! `File` moves bytes between memory and a descriptor, at once or blocking; `Ring` moves them later; `Process` tells a
-//! fork from the process that something was made in.
-//! No thread is started here and nothing here knows of devices or requests. Errors are errnos.
+//! `Slice` and `Source` point to memory that is borrowed, or that the caller promises to keep. `Buffer`, `Region` and
+//! `BounceBuffer` own memory. `Registered` is a buffer that only a ring can access. `File` moves bytes between memory
+//! and a file descriptor, without waiting or blocking. `Ring` moves bytes asynchronously. `CommandRing` sends commands
+//! to a driver, which fills and empties memory. `Process` detects a fork.
+//!
+//! This crate starts no threads and does not know devices or requests. Errors are errnos. Errors without a caller to
+//! return to are `tracing` events.
 
+mod bounce;
 mod buffer;
+mod command_ring;
 mod durability;
 mod file;
 mod fork;
+mod mapping;
 mod memory;
 mod range_lock;
 mod region;
+mod registered;
 mod ring;
 
+pub use bounce::BounceBuffer;
 pub use buffer::{Buffer, BufferPool};
+pub use command_ring::{Arrival, CommandRing};
 pub use durability::Syncing;
-pub use file::{Busy, File, FileError, Inline, InlinePolicy, Stretch};
+pub use file::{Busy, File, FileError, FileExtent, Inline, InlinePolicy, Scratch};
 pub use fork::Process;
-pub use memory::Slice;
+pub use mapping::ReadOnlyMapping;
+pub use memory::{Ahead, Slice, Source};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use region::{Region, RegionError};
+pub use registered::Registered;
 pub use ring::{Completion, Ring};
-
-/// An errno as the kernel numbers them.
-pub type Errno = i32;
-
-pub mod errno {
-    pub const EPERM: i32 = 1;
-    pub const EIO: i32 = 5;
-    pub const EAGAIN: i32 = 11;
-    pub const EINVAL: i32 = 22;
-    pub const ENOSPC: i32 = 28;
-    pub const EROFS: i32 = 30;
-    pub const EOPNOTSUPP: i32 = 95;
-    pub const ESHUTDOWN: i32 = 108;
-    pub const ETIMEDOUT: i32 = 110;
-    pub const EDQUOT: i32 = 122;
-}
+pub use rustix::io::Errno;

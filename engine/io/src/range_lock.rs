@@ -1,24 +1,25 @@
-//! A lock on byte ranges: read-modify-write of a block must see no other writer of it.
+//! `RangeLock`: a shared/exclusive lock on byte ranges, for read-modify-write of blocks.
 //!
-//! Writers that fit the alignment share; a read-modify-write is exclusive. Held by requests, not by
-//! threads. `try_lock` never waits (loops use it); `lock` waits (pool threads use it). A waiter does
-//! not keep later comers out, so a steady stream of sharers on one block could starve it; sharers
-//! on the block of an unaligned write are the client's own overlapping requests.
+//! Aligned writes lock their range shared, and a read-modify-write locks its blocks exclusively. Requests own the
+//! locks, not threads. `try_lock` never waits (for loops); `lock` waits (for pool threads). A waiter does not stop
+//! later shared locks, so continuous aligned writes to one block could starve it. Only a client that writes to the same
+//! block in overlapping requests can cause that.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-#[derive(Default)]
+/// Ranges that may be locked at the same time before the list of them has to grow.
+const MOST: usize = 512;
+
 struct State {
     held: Vec<(u64, u64, bool)>,
 }
 
-#[derive(Default)]
 pub struct RangeLock {
     state: Mutex<State>,
     released: Condvar,
 }
 
-/// Releases its range when dropped.
+/// A locked range. Dropping it unlocks the range.
 pub struct RangeGuard {
     lock: Arc<RangeLock>,
     range: (u64, u64, bool),
@@ -27,6 +28,13 @@ pub struct RangeGuard {
 impl State {
     fn free(&self, start: u64, end: u64, exclusive: bool) -> bool {
         self.held.iter().all(|&(s, e, x)| e <= start || end <= s || !(x || exclusive))
+    }
+}
+
+impl Default for RangeLock {
+    fn default() -> RangeLock {
+        let state = Mutex::new(State { held: Vec::with_capacity(MOST) });
+        RangeLock { state, released: Condvar::new() }
     }
 }
 

@@ -1,26 +1,26 @@
-//! Memory shared through a sealed memfd, read and written by memcpy.
+//! `Region`: shared memory of a sealed memfd, read and written by memcpy.
 //!
-//! The seal against shrinking is checked, so no access can raise SIGBUS for lack of file. A bit a
-//! page says whether the page was ever written: reading a clear page answers zeros without touching
-//! (and so without allocating) it. The bit is set *after* the bytes were copied: a discard that runs
-//! between copy and bit leaves a zeroed page with its bit set, never bytes that come back later.
+//! The memfd must be sealed against shrinking, so no access can raise SIGBUS past its end. One bit per page tells
+//! whether the page was ever written: a read of an unwritten page returns zeros without touching the page, and so
+//! without allocating it. A write sets the bit *after* it has copied the bytes. So a discard between copy and bit
+//! leaves a zeroed page with its bit set, and never old bytes that a later write would uncover.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use rustix::fs::{FallocateFlags, SealFlags, SeekFrom, fallocate, fcntl_get_seals, fstat, seek};
-use rustix::io::Errno as Os;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::io::Errno;
 
-use crate::Errno;
-use crate::memory::Slice;
+use crate::mapping::Mapping;
+use crate::memory::{Ahead, Slice, Source};
 
+/// Why a memfd cannot be a region.
 #[derive(Debug)]
 pub enum RegionError {
     NotSealed,
     TooSmall { size: u64, found: u64 },
     PageSize(u64),
-    Os(&'static str, Os),
+    Os(&'static str, Errno),
 }
 
 impl std::fmt::Display for RegionError {
@@ -42,9 +42,10 @@ impl std::error::Error for RegionError {}
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
+/// Memory of a device.
 pub struct Region {
     fd: OwnedFd,
-    memory: Slice,
+    mapping: Mapping,
     page_shift: u32,
     written: Box<[AtomicU64]>,
 }
@@ -63,36 +64,23 @@ impl Region {
             Some(mapped) if size > 0 && mapped <= found => mapped,
             _ => return Err(RegionError::TooSmall { size, found }),
         };
-        // SAFETY: a fresh mapping at an address of the kernel's choosing, unmapped only in Drop; the
-        // file is at least this long and sealed to stay so.
-        let memory = unsafe {
-            let ptr = mmap(
-                std::ptr::null_mut(),
-                mapped as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                fd.as_fd(),
-                0,
-            )
-            .map_err(|error| RegionError::Os("mmap", error))?;
-            Slice::new(ptr.cast(), mapped as usize)
-        };
+        let mapping = Mapping::new(&fd, mapped as usize).map_err(|error| RegionError::Os("mmap", error))?;
         let pages = mapped / page_size;
         let written = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        let region = Region { fd, memory, page_shift: page_size.trailing_zeros(), written };
+        let region = Region { fd, mapping, page_shift: page_size.trailing_zeros(), written };
         region.find_written(mapped)?;
         Ok(region)
     }
 
-    /// Sets the bits of what the memfd holds already (a device handed over from another process).
+    /// Sets the bits of pages that the memfd has already (a device handed over from another process).
     fn find_written(&self, end: u64) -> Result<(), RegionError> {
         let mut at = 0;
         while at < end {
             let data = match seek(&self.fd, SeekFrom::Data(at)) {
                 Ok(data) if data >= end => return Ok(()), // the memfd is longer than the region
                 Ok(data) => data,
-                Err(Os::NXIO) => return Ok(()),
-                Err(Os::INVAL | Os::OPNOTSUPP) => at, // hugetlbfs of older kernels cannot tell
+                Err(Errno::NXIO) => return Ok(()),
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => at, // hugetlbfs of older kernels does not support it
                 Err(error) => return Err(RegionError::Os("lseek", error)),
             };
             let hole = match seek(&self.fd, SeekFrom::Hole(data)) {
@@ -106,7 +94,7 @@ impl Region {
     }
 
     pub fn size(&self) -> u64 {
-        self.memory.len() as u64
+        self.mapping.len() as u64
     }
 
     pub fn resident(&self) -> u64 {
@@ -114,15 +102,15 @@ impl Region {
         pages << self.page_shift
     }
 
-    /// next: what will be read soon, worth fetching meanwhile; may be empty.
-    pub fn read(&self, offset: u64, into: Slice, next: Slice) {
+    /// Reads all of `into`. next: memory that a later read needs, prefetched during the copy.
+    pub fn read(&self, offset: u64, into: Slice<'_>, next: Ahead) {
         let mut done = 0;
         while done < into.len() {
             let (run, written) = self.run(offset + done as u64, (into.len() - done) as u64);
             let part = into.part(done, run as usize);
             if written {
-                let from = self.memory.part(offset as usize + done, run as usize);
-                if next.is_empty() { part.copy_from_slice(from) } else { part.copy_from_while_fetching(from, next) }
+                let from = self.mapping.slice().part(offset as usize + done, run as usize).source();
+                if next.is_nothing() { part.copy_from(from) } else { part.copy_from_while_fetching(from, next) }
             } else {
                 part.zero();
             }
@@ -130,27 +118,27 @@ impl Region {
         }
     }
 
-    /// The memory of a range, for `read`'s `next`.
-    pub fn memory(&self, offset: u64, len: usize) -> Slice {
-        self.memory.part(offset as usize, len)
+    /// A range as a prefetch hint, for `read`'s `next`.
+    pub fn ahead(&self, offset: u64, len: usize) -> Ahead {
+        self.mapping.slice().part(offset as usize, len).source().into()
     }
 
-    pub fn write(&self, offset: u64, from: Slice) {
-        self.memory.part(offset as usize, from.len()).copy_from_slice(from);
+    pub fn write(&self, offset: u64, from: Source<'_>) {
+        self.mapping.slice().part(offset as usize, from.len()).copy_from(from);
         self.mark(offset, from.len() as u64);
     }
 
-    /// Zeroes a range; whole pages are given back when `unmap`, otherwise all of it takes memory.
+    /// Zeroes a range. unmap: whole pages are deallocated; otherwise all pages stay or become allocated.
     pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
         let page = 1u64 << self.page_shift;
         let (first, last) = (offset.next_multiple_of(page), (offset + len) & !(page - 1));
         if !unmap {
-            self.memory.part(offset as usize, len as usize).zero();
+            self.mapping.slice().part(offset as usize, len as usize).zero();
             self.mark(offset, len);
             return Ok(());
         }
-        // A huge page given back may be gone from the system's pool when it is touched again, and
-        // that raises SIGBUS: huge pages are kept.
+        // Huge pages are not deallocated: the system's pool may be empty when the page is touched again, and that
+        // raises SIGBUS.
         if first >= last || page > 4096 {
             self.zero_written(offset, len);
             return Ok(());
@@ -158,13 +146,13 @@ impl Region {
         self.zero_written(offset, first - offset);
         self.zero_written(last, offset + len - last);
         self.unmark(first >> self.page_shift, last >> self.page_shift);
-        // Pairs with the fence in `mark`: a writer that still saw a bit set wrote its bytes before the
-        // hole is punched.
+        // Pairs with the fence in `mark`: a writer that still saw the bit set has copied its bytes before the hole
+        // is punched.
         fence(Ordering::SeqCst);
         while let Err(error) = fallocate(&self.fd, PUNCH, first, last - first) {
-            if error != Os::INTR {
-                // What is not marked must not keep old bytes.
-                self.memory.part(first as usize, (last - first) as usize).zero();
+            if error != Errno::INTR {
+                // An unmarked page must not keep old bytes.
+                self.mapping.slice().part(first as usize, (last - first) as usize).zero();
                 self.mark(first, last - first);
                 break;
             }
@@ -191,13 +179,14 @@ impl Region {
         while done < len {
             let (run, written) = self.run(offset + done, len - done);
             if written {
-                self.memory.part((offset + done) as usize, run as usize).zero();
+                self.mapping.slice().part((offset + done) as usize, run as usize).zero();
             }
             done += run;
         }
     }
 
-    /// How far from `offset` (at most `len`) the pages are alike, and whether they were written.
+    /// The length of the run of pages from `offset` on that are all written or all unwritten (at most `len`), and
+    /// whether they are written.
     pub fn run(&self, offset: u64, len: u64) -> (u64, bool) {
         let mut index = offset >> self.page_shift;
         let written = self.is_written(index);
@@ -227,27 +216,18 @@ impl Region {
         if len == 0 {
             return;
         }
-        // The bytes before the look at the bits: a discard that clears a bit after we saw it set must
-        // punch away what we wrote, or the page would hold bytes that its clear bit hides, and that
-        // come back with the next write to it.
+        // The bytes are copied before the bits are read: a discard that clears a bit after this thread saw it set must
+        // punch away these bytes. Otherwise the page would contain bytes that its clear bit hides, and that the next
+        // write to the page uncovers.
         fence(Ordering::SeqCst);
         for index in offset >> self.page_shift..=(offset + len - 1) >> self.page_shift {
             let word = &self.written[(index / 64) as usize];
             let bit = 1u64 << (index % 64);
-            // The load spares writers of written pages the contended instruction. Release either
-            // way: a reader that sees the bit sees the bytes.
+            // The load avoids the contended instruction for pages that are written already. Both ways order the bytes
+            // before the bit: a reader that sees the bit sees the bytes.
             if word.load(Ordering::Acquire) & bit == 0 {
                 word.fetch_or(bit, Ordering::Release);
             }
         }
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // SAFETY: mapped with this address and length in `new`; every request that uses the memory
-        // holds an Arc of the region.
-        let unmapped = unsafe { munmap(self.memory.ptr().cast(), self.memory.len()) };
-        debug_assert!(unmapped.is_ok(), "munmap of a mapping we made: {unmapped:?}");
     }
 }

@@ -1,6 +1,6 @@
-//! Files against a vector of bytes: buffered and direct, whole and sparse, alone and from several
-//! threads. Direct I/O needs a file system that knows O_DIRECT under the temporary directory (set
-//! TMPDIR to one); where there is none, those tests say so and pass.
+//! `File`, compared with a vector of bytes: buffered and direct, whole and sparse, from one and from several threads.
+//! Tests of direct I/O need a file system with O_DIRECT for the temporary directory (TMPDIR). Without it they print a
+//! message and pass.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,11 +8,12 @@ use std::path::PathBuf;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use blkloom_io::{Buffer, File, FileError, Inline, InlinePolicy, Slice, Stretch, Syncing};
+use blkloom_io::Errno;
+use blkloom_io::{Buffer, File, FileError, FileExtent, Inline, InlinePolicy, Scratch, Slice, Source, Syncing};
 use proptest::prelude::*;
 
-const EIO: i32 = 5;
-const EOPNOTSUPP: i32 = 95;
+const EIO: Errno = Errno::IO;
+const EOPNOTSUPP: Errno = Errno::OPNOTSUPP;
 const O_DIRECT: i32 = rustix::fs::OFlags::DIRECT.bits() as i32;
 
 /// A file of its own, gone when dropped; `handle` changes it behind the engine's back.
@@ -44,7 +45,7 @@ impl Temporary {
         self.open(0).unwrap()
     }
 
-    /// None where the file system does not know O_DIRECT.
+    /// None: the file system does not support O_DIRECT.
     fn direct(&self) -> Option<File> {
         match self.open(O_DIRECT) {
             Ok(file) => Some(file),
@@ -62,16 +63,13 @@ impl Drop for Temporary {
     }
 }
 
-fn slice(bytes: &[u8]) -> Slice {
-    // SAFETY: the tests keep the bytes until the call has ended, and pass those of shared borrows to
-    // writes only.
-    unsafe { Slice::new(bytes.as_ptr().cast_mut(), bytes.len()) }
+fn source(bytes: &[u8]) -> Source<'_> {
+    bytes.into()
 }
 
-fn read(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
+fn read(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
     let mut bytes = vec![0xaa; len];
-    // SAFETY: `bytes` outlives the call.
-    file.read(offset, unsafe { Slice::new(bytes.as_mut_ptr(), len) }).map(|()| bytes)
+    file.read(offset, (&mut bytes[..]).into(), &mut Scratch::default()).map(|()| bytes)
 }
 
 fn random(seed: &mut u64) -> u64 {
@@ -104,14 +102,14 @@ fn acts(size: u64) -> impl Strategy<Value = Vec<(Act, u64, u64)>> {
 }
 
 fn agrees(file: &File, handle: &std::fs::File, size: u64, acts: Vec<(Act, u64, u64)>) -> Result<(), TestCaseError> {
-    let mut model = vec![0u8; size as usize];
+    let (mut model, mut scratch) = (vec![0u8; size as usize], Scratch::default());
     for (act, offset, len) in acts {
         let len = len.min(size - offset);
         let range = offset as usize..(offset + len) as usize;
         match act {
             Act::Write { byte, durable } => {
                 let bytes: Vec<u8> = (0..len).map(|i| byte.wrapping_add(i as u8) | 1).collect();
-                file.write(offset, slice(&bytes), durable).unwrap();
+                file.write(offset, source(&bytes), durable, &mut scratch).unwrap();
                 model[range].copy_from_slice(&bytes);
             }
             Act::Read => prop_assert_eq!(&read(file, offset, range.len()).unwrap(), &model[range]),
@@ -120,7 +118,7 @@ fn agrees(file: &File, handle: &std::fs::File, size: u64, acts: Vec<(Act, u64, u
                 model[range].fill(0);
             }
             Act::Zero { unmap } => {
-                file.zero(offset, len, unmap, false).unwrap();
+                file.zero(offset, len, unmap, false, &mut scratch).unwrap();
                 model[range].fill(0);
             }
             Act::Sync => file.sync().unwrap(),
@@ -128,9 +126,9 @@ fn agrees(file: &File, handle: &std::fs::File, size: u64, acts: Vec<(Act, u64, u
         prop_assert_eq!(handle.metadata().unwrap().len(), size, "the file's length changed");
     }
     prop_assert_eq!(&read(file, 0, size as usize).unwrap(), &model);
-    // Stretches cover the file, and holes are zeros.
+    // The extents cover the file, and holes are zeros.
     let mut at = 0;
-    for Stretch { len, hole } in file.stretches(0, size, usize::MAX).unwrap() {
+    for FileExtent { len, hole } in file.extents(0, size, usize::MAX).unwrap() {
         prop_assert!(len > 0 && at + len <= size);
         prop_assert!(!hole || model[at as usize..(at + len) as usize].iter().all(|&byte| byte == 0));
         at += len;
@@ -158,7 +156,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_done_at_once_and_what_is_left_make_the_whole(
+    fn nowait_io_and_the_rest_together_transfer_all_bytes(
         writes in prop::collection::vec((0u64..60_000, 1usize..5000, any::<u8>()), 1..20),
         sparse in any::<bool>(),
     ) {
@@ -169,18 +167,17 @@ proptest! {
         let (file, mut model) = (temporary.buffered(), vec![0u8; 65_536]);
         for (offset, len, byte) in writes {
             let bytes = vec![byte; len];
-            match file.write_now(offset, slice(&bytes)) {
+            match file.write_now(offset, source(&bytes)) {
                 Inline::Done => {}
-                Inline::Wait(done) => file.write(offset + done as u64, slice(&bytes[done..]), false).unwrap(),
+                Inline::Wait(done) => file.write(offset + done as u64, source(&bytes[done..]), false, &mut Scratch::default()).unwrap(),
                 Inline::Failed(errno) => panic!("write at {offset}: {errno}"),
             }
             model[offset as usize..offset as usize + len].copy_from_slice(&bytes);
             let mut back = vec![0xaa; len];
-            // SAFETY: `back` outlives the calls.
-            let memory = unsafe { Slice::new(back.as_mut_ptr(), len) };
+            let memory = Slice::from(&mut back[..]);
             match file.read_now(offset, memory) {
                 Inline::Done => {}
-                Inline::Wait(done) => file.read(offset + done as u64, memory.part(done, len - done)).unwrap(),
+                Inline::Wait(done) => file.read(offset + done as u64, memory.part(done, len - done), &mut Scratch::default()).unwrap(),
                 Inline::Failed(errno) => panic!("read at {offset}: {errno}"),
             }
             prop_assert_eq!(back, bytes);
@@ -209,7 +206,7 @@ fn unaligned_writers_of_one_direct_block_lose_nothing() {
                     let piece = random(&mut seed) as usize % PIECES;
                     let offset = ((piece * THREADS + mine) * PIECE) as u64;
                     model[piece] = [random(&mut seed) as u8; PIECE];
-                    file.write(offset, slice(&model[piece]), false).unwrap();
+                    file.write(offset, source(&model[piece]), false, &mut Scratch::default()).unwrap();
                 }
                 for (piece, bytes) in model.iter().enumerate() {
                     let offset = ((piece * THREADS + mine) * PIECE) as u64;
@@ -224,7 +221,7 @@ fn unaligned_writers_of_one_direct_block_lose_nothing() {
 /// Aligned appends beyond a ragged end, and unaligned writes inside the last block: the latter cut
 /// the file back to its length, but never what the former appended.
 #[test]
-fn a_write_in_the_last_block_does_not_cut_what_others_append() {
+fn a_write_in_the_last_block_keeps_concurrently_appended_bytes() {
     for round in 0..100u8 {
         let temporary = Temporary::new(1000);
         let Some(file) = temporary.direct() else { return };
@@ -234,14 +231,13 @@ fn a_write_in_the_last_block_does_not_cut_what_others_append() {
             scope.spawn(|| {
                 ready.wait();
                 for at in [900u64, 990, 3, 700] {
-                    file.write(at, slice(&[round | 1; 10]), false).unwrap();
+                    file.write(at, source(&[round | 1; 10]), false, &mut Scratch::default()).unwrap();
                 }
             });
             let mut buffer = Buffer::new(block as usize);
             buffer.bytes_mut().fill(7);
             ready.wait();
-            // SAFETY: the buffer outlives the call.
-            file.write(4 * block, unsafe { buffer.slice() }, false).unwrap();
+            file.write(4 * block, source(buffer.bytes()), false, &mut Scratch::default()).unwrap();
         });
         assert_eq!(file.size(), Ok(5 * block));
         assert_eq!(read(&file, 4 * block, block as usize).unwrap(), vec![7; block as usize]);
@@ -253,7 +249,7 @@ fn a_write_in_the_last_block_does_not_cut_what_others_append() {
 fn a_write_across_the_end_of_a_direct_file_keeps_all_its_bytes() {
     let temporary = Temporary::new(1000);
     let Some(file) = temporary.direct() else { return };
-    file.write(900, slice(&[5; 300]), false).unwrap();
+    file.write(900, source(&[5; 300]), false, &mut Scratch::default()).unwrap();
     assert_eq!(file.size(), Ok(1200));
     assert_eq!(read(&file, 899, 301).unwrap(), [&[0][..], &[5; 300]].concat());
 }
@@ -267,64 +263,63 @@ fn a_file_truncated_underneath_is_an_error_not_zeros() {
             _ => temporary.direct(),
         };
         let Some(file) = file else { continue };
-        file.write(0, slice(&vec![3; 64 << 10]), false).unwrap();
+        file.write(0, source(&vec![3; 64 << 10]), false, &mut Scratch::default()).unwrap();
         temporary.handle.set_len(10_000).unwrap();
         assert_eq!(read(&file, 9000, 1000), Ok(vec![3; 1000]), "what is left can be read");
         for (offset, len) in [(9000, 1001), (10_000, 1), (8192, 4096), (0, 65_536), (32_768, 4096)] {
             assert_eq!(read(&file, offset, len), Err(EIO), "{len} bytes at {offset}");
             let mut bytes = vec![0; len];
-            // SAFETY: `bytes` outlives the call.
-            let now = file.read_now(offset, unsafe { Slice::new(bytes.as_mut_ptr(), len) });
+            let now = file.read_now(offset, (&mut bytes[..]).into());
             assert!(matches!(now, Inline::Failed(EIO) | Inline::Wait(_)), "{now:?} for {len} bytes at {offset}");
         }
     }
 }
 
 #[test]
-fn stretches_tell_data_from_holes() {
+fn extents_tell_data_from_holes() {
     const BLOCK: u64 = 64 << 10; // holes are no smaller than a file system's block
     let temporary = Temporary::new(10 * BLOCK);
     let file = temporary.buffered();
-    let fresh = Stretch { len: 10 * BLOCK, hole: true };
-    if file.stretches(0, 10 * BLOCK, 9) != Ok(vec![fresh]) {
+    let fresh = FileExtent { len: 10 * BLOCK, hole: true };
+    if file.extents(0, 10 * BLOCK, 9) != Ok(vec![fresh]) {
         eprintln!("SKIPPED: the file system under {} does not tell holes", temporary.path.display());
         return;
     }
     assert!(file.may_have_holes());
-    file.write(2 * BLOCK, slice(&vec![1; BLOCK as usize]), false).unwrap();
-    file.write(5 * BLOCK, slice(&vec![1; 2 * BLOCK as usize]), false).unwrap();
-    let stretch = |blocks, hole| Stretch { len: blocks * BLOCK, hole };
-    let all = [stretch(2, true), stretch(1, false), stretch(2, true), stretch(2, false), stretch(3, true)];
-    assert_eq!(file.stretches(0, 10 * BLOCK, 9).unwrap(), all);
-    assert_eq!(file.stretches(0, 10 * BLOCK, 2).unwrap(), all[..2]);
-    assert_eq!(file.stretches(2 * BLOCK, 3 * BLOCK, 9).unwrap(), all[1..3]);
-    let inside = [Stretch { len: 1, hole: true }, Stretch { len: 2, hole: false }];
-    assert_eq!(file.stretches(2 * BLOCK - 1, 3, 9).unwrap(), inside);
+    file.write(2 * BLOCK, source(&vec![1; BLOCK as usize]), false, &mut Scratch::default()).unwrap();
+    file.write(5 * BLOCK, source(&vec![1; 2 * BLOCK as usize]), false, &mut Scratch::default()).unwrap();
+    let extent = |blocks, hole| FileExtent { len: blocks * BLOCK, hole };
+    let all = [extent(2, true), extent(1, false), extent(2, true), extent(2, false), extent(3, true)];
+    assert_eq!(file.extents(0, 10 * BLOCK, 9).unwrap(), all);
+    assert_eq!(file.extents(0, 10 * BLOCK, 2).unwrap(), all[..2]);
+    assert_eq!(file.extents(2 * BLOCK, 3 * BLOCK, 9).unwrap(), all[1..3]);
+    let inside = [FileExtent { len: 1, hole: true }, FileExtent { len: 2, hole: false }];
+    assert_eq!(file.extents(2 * BLOCK - 1, 3, 9).unwrap(), inside);
     file.punch(5 * BLOCK, BLOCK).unwrap();
-    let punched = [stretch(1, true), stretch(1, false)];
-    assert_eq!(file.stretches(5 * BLOCK, 2 * BLOCK, 9).unwrap(), punched);
+    let punched = [extent(1, true), extent(1, false)];
+    assert_eq!(file.extents(5 * BLOCK, 2 * BLOCK, 9).unwrap(), punched);
 }
 
 #[test]
-fn zeroing_keeps_blocks_unless_it_may_not() {
+fn zeroing_keeps_blocks_unless_unmap_is_set() {
     use std::os::unix::fs::MetadataExt;
     const SIZE: u64 = 1 << 20;
     let temporary = Temporary::new(SIZE);
     let file = temporary.buffered();
     let blocks = || temporary.handle.metadata().unwrap().blocks() * 512;
-    file.write(0, slice(&vec![1; SIZE as usize]), true).unwrap();
-    file.zero(0, SIZE, false, false).unwrap();
+    file.write(0, source(&vec![1; SIZE as usize]), true, &mut Scratch::default()).unwrap();
+    file.zero(0, SIZE, false, false, &mut Scratch::default()).unwrap();
     assert_eq!(read(&file, 0, SIZE as usize).unwrap(), vec![0; SIZE as usize]);
     assert!(blocks() >= SIZE, "blocks were given back");
-    file.write(0, slice(&vec![1; SIZE as usize]), true).unwrap();
-    match file.zero(0, SIZE, true, true) {
+    file.write(0, source(&vec![1; SIZE as usize]), true, &mut Scratch::default()).unwrap();
+    match file.zero(0, SIZE, true, true, &mut Scratch::default()) {
         Ok(()) => assert!(blocks() < SIZE, "blocks were kept"),
         other => assert_eq!(other, Err(EOPNOTSUPP), "fast means not by writing"),
     }
 }
 
 #[test]
-fn zeros_are_written_where_a_file_system_has_no_other_way() {
+fn zeros_are_written_if_the_file_system_has_no_zero_range() {
     const SIZE: usize = 4 << 20;
     let directory = PathBuf::from("/dev/shm"); // tmpfs has no ZERO_RANGE
     if !directory.is_dir() {
@@ -332,14 +327,33 @@ fn zeros_are_written_where_a_file_system_has_no_other_way() {
         return;
     }
     let temporary = Temporary::within(directory, SIZE as u64);
-    let file = temporary.buffered();
-    let mut expected = vec![7; SIZE];
-    file.write(0, slice(&expected), false).unwrap();
-    for (offset, len) in [(0, 512), (1000, 3), (4095, 2), (5000, 3 << 20), (SIZE - 700, 700)] {
-        file.zero(offset as u64, len as u64, false, false).unwrap();
-        expected[offset..offset + len].fill(0);
+    for file in [Some(temporary.buffered()), temporary.direct()].into_iter().flatten() {
+        let (mut expected, mut scratch) = (vec![7; SIZE], Scratch::default());
+        file.write(0, source(&expected), false, &mut scratch).unwrap();
+        for (offset, len) in [(0, 512), (1000, 3), (4095, 2), (5000, 3 << 20), (SIZE - 700, 700)] {
+            file.zero(offset as u64, len as u64, false, false, &mut scratch).unwrap();
+            expected[offset..offset + len].fill(0);
+        }
+        assert!(read(&file, 0, SIZE).unwrap() == expected, "direct: {}", file.direct());
     }
-    assert!(read(&file, 0, SIZE).unwrap() == expected);
+}
+
+/// Such a transfer is moved in parts, each in the same memory.
+#[test]
+fn a_long_unaligned_transfer_is_whole() {
+    const SIZE: usize = 1 << 20;
+    let temporary = Temporary::new(SIZE as u64);
+    let Some(file) = temporary.direct() else { return };
+    let (mut model, mut scratch, mut seed) = (vec![0; SIZE], Scratch::present().unwrap(), 1);
+    for (offset, len) in [(1, SIZE - 2), (511, 700_000), (4095, 131_073), (130_000, 300_001), (0, 131_071)] {
+        let bytes: Vec<u8> = (0..len).map(|_| random(&mut seed) as u8).collect();
+        file.write(offset as u64, source(&bytes), false, &mut scratch).unwrap();
+        model[offset..offset + len].copy_from_slice(&bytes);
+        let mut found = vec![0; SIZE - 3];
+        file.read(2, (&mut found[..]).into(), &mut scratch).unwrap();
+        assert!(found == model[2..SIZE - 1], "{offset}+{len}");
+    }
+    assert_eq!(file.size(), Ok(SIZE as u64));
 }
 
 #[test]
@@ -353,14 +367,12 @@ fn files_in_memory_never_wait() {
     let file = temporary.buffered();
     assert_eq!(file.policy(), InlinePolicy::Always);
     assert!(!file.needs_sync());
-    assert_eq!(file.write_now(1000, slice(&[4; 5000])), Inline::Done);
+    assert_eq!(file.write_now(1000, source(&[4; 5000])), Inline::Done);
     let mut back = [0; 5002];
-    // SAFETY: `back` outlives the call.
-    assert_eq!(file.read_now(999, unsafe { Slice::new(back.as_mut_ptr(), 5002) }), Inline::Done);
+    assert_eq!(file.read_now(999, (&mut back[..]).into()), Inline::Done);
     assert_eq!(back.to_vec(), [&[0][..], &[4; 5000], &[0]].concat());
     temporary.handle.set_len(2000).unwrap();
-    // SAFETY: as above.
-    assert_eq!(file.read_now(1999, unsafe { Slice::new(back.as_mut_ptr(), 2) }), Inline::Failed(EIO));
+    assert_eq!(file.read_now(1999, (&mut back[..2]).into()), Inline::Failed(EIO));
 }
 
 #[test]
@@ -376,20 +388,20 @@ fn a_failed_sync_fails_all_that_follow_with_its_errno() {
     let temporary = Temporary::new(4096);
     let file = temporary.buffered();
     file.sync().unwrap();
-    file.write(0, slice(&[1; 512]), true).unwrap();
+    file.write(0, source(&[1; 512]), true, &mut Scratch::default()).unwrap();
     file.fail_syncs(EIO);
     file.fail_syncs(EOPNOTSUPP);
     assert!(file.has_unreported_failure());
     file.set_failure_reported();
     assert!(!file.has_unreported_failure());
     assert_eq!(file.sync(), Err(EIO));
-    assert_eq!(file.write(0, slice(&[2; 512]), true), Err(EIO));
-    file.write(512, slice(&[3; 512]), false).unwrap();
+    assert_eq!(file.write(0, source(&[2; 512]), true, &mut Scratch::default()), Err(EIO));
+    file.write(512, source(&[3; 512]), false, &mut Scratch::default()).unwrap();
     assert_eq!(read(&file, 0, 1024).unwrap(), [[1; 512], [3; 512]].concat());
 }
 
 #[test]
-fn a_sync_counts_only_when_those_beside_it_have_ended() {
+fn a_sync_succeeds_only_after_concurrent_syncs_have_ended() {
     let temporary = Temporary::new(4096);
     for _ in 0..100 {
         let file = temporary.buffered();
@@ -397,7 +409,7 @@ fn a_sync_counts_only_when_those_beside_it_have_ended() {
         std::thread::scope(|scope| {
             let syncing = scope.spawn(|| file.sync());
             std::thread::yield_now();
-            file.fail_syncs(EIO); // which the kernel told the other one alone
+            file.fail_syncs(EIO); // the kernel reported the error only to the other sync
             drop(beside);
             assert_eq!(syncing.join().unwrap(), Err(EIO));
         });

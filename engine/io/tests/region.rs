@@ -1,10 +1,10 @@
-//! Regions against a vector of bytes, and against writers and discards that meet in one page.
+//! `Region`, compared with a vector of bytes, and with concurrent writes and discards in one page.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::os::fd::OwnedFd;
 use std::sync::Barrier;
 
-use blkloom_io::{Region, RegionError, Slice};
+use blkloom_io::{Ahead, Region, RegionError};
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
@@ -23,17 +23,14 @@ fn region(size: u64) -> Region {
 }
 
 fn write(region: &Region, offset: u64, bytes: &[u8]) {
-    // SAFETY: the borrow outlives the call, which only reads.
-    region.write(offset, unsafe { Slice::new(bytes.as_ptr().cast_mut(), bytes.len()) });
+    region.write(offset, bytes.into());
 }
 
 fn read(region: &Region, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xaa; len];
-    // SAFETY: `bytes` outlives the call.
-    region.read(offset, unsafe { Slice::new(bytes.as_mut_ptr(), len) }, Slice::empty());
+    region.read(offset, (&mut bytes[..]).into(), Ahead::NOTHING);
     let mut again = vec![0x55; len];
-    // SAFETY: `again` outlives the call.
-    region.read(offset, unsafe { Slice::new(again.as_mut_ptr(), len) }, region.memory(0, len.div_ceil(2)));
+    region.read(offset, (&mut again[..]).into(), region.ahead(0, len.div_ceil(2)));
     assert!(bytes == again, "what is fetched meanwhile changes nothing");
     bytes
 }
@@ -87,7 +84,7 @@ proptest! {
             }
         }
         prop_assert_eq!(&read(&region, 0, SIZE as usize), &model);
-        // What runs say and what is resident agree, and what no run calls written is zero.
+        // Runs and resident size agree, and unwritten runs are zero.
         let (mut at, mut written_bytes) = (0, 0);
         while at < SIZE {
             let (len, written) = region.run(at, SIZE - at);
@@ -100,7 +97,7 @@ proptest! {
             at += len;
         }
         prop_assert_eq!(region.resident(), written_bytes);
-        // Whoever gets the memory next finds the same, though the first has gone.
+        // The next region over the same memfd has the same bytes, also after the first was dropped.
         drop(region);
         let next = Region::new(fd, SIZE, PAGE).unwrap();
         prop_assert_eq!(&read(&next, 0, SIZE as usize), &model);
@@ -143,7 +140,7 @@ fn a_memfd_handed_over_keeps_its_bytes() {
     let first = Region::new(fd.try_clone().unwrap(), SIZE, PAGE).unwrap();
     write(&first, 5 * PAGE + 1, &[9; 8]);
     write(&first, 149 * PAGE, &[8; 8]);
-    // Data past the end of the region is nobody's here.
+    // Data past the end of the region is ignored.
     rustix::io::pwrite(&fd, &[1; 16], SIZE + 7 * PAGE).unwrap();
     let second = Region::new(fd.try_clone().unwrap(), SIZE, PAGE).unwrap();
     assert_eq!(second.resident(), 2 * PAGE);

@@ -1,5 +1,5 @@
-//! What a lookup costs: nanoseconds each, by bisection and with a hint, for maps of several sizes, in order
-//! and at random. `cargo run --release -p blkloom-map --example lookups`
+//! Benchmark of map lookups: nanoseconds per lookup, by bisection and with a hint, sequential and random, for maps of
+//! several sizes. `cargo run --release -p blkloom-map --example lookups`
 #![allow(clippy::print_stdout, reason = "a program")]
 
 use std::hint::black_box;
@@ -13,6 +13,10 @@ impl Handles for Numbers {
     type File = u32;
     type Region = u32;
     type Device = u32;
+    type Backend = u32;
+    type Filter = ();
+    type Error = i32;
+    const ENTRY_ERROR: i32 = 5;
 }
 
 const LOOKUPS: usize = 1 << 20;
@@ -28,7 +32,7 @@ fn map(segments: u64) -> Map<Numbers> {
     Map::new((0..segments).map(segment).collect(), Vec::new()).expect("the segments are contiguous")
 }
 
-/// The best of the rounds, in nanoseconds a lookup.
+/// The best round, in nanoseconds per lookup.
 fn time(offsets: &[u64], mut lookup: impl FnMut(u64) -> u64) -> f64 {
     let mut best = f64::INFINITY;
     for _ in 0..ROUNDS {

@@ -1,14 +1,14 @@
-//! Where the bytes of a device are: immutable lists of segments, stripes and cluster tables.
+//! Maps: immutable lists of segments, stripes and cluster tables that give the location of the bytes of a device.
 //!
-//! Pure: no I/O, no unsafe, no locks on the read side. A `Map` never changes once built; a
-//! `ClusterTable` inside it may, entry by entry, atomically. Any number of threads look up while
-//! one installs. Nothing here blocks or fails except constructors, which check what they are given.
+//! No I/O, no unsafe code, no locks for readers. A `Map` never changes. A `ClusterTable` in it may change, atomically
+//! entry by entry: any number of threads look up while one installs entries. Nothing here blocks. Only functions that
+//! check their arguments can fail.
 #![forbid(unsafe_code)]
 
 mod extent;
 mod segments;
 mod table;
 
-pub use extent::{Extent, Handles, Place};
+pub use extent::{Extent, Filtered, Handles, Resolved};
 pub use segments::{Hint, Map, MapError, Piece, Segment};
 pub use table::{ClusterTable, Entry, TableError};

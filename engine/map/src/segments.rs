@@ -1,33 +1,35 @@
-//! The map itself: contiguous segments from 0, found by bisection, or where the last lookup left off.
+//! `Map`: contiguous segments from offset 0, found by bisection or from the position of the last lookup.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::extent::{Extent, Handles, Place};
+use crate::extent::{Extent, Handles, Resolved};
 
+/// A range of a device with one extent. start, end: bytes.
 pub struct Segment<H: Handles> {
     pub start: u64,
     pub end: u64,
-    /// The target's number; faults carry it.
+    /// The target's number, which its faults contain.
     pub owner: u32,
     pub extent: Extent<H>,
 }
 
-/// One answer of a lookup.
+/// The result of a lookup.
 pub struct Piece<'a, H: Handles> {
     pub owner: u32,
-    /// How many bytes the place holds for; at least 1, at most what was asked.
+    /// Length of the contiguous run: at least 1 byte, at most the length asked for.
     pub len: u64,
-    pub place: Place<'a, H>,
+    pub resolved: Resolved<'a, H>,
 }
 
-/// Where its user's last lookup ended: the next one mostly goes on there. Only a guess, so that it may be
-/// shared, raced over, or come from another map; the answer is the same.
+/// The segment of the last lookup, where a sequential access continues. It is only a hint: threads may share it, it may
+/// come from another map, and the result of a lookup is the same.
 #[derive(Default, Debug)]
 #[repr(align(128))]
 pub struct Hint(AtomicUsize);
 
+/// An immutable map of a device.
 pub struct Map<H: Handles> {
-    /// `segments[i].start`, alone, so that bisection touches few cache lines.
+    /// Copies of `segments[i].start`, so that bisection reads few cache lines.
     starts: Box<[u64]>,
     segments: Box<[Segment<H>]>,
     flush_owners: Box<[u32]>,
@@ -40,6 +42,7 @@ pub enum MapError {
     Length { start: u64, length: u64 },
     TableTooShort { start: u64, length: u64, table: u64 },
     Stripes { start: u64, why: &'static str },
+    Filtered { start: u64 },
 }
 
 impl std::fmt::Display for MapError {
@@ -53,6 +56,12 @@ impl std::fmt::Display for MapError {
                 write!(f, "segment at {start}: {length} bytes over a cluster table of {table} bytes")
             }
             MapError::Stripes { start, why } => write!(f, "segment at {start}: {why}"),
+            MapError::Filtered { start } => {
+                write!(
+                    f,
+                    "segment at {start}: only data, memory, zero, error, a device or a backend can be behind a filter"
+                )
+            }
         }
     }
 }
@@ -78,12 +87,29 @@ impl<H: Handles> Map<H> {
                     if *chunk == 0 || legs.is_empty() {
                         return Err(MapError::Stripes { start, why: "stripes need a chunk size and legs" });
                     }
-                    if legs.iter().any(|leg| matches!(leg, Extent::Stripes { .. } | Extent::Table(_) | Extent::Fault)) {
+                    if legs.iter().any(|leg| !leg.may_be_leg()) {
                         return Err(MapError::Stripes {
                             start,
-                            why: "a leg must be data, memory, zero, error or a device",
+                            why: "a leg must be data, memory, zero, error, a device or a backend",
                         });
                     }
+                }
+                Extent::Unstriped { chunk, stripe, stripes, striped } => {
+                    if *chunk == 0 || stripe >= stripes {
+                        return Err(MapError::Stripes {
+                            start,
+                            why: "a stripe needs a chunk size and a number below theirs",
+                        });
+                    }
+                    if !striped.may_be_leg() {
+                        return Err(MapError::Stripes {
+                            start,
+                            why: "the striped range must be data, memory, zero, error, a device or a backend",
+                        });
+                    }
+                }
+                Extent::Filtered(filtered) if !filtered.is_valid() => {
+                    return Err(MapError::Filtered { start });
                 }
                 _ => {}
             }
@@ -109,18 +135,18 @@ impl<H: Handles> Map<H> {
         &self.flush_owners
     }
 
-    /// What is at `offset`, for `len` (> 0) bytes at most. None past the end.
+    /// Looks up `offset`, for at most `len` (> 0) bytes. None past the end.
     pub fn lookup(&self, offset: u64, len: u64) -> Option<Piece<'_, H>> {
         (offset < self.size && len > 0).then(|| self.piece(self.bisect(offset), offset, len))
     }
 
-    /// The same, tried first in the segment of the user's last lookup and in the one behind it.
+    /// Like `lookup`, but first tries the segment of the hint and the one after it.
     pub fn lookup_near(&self, hint: &Hint, offset: u64, len: u64) -> Option<Piece<'_, H>> {
         if offset >= self.size || len == 0 {
             return None;
         }
         let last = hint.0.load(Ordering::Relaxed);
-        // Whether `offset` is between the two, in one comparison: at random, two would be mispredicted.
+        // One comparison, because the CPU would mispredict two for random offsets.
         let within = |start: u64, end: u64| offset.wrapping_sub(start) < end.wrapping_sub(start);
         let index = match self.segments.get(last) {
             Some(segment) if within(segment.start, segment.end) => last,
@@ -133,8 +159,8 @@ impl<H: Handles> Map<H> {
         Some(self.piece(index, offset, len))
     }
 
-    /// Whose segment `offset` is in, and for how many bytes from there on, `len` (> 0) at most, whatever its extent
-    /// says. None past the end.
+    /// The owner of the segment at `offset`, and the number of bytes up to the segment's end (`len` (> 0) at most). The
+    /// segment's extent is ignored. None past the end.
     pub fn owner(&self, offset: u64, len: u64) -> Option<(u32, u64)> {
         (offset < self.size && len > 0).then(|| {
             let segment = &self.segments[self.bisect(offset)];
@@ -142,14 +168,14 @@ impl<H: Handles> Map<H> {
         })
     }
 
-    /// The segment `offset` is in, which is not past the end.
+    /// The index of the segment at `offset`, which must not be past the end.
     fn bisect(&self, offset: u64) -> usize {
         if self.starts.len() == 1 { 0 } else { self.starts.partition_point(|&start| start <= offset) - 1 }
     }
 
     fn piece(&self, index: usize, offset: u64, len: u64) -> Piece<'_, H> {
         let segment = &self.segments[index];
-        let (place, len) = segment.extent.at(offset - segment.start, len.min(segment.end - offset));
-        Piece { owner: segment.owner, len, place }
+        let (resolved, len) = segment.extent.at(offset - segment.start, len.min(segment.end - offset));
+        Piece { owner: segment.owner, len, resolved }
     }
 }

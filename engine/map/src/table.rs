@@ -1,20 +1,21 @@
-//! The cluster table: a mapping that grows while it is read.
+//! `ClusterTable`: a two-level table that maps clusters to offsets in files and devices, and that is filled while it is
+//! read.
 //!
-//! Pages of atomic u64 entries, each behind an atomically swapped pointer. A lookup is three loads, an
-//! install is a store. A page that is not there faults. The pointers lie in groups that are made with
-//! their first page: a table of any size costs what is in it, to make, to keep and to drop. Dropping a
-//! page is safe at any time: readers that hold it finish with it, later ones fault, and a fault can
-//! always rebuild it. What a *changed* entry needs beyond that (no request still using the old place)
-//! is the device's epochs' business, not the table's.
+//! The table consists of pages of atomic u64 entries, each behind a pointer that is replaced atomically. A lookup is
+//! three loads, an install is a store. A missing page faults, or has the entries of the table's `Missing`. The pointers are in groups that are allocated with their
+//! first page: the cost of a table to create, keep and drop depends on its contents, not on its size. Dropping a page
+//! is safe at any time: readers that have it finish with it, later readers find it missing, and it can always be
+//! installed again. After an entry is *changed*, requests may still use the old location; the device's epochs handle that, not
+//! the table.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 
-use crate::extent::{Handles, Place};
+use crate::extent::{Handles, Resolved};
 
-/// One entry: `kind << 61 | file << 49 | offset >> 9`.
+/// One table entry: `kind << 61 | file << 49 | offset >> 9`. Files are counted first, then devices.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry(pub u64);
 
@@ -42,7 +43,7 @@ impl Entry {
         matches!(self.kind(), Self::KIND_DATA | Self::KIND_READ_ONLY)
     }
 
-    /// Whether `next`, one cluster on, continues this entry without a break.
+    /// Whether `next`, the entry of the next cluster, is contiguous with this entry.
     fn continues(self, next: Entry, step: u64) -> bool {
         if self.holds_data() { next.0 == self.0.wrapping_add(step) } else { next.kind() == self.kind() }
     }
@@ -52,18 +53,22 @@ type Page = Box<[AtomicU64]>;
 type Group = Box<[ArcSwapOption<Page>]>;
 const GROUP_SHIFT: u32 = 8;
 
+/// A table of the locations of clusters.
 pub struct ClusterTable<H: Handles> {
     size: u64,
     shift: u32,
     page_shift: u32,
-    /// Of `1 << GROUP_SHIFT` pages each.
+    /// Each has pointers to `1 << GROUP_SHIFT` pages.
     groups: Box<[OnceLock<Group>]>,
     files: Box<[H::File]>,
+    devices: Box<[H::Device]>,
+    /// The entry of cluster 0 where the page is missing. That of cluster i is i clusters further.
+    missing: Entry,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum TableError {
-    /// Cluster or page size is not a power of two in its bounds.
+    /// A size is not a power of two in its bounds.
     Shape {
         what: &'static str,
         value: u64,
@@ -99,7 +104,7 @@ impl std::fmt::Display for TableError {
 impl std::error::Error for TableError {}
 
 impl<H: Handles> ClusterTable<H> {
-    /// size in bytes; cluster a power of two from 512 to 2^30 bytes; page a power of two of entries.
+    /// size: bytes. cluster: bytes, a power of two from 512 to 2^30. page: entries per page, a power of two.
     pub fn new(size: u64, cluster: u64, page: u64, files: Vec<H::File>) -> Result<Self, TableError> {
         if !cluster.is_power_of_two() || !(512..=1 << 30).contains(&cluster) {
             return Err(TableError::Shape { what: "cluster size", value: cluster });
@@ -118,6 +123,8 @@ impl<H: Handles> ClusterTable<H> {
             return Err(TableError::Shape { what: "number of pages", value: pages });
         }
         Ok(ClusterTable {
+            missing: Entry::FAULT,
+            devices: Box::default(),
             size,
             shift: cluster.trailing_zeros(),
             page_shift: page.trailing_zeros(),
@@ -126,8 +133,25 @@ impl<H: Handles> ClusterTable<H> {
         })
     }
 
+    /// The table with devices, whose numbers follow those of the files, and with an entry for clusters of missing pages:
+    /// that of cluster 0. Those of the next clusters continue it.
+    pub fn with_devices(mut self, devices: Vec<H::Device>, missing: Entry) -> Result<Self, TableError> {
+        if self.files.len() + devices.len() > Entry::MAX_FILES {
+            return Err(TableError::TooManyFiles(self.files.len() + devices.len()));
+        }
+        self.devices = devices.into();
+        self.check_run(missing, self.clusters())?;
+        self.missing = missing;
+        Ok(self)
+    }
+
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Cluster size in bytes.
+    pub fn cluster(&self) -> u64 {
+        1 << self.shift
     }
 
     pub fn clusters(&self) -> u64 {
@@ -136,6 +160,10 @@ impl<H: Handles> ClusterTable<H> {
 
     pub fn files(&self) -> &[H::File] {
         &self.files
+    }
+
+    pub fn devices(&self) -> &[H::Device] {
+        &self.devices
     }
 
     pub fn pages_held(&self) -> usize {
@@ -147,11 +175,11 @@ impl<H: Handles> ClusterTable<H> {
         self.check(cluster, 1)?;
         Ok(match self.loaded(cluster).as_deref() {
             Some(Some(page)) => Entry(page[self.slot(cluster)].load(Ordering::Acquire)),
-            _ => Entry::FAULT,
+            _ => self.following(self.missing, cluster),
         })
     }
 
-    /// Stores consecutive entries from cluster `first` on. All are checked before the first is stored.
+    /// Stores consecutive entries from cluster `first` on. All are checked before any is stored.
     pub fn install(&self, first: u64, entries: &[u64]) -> Result<(), TableError> {
         self.check(first, entries.len() as u64)?;
         entries.iter().try_for_each(|&entry| self.check_entry(Entry(entry)))?;
@@ -170,26 +198,20 @@ impl<H: Handles> ClusterTable<H> {
         Ok(())
     }
 
-    /// Stores `entry` for `count` clusters from `first` on; data entries advance by a cluster each.
+    /// Stores `entry` for `count` clusters from `first` on. The offset of data entries advances by one cluster each.
     pub fn fill(&self, first: u64, count: u64, entry: Entry) -> Result<(), TableError> {
         self.check(first, count)?;
-        let step = if entry.holds_data() { 1u64 << (self.shift - 9) } else { 0 };
-        let last = entry
-            .0
-            .checked_add(step.saturating_mul(count.saturating_sub(1)))
-            .filter(|&last| last >> 49 == entry.0 >> 49)
-            .ok_or(TableError::BadEntry { entry: entry.0, why: "its run passes the largest offset" })?;
-        self.check_entry(entry)?;
-        self.check_entry(Entry(last))?;
+        self.check_run(entry, count)?;
         for i in 0..count {
             let cluster = first + i;
             let page = self.page(cluster >> self.page_shift);
-            page[self.slot(cluster)].store(entry.0 + step * i, Ordering::Release);
+            page[self.slot(cluster)].store(self.following(entry, i).0, Ordering::Release);
         }
         Ok(())
     }
 
-    /// The bytes (offset, length) of `count` clusters from `first` on; the last one may be cut.
+    /// The byte range (offset, length) of `count` clusters from `first` on. The last cluster of the table may be
+    /// shorter.
     pub fn range(&self, first: u64, count: u64) -> Result<(u64, u64), TableError> {
         self.check(first, count)?;
         let (low, high) = (first << self.shift, self.size.min((first + count) << self.shift));
@@ -206,15 +228,17 @@ impl<H: Handles> ClusterTable<H> {
         Ok(())
     }
 
-    /// What is at byte `at`, for up to `len` bytes (not 0, and not past the end), and for how many.
-    pub fn at(&self, at: u64, len: u64) -> (Place<'_, H>, u64) {
+    /// Where byte `at` is, and the length of its contiguous run (`len` at most, which is not 0 and not past the
+    /// end).
+    pub fn at(&self, at: u64, len: u64) -> (Resolved<'_, H>, u64) {
         let cluster = at >> self.shift;
         let within = at & ((1 << self.shift) - 1);
         let mut run = (1u64 << self.shift) - within;
         let page = self.loaded(cluster);
         let Some(Some(page)) = page.as_deref() else {
             let span = 1u64 << (self.shift + self.page_shift);
-            return (Place::Fault, len.min(span - (at & (span - 1))));
+            let run = len.min(span - (at & (span - 1)));
+            return (self.resolved(self.following(self.missing, cluster), within), run);
         };
         let mut slot = self.slot(cluster);
         let first = Entry(page[slot].load(Ordering::Acquire));
@@ -229,36 +253,49 @@ impl<H: Handles> ClusterTable<H> {
             last = next;
             run += 1 << self.shift;
         }
-        let place = match first.kind() {
-            Entry::KIND_DATA | Entry::KIND_READ_ONLY => Place::Data {
-                file: &self.files[first.file()],
-                offset: first.offset() + within,
-                writable: first.kind() == Entry::KIND_DATA,
-                punch: false,
-            },
-            Entry::KIND_ZERO => Place::Zero { discard_writes: false },
-            Entry::KIND_ERROR => Place::Error(5),
-            _ => Place::Fault,
-        };
-        (place, run.min(len))
+        (self.resolved(first, within), run.min(len))
+    }
+
+    /// Where byte `within` of a cluster with this entry is.
+    fn resolved(&self, entry: Entry, within: u64) -> Resolved<'_, H> {
+        match entry.kind() {
+            Entry::KIND_DATA | Entry::KIND_READ_ONLY => {
+                let (offset, writable) = (entry.offset() + within, entry.kind() == Entry::KIND_DATA);
+                match self.files.get(entry.file()) {
+                    Some(file) => Resolved::Data { file, offset, writable, punch: false },
+                    None => {
+                        Resolved::Device { device: &self.devices[entry.file() - self.files.len()], offset, writable }
+                    }
+                }
+            }
+            Entry::KIND_ZERO => Resolved::Zero { discard_writes: false },
+            Entry::KIND_ERROR => Resolved::Error(H::ENTRY_ERROR),
+            _ => Resolved::Fault,
+        }
+    }
+
+    /// The entry of a run that is `count` clusters after `entry`.
+    fn following(&self, entry: Entry, count: u64) -> Entry {
+        if entry.holds_data() { Entry(entry.0 + (count << (self.shift - 9))) } else { entry }
     }
 
     fn slot(&self, cluster: u64) -> usize {
         (cluster & ((1 << self.page_shift) - 1)) as usize
     }
 
-    /// The page that a cluster's entry is on, without counting a reference to it.
+    /// The page with a cluster's entry, without a reference count.
     fn loaded(&self, cluster: u64) -> Option<Guard<Option<Arc<Page>>>> {
         self.pointer(cluster >> self.page_shift).map(|pointer| pointer.load())
     }
 
-    /// Where the page's pointer is, if there was ever a page nearby.
+    /// The pointer to a page. None: its group was never allocated.
     fn pointer(&self, page: u64) -> Option<&ArcSwapOption<Page>> {
         let (group, within) = grouped(page);
         Some(&self.groups[group].get()?[within])
     }
 
-    /// The page, made of faults if it was not there. Two installers may race: one page wins.
+    /// The page; a missing page is created with the entries that it has while it is missing. If two threads create it at the same time, one page is
+    /// used.
     fn page(&self, index: u64) -> Arc<Page> {
         let (group, within) = grouped(index);
         let made = || (0..1 << GROUP_SHIFT).map(|_| ArcSwapOption::empty()).collect();
@@ -266,7 +303,11 @@ impl<H: Handles> ClusterTable<H> {
         if let Some(page) = slot.load_full() {
             return page;
         }
-        let fresh: Arc<Page> = Arc::new((0..1usize << self.page_shift).map(|_| AtomicU64::new(0)).collect());
+        let first = index << self.page_shift;
+        let entries = first..first + (1 << self.page_shift);
+        // The last page has slots past the end of the table, which no lookup reaches.
+        let entry = |cluster: u64| self.following(self.missing, cluster.min(self.clusters() - 1));
+        let fresh: Arc<Page> = Arc::new(entries.map(|cluster| AtomicU64::new(entry(cluster).0)).collect());
         let before = slot.compare_and_swap(&None::<Arc<Page>>, Some(fresh.clone()));
         match &*before {
             Some(page) => page.clone(),
@@ -281,18 +322,30 @@ impl<H: Handles> ClusterTable<H> {
         }
     }
 
+    /// Checks `entry` and the entries of the `count` - 1 clusters after it, in one run.
+    fn check_run(&self, entry: Entry, count: u64) -> Result<(), TableError> {
+        let step = if entry.holds_data() { 1u64 << (self.shift - 9) } else { 0 };
+        let last = entry
+            .0
+            .checked_add(step.saturating_mul(count.saturating_sub(1)))
+            .filter(|&last| last >> 49 == entry.0 >> 49)
+            .ok_or(TableError::BadEntry { entry: entry.0, why: "its run passes the largest offset" })?;
+        self.check_entry(entry)?;
+        self.check_entry(Entry(last))
+    }
+
     fn check_entry(&self, entry: Entry) -> Result<(), TableError> {
         if entry.kind() > Entry::KIND_ERROR {
             return Err(TableError::BadEntry { entry: entry.0, why: "unknown kind" });
         }
-        if entry.holds_data() && entry.file() >= self.files.len() {
-            return Err(TableError::BadEntry { entry: entry.0, why: "names a file the table does not have" });
+        if entry.holds_data() && entry.file() >= self.files.len() + self.devices.len() {
+            return Err(TableError::BadEntry { entry: entry.0, why: "names a file or device the table does not have" });
         }
         Ok(())
     }
 }
 
-/// Which group a page's pointer is in, and where in it.
+/// The group of a page's pointer, and the index in that group.
 fn grouped(page: u64) -> (usize, usize) {
     ((page >> GROUP_SHIFT) as usize, (page & ((1 << GROUP_SHIFT) - 1)) as usize)
 }

@@ -1,23 +1,33 @@
-//! Small things every class needs: errors, buffers, operations, statistics.
+//! Conversions that all classes use: errors, buffers, operations, statistics.
 
 use std::ffi::c_int;
 
 use blkloom_core::{Op, Totals};
-use blkloom_io::Slice;
+use blkloom_io::{Errno, Slice, Source};
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-/// An OSError (or its subclass) for an errno.
-pub fn os_error(errno: i32, what: &str) -> PyErr {
-    let reason = std::io::Error::from_raw_os_error(errno).to_string();
-    let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-    let text = if what.is_empty() { reason } else { format!("{what}: {reason}") };
-    PyOSError::new_err((errno, text))
+/// Converts an errno from Python. None: out of range.
+pub fn errno(number: i32) -> Option<Errno> {
+    (1..4096).contains(&number).then(|| Errno::from_raw_os_error(number))
 }
 
-/// For what an engine of another process would have to do: `blkloom.errors.ForkedError`.
+/// Converts an errno for Python. 0: no error.
+pub fn number(error: Option<Errno>) -> i32 {
+    error.map_or(0, Errno::raw_os_error)
+}
+
+/// Creates an OSError (or the subclass for the errno).
+pub fn os_error(errno: Errno, what: &str) -> PyErr {
+    let reason = std::io::Error::from(errno).to_string();
+    let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+    let text = if what.is_empty() { reason } else { format!("{what}: {reason}") };
+    PyOSError::new_err((errno.raw_os_error(), text))
+}
+
+/// Creates a `blkloom.errors.ForkedError`: the object belongs to another process.
 pub fn forked_error(py: Python<'_>, what: &str) -> PyErr {
     let raised =
         py.import("blkloom.errors").and_then(|errors| errors.getattr("ForkedError")?.call_method1("use_of", (what,)));
@@ -28,13 +38,13 @@ pub fn value_error(error: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(error.to_string())
 }
 
-/// The memory of an object that supports the buffer protocol, held until dropped.
+/// A view of an object with the buffer protocol. Dropping it releases the view.
 pub struct Bytes {
     view: Box<ffi::Py_buffer>,
 }
 
-// SAFETY: the view is only released while attached (see Drop); its memory is what it promises to be
-// from any thread, for exporters may not move or free it while views exist.
+// SAFETY: the view is released only while attached to the interpreter (see Drop). Its memory is valid on any thread,
+// because exporters must not move or free it while a view exists.
 unsafe impl Send for Bytes {}
 // SAFETY: as above.
 unsafe impl Sync for Bytes {}
@@ -50,12 +60,45 @@ impl Bytes {
         Ok(Bytes { view })
     }
 
-    pub fn slice(&self) -> Slice {
+    /// The memory to copy from.
+    pub fn source(&self) -> Source<'_> {
+        // SAFETY: the view is valid as long as self, and nothing is written to it.
+        unsafe { self.promised_source() }
+    }
+
+    /// The memory to copy into. None: the object is read-only.
+    pub fn slice(&self) -> Option<Slice<'_>> {
+        // SAFETY: the view is valid as long as self.
+        unsafe { self.promised() }
+    }
+
+    /// The memory to copy into, for I/O that outlives the call that started it. None: the object is read-only.
+    ///
+    /// # Safety
+    /// Self must be kept until the I/O has ended.
+    pub unsafe fn promised(&self) -> Option<Slice<'static>> {
+        // SAFETY: a contiguous view of `len` bytes, valid until released, and writable as just checked.
+        (self.view.readonly == 0).then(|| unsafe { self.memory() })
+    }
+
+    /// The memory to copy from, for I/O that outlives the call that started it.
+    ///
+    /// # Safety
+    /// Self must be kept until the I/O has ended.
+    pub unsafe fn promised_source(&self) -> Source<'static> {
+        // SAFETY: as above, and only read.
+        unsafe { self.memory() }.source()
+    }
+
+    /// The memory of the view.
+    ///
+    /// # Safety
+    /// It must not be used after self is dropped, nor written if the view is read-only.
+    unsafe fn memory(&self) -> Slice<'static> {
         if self.view.len == 0 {
             return Slice::empty();
         }
-        // SAFETY: a contiguous view of `len` bytes, writable where it was asked to be, valid until
-        // released; callers keep self until the I/O has ended.
+        // SAFETY: the caller guarantees it.
         unsafe { Slice::new(self.view.buf.cast(), self.view.len as usize) }
     }
 

@@ -1,10 +1,13 @@
-//! Engine and Device.
+//! Python classes `Engine` and `Device`.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blkloom_core::{Direction, Flags, IoChoice, IoError, Memory, News, Op, Owner, Request, SuspendError, Transfer};
-use blkloom_io::Slice;
+use blkloom_core::{
+    Direction, Flags, IoChoice, IoError, Memory, News, Op, Owner, Request, SuspendError, SwapError, Transfer,
+};
+use blkloom_io::{Errno, Slice};
 use pyo3::exceptions::{PyTimeoutError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -13,8 +16,9 @@ use pyo3::types::{PyAny, PyBytes, PyDict, PyList, PyTuple};
 use crate::border::{Bytes, forked_error, operation, os_error, stats, value_error};
 use crate::export::Notices;
 use crate::fault::Fault;
-use crate::places::Map;
+use crate::maps::Map;
 
+/// Event loop threads, each with an io_uring, or a thread pool where io_uring is forbidden.
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Engine(pub Arc<blkloom_core::Engine>);
 
@@ -36,9 +40,9 @@ impl Engine {
         let made = blkloom_core::Engine::new(loops, choice, spin, threads);
         made.map(|engine| Engine(Arc::new(engine.with_memory(memory)))).map_err(|error| match &error {
             blkloom_core::EngineError::NoRing(cause) => {
-                os_error(cause.raw_os_error().unwrap_or(38), "io_uring is not available here")
+                os_error(Errno::from_io_error(cause).unwrap_or(Errno::NOSYS), "io_uring is not available here")
             }
-            _ => os_error(5, &error.to_string()),
+            _ => os_error(Errno::IO, &error.to_string()),
         })
     }
 
@@ -73,20 +77,18 @@ pub struct Device {
 }
 
 impl Device {
-    /// A fork of the process that made it can do nothing with it.
+    /// Raises ForkedError in a fork of the process that created the device.
     fn check_here(&self, py: Python<'_>) -> PyResult<()> {
         if self.engine.is_here() {
             return Ok(());
         }
-        let name = self.inner.name();
-        Err(forked_error(py, &if name.is_empty() { "a device".into() } else { format!("device '{name}'") }))
+        Err(forked_error(py, &called(self.inner.name())))
     }
 
-    fn transfer(&self, py: Python<'_>, transfer: Transfer, fua: bool) -> PyResult<()> {
+    fn transfer(&self, py: Python<'_>, transfer: Transfer<'_>, fua: bool) -> PyResult<()> {
         self.check_here(py)?;
         py.detach(|| self.engine.transfer(&self.inner, transfer, fua)).map_err(|errno| {
-            let (verb, len) =
-                (if transfer.direction == Direction::Read { "read" } else { "write" }, transfer.memory.len());
+            let (verb, len) = (transfer.direction.op().name(), transfer.direction.len());
             self.error(errno, &format!("{verb} of {len} bytes at {}", transfer.offset))
         })
     }
@@ -98,22 +100,35 @@ impl Device {
             .map_err(|errno| self.error(errno, &format!("{} of {len} bytes at {offset}", op.name())))
     }
 
-    fn error(&self, errno: i32, what: &str) -> PyErr {
-        let (name, size) = (self.inner.name(), self.inner.size());
-        let name = if name.is_empty() { "device" } else { name };
-        os_error(errno, &format!("{name} ({size} bytes): {what}"))
+    fn error(&self, errno: Errno, what: &str) -> PyErr {
+        os_error(errno, &format!("{} ({} bytes): {what}", called(self.inner.name()), self.inner.size()))
     }
 }
 
+/// The name of a device in messages.
+fn called(name: &str) -> String {
+    if name.is_empty() { "the device".into() } else { format!("device '{name}'") }
+}
+
 fn suspend_error(error: SuspendError, name: &str) -> PyErr {
+    let name = called(name);
     match error {
         SuspendError::Timeout => PyTimeoutError::new_err(format!(
             "{name}: requests in flight, or another call, did not finish in time; nothing changed"
         )),
-        SuspendError::Closed => os_error(108, name),
+        SuspendError::Closed => os_error(Errno::SHUTDOWN, &name),
         SuspendError::Flush(errno) => os_error(errno, &format!("{name}: flush on suspend")),
-        SuspendError::TooDeep(levels) => os_error(40, &format!("{name}: {levels} devices would stand on one another")),
-        SuspendError::Cycle => PyValueError::new_err(format!("{name}: the new map would reach the device itself")),
+    }
+}
+
+fn swap_error(error: SwapError, name: &str) -> PyErr {
+    let name = called(name);
+    match error {
+        SwapError::Closed => os_error(Errno::SHUTDOWN, &name),
+        SwapError::TooDeep(levels) => {
+            os_error(Errno::LOOP, &format!("{name}: the stack would have {levels} levels of devices, the limit is 32"))
+        }
+        SwapError::Cycle => PyValueError::new_err(format!("{name}: the new map would reach the device itself")),
     }
 }
 
@@ -131,7 +146,7 @@ impl Device {
         let _for_subclasses = kwargs;
         let timeout = Duration::try_from_secs_f64(fault_timeout).map_err(value_error)?;
         let inner = blkloom_core::Device::new(name.to_owned(), map.map(|map| map.0.clone()), timeout)
-            .map_err(|error| suspend_error(error, name))?;
+            .map_err(|error| swap_error(error, name))?;
         Ok(Device { engine: engine.0.clone(), inner })
     }
 
@@ -163,14 +178,14 @@ impl Device {
     fn swap(&self, py: Python<'_>, map: &Map) -> PyResult<()> {
         self.check_here(py)?;
         let mapping = map.0.clone();
-        py.detach(|| self.inner.swap(mapping).map(drop)).map_err(|error| suspend_error(error, self.inner.name()))
+        py.detach(|| self.inner.swap(mapping).map(drop)).map_err(|error| swap_error(error, self.inner.name()))
     }
 
     fn resume(&self, py: Python<'_>) -> PyResult<()> {
         self.check_here(py)?;
         match py.detach(|| self.inner.resume()) {
             true => Ok(()),
-            false => Err(self.error(22, "resume without a map, or after close")),
+            false => Err(self.error(Errno::INVAL, "resume without a map, or after close")),
         }
     }
 
@@ -188,6 +203,17 @@ impl Device {
         Ok(faults.map(|faults| faults.into_iter().map(Fault::new).collect()))
     }
 
+    #[getter]
+    fn gate_changes(&self, py: Python<'_>) -> PyResult<u64> {
+        self.check_here(py)?;
+        Ok(self.inner.gate_changes())
+    }
+
+    fn fault_event(&self, py: Python<'_>) -> PyResult<i32> {
+        self.check_here(py)?;
+        Ok(self.inner.fault_event()?.as_raw_fd())
+    }
+
     fn wake_mapper(&self, py: Python<'_>) -> PyResult<()> {
         self.check_here(py)?;
         self.inner.wake_mapper();
@@ -195,20 +221,20 @@ impl Device {
     }
 
     #[getter]
-    fn held(&self, py: Python<'_>) -> PyResult<usize> {
+    fn deferred(&self, py: Python<'_>) -> PyResult<usize> {
         self.check_here(py)?;
-        Ok(self.inner.held())
+        Ok(self.inner.deferred())
     }
 
-    fn retry_held(&self, py: Python<'_>) -> PyResult<()> {
+    fn retry_deferred(&self, py: Python<'_>) -> PyResult<()> {
         self.check_here(py)?;
-        self.inner.retry_held();
+        self.inner.retry_deferred();
         Ok(())
     }
 
-    fn fail_held(&self, py: Python<'_>) -> PyResult<()> {
+    fn fail_deferred(&self, py: Python<'_>) -> PyResult<()> {
         self.check_here(py)?;
-        self.inner.fail_held();
+        self.inner.fail_deferred();
         Ok(())
     }
 
@@ -226,7 +252,7 @@ impl Device {
 
     fn pread<'py>(&self, py: Python<'py>, length: usize, offset: u64) -> PyResult<Bound<'py, PyBytes>> {
         if length as u64 > self.inner.size() {
-            let errno = if self.inner.closed() { 108 } else { 22 };
+            let errno = if self.inner.closed() { Errno::SHUTDOWN } else { Errno::INVAL };
             return Err(self.error(errno, &format!("read of {length} bytes at {offset}")));
         }
         // SAFETY: a new bytes object of `length` uninitialised bytes, or NULL with an exception set.
@@ -234,23 +260,23 @@ impl Device {
             let object = ffi::PyBytes_FromStringAndSize(std::ptr::null(), length as ffi::Py_ssize_t);
             Bound::from_owned_ptr_or_err(py, object)?.cast_into_unchecked::<PyBytes>()
         };
-        // SAFETY: nobody else has seen the object yet, so its memory is ours to fill; it lives in
-        // `bytes` until the read has ended.
+        // SAFETY: no other code has a reference to the new object, so this function may write its memory. `bytes` keeps
+        // it alive until the read has ended.
         let memory = unsafe { Slice::new(bytes.as_bytes().as_ptr().cast_mut(), length) };
-        self.transfer(py, Transfer { direction: Direction::Read, memory, offset }, false)?;
+        self.transfer(py, Transfer { direction: Direction::Read(memory), offset }, false)?;
         Ok(bytes)
     }
 
     fn pread_into(&self, py: Python<'_>, buffer: &Bound<'_, PyAny>, offset: u64) -> PyResult<usize> {
         let bytes = Bytes::of(buffer, true)?;
-        self.transfer(py, Transfer { direction: Direction::Read, memory: bytes.slice(), offset }, false)?;
+        self.transfer(py, Transfer { direction: reading(&bytes)?, offset }, false)?;
         Ok(bytes.len())
     }
 
     #[pyo3(signature = (data, offset, *, fua = false))]
     fn pwrite(&self, py: Python<'_>, data: &Bound<'_, PyAny>, offset: u64, fua: bool) -> PyResult<usize> {
         let bytes = Bytes::of(data, false)?;
-        self.transfer(py, Transfer { direction: Direction::Write, memory: bytes.slice(), offset }, fua)?;
+        self.transfer(py, Transfer { direction: Direction::Write(bytes.source()), offset }, fua)?;
         Ok(bytes.len())
     }
 
@@ -296,7 +322,7 @@ impl Device {
                 let before = at;
                 for found in self.engine.extents(&self.inner, at, end - at, asked.clone())? {
                     if found.offset != at {
-                        break; // a gap: the answer was cut short; ask again from here
+                        break; // a gap: the answer is incomplete; ask again from here
                     }
                     at += found.len;
                     match all.last_mut() {
@@ -305,7 +331,7 @@ impl Device {
                     }
                 }
                 if at == before {
-                    return Err(5);
+                    return Err(Errno::IO);
                 }
             }
             Ok(all)
@@ -319,28 +345,28 @@ impl Device {
             Ok(list) => list.clone(),
             Err(_) => PyList::new(py, requests.try_iter()?.collect::<PyResult<Vec<_>>>()?)?,
         };
-        let mut held = Vec::with_capacity(requests.len());
-        let mut batch = Vec::with_capacity(requests.len());
+        let mut asked = Vec::with_capacity(requests.len());
         for request in requests.iter() {
             let request = request.cast::<PyTuple>()?;
             if request.len() != 3 {
                 return Err(value_error("a request is (\"r\" or \"w\", buffer, offset)"));
             }
-            let direction = match request.get_borrowed_item(0)?.extract::<&str>()? {
-                "r" => Direction::Read,
-                "w" => Direction::Write,
+            let reads = match request.get_borrowed_item(0)?.extract::<&str>()? {
+                "r" => true,
+                "w" => false,
                 other => return Err(value_error(format!("direction {other:?}; \"r\" or \"w\""))),
             };
-            let bytes = Bytes::of(&request.get_item(1)?, direction == Direction::Read)?;
-            let offset = request.get_borrowed_item(2)?.extract()?;
-            batch.push(Transfer { direction, memory: bytes.slice(), offset });
-            held.push(bytes);
+            let bytes = Bytes::of(&request.get_item(1)?, reads)?;
+            let offset: u64 = request.get_borrowed_item(2)?.extract()?;
+            asked.push((reads, bytes, offset));
         }
+        let batch = asked.iter().map(transfer).collect::<PyResult<Vec<_>>>()?;
         let results = py.detach(|| self.engine.batch(&self.inner, &batch));
-        let answer = |(errno, bytes): (i32, &Bytes)| {
-            if errno == 0 { bytes.len() as i64 } else { -i64::from(errno) }
+        let answer = |(error, bytes): (Option<Errno>, &Bytes)| match error {
+            None => bytes.len() as i64,
+            Some(errno) => -i64::from(errno.raw_os_error()),
         };
-        Ok(results.into_iter().zip(&held).map(answer).collect())
+        Ok(results.into_iter().zip(asked.iter().map(|(_, bytes, _)| bytes)).map(answer).collect())
     }
 
     #[pyo3(signature = (notices, token, operation, offset, length, buffer = None, *, fua = false, unmap = true, fast = false,
@@ -370,13 +396,20 @@ impl Device {
         if let Some(bytes) = bytes.as_ref().filter(|bytes| bytes.len() as u64 != length) {
             return Err(value_error(format!("a buffer of {} bytes for {length}", bytes.len())));
         }
+        // SAFETY: this function keeps the view until `notices.hold`, and the notices keep it until the request has
+        // ended.
+        let memory = match &bytes {
+            None => Memory::None,
+            Some(bytes) if op == Op::Read => Memory::Borrowed(unsafe { bytes.promised() }.ok_or_else(read_only)?),
+            Some(bytes) => Memory::Source(unsafe { bytes.promised_source() }),
+        };
         let mut request = Request {
             device: self.inner.clone(),
             op,
             offset,
             len: length,
             flags: Flags { fua, unmap, fast, ..Flags::default() },
-            memory: bytes.as_ref().map_or(Memory::None, |bytes| Memory::Borrowed(bytes.slice())),
+            memory,
             owner: Owner::Notice { notices: notices.inner.clone(), token },
             started: Instant::now(),
             context: blkloom_core::context(context),
@@ -405,7 +438,7 @@ impl Device {
 
     #[getter]
     fn last_io_error(&self) -> Option<(&'static str, u64, i32, String)> {
-        self.inner.io_errors().last().map(|IoError { op, offset, errno, file }| (op.name(), offset, errno, file))
+        self.inner.io_errors().last().map(told)
     }
 
     #[getter]
@@ -416,7 +449,29 @@ impl Device {
     #[allow(clippy::type_complexity, reason = "a list of tuples, as Python sees it")]
     fn new_io_errors(&self) -> (Vec<(&'static str, u64, i32, String, u64)>, u64) {
         let News { kinds, others } = self.inner.io_errors().take();
-        let told = |(IoError { op, offset, errno, file }, times)| (op.name(), offset, errno, file, times);
+        let told = |(error, times)| {
+            let (op, offset, errno, file) = told(error);
+            (op, offset, errno, file, times)
+        };
         (kinds.into_iter().map(told).collect(), others)
     }
+}
+
+fn told(IoError { op, offset, errno, file }: IoError) -> (&'static str, u64, i32, String) {
+    (op.name(), offset, errno.raw_os_error(), file)
+}
+
+/// Converts one request of a batch: (whether it reads, buffer, offset).
+fn transfer((reads, bytes, offset): &(bool, Bytes, u64)) -> PyResult<Transfer<'_>> {
+    let direction = if *reads { reading(bytes)? } else { Direction::Write(bytes.source()) };
+    Ok(Transfer { direction, offset: *offset })
+}
+
+/// A read into a Python buffer.
+fn reading(bytes: &Bytes) -> PyResult<Direction<'_>> {
+    bytes.slice().map(Direction::Read).ok_or_else(read_only)
+}
+
+fn read_only() -> PyErr {
+    value_error("the buffer is read-only")
 }

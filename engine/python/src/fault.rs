@@ -1,12 +1,14 @@
-//! Faults, as the mapper thread sees them.
+//! Python class `Fault`, for the mapper thread.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use blkloom_core::Answer;
+use blkloom_io::Errno;
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyBytes};
 
-use crate::border::Bytes;
+use crate::border::{self, Bytes, value_error};
 
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Fault {
@@ -81,13 +83,28 @@ impl Fault {
     }
 
     #[getter]
-    fn full(&self) -> i32 {
-        self.with(|fault| fault.full)
+    fn no_space(&self) -> i32 {
+        self.with(|fault| border::number(fault.no_space))
     }
 
     #[getter]
     fn expired(&self) -> bool {
         self.with(|fault| fault.expired())
+    }
+
+    #[getter(from_client)]
+    fn is_from_client(&self) -> bool {
+        self.with(|fault| fault.from_client)
+    }
+
+    #[getter]
+    fn blocks_suspend(&self) -> bool {
+        self.with(|fault| fault.blocks_suspend())
+    }
+
+    #[getter]
+    fn time_left(&self) -> f64 {
+        self.with(|fault| fault.time_left().as_secs_f64())
     }
 
     fn payload<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
@@ -100,7 +117,7 @@ impl Fault {
 
     #[pyo3(signature = (data = None))]
     fn done(&self, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        let bytes = data.map(|data| Bytes::of(data, false)).transpose()?.map(|bytes| bytes.slice().to_vec());
+        let bytes = data.map(|data| Bytes::of(data, false)).transpose()?.map(|bytes| bytes.source().to_vec());
         self.with(|fault| fault.answer(Answer::Done(bytes)));
         Ok(())
     }
@@ -109,11 +126,22 @@ impl Fault {
         self.with(|fault| fault.answer(Answer::Extents(extents)));
     }
 
-    fn hold(&self, errno: i32) {
-        self.with(|fault| fault.hold(errno));
+    #[pyo3(signature = (errno, seconds = None))]
+    fn defer(&self, errno: i32, seconds: Option<f64>) -> PyResult<()> {
+        let errno = border::errno(errno).unwrap_or(Errno::IO);
+        let time = seconds.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
+        self.with(|fault| match time {
+            Some(time) => fault.defer_for(errno, time),
+            None => fault.defer(errno),
+        });
+        Ok(())
+    }
+
+    fn interrupt(&self, errno: i32) {
+        self.with(|fault| fault.interrupt(border::errno(errno).unwrap_or(Errno::IO)));
     }
 
     fn fail(&self, errno: i32) {
-        self.with(|fault| fault.answer(Answer::Fail(if errno > 0 { errno } else { 5 })));
+        self.with(|fault| fault.answer(Answer::Fail(border::errno(errno).unwrap_or(Errno::IO))));
     }
 }

@@ -1,24 +1,56 @@
-//! The glue: Python's view of the engine. No logic; types cross here and nothing else happens.
+//! Python bindings of the engine. No logic: this crate only converts types.
 //!
-//! Every call that moves bytes or may wait detaches from the interpreter. A panic in the engine would
-//! surface as PanicException on the calling thread; loops have no caller and must not panic.
+//! Every call that moves bytes or may wait detaches from the interpreter. A panic in the engine becomes a
+//! PanicException on the calling thread; event loops have no caller and must not panic.
 
+mod backend;
 mod border;
 mod device;
 mod export;
 mod fault;
-mod places;
+mod filters;
+mod fuse;
+mod log;
+mod maps;
+mod mount;
+mod nbd;
+mod ublk;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 mod _engine {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::backend::{BackendOperation, BackendQueue};
     #[pymodule_export]
     use crate::device::{Device, Engine};
     #[pymodule_export]
-    use crate::export::{Connection, Detached, Export, Notices, serve_nbd};
+    use crate::export::{Export, Notices, Transport};
     #[pymodule_export]
     use crate::fault::Fault;
     #[pymodule_export]
-    use crate::places::{ClusterTable, Extent, File, Map, Region};
+    use crate::filters::{BadBlockFilter, DelayFilter, ErrorFilter, FlakeyFilter, SwitchFilter, ThrottleFilter};
+    #[pymodule_export]
+    use crate::fuse::{
+        DetachedFuse, FuseFile, fuse_can_resend, fuse_init, fuse_invalidate, fuse_is_over_uring, fuse_resend,
+        serve_fuse,
+    };
+    #[pymodule_export]
+    use crate::log::{end_log, has_log_records, log_records};
+    #[pymodule_export]
+    use crate::maps::{ClusterTable, Extent, File, Map, Region};
+    #[pymodule_export]
+    use crate::mount::{mount, unmount};
+    #[pymodule_export]
+    use crate::nbd::{Detached, serve_nbd};
+    #[pymodule_export]
+    use crate::ublk::{UblkNode, serve_ublk, ublk_control};
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        blkloom_core::log::collect();
+        Ok(())
+    }
 }

@@ -1,7 +1,7 @@
-//! NBD's transmission phase as bytes: requests in, replies out.
+//! Parser of NBD requests and builder of NBD replies (transmission phase).
 //!
-//! Pure: no I/O, no unsafe, no allocation but the caller's buffer. Parsing never fails on what the
-//! protocol lets a connection survive: a parsed `Request` may still carry a `refusal`. Source:
+//! No I/O, no unsafe code, and no allocation except in the caller's buffer. Parsing fails only if the connection must
+//! be closed: an invalid request that the protocol answers with an error is a `Request` with a `refusal`. Source:
 //! NetworkBlockDevice doc/proto.md, with the extended headers of its extension-ext-header branch.
 #![forbid(unsafe_code)]
 

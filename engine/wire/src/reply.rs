@@ -1,4 +1,4 @@
-//! Replies: simple, structured and extended chunks, appended to the caller's buffer.
+//! Builder of replies: simple replies, structured and extended reply chunks. All are appended to the caller's buffer.
 
 use crate::request::Style;
 
@@ -13,10 +13,10 @@ const BLOCK_STATUS: u16 = 5;
 const BLOCK_STATUS_EXT: u16 = 6;
 const ERROR: u16 = (1 << 15) | 1;
 
-/// No chunk carries more block status descriptors than this (the protocol's SHOULD is 2^20).
+/// Maximum number of block status descriptors in one chunk (the protocol recommends at most 2^20).
 pub const MAX_DESCRIPTORS: usize = 1 << 16;
 
-/// The error values the protocol allows.
+/// The error values that the protocol allows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum ErrorCode {
@@ -30,7 +30,7 @@ pub enum ErrorCode {
     Shutdown = 108,
 }
 
-/// An errno (Linux numbers) as one of the protocol's.
+/// Converts an errno (Linux numbers) to an error value of the protocol.
 pub fn nbd_errno(errno: i32) -> ErrorCode {
     match errno {
         1 | 13 | 30 => ErrorCode::NotPermitted, // EPERM EACCES EROFS
@@ -44,7 +44,7 @@ pub fn nbd_errno(errno: i32) -> ErrorCode {
     }
 }
 
-/// What a reply must repeat of its request.
+/// The values of a request that its reply repeats.
 #[derive(Clone, Copy, Debug)]
 pub struct Framing {
     pub style: Style,
@@ -52,7 +52,7 @@ pub struct Framing {
     pub offset: u64,
 }
 
-/// Where replies are appended to.
+/// A buffer that replies are appended to.
 pub trait Sink {
     fn put(&mut self, bytes: &[u8]);
 }
@@ -64,7 +64,7 @@ impl Sink for Vec<u8> {
 }
 
 impl Framing {
-    /// A chunk's head. A simple style has no chunks; its callers never come here.
+    /// Appends the header of a chunk. Not for `Style::Simple`, which has no chunks.
     fn chunk(&self, out: &mut impl Sink, flags: u16, kind: u16, length: u64) {
         match self.style {
             Style::Simple | Style::Structured => {
@@ -98,7 +98,7 @@ impl Framing {
     }
 }
 
-/// Success without data.
+/// Appends a reply of success without data.
 pub fn success(framing: &Framing, out: &mut impl Sink) {
     match framing.style {
         Style::Simple => framing.simple(out, 0),
@@ -106,7 +106,7 @@ pub fn success(framing: &Framing, out: &mut impl Sink) {
     }
 }
 
-/// An error; `message` reaches the client where the style carries one.
+/// Appends an error reply. Simple replies have no `message`.
 pub fn error(framing: &Framing, out: &mut impl Sink, code: ErrorCode, message: &str) {
     if framing.style == Style::Simple {
         return framing.simple(out, code as u32);
@@ -118,8 +118,8 @@ pub fn error(framing: &Framing, out: &mut impl Sink, code: ErrorCode, message: &
     out.put(message);
 }
 
-/// The head of a read's data; `length` bytes of it must follow. `offset` is where this part begins;
-/// `last`: no further chunk of this request follows. A simple reply has exactly one part.
+/// Appends the header of a read's data. `length` bytes of data must follow. offset: of this part. last: no further
+/// chunk of this request follows. A simple reply has exactly one part.
 pub fn read_data(framing: &Framing, out: &mut impl Sink, offset: u64, length: u64, last: bool) {
     if framing.style == Style::Simple {
         return framing.simple(out, 0);
@@ -128,15 +128,15 @@ pub fn read_data(framing: &Framing, out: &mut impl Sink, offset: u64, length: u6
     out.put(&offset.to_be_bytes());
 }
 
-/// A part of a read that is all zeros (structured and extended replies only). length below 2^32.
+/// Appends a hole: a part of a read that is all zeros (structured and extended replies only). length: below 2^32.
 pub fn hole(framing: &Framing, out: &mut impl Sink, offset: u64, length: u64, last: bool) {
     framing.chunk(out, if last { DONE } else { 0 }, OFFSET_HOLE, 12);
     out.put(&offset.to_be_bytes());
     out.put(&(length as u32).to_be_bytes());
 }
 
-/// What contexts say, each with its id: (length, status) descriptors that must not be empty. One chunk a context,
-/// and one context at least.
+/// Appends a block status reply: one chunk per metadata context, with its id and its descriptors (length, status). At
+/// least one context, and at least one descriptor per context.
 pub fn block_status<E: AsRef<[(u64, u32)]>>(
     framing: &Framing,
     out: &mut impl Sink,
@@ -149,7 +149,7 @@ pub fn block_status<E: AsRef<[(u64, u32)]>>(
     }
 }
 
-/// One chunk. A structured reply cuts a run that does not fit 32 bits, and ends there.
+/// Appends the chunk of one context. A structured reply shortens a run that does not fit 32 bits, and ends there.
 fn context_status(framing: &Framing, out: &mut impl Sink, flags: u16, context: u32, extents: &[(u64, u32)]) {
     let extents = &extents[..extents.len().min(MAX_DESCRIPTORS)];
     if framing.style == Style::Extended {

@@ -1,4 +1,4 @@
-//! Request headers, compact (28 bytes) and extended (32 bytes).
+//! Parser of request headers, compact (28 bytes) and extended (32 bytes).
 
 use crate::reply::{ErrorCode, Sink};
 
@@ -27,7 +27,7 @@ pub enum Command {
     BlockStatus,
 }
 
-/// What the handshake settled about the form of requests and replies.
+/// The negotiated form of requests and replies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Style {
     Simple,
@@ -35,7 +35,7 @@ pub enum Style {
     Extended,
 }
 
-/// A header, taken apart but not yet judged.
+/// A parsed header that is not checked yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     pub flags: u16,
@@ -45,25 +45,26 @@ pub struct Header {
     pub length: u64,
 }
 
-/// The stream is out of step; only hanging up is safe.
+/// The request magic is wrong: the connection must be closed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Malformed {
     pub magic: u32,
 }
 
-/// Why a well-formed request is answered with an error without being tried.
+/// The reason why a request is answered with an error without being executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Refusal {
     pub code: ErrorCode,
     pub why: &'static str,
 }
 
+/// A checked request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Request {
     pub header: Header,
-    /// None with a refusal: a command the protocol does not know.
+    /// None: the command is unknown, and there is a refusal.
     pub command: Option<Command>,
-    /// Bytes that follow the header on the wire, whether or not the request is refused.
+    /// Bytes of payload that follow the header, also if the request is refused.
     pub payload: u64,
     pub refusal: Option<Refusal>,
 }
@@ -76,7 +77,7 @@ impl Style {
         }
     }
 
-    /// Takes one header apart. None: not enough bytes yet.
+    /// Parses one header. None: not enough bytes yet.
     pub fn header(self, bytes: &[u8]) -> Result<Option<Header>, Malformed> {
         let magic = match self {
             Style::Extended => EXTENDED_MAGIC,
@@ -106,7 +107,7 @@ impl Style {
 }
 
 impl Header {
-    /// The bytes `Style::header` took apart.
+    /// Appends the header's bytes, the inverse of `Style::header`.
     pub fn put(self, style: Style, out: &mut impl Sink) {
         let (magic, length) = match style {
             Style::Extended => (EXTENDED_MAGIC, self.length.to_be_bytes()),
@@ -121,7 +122,7 @@ impl Header {
     }
 }
 
-/// What the export and the handshake allow; requests are judged against it.
+/// What the export and the handshake allow. Requests are checked against it.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     pub style: Style,
@@ -132,10 +133,10 @@ pub struct Rules {
 }
 
 impl Header {
-    /// Judges a header: which command, how much payload follows, and whether it must be refused.
+    /// Checks a header: command, length of the payload, and whether the request must be refused.
     pub fn request(self, rules: &Rules) -> Request {
-        // A write without PAYLOAD_LEN breaks a MUST of extended headers, but QEMU up to 10 sends just
-        // that, payload and all, and QEMU's own server takes it; so do we.
+        // Extended headers require PAYLOAD_LEN for a write, but QEMU up to 10 sends writes with a payload without it.
+        // QEMU's server accepts that, and so does this parser.
         let has_payload = self.kind == 1 || rules.style == Style::Extended && self.flags & flags::PAYLOAD_LEN != 0;
         let payload = if has_payload { self.length } else { 0 };
         let command = match self.kind {

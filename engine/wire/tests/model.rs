@@ -1,4 +1,4 @@
-//! Requests parse to what was sent and every refusal is one the protocol names.
+//! Parsed requests equal the sent ones, and every refusal is an error that the protocol specifies.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use blkloom_wire::{Command, ErrorCode, Framing, Rules, Style, block_status, error, flags, hole, read_data, success};
@@ -59,7 +59,7 @@ proptest! {
             let raw = if style == Style::Extended { extended(f, k, 0, o, l) } else { compact(f, k, 0, o, l as u32) };
             let header = style.header(&raw).unwrap().unwrap();
             let request = header.request(&rules(style));
-            // Whatever is let through lies inside the export.
+            // Every accepted request is inside the export.
             if request.refusal.is_none() && request.command != Some(Command::Disconnect) {
                 prop_assert!(header.offset.checked_add(header.length).unwrap() <= 1 << 20);
             }
@@ -67,7 +67,7 @@ proptest! {
     }
 }
 
-/// One chunk of block status, taken apart by hand: (flags, context, descriptors), and what follows it.
+/// One parsed chunk of block status: (flags, context, descriptors), and the bytes after it.
 type Status = (u16, u32, Vec<(u64, u64)>);
 
 fn take_status(style: Style, bytes: &[u8], (cookie, offset): (u64, u64)) -> (Status, &[u8]) {
@@ -106,7 +106,7 @@ proptest! {
             for (index, (id, runs)) in told.iter().enumerate() {
                 let ((flags, context, found), behind) = take_status(style, rest, (cookie, offset));
                 prop_assert_eq!((flags, context), (u16::from(index + 1 == told.len()), *id));
-                // Told truly from the first on; what does not fit 32 bits is cut, and nothing follows it.
+                // The first descriptors are true; a length that does not fit 32 bits is cut, and nothing follows it.
                 prop_assert!(!found.is_empty());
                 for (&(length, status), &(wanted, flags)) in found.iter().zip(runs) {
                     prop_assert_eq!(status, u64::from(flags));

@@ -1,1 +1,1 @@
-"""The command line: one file a verb. `main` catches errors and turns them into exit codes."""
+"""The command line: one module for each verb. `main` turns errors into exit codes."""

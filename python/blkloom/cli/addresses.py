@@ -1,4 +1,4 @@
-"""Addresses on a command line."""
+"""Parses TCP addresses on the command line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def host_port(text: str) -> tuple[str, int]:
     if text.endswith("]") or not (colon or text.isdigit()):
         host, port = text, _DEFAULT_PORT
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise click.BadParameter(f"{text!r}: the port must be a number up to 65535, as in localhost:10809")
+        raise click.BadParameter(f"'{text}': the port must be a number up to 65535, as in localhost:10809")
     bracketed = host.startswith("[") and host.endswith("]")
     if ":" in host and not bracketed:
-        raise click.BadParameter(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:10809")
+        raise click.BadParameter(f"'{text}': write an IPv6 address in brackets, as in [::1]:10809")
     return (host[1:-1] if bracketed else host) or "localhost", int(port)
 
 
@@ -28,10 +28,10 @@ listen_option: Final = click.option(
     "--listen",
     type=host_port,
     metavar="[HOST:]PORT",
-    help="Listen on TCP, on localhost if there is no HOST; port 0 finds a free one.",
+    help="Listen on TCP (on localhost without HOST); port 0 selects a free port.",
 )
 allow_remote_option: Final = click.option(
     "--allow-remote",
     is_flag=True,
-    help="Confirm a --listen that other hosts reach: NBD asks for no password.",
+    help="Allow --listen on an address that other hosts can reach: NBD has no authentication.",
 )

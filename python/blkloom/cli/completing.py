@@ -1,16 +1,16 @@
-"""What a shell may put where a device is named."""
+"""Shell completion of the names of devices and verbs."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import CompletionItem
 
-from blkloom.dm.names import Mangling, show_name
+from blkloom.device_names import Mangling, show_name
 from blkloom.errors import BlkloomError
 
 
 def complete_devices(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of devices; none where there is no supervisor: a shell's Tab must not start one."""
+    """Names of the devices. Empty if no supervisor runs: completion must not start one."""
     from blkloom.cli.connecting import connect
     from blkloom.cli.session import RUN_DIR
 
@@ -18,5 +18,12 @@ def complete_devices(context: click.Context, _parameter: click.Parameter, incomp
         with connect(context.find_root().params.get("run_dir") or context.meta.get(RUN_DIR), start=False) as client:
             names = [show_name(info.name, Mangling.NONE) for info in client.info()]
     except (BlkloomError, OSError):
-        return []  # A shell has no place for our errors.
+        return []  # A shell cannot show errors during completion.
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def complete_verbs(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the verbs."""
+    root = context.find_root()
+    assert isinstance(root.command, click.Group), "blkloom is a group of verbs"
+    return [CompletionItem(name) for name in root.command.list_commands(root) if name.startswith(incomplete)]

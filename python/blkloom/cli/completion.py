@@ -1,4 +1,4 @@
-"""`blkloom completion`: what a shell needs to complete the command's words."""
+"""`blkloom completion`: completion scripts for shells."""
 
 from __future__ import annotations
 

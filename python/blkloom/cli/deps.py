@@ -1,4 +1,4 @@
-"""`blkloom deps`: what devices stand on."""
+"""`blkloom deps`: lists the devices and files below each device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from blkloom.dm.dependencies import Dependency, dependencies
 @click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname.")
 @click.option("--inactive", is_flag=True, hidden=True)
 def deps(session: Session, operands: tuple[str, ...], options: str | None, inactive: bool) -> None:
-    """Tell which devices and files the tables of devices name.
+    """List the devices and files that the tables of devices refer to.
 
-    Block devices and devices of blkloom's have numbers or names, files their paths.
+    Block devices and blkloom devices are shown by number or name, files by path.
     """
     how = device_names(options)
     others = {info.name: info for info in session.everything()}

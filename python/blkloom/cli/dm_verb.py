@@ -1,8 +1,8 @@
-"""A verb of dmsetup's: its words are read as dmsetup's getopt reads them.
+"""Command-line parser for the verbs of dmsetup: accepts the same options and operands as dmsetup.
 
-Options of dmsetup's without a meaning here (`IGNORED`) go with every verb; of the others those that the verb
-has a use for, and the rest is refused: a selector that is not looked at would act on every device. A verb is a
-function of its `Session`, its words and its own options.
+Every verb accepts and ignores dmsetup's options that have no meaning here (`IGNORED`). Options that the verb does not
+use are refused: if a selector were ignored, the verb would act on every device. A verb is a function of its `Session`,
+its operands and its own options.
 """
 
 from __future__ import annotations
@@ -10,29 +10,33 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Set
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem
 from typing_extensions import override
 
 from blkloom.cli.completing import complete_devices
 from blkloom.cli.session import NAMING, Session
+from blkloom.device_names import Mangling
 from blkloom.dm.failing import NotACommandLine, Told, WrongCount
-from blkloom.dm.names import Mangling
 from blkloom.dm.options import IGNORED, LETTERS, LONG, read_words
 from blkloom.errors import BlkloomError
 
 _SHARED: Final = frozenset({"manglename", "verbose"})
-"""Options that every verb has, and that `Session` reads."""
+"""Options of every verb; `Session` reads them."""
 ONE: Final = frozenset({"uuid", "major", "minor"})
-"""Options, read by `Session`, of a verb for one device."""
+"""Selector options of a verb for one device; `Session` reads them."""
 MANY: Final = ONE | {"select"}
-"""Options, read by `Session`, of a verb for any number of them."""
+"""Selector options of a verb for several devices; `Session` reads them."""
+
+Completer: TypeAlias = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+"""Completes a word for a shell."""
 
 
 class DmCommand(click.Command):
-    """operands: the fewest and the most words behind the options; None: as many as one likes. selectors: options
-    that say which devices it is for.
+    """A verb. operands: least and greatest number of operands; None: no limit. selectors: options that select its
+    devices.
     """
 
     def __init__(
@@ -75,15 +79,21 @@ class DmCommand(click.Command):
             for name in param.opts
             if name.startswith("--")
         }
-        words = read_words(args, own)
+        own_letters = {
+            opt[1]: next(name[2:] for name in param.opts if name.startswith("--"))
+            for param in self.params
+            for opt in param.opts
+            if len(opt) == 2 and opt[1] not in LETTERS
+        }
+        words = read_words(args, own, own_letters)
         if "--help" in words.options:
             return super().parse_args(ctx, ["--help"])
         names = {option[2:].partition("=")[0] for option in words.options}
         _check(names, self._selectors)
         if useless := sorted(name for name in names if name not in own and name not in self._known):
             raise NotACommandLine(
-                f"{ctx.info_name} has no use for --{useless[0]}.",
-                what=f"`blkloom {ctx.info_name} --help` says what it has",
+                f"{ctx.info_name} does not take --{useless[0]}.",
+                what=f"`blkloom {ctx.info_name} --help` lists its options",
             )
         if len(words.operands) < self._least or (self._most is not None and len(words.operands) > self._most):
             raise WrongCount(self.get_usage(ctx))
@@ -108,12 +118,12 @@ def verb(
     *operands: str,
     least: int = 0,
     most: int | None = None,
-    complete: bool = True,
+    complete: Completer | None = complete_devices,
     name: str | None = None,
     selectors: frozenset[str] = frozenset(),
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """A function (session, operands, options...) as a verb of dmsetup's. operands: how the help writes
-    them. complete: whether they are names of devices. selectors: ONE or MANY, or none.
+    """Decorator: makes a verb from a function (session, operands, options...). operands: their text in the help.
+    complete: completes the operands for shells, None: nothing does. selectors: ONE, MANY, or none.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -127,7 +137,7 @@ def verb(
                 ["operands"],
                 nargs=-1,
                 metavar=" ".join(operands),
-                shell_complete=complete_devices if complete else None,
+                shell_complete=complete,
             )
             command.params.insert(0, argument)
         else:
@@ -139,11 +149,11 @@ def verb(
 
 _HELP: Final = {
     "uuid": "The device with this uuid.",
-    "major": "With -m: the device with this number (the major one is 0).",
-    "minor": "With -j: the device with this number.",
-    "manglename": "How names are meant and shown: auto, hex or none.",
-    "verbose": "Tell the device's state too.",
-    "select": "Devices that a selection fits, as in -S 'open>0'.",
+    "major": "Select the device by number, with -m (the major number is 0).",
+    "minor": "Select the device by number, with -j.",
+    "manglename": "How names are read and shown: auto, hex or none.",
+    "verbose": "Also print the state of the device.",
+    "select": "Only devices that match the selection, as in -S 'open>0'.",
 }
 _METAVARS: Final = {
     "uuid": "UUID",
@@ -172,15 +182,15 @@ def _numbers(context: click.Context) -> None:
 
 
 def _integer(text: str) -> int:
-    """As atoi: what begins as no number is 0. But one that no device can have stays one: atoi's would wrap around to
-    that of another device.
+    """Parses a number like atoi: text without a number is 0. A number that is too large stays too large: with atoi it
+    would wrap around to the number of another device.
     """
     begin = re.match(r"\s*([+-]?[0-9]{1,4000})", text, re.ASCII)  # int refuses more digits
     return int(begin[1]) if begin else 0
 
 
 def _check(names: Set[str], selectors: frozenset[str]) -> None:
-    """What dmsetup refuses before it looks at the verb; and two ways to name a device at once."""
+    """Refuses the options that dmsetup refuses for every verb, and two selectors for the same device."""
     if ("major" in names) != ("minor" in names):
         raise NotACommandLine(
             "Please specify both major number and minor number.", what="the major number is 0: -j 0 -m N"

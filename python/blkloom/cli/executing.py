@@ -1,4 +1,4 @@
-"""`--exec`: a command of the user's for each device."""
+"""`--exec`: runs a command for each device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from blkloom.dm.failing import VerbFailed
 
 
 def execute(command: str, session: Session, info: DeviceInfo) -> None:
-    """Runs the command's words, as white space divides them, with the path of the device's socket behind
-    them, and waits; its exit status does not count (as with dmsetup). Raises VerbFailed.
+    """Runs the command and waits for it. The command is split at white space, and the path of the device's socket is
+    its last argument. Its exit status is ignored, as in dmsetup. Raises VerbFailed.
     """
     words = command.split()
     if not words:

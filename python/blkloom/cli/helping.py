@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from blkloom.cli.completing import complete_verbs
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
 from blkloom.dm.report import list_fields
 
 
-@verb("[VERB]", most=1, complete=False)
+@verb("[VERB]", most=1, complete=complete_verbs)
 @click.option("-c", "-C", "--columns", is_flag=True, help="The fields of info -c too.")
 def help(session: Session, operands: tuple[str, ...], columns: bool) -> None:
     """Print the help of the command, or of a verb."""

@@ -20,17 +20,17 @@ _HEADINGS = {"none": 0, "0": 0, "abbrev": 1, "1": 1, "full": 2, "2": 2}
 
 @verb("[DEVICE...]", selectors=MANY)
 @click.option("-c", "-C", "--columns", is_flag=True, help="Columns instead of lines.")
-@click.option("-o", "--options", metavar="FIELDS", help="Which columns; +FIELDS for more; help lists them.")
-@click.option("-O", "--sort", metavar="FIELDS", help="Order by these; -FIELD for falling order.")
+@click.option("-o", "--options", metavar="FIELDS", help="Columns to print; +FIELDS adds columns; `help` lists them.")
+@click.option("-O", "--sort", metavar="FIELDS", help="Sort by these fields; -FIELD sorts in descending order.")
 @click.option("--noheadings", is_flag=True, help="No headings, and : between columns.")
 @click.option("--headings", metavar="HOW", help="none, abbrev or full.")
-@click.option("--separator", metavar="TEXT", help="Between columns, which then are not aligned.")
-@click.option("--nameprefixes", is_flag=True, help="As shell assignments: DM_NAME='disk'.")
-@click.option("--unquoted", is_flag=True, help="With --nameprefixes: without quotes.")
+@click.option("--separator", metavar="TEXT", help="Separator between columns, which are then not aligned.")
+@click.option("--nameprefixes", is_flag=True, help="Print shell assignments: DM_NAME='disk'.")
+@click.option("--unquoted", is_flag=True, help="No quotes around the values of --nameprefixes.")
 @click.option("--rows", is_flag=True, help="Columns as rows.")
-@click.option("--unbuffered", is_flag=True, help="Do not make columns wider for what is in them.", hidden=True)
+@click.option("--unbuffered", is_flag=True, help="Do not widen columns to fit their contents.", hidden=True)
 @click.option("--inactive", is_flag=True, hidden=True)
-@click.option("--json", "as_json", is_flag=True, help="All there is to know, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the full state as JSON.")
 def info(
     session: Session,
     operands: tuple[str, ...],
@@ -47,7 +47,7 @@ def info(
     inactive: bool,
     as_json: bool,
 ) -> None:
-    """Tell the state of devices (of all, without DEVICE).
+    """Print the state of devices (of all, without DEVICE).
 
     \b
     blkloom info disk
@@ -76,7 +76,7 @@ def info(
         as_rows=rows,
     )
     if session.select is not None:
-        parse_selection(session.select)  # what is no selection is said before anybody is asked
+        parse_selection(session.select)  # an invalid selection is an error before the supervisor is asked
     chosen = session.rows(list(session.found(operands)))
     for line in lay_out(sort_rows(chosen, sort or ""), fields, layout):
         click.echo(line)

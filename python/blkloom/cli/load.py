@@ -1,4 +1,4 @@
-"""`blkloom load`, `reload`, `clear`: the inactive slot."""
+"""`blkloom load`, `reload`, `clear`: fill and empty the inactive slot."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import click
 
 from blkloom.cli.dm_verb import MANY, ONE, verb
 from blkloom.cli.session import Session
+from blkloom.cli.table_completion import complete_table
 from blkloom.cli.tables import read_table
 from blkloom.dm.failing import VerbFailed
 
-_table = click.option("--table", metavar="TABLE", help="The table; else from TABLE_FILE, else from standard input.")
-_readonly = click.option("-r", "--readonly", is_flag=True, help="For reading only.")
+_table = click.option(
+    "--table", metavar="TABLE", shell_complete=complete_table, help="The table (else TABLE_FILE or standard input)."
+)
+_readonly = click.option("-r", "--readonly", "--read-only", "readonly", is_flag=True, help="For reading only.")
 _notable = click.option("-n", "--notable", is_flag=True, hidden=True)
-_shared = click.option("--shared", is_flag=True, help="Do not lock files: others may write to them.")
+_shared = click.option("--shared", is_flag=True, help="Do not lock the files: other programs may write to them.")
 
 
 def _load(
     session: Session, operands: tuple[str, ...], table: str | None, readonly: bool, notable: bool, shared: bool
 ) -> None:
-    """Put a table into a device's inactive slot; resume swaps it in.
+    """Load a table into the inactive slot of a device; `resume` makes it active.
 
     \b
     blkloom load disk --table '0 4096 loop bigger.img'
     blkloom resume disk
 
-    A table that cannot be loaded leaves everything as it was.
+    If the table cannot be loaded, nothing changes.
     """
     if notable:
         raise VerbFailed("--notable only available when creating new device.")
@@ -56,7 +59,7 @@ reload = _named("reload")
 
 @verb("DEVICE...", selectors=MANY)
 def clear(session: Session, operands: tuple[str, ...]) -> None:
-    """Empty the inactive slot: the table loaded there is forgotten."""
+    """Remove the table from the inactive slot of a device."""
     for named in session.each(operands):
         with session.ioctl(named, "clear"):
             session.client.clear(named.wire)

@@ -1,4 +1,4 @@
-"""`blkloom loop`: losetup, with its options and words, for devices of blkloom's."""
+"""`blkloom loop`: losetup for blkloom devices, with the same options and messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blkloom.version import VERSION
 
 
 class _LoopCommand(click.Command):
-    """Its words are read as losetup reads them; its parameters are there for help and completion."""
+    """Parses the command line like losetup; its parameters serve only for help and completion."""
 
     @override
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -40,7 +40,7 @@ class _LoopCommand(click.Command):
 
 
 def _flags(*named: tuple[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options of the help: how they are written, and what for."""
+    """Options in the help: their form and their meaning."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for written, text in reversed(named):
@@ -56,27 +56,29 @@ def _flags(*named: tuple[str, str]) -> Callable[[Callable[..., None]], Callable[
 @click.command(cls=_LoopCommand)
 @click.argument("operands", nargs=-1, metavar="[LOOPDEV] [FILE]", shell_complete=complete_devices)
 @_flags(
-    ("-f,--find", "The first unused device; with FILE: set it up."),
-    ("--show", "Print its name."),
+    ("-f,--find", "Find the first unused device; with FILE, set it up."),
+    ("--show", "Print its node, where there is one; else its name."),
     ("--name NAME", "With -f: call it NAME."),
     ("-o,--offset NUM", "Start at this byte of FILE (suffixes K M G T, KB MB ...)."),
-    ("--sizelimit NUM", "At most so many bytes of FILE."),
+    ("--sizelimit NUM", "Use at most this many bytes of FILE."),
     ("-b,--sector-size NUM", "Logical block size: 512, 1024, 2048 or 4096."),
     ("-r,--read-only", "For reading only."),
-    ("-P,--partscan", "Partitions become devices too: loop0p1, loop0p2, ..."),
+    ("-P,--partscan", "Also make devices for the partitions: loop0p1, loop0p2, ..."),
     ("--direct-io [=on|off]", "Past the page cache."),
-    ("--block-map [=try]", "Past the file system; with try: where that is sound."),
-    ("--autoclear", "It goes when its last client leaves."),
-    ("--shared", "Do not lock FILE: others may write to it."),
-    ("-L,--nooverlap", "Use the device that FILE has already; refuse one that overlaps."),
-    ("-d,--detach", "Detach devices; those in use when they are used no more."),
+    ("--block-map [=try]", "Map the file's blocks (no file system in the data path); try: if possible."),
+    ("--autoclear", "Remove the device and its node after the last user has left."),
+    ("--no-attach", "Make no node, and print the name of the device."),
+    ("--no-scan", "udev does not look what is on the node: no LVM, MD or btrfs of it is activated."),
+    ("--shared", "Do not lock FILE: other programs may write to it."),
+    ("-L,--nooverlap", "Use an existing device for FILE; refuse an overlapping one."),
+    ("-d,--detach", "Detach devices; a device in use is detached after its last use."),
     ("-D,--detach-all", "Detach all loop devices."),
-    ("-c,--set-capacity", "Look at the file's size again, and at the partitions."),
-    ("--change FILE", "Another file of the same size under a read-only device."),
+    ("-c,--set-capacity", "Read the size of the file and the partitions again."),
+    ("--change FILE", "Replace the file of a read-only device by one of the same size."),
     ("-a,--all", "List all loop devices."),
-    ("-j,--associated FILE", "List those of FILE (-o: with this offset)."),
+    ("-j,--associated FILE", "List the devices of FILE (with -o: at this offset)."),
     ("-l,--list", "List as a table."),
-    ("-O,--output COLUMNS", "Columns of the table; +COLUMNS for more."),
+    ("-O,--output COLUMNS", "Columns of the table; +COLUMNS adds columns."),
     ("--output-all", "All columns."),
     ("-n,--noheadings", "No headings."),
     ("--raw", "Columns not aligned."),
@@ -86,17 +88,19 @@ def loop(options: LoopOptions) -> None:
     """Set up files as devices, as losetup does.
 
     \b
-    blkloom loop -f --show disk.img            a device on a file; its name
+    blkloom loop -f --show disk.img            a device on a file; its node, or its name
+    mount $(blkloom loop -f --show disk.img) /mnt
     blkloom loop -f --show -P -r usb.img       its partitions too: loop0p1, ...
     blkloom info -c --noheadings -o socket loop0
     blkloom loop                               the table of all
     blkloom loop -c loop0                      the file has grown
     blkloom loop -d loop0
 
-    LOOPDEV is loop0 or any other name (/dev/loop0 means loop0); clients find it at its socket.
+    LOOPDEV is loop0 or any other name, or the path of its node; NBD clients find it at its socket. As root it is
+    attached as well, if the machine can do that; its node (/dev/loopN) need not have the number of its name.
 
     Columns: AUTOCLEAR, BACK-FILE, BACK-INO, BACK-MAJ:MIN, NAME, OFFSET, PARTSCAN, RO, SIZELIMIT, MAJ:MIN,
-    DIO, LOG-SEC, SOCKET, MODE.
+    DIO, LOG-SEC, NODE, SOCKET, MODE.
     """
     if "version" in options:
         click.echo(f"blkloom loop from blkloom {VERSION}")
@@ -105,7 +109,7 @@ def loop(options: LoopOptions) -> None:
 
 
 def _act(session: Session, options: LoopOptions) -> None:
-    """Which of losetup's actions is meant, in the order in which it decides."""
+    """Selects the action of losetup, in the same order as losetup."""
     from blkloom.cli import loop_setup
 
     words = list(options.operands)
@@ -159,7 +163,7 @@ def _act(session: Session, options: LoopOptions) -> None:
 
 
 def _refuse_setup(options: LoopOptions, *, offset: bool = False) -> None:
-    """Options that set something up do not go with other actions."""
+    """Refuses setup options for other actions."""
     if {
         "sizelimit",
         "partscan",
@@ -169,10 +173,11 @@ def _refuse_setup(options: LoopOptions, *, offset: bool = False) -> None:
         "shared",
         "name",
         "nooverlap",
+        "no-scan",
     } & options.given.keys():
         raise LoopFailed(
             "the options --{sizelimit,partscan,read-only,show} are allowed during loop device setup only",
-            what="and so are --autoclear, --name, --nooverlap and --shared",
+            what="and so are --autoclear, --name, --nooverlap, --no-scan and --shared",
         )
     if options.offset is not None and not offset:
         raise LoopFailed("the option --offset is not allowed in this context")

@@ -1,7 +1,7 @@
-"""Loop devices as the supervisor has them: their tables, their notes, and how the command line names them.
+"""Loop devices in the supervisor: their tables, their notes, and how the command line names them.
 
-A loop device is one that `blkloom loop` made (it has `LoopNotes` and is no partition); its table is one
-segment of the target `loop`, unless somebody has loaded another since.
+A loop device is a device that `blkloom loop` has made (it has `LoopNotes` and is not a partition). Its table is one
+segment of the target `loop`, unless another table was loaded since.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from blkloom.cli.loop_options import LoopFailed
-from blkloom.errors import NoSuchDevice, Place
+from blkloom.errors import BackingError, NoSuchDevice, Place
 from blkloom.table.places import LinePlaces
 from blkloom.table.words import join_words, raw_word, skip_blanks, split_words
 from blkloom.units import SECTOR, Sectors
@@ -40,7 +40,7 @@ class LoopTable:
 
     @classmethod
     def read(cls, text: str) -> LoopTable | None:
-        """What a device's table says; None where it is another."""
+        """Parses the table of a device; None if it is not the table of a loop device."""
         at, head = 0, []
         for _ in range(3):
             head.append(raw_word(text, at, len(text)))
@@ -54,7 +54,7 @@ class LoopTable:
         return cls(Sectors(int(head[1])), path, int(rest[0]) if rest else 0, tuple(rest[2:]))
 
     def text(self) -> str:
-        """The line. Raises TableError for a name no table can hold."""
+        """The table line. Raises TableError for a path that a table cannot hold."""
         options = [str(len(self.options)), *self.options] if self.options else []
         offset = [str(self.offset)] if self.offset or options else []
         return f"0 {self.length} loop {join_words([self.path, *offset, *options], Place(self.path))}"
@@ -77,7 +77,7 @@ class LoopTable:
         read_only: bool | None = None,
         block_size: int | None = None,
     ) -> LoopTable:
-        """Others of these; None: as they are. mode: the option that stands for it, "" for none."""
+        """A copy with other values; None: unchanged. mode: the option for the I/O mode, "" for none."""
         options = list(self.options)
         if mode is not None:
             gone = {"direct_io", "block_map"} | (set() if mode.startswith("block_map") else {"immutable"})
@@ -91,13 +91,13 @@ class LoopTable:
         return replace(self, options=tuple(sorted(options, key=_rank)))
 
     def size_of(self, size: int, sizelimit: int) -> Sectors:
-        """The sectors a device has of a file of `size` bytes: whole blocks from the offset on."""
+        """Number of sectors of a device on a file of `size` bytes: whole blocks from the offset on."""
         room = max(0, size - self.offset)
         return Sectors((min(room, sizelimit) if sizelimit else room) // self.block_size * self.block_size // SECTOR)
 
 
 def _rank(option: str) -> int:
-    """Where it stands among options, as tables print them."""
+    """Sort key of an option: the order in which tables print options."""
     order = ("direct_io", "block_map", "read_only", "block_size", "immutable", "round_up")
     word = option.partition("=")[0]
     return order.index(word) if word in order else len(order)
@@ -105,7 +105,9 @@ def _rank(option: str) -> int:
 
 @dataclass(frozen=True)
 class LoopDevice:
-    """table: None where it is no single segment of a file. file: what of that is open; None where it has failed."""
+    """A loop device. table: None if its table is not one segment of a file. file: the open file; None if the device
+    has failed.
+    """
 
     info: DeviceInfo
     notes: LoopNotes
@@ -119,35 +121,35 @@ class LoopDevice:
 
     @property
     def autoclear(self) -> bool:
-        """Whether it goes when its last user leaves."""
+        """Whether the device is removed after its last user has left."""
         return self.info.autoclear or self.info.deferred
 
     @property
     def socket(self) -> str:
-        """Where NBD clients reach it; "" for no Unix socket."""
+        """Path of its NBD socket; "" if it has no Unix socket."""
         return next((export.unix for export in self.info.exports if export.unix), "")
 
     @property
     def backing_name(self) -> str | None:
-        """Of its file: where it is now, or what its table calls it. None where there is none."""
+        """Path of its file: the present one, or the one in its table. None if there is no file."""
         return self.file.name if self.file else self.table.path if self.table else None
 
     def is_backed_by(self, path: str, status: os.stat_result | None) -> bool:
-        """Whether that is its file. status: the file's, if it is there."""
+        """Whether this is its file. status: of that file, if it exists."""
         if status is not None and self.file is not None:
             return (self.file.device, self.file.inode) == (status.st_dev, status.st_ino)
         return self.backing_name == path
 
 
 def loop_devices(session: Session) -> list[LoopDevice]:
-    """All, by number as far as they have one."""
+    """All loop devices; those with a number in their name come in its order."""
     infos = [info for info in session.client.info() if info.loop is not None and not info.loop.partition]
     found = []
     for info in sorted(infos, key=lambda info: _order(info.name)):
         try:
             found.append(_device(session, info))
         except NoSuchDevice:
-            continue  # it went meanwhile
+            continue  # the device was removed meanwhile
     return found
 
 
@@ -164,19 +166,21 @@ def _device(session: Session, info: DeviceInfo) -> LoopDevice:
 
 
 def loop_name(session: Session, text: str) -> str:
-    """The device that a word means: a name, its socket's path, or /dev/NAME as losetup has it."""
+    """Name of the device for an argument: a name, the path of its node or socket, or /dev/NAME as in losetup."""
     folder, _, last = text.rpartition("/")
-    return session.name(last) if folder == "/dev" else session.named(text).name
+    if folder == "/dev":
+        return session.at_node(text) or session.name(last)
+    return session.named(text).name
 
 
 def find_loop(session: Session, text: str) -> LoopDevice:
-    """The loop device a word means. Raises LoopFailed."""
+    """The loop device for an argument. Raises LoopFailed."""
     name = loop_name(session, text)
     try:
         (info,) = session.client.info(name)
     except NoSuchDevice as error:
         why = f"{text}: failed to use device: {os.strerror(errno.ENODEV)}"
-        raise LoopFailed(why, what="`blkloom loop -a` lists those there are") from error
+        raise LoopFailed(why, what="`blkloom loop -a` lists the loop devices") from error
     if info.loop is None or info.loop.partition:
         kind = "a partition" if info.loop else "no loop device"
         why = f"{text}: failed to use device: {os.strerror(errno.ENOTTY)}"
@@ -185,7 +189,7 @@ def find_loop(session: Session, text: str) -> LoopDevice:
 
 
 def of_file(devices: list[LoopDevice], file: str) -> list[LoopDevice]:
-    """Those whose file it is."""
+    """The loop devices of a file."""
     path = os.path.realpath(file)
     try:
         status = os.stat(file)
@@ -195,13 +199,13 @@ def of_file(devices: list[LoopDevice], file: str) -> list[LoopDevice]:
 
 
 def free_names(session: Session) -> Iterable[str]:
-    """loop0, loop1, ... as far as no device has the name now."""
+    """Unused names: loop0, loop1, ..."""
     taken = {info.name for info in session.client.info()}
     return (name for number in range(len(taken) + 4096) if (name := f"loop{number}") not in taken)
 
 
 def mode_of(session: Session, device: LoopDevice) -> str:
-    """How it reaches its file at this moment: file, direct_io or block_map; "" where it cannot be told."""
+    """Its present I/O mode: file, direct_io or block_map; "" if unknown."""
     if device.table is None or device.info.state == "FAILED":
         return ""
     for _, _, target, status in session.client.status(device.name):
@@ -212,8 +216,8 @@ def mode_of(session: Session, device: LoopDevice) -> str:
 
 
 def backing_path(file: str) -> str:
-    """What a table calls a file: its path without links, as losetup has it; with them where that has a
-    newline, which no table can hold.
+    """The path of a file for a table: without symbolic links, as in losetup. If that path has a newline, which a table
+    cannot hold, the path as it was given.
     """
     path = os.path.realpath(file)
     return os.path.abspath(file) if "\n" in path else path
@@ -224,8 +228,11 @@ def backing_size(path: str) -> int:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    if not stat.S_ISBLK(status.st_mode):
+    if stat.S_ISREG(status.st_mode):
         return status.st_size
+    if not stat.S_ISBLK(status.st_mode):
+        what = "must be a regular file or a block device"
+        raise BackingError(what, path=path, errno=errno.EINVAL, cure="check the path")
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return os.lseek(descriptor, 0, os.SEEK_END)

@@ -1,6 +1,6 @@
-"""How `blkloom loop` lists: losetup's columns as a table, raw or as JSON, and its old lines.
+"""Lists loop devices like losetup: columns as a table, raw or as JSON, and the old line format.
 
-The forms are those of util-linux' libsmartcols, byte for byte; but a table is never cut to fit a terminal.
+The output is byte for byte that of libsmartcols in util-linux, but a table is never cut to the width of a terminal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from blkloom.cli.loop_devices import LoopDevice, mode_of
 from blkloom.cli.loop_options import LoopFailed
-from blkloom.dm.names import MAJOR
+from blkloom.device_names import MAJOR
+from blkloom.printing import escaped, printable
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session
@@ -24,7 +25,7 @@ Cell = str | int | bool | None
 
 @dataclass(frozen=True)
 class LoopRow:
-    """A device as columns see it. aligned: numbers of devices stand in columns of their own."""
+    """A device as input of the columns. aligned: whether device numbers are padded to align."""
 
     session: Session
     device: LoopDevice
@@ -32,7 +33,7 @@ class LoopRow:
 
     @cached_property
     def mode(self) -> str:
-        """How it reaches its file."""
+        """Its I/O mode."""
         return mode_of(self.session, self.device)
 
     def numbers(self, number: int | None) -> str | None:
@@ -43,14 +44,14 @@ class LoopRow:
         return f"{major:8}:{minor:<3}" if self.aligned else f"{major}:{minor}"
 
     def own_numbers(self) -> str:
-        """Of the device itself."""
+        """Device number of the device itself."""
         minor = self.device.info.minor
         return f"{MAJOR:3}:{minor:<3}" if self.aligned else f"{MAJOR}:{minor}"
 
 
 @dataclass(frozen=True)
 class Column:
-    """right: where it stands in its column. value: None for nothing."""
+    """A column. right: align to the right. value: returns the cell; None for an empty cell."""
 
     name: str
     value: Callable[[LoopRow], Cell]
@@ -90,6 +91,7 @@ COLUMNS: Final = (
         "logical sector size in bytes",
         right=True,
     ),
+    Column("NODE", lambda row: row.device.info.node.path if row.device.info.node else None, "its block device"),
     Column("SOCKET", lambda row: row.device.socket or None, "where NBD clients reach it"),
     Column("MODE", lambda row: row.mode or None, "file, direct_io or block_map, as it is now"),
 )
@@ -109,12 +111,12 @@ def chosen(output: str | None, *, everything: bool) -> list[Column]:
 
 
 def rows(session: Session, devices: Sequence[LoopDevice], *, aligned: bool) -> list[LoopRow]:
-    """Devices as columns see them."""
+    """Rows for the columns."""
     return [LoopRow(session, device, aligned) for device in devices]
 
 
 def as_table(found: Sequence[LoopRow], columns: Sequence[Column], *, headings: bool) -> list[str]:
-    """Aligned; nothing for no rows."""
+    """An aligned table; empty without rows."""
     if not found:
         return []
     lines = [[column.name for column in columns]]
@@ -131,13 +133,13 @@ def as_table(found: Sequence[LoopRow], columns: Sequence[Column], *, headings: b
 
 
 def as_raw(found: Sequence[LoopRow], columns: Sequence[Column], *, headings: bool) -> list[str]:
-    r"""A blank between cells; blanks, backslashes and what is not ASCII in them as `\xNN`."""
+    r"""Cells separated by a blank; blanks, backslashes and non-ASCII characters in a cell are written as `\xNN`."""
     lines = [" ".join(_hidden(_text(column.value(row))) for column in columns) for row in found]
     return [" ".join(column.name for column in columns), *lines] if headings and lines else lines
 
 
 def as_json(found: Sequence[LoopRow], columns: Sequence[Column]) -> list[str]:
-    """One object, `loopdevices`."""
+    """JSON: one object with the array `loopdevices`."""
     devices = []
     for row in found:
         members = [
@@ -150,7 +152,7 @@ def as_json(found: Sequence[LoopRow], columns: Sequence[Column]) -> list[str]:
 
 
 def as_line(device: LoopDevice) -> str:
-    """The old form of losetup."""
+    """The old line format of losetup."""
     table, file = device.table, device.file
     numbers = f"[{file.device:04}]:{file.inode}" if file else "[]:"
     line = f"{device.name}: {numbers} ({device.backing_name or ''})"
@@ -167,17 +169,10 @@ def _text(value: Cell) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _escaped(character: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
-
-
 def _safe(text: str) -> str:
-    r"""What cannot be printed as `\xNN`; so is a backslash that would look like the beginning of that."""
-    return "".join(
-        _escaped(one) if not one.isprintable() or (one == "\\" and text[at + 1 : at + 2] == "x") else one
-        for at, one in enumerate(text)
-    )
+    r"""Escapes unprintable bytes as `\xNN`, and a backslash that would look like such an escape."""
+    return printable(text.replace("\\x", "\\x5cx"))
 
 
 def _hidden(text: str) -> str:
-    return "".join(one if one.isascii() and one.isprintable() and one not in "\\ " else _escaped(one) for one in text)
+    return "".join(one if one.isascii() and one.isprintable() and one not in "\\ " else escaped(one) for one in text)

@@ -1,8 +1,8 @@
-"""The command line of `blkloom loop`, read as losetup's getopt_long reads its own; no device is touched.
+"""Command-line parser of `blkloom loop`, compatible with the getopt_long of losetup. Touches no device.
 
-Options may stand anywhere; long ones may be shortened as long as one only is meant, and what is short for
-one of losetup's stays so, whatever we add. Some take a value only behind `=`. Raises LoopFailed with
-losetup's words. Source: losetup(8), sys-utils/losetup.c.
+Options may be anywhere. A long option may be shortened if the short form is unique; short forms of losetup's options
+stay valid even if we add options. Some options take a value only after `=`. Raises LoopFailed with the messages of
+losetup. Source: losetup(8), sys-utils/losetup.c.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class LoopFailed(VerbFailed):
-    """What losetup says when something fails, behind our name. what: what blkloom adds, or ""."""
+    """A losetup error message, with our name in front. what: a line that blkloom adds, or ""."""
 
     last = ""
 
@@ -32,7 +32,7 @@ class LoopFailed(VerbFailed):
 
 
 class Value(Enum):
-    """Whether an option has one."""
+    """Whether an option takes a value."""
 
     NONE = 0
     REQUIRED = 1
@@ -69,6 +69,8 @@ OURS: Final[Mapping[str, Value]] = {
     "block-map": Value.OPTIONAL,
     "change": Value.REQUIRED,
     "autoclear": Value.NONE,
+    "no-attach": Value.NONE,
+    "no-scan": Value.NONE,
     "shared": Value.NONE,
 }
 LETTERS: Final = {
@@ -96,14 +98,16 @@ _EXCLUSIVE: Final = (
     ("detach-all", "set-capacity", "detach", "find", "list", "change"),
     ("detach-all", "output", "set-capacity", "detach", "find", "change"),
     ("json", "raw"),
+    ("partscan", "no-scan"),
 )
 
 
 @dataclass
 class LoopOptions:
-    """given: every option by its long name, with its last value ("" for none). operands: the other words.
+    """A parsed command line. given: each option by its long name, with its last value ("" for none). operands: the
+    other arguments.
 
-    The rest: values that were read. None: not given.
+    The other fields are parsed values. None: not given.
     """
 
     given: dict[str, str] = field(default_factory=dict)
@@ -113,15 +117,17 @@ class LoopOptions:
     block_size: int | None = None
     direct_io: bool | None = None
     block_map: str | None = None
-    """The option of the table."""
+    """The option for the table."""
+    attach: bool = True
+    """Attach the device, where root sets it up. Not in `given`: it means nothing elsewhere."""
 
     def __contains__(self, option: str) -> bool:
-        """Whether it was given."""
+        """Whether an option was given."""
         return option in self.given
 
 
 def read_options(arguments: Sequence[str]) -> LoopOptions:
-    """The command line's. Raises LoopFailed."""
+    """Parses the command line. Raises LoopFailed."""
     found = LoopOptions()
     rest = list(arguments)
     while rest:
@@ -135,6 +141,7 @@ def read_options(arguments: Sequence[str]) -> LoopOptions:
             _short(word, rest, found)
         else:
             found.operands.append(word)
+    found.attach = found.given.pop("no-attach", None) is None
     if "offset" in found:
         found.offset = _size(found.given["offset"], "offset")
     if "sizelimit" in found:
@@ -195,7 +202,7 @@ def _give(found: LoopOptions, name: str, value: str) -> None:
 
 
 def _size(text: str, what: str) -> int:
-    """Bytes: a number, also 0x200, with a suffix. Raises LoopFailed."""
+    """Parses a number of bytes, also 0x200, with a suffix. Raises LoopFailed."""
     try:
         number = int(text, 16) if text[:2].lower() == "0x" else None
         return parse_size(text if number is None else str(min(number, DEVICE_LIMIT)))

@@ -1,12 +1,15 @@
-"""What `blkloom loop` does to devices: sets them up, changes and detaches them.
+"""Sets up, changes and detaches loop devices.
 
-Every change is a table that is loaded and swapped in, so that clients stay. The words are losetup's.
+Every change loads a new table and swaps it in, so that clients stay connected. The messages are those of losetup.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shlex
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from blkloom.cli.attaching import NO_SURVIVAL
 from blkloom.cli.loop_devices import (
     LoopDevice,
     LoopTable,
@@ -26,56 +30,72 @@ from blkloom.cli.loop_devices import (
     of_file,
 )
 from blkloom.cli.loop_options import LoopFailed, LoopOptions
-from blkloom.cli.loop_partitions import (
-    beyond,
-    partitions_of,
-    remove_partitions,
-    remove_unused,
-    update_partitions,
-)
-from blkloom.control.states import DeviceInfo, LoopNotes
-from blkloom.errors import BackingError, BlkloomError, DeviceExists, NoSuchDevice
+from blkloom.cli.loop_partitions import remove_unused, update_partitions
+from blkloom.cli.partition_devices import beyond, partitions_of, remove_partitions
+from blkloom.control.states import DeviceInfo, LoopNotes, NodeOptions
+from blkloom.errors import BackingError, BlkloomError, CannotAttach, DeviceExists, NoSuchDevice
+from blkloom.image.registry import looks_like
+from blkloom.partitions import block_size_of
+from blkloom.printing import described
 from blkloom.units import Sectors, to_bytes
 
 if TYPE_CHECKING:
     from blkloom.cli.session import Session
 
 _NOT_WRITABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY})
-"""What opening for writing says where reading may yet do."""
+"""Errors of an open for writing after which an open for reading may still succeed."""
 
 
 @contextmanager
 def _failing(task: str) -> Iterator[None]:
-    """Errors in the block as losetup tells them, behind "DEVICE: TASK failed" and the like."""
+    """Turns errors in the block into losetup messages such as "DEVICE: TASK failed"."""
     try:
         yield
     except (BlkloomError, OSError) as error:
         why = os.strerror(error.errno) if error.errno else str(error)
-        raise LoopFailed(f"{task}: {why}", what=str(error)) from error
+        raise LoopFailed(f"{task}: {why}", what=described(error)) from error
 
 
 def warn(text: str) -> None:
-    """On standard error."""
+    """Prints to standard error."""
     click.echo(f"blkloom: {text}", err=True)
 
 
 def first_free(session: Session) -> str:
-    """The name `-f` would take."""
+    """The name that `-f` would use."""
     return next(iter(free_names(session)))
 
 
 def set_up(session: Session, options: LoopOptions, word: str | None, file: str) -> None:
-    """A device on `file`. word: its name; None: the first that is free. Prints the name with --show."""
+    """Makes a device on `file`. word: its name; None: the first free one. Prints the name with --show."""
     path = backing_path(file)
     session.start()
+    name = None if word is None else loop_name(session, word)
+    with _setting_up(session, alone="nooverlap" in options):
+        _set_up(session, options, name, file, path)
+
+
+@contextmanager
+def _setting_up(session: Session, *, alone: bool) -> Iterator[None]:
+    """Context in which a device is searched and made. alone: no other command makes one at the same time. If several
+    commands want the same part of a file, one makes the device and the others find it.
+    """
+    directory = os.open(session.client.run_dir.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _set_up(session: Session, options: LoopOptions, name: str | None, file: str, path: str) -> None:
     sizelimit = options.sizelimit or 0
     offset = options.offset or 0
-    name = None if word is None else loop_name(session, word)
     if "nooverlap" in options and (used := _used_already(session, options, file, offset, sizelimit)) is not None:
         if name is not None:
             raise LoopFailed(f"{file}: overlapping loop device exists", what=f"it is {used.name}")
         session.client.retain(used.name)
-        _show_name(options, used.name)
+        _show(options, used.info.node.path if used.info.node else used.name)
         return
     read_only = "read-only" in options
     table = LoopTable(Sectors(0), path, offset).with_options(
@@ -85,39 +105,98 @@ def set_up(session: Session, options: LoopOptions, word: str | None, file: str) 
     )
     with _failing(f"{file}: failed to set up loop device"):
         size = backing_size(path)
+        # Before the device exists: later it may lock the file.
+        looks_like, gpt_block = _look_at(path, offset, min(size - offset, sizelimit or size))
+        if options.block_size is None and gpt_block is not None:
+            table = table.with_options(block_size=gpt_block)
         table = replace(table, length=table.size_of(size, sizelimit))
         _check_length(table, size, sizelimit)
         notes = LoopNotes(sizelimit=sizelimit, partscan="partscan" in options, shared="shared" in options)
         try:
-            info = _create(session, name, table, notes, autoclear="autoclear" in options)
+            info = _create(session, name, table, notes, options)
         except OSError as error:
             if read_only or error.errno not in _NOT_WRITABLE:
                 raise
-            info = _create(session, name, table.with_options(read_only=True), notes, autoclear="autoclear" in options)
+            info = _create(session, name, table.with_options(read_only=True), notes, options)
             reason = os.strerror(error.errno)
             warn(f"{file}: Warning: cannot be written to ({reason}); the loop device is read-only.")
-    _show_name(options, info.name)
+        place = _attach(session, options, info.name) if _shall_attach(options) else info.name
+    _show(options, place)
+    _warn_of_format(file, looks_like)
     _warn_of_size(file, min(size - offset, sizelimit or size), table.block_size)
     if notes.partscan:
+        (info,) = session.client.info(info.name)
         for warning in update_partitions(session, info, table.block_size):
             warn(f"{info.name}: {warning}")
 
 
-def _show_name(options: LoopOptions, name: str) -> None:
+def _show(options: LoopOptions, place: str) -> None:
     if "show" in options:
-        click.echo(name)
+        click.echo(place)
+
+
+def _shall_attach(options: LoopOptions) -> bool:
+    """Ordinary users may attach no block devices."""
+    return options.attach and os.geteuid() == 0
+
+
+def _attach(session: Session, options: LoopOptions, name: str) -> str:
+    """Makes a node of the device; its path, or its name where this machine has none. Where it fails, the device is
+    removed, and the error raised.
+    """
+    partitions, shared = "partscan" in options, "shared" in options
+    try:
+        made = session.client.attach(name, block_device=True, partitions=partitions, shared=shared)
+    except CannotAttach as error:
+        warn(f"{name}: not attached: {error}")
+        return name
+    except BaseException:
+        session.client.remove(name, force=True)
+        raise
+    if not made.survives:
+        warn(f"{name}: Warning: {NO_SURVIVAL}")
+    return made.node.path
 
 
 def _check_length(table: LoopTable, size: int, sizelimit: int) -> None:
     if table.length:
         return
     limit = f" up to a limit of {sizelimit}" if sizelimit else ""
+    if size >= (needed := table.offset + table.block_size):
+        cure = f"give --sizelimit {table.block_size} or more"
+    else:
+        cure = f"make it longer (truncate -s {needed})"
     raise BackingError(
         f"no whole block of {table.block_size} bytes from byte {table.offset} on{limit}: it has {size} bytes",
         path=table.path,
         errno=errno.EINVAL,
-        cure=f"make it longer (truncate -s {table.offset + table.block_size})",
+        cure=cure,
     )
+
+
+def _look_at(path: str, offset: int, size: int) -> tuple[str | None, int | None]:
+    """Detects the image format of the file, and the block size of a GPT in this part of a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return looks_like(descriptor), None
+
+        def read(at: int, length: int) -> bytes:
+            data = os.pread(descriptor, length, offset + at)
+            return data + bytes(length - len(data))  # the file may have become shorter
+
+        return looks_like(descriptor), block_size_of(size, read)
+    finally:
+        os.close(descriptor)
+
+
+def _warn_of_format(file: str, found: str | None) -> None:
+    if found == "QCOW2":
+        cure = f"for the disk in it: blkloom create NAME {shlex.quote(file)} --format qcow2."
+    else:
+        cure = "for the disk in it, convert it first: qemu-img convert."
+    if found:
+        warn(f"{file}: Warning: it looks like a {found} image, and the device is the image file itself; {cure}")
 
 
 def _warn_of_size(file: str, size: int, block: int) -> None:
@@ -128,8 +207,8 @@ def _warn_of_size(file: str, size: int, block: int) -> None:
         )
 
 
-def _create(session: Session, name: str | None, table: LoopTable, notes: LoopNotes, *, autoclear: bool) -> DeviceInfo:
-    """Under the name, or the first that nobody has taken by then."""
+def _create(session: Session, name: str | None, table: LoopTable, notes: LoopNotes, options: LoopOptions) -> DeviceInfo:
+    """Makes the device under this name, or under the first unused name."""
     for tried in [name] if name is not None else free_names(session):
         try:
             return session.client.create(
@@ -138,8 +217,9 @@ def _create(session: Session, name: str | None, table: LoopTable, notes: LoopNot
                 source=table.path,
                 read_only=table.read_only,
                 shared=notes.shared,
-                autoclear=autoclear,
+                autoclear="autoclear" in options,
                 loop=notes,
+                node=NodeOptions(scan="no-scan" not in options),
             )
         except DeviceExists:
             if name is not None:
@@ -148,7 +228,7 @@ def _create(session: Session, name: str | None, table: LoopTable, notes: LoopNot
 
 
 def _used_already(session: Session, options: LoopOptions, file: str, offset: int, sizelimit: int) -> LoopDevice | None:
-    """The device that has exactly this piece of the file. Raises LoopFailed for one that overlaps."""
+    """Finds the device of exactly this part of the file. Raises LoopFailed if a device overlaps it."""
     for device in of_file(loop_devices(session), file):
         assert device.table is not None, "it has a file"
         other, limit = device.table.offset, device.notes.sizelimit
@@ -166,7 +246,7 @@ def _used_already(session: Session, options: LoopOptions, file: str, offset: int
 
 
 def set_capacity(session: Session, word: str) -> None:
-    """The size its file has now; and its partitions anew."""
+    """Updates the device to the present size of its file, and its partitions."""
     device = find_loop(session, word)
     with _failing(f"{word}: set capacity failed"):
         table, size = _table_of(device), _size_of(device)
@@ -183,14 +263,14 @@ def set_capacity(session: Session, word: str) -> None:
 
 
 def change_file(session: Session, word: str, file: str) -> None:
-    """Another file of the same size under a read-only device (LOOP_CHANGE_FD)."""
+    """Replaces the file of a read-only device by one of the same size (LOOP_CHANGE_FD)."""
     device = find_loop(session, word)
     path = backing_path(file)
     with _failing(f"{word}: change of the backing file failed"):
         table = _table_of(device)
         if not device.info.read_only:
             raise BackingError(
-                f"device {device.name!r} can be written to: its contents would change under its clients",
+                f"device '{device.name}' can be written to: its contents would change under its clients",
                 path=file,
                 errno=errno.EINVAL,
                 cure="set it up with --read-only",
@@ -207,7 +287,7 @@ def change_file(session: Session, word: str, file: str) -> None:
 
 
 def modify(session: Session, options: LoopOptions, word: str) -> None:
-    """Another way to the bytes, or another block size."""
+    """Changes the I/O mode or the block size of a device."""
     device = find_loop(session, word)
     task = "set block size" if options.block_size is not None else "set direct io"
     with _failing(f"{word}: {task if options.block_map is None else 'set block map'} failed"):
@@ -233,7 +313,7 @@ def _table_of(device: LoopDevice) -> LoopTable:
 
 
 def _size_of(device: LoopDevice) -> int:
-    """Bytes of the file that it has open, wherever that is now."""
+    """Size in bytes of the file that it has open, even if the file was moved."""
     if device.file is None:
         raise BackingError(
             "the device has no file open", path=device.name, errno=errno.ENXIO, cure=f"blkloom resume {device.name}"
@@ -242,8 +322,8 @@ def _size_of(device: LoopDevice) -> int:
 
 
 def _swap(session: Session, device: LoopDevice, table: LoopTable, *, same_file: bool = True) -> None:
-    """Clients stay. A table that is refused leaves the device as it was. same_file: the one that is open, wherever the
-    table's path leads now.
+    """Loads and swaps in a table. Clients stay connected; if the table is refused, nothing changes. same_file: use the
+    open file, even if the path in the table now leads to another one.
     """
     client = session.client
     client.load(
@@ -265,8 +345,8 @@ def _swap(session: Session, device: LoopDevice, table: LoopTable, *, same_file: 
 
 
 def detach(session: Session, words: Sequence[str]) -> None:
-    """Each: its partitions, then itself; what is in use goes with its last user. Raises LoopFailed of the
-    last that failed; the others are told before.
+    """Detaches devices, each after its partitions; a device in use is removed after its last use. Raises the last
+    LoopFailed, and prints the ones before.
     """
     failed: LoopFailed | None = None
     for word in words:
@@ -281,7 +361,7 @@ def detach(session: Session, words: Sequence[str]) -> None:
 
 
 def detach_all(session: Session) -> None:
-    """Every loop device."""
+    """Detaches every loop device."""
     failed: LoopFailed | None = None
     for device in loop_devices(session):
         try:
@@ -300,4 +380,4 @@ def _detach(session: Session, device: LoopDevice, word: str) -> None:
         try:
             session.client.remove(device.name, deferred=True)
         except NoSuchDevice:
-            return  # it went with the last of its partitions
+            return  # it was removed with the last of its partitions

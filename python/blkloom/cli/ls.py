@@ -1,4 +1,4 @@
-"""`blkloom ls`: which devices there are, and how they stand on each other."""
+"""`blkloom ls`: lists devices, or prints the tree of stacked devices."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import click
 
 from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Session
+from blkloom.cli.table_completion import complete_targets
 from blkloom.control.states import DeviceInfo
+from blkloom.device_names import MAJOR, mangle
+from blkloom.dm.dependencies import block_name
 from blkloom.dm.failing import NotACommandLine
-from blkloom.dm.names import MAJOR, mangle
 
 
 @verb(most=0, selectors=MANY)
-@click.option("--target", metavar="TYPE", help="Devices with a segment of this target.")
-@click.option("--tree", is_flag=True, help="Draw what stands on what.")
+@click.option(
+    "--target", metavar="TYPE", shell_complete=complete_targets, help="Only devices with a segment of this target."
+)
+@click.option("--tree", is_flag=True, help="Print the tree of stacked devices.")
 @click.option("-o", "--options", metavar="OPTIONS", help="devno, devname or blkdevname; for --tree: ascii, utf, ...")
-@click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with each device's socket.")
+@click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with the path of each device's socket.")
 def ls(
     session: Session,
     operands: tuple[str, ...],
@@ -35,7 +39,7 @@ def ls(
     blkloom ls --tree -o ascii,open
 
     Options of --tree: ascii, utf, vt100; compact, inverted, notrunc; blkdevname, [no]device, active,
-    open, rw, uuid.
+    open, rw, uuid. An attached device is shown with the name of its node, as with blkdevname.
     """
     if tree:
         _draw(session, options or "")
@@ -44,7 +48,8 @@ def ls(
     infos = list(session.found(()))
     if target is None and command is None:
         for info in infos:
-            number = f"{MAJOR}:{info.minor}" if how == "devno" else mangle(info.name)
+            shown = block_name(info) if how == "blkdevname" else info.name
+            number = f"{MAJOR}:{info.minor}" if how == "devno" else mangle(shown)
             click.echo(f"{session.show(info.name)}\t({number})")
         return
     for info in infos:
@@ -59,7 +64,7 @@ def ls(
 
 
 def device_names(options: str | None) -> str:
-    """devno, blkdevname or devname, whichever comes last. Raises NotACommandLine."""
+    """The last one given of devno, blkdevname and devname. Raises NotACommandLine."""
     how = "devno"
     for option in filter(None, (options or "").split(",")):
         found = [name for name in ("devno", "blkdevname", "devname") if name.startswith(option)]

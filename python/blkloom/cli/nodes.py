@@ -1,6 +1,7 @@
-"""Verbs of dmsetup's that have nothing to do here, so that scripts need not know: nodes and udev's cookies.
+"""`blkloom mknodes`: makes the stable names of nodes again. Verbs of dmsetup that do nothing here (udev cookies).
 
-A device's socket is there when `create` returns and gone when `remove` does; nobody else takes part.
+The socket of a device exists when `create` returns, and is gone when `remove` returns, as is a node after `attach` and
+`detach`; udev takes no part in that.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from blkloom.cli.session import Session
 
 @verb("[DEVICE...]", selectors=MANY)
 def mknodes(session: Session, operands: tuple[str, ...]) -> None:
-    """Do nothing: sockets come and go with their devices."""
-    for text in operands:
-        session.named(text)
+    """Make the stable names of attached devices again, as they should be (of all, without DEVICE)."""
+    if not operands and session.several(operands) and session.select is None:
+        session.client.make_nodes()
+        return
+    for named in session.each(operands):
+        with session.ioctl(named, "mknodes"):
+            session.client.make_nodes(named.wire)
 
 
 @verb(most=0)
@@ -23,17 +28,17 @@ def udevcreatecookie(session: Session, operands: tuple[str, ...]) -> None:
     """Print nothing: there is no udev to wait for."""
 
 
-@verb("[COOKIE]", most=1, complete=False)
+@verb("[COOKIE]", most=1, complete=None)
 def udevreleasecookie(session: Session, operands: tuple[str, ...]) -> None:
     """Do nothing: there is no udev to wait for."""
 
 
-@verb("COOKIE", least=1, most=1, complete=False)
+@verb("COOKIE", least=1, most=1, complete=None)
 def udevcomplete(session: Session, operands: tuple[str, ...]) -> None:
     """Do nothing: there is no udev to wait for."""
 
 
-@verb("[AGE_IN_MINUTES]", most=1, complete=False)
+@verb("[AGE_IN_MINUTES]", most=1, complete=None)
 def udevcomplete_all(session: Session, operands: tuple[str, ...]) -> None:
     """Do nothing: there is no udev to wait for."""
 

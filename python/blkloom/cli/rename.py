@@ -1,4 +1,4 @@
-"""`blkloom rename`, `mangle`: what devices are called."""
+"""`blkloom rename`, `mangle`: changes and checks names of devices."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import click
 
 from blkloom.cli.dm_verb import MANY, ONE, verb
 from blkloom.cli.session import Session
+from blkloom.device_names import mangle as mangled
 from blkloom.dm.failing import VerbFailed
-from blkloom.dm.names import mangle as mangled
 
 
 @verb("DEVICE", "NEW_NAME_OR_UUID", least=1, most=2, selectors=ONE)
-@click.option("--setuuid", is_flag=True, help="The word is a uuid for a device that has none.")
+@click.option("--setuuid", is_flag=True, help="Set a uuid, for a device without one.")
 def rename(session: Session, operands: tuple[str, ...], setuuid: bool) -> None:
-    """Give a device another name; its socket moves along, clients stay.
+    """Rename a device; its socket is renamed too, and clients stay connected.
 
     \b
     blkloom rename old new
@@ -37,7 +37,7 @@ def rename(session: Session, operands: tuple[str, ...], setuuid: bool) -> None:
 
 @verb("[DEVICE...]", selectors=MANY)
 def mangle(session: Session, operands: tuple[str, ...]) -> None:
-    """Tell that names are in the right form: blkloom keeps them as they are meant."""
+    """Print that names are in the correct form: blkloom stores names unmangled."""
     for info in session.found(operands):
         uuid = mangled(info.uuid) if info.uuid else "[no UUID]"
         both = "and UUID " if info.uuid else ""

@@ -1,4 +1,4 @@
-"""`blkloom serve`: devices in the foreground, reached over NBD."""
+"""`blkloom serve`: serves devices in the foreground, over NBD or as files (FUSE)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import click
 
 from blkloom import _engine, open_files
+from blkloom.attach.registry import AUTO
 from blkloom.cli.addresses import allow_remote_option, listen_option
 from blkloom.cli.devices import DeviceRequest, open_devices, requested
-from blkloom.cli.serving import Listening, Report, run
+from blkloom.cli.node_options import no_scan_option
+from blkloom.cli.permissions import permission_bits
+from blkloom.cli.serving import FileRequest, Listening, NodeRequest, Report, run
+from blkloom.cli.session import RUN_DIR
+from blkloom.cli.table_completion import complete_table
 from blkloom.cli.tables import allow_backing_option
-from blkloom.errors import ResourceError, UsageError
+from blkloom.errors import BusyError, ResourceError, UsageError
 from blkloom.export.nbd.server import ServerLimits
+from blkloom.image.registry import FORMATS
 from blkloom.memory import default_budget, parse_budget
 from blkloom.units import Bytes, parse_size
 
@@ -24,7 +29,7 @@ STATS = ("exit", "live", "json")
 
 
 def _size(text: str) -> Bytes:
-    """A byte count with a suffix."""
+    """Option type: a number of bytes with a suffix."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -32,7 +37,7 @@ def _size(text: str) -> Bytes:
 
 
 def _budget(text: str) -> int:
-    """A budget of memory."""
+    """Option type: a memory budget."""
     try:
         return parse_budget(text)
     except ValueError as error:
@@ -41,29 +46,43 @@ def _budget(text: str) -> int:
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(readable=False), metavar="[FILE]...")
-@click.option("--table", metavar="TABLE", help="A device from a dmsetup table; '-' reads it from standard input.")
+@click.option(
+    "--table",
+    metavar="TABLE",
+    shell_complete=complete_table,
+    help="A device from a dmsetup table; '-' reads it from standard input.",
+)
 @click.option("--table-file", type=click.Path(readable=False), metavar="PATH", help="A device from a table in a file.")
-@click.option("--ram", type=_size, metavar="SIZE", help="A device of memory: 512M, 4G, ...")
+@click.option("--ram", type=_size, metavar="SIZE", help="A device in memory: 512M, 4G, ...")
 @click.option("--device", "named", multiple=True, metavar="NAME=TABLE", help="One more device, exported as NAME.")
 @click.option("--concise", metavar="TEXT", help="Devices in dmsetup's concise form: name,uuid,minor,flags,table;...")
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
-@click.option("--description", default="", help="Text that clients are shown.")
+@click.option("--description", default="", help="Description that clients can show.")
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
 @listen_option
 @allow_remote_option
-@click.option("-r", "--read-only", is_flag=True, help="Open everything for reading only.")
+@click.option("--fuse", type=click.Path(readable=False), metavar="PATH", help="As a file at PATH (FUSE).")
+@click.option("--fuse-uring", is_flag=True, help="With --fuse: over io_uring (Linux 6.14).")
+@click.option("--allow-other", is_flag=True, help="With --fuse: let other users use the file, as owner and mode allow.")
+@click.option("--uid", type=int, metavar="N", help="With --fuse: the file's owner.")
+@click.option("--gid", type=int, metavar="N", help="With --fuse: its group.")
+@click.option("--mode", type=permission_bits, metavar="MODE", help="With --fuse: its permissions, octal (600).")
+@click.option("--attach", is_flag=True, help="As nodes: block devices (root), or files.")
+@no_scan_option
+@click.option("-P", "--partscan", is_flag=True, help="The partitions, too: exports NAMEp1, ..., nodes or files.")
+@click.option("-r", "--read-only", is_flag=True, help="Open all files read-only.")
 @click.option("--direct-io", is_flag=True, help="Bypass the page cache (O_DIRECT) where the file system can.")
-@click.option("--shared", is_flag=True, help="Do not lock files; others may change them meanwhile.")
+@click.option("--shared", is_flag=True, help="Do not lock the files: other programs may write to them.")
 @click.option(
     "--format",
     "image_format",
-    type=click.Choice(["auto", "raw", "qcow2"]),
+    type=click.Choice(["auto", *FORMATS]),
     default="auto",
     show_default=True,
-    help="What FILEs are; auto: qcow2 if they are named so.",
+    help="Format of the FILEs; auto: qcow2 for names with that extension.",
 )
 @allow_backing_option
-@click.option("--once", is_flag=True, help="Stop when the last client has left.")
+@click.option("--once", is_flag=True, help="Stop after the last client has left.")
 @click.option(
     "--stats",
     is_flag=False,
@@ -72,18 +91,20 @@ def _budget(text: str) -> int:
     help="Print counters on exit, live while serving, or as JSON on exit.",
 )
 @click.option("--io", type=click.Choice(["auto", "io_uring", "threads"]), default="auto", show_default=True)
-@click.option("--loops", type=click.IntRange(0, 64), default=0, help="Loop threads; 0 for one a CPU.")
+@click.option("--loops", type=click.IntRange(0, 64), default=0, help="Event loop threads; 0: one for each CPU.")
 @click.option("--spin", type=click.IntRange(0, 10_000), default=50, show_default=True, help="Polling, in us at most.")
 @click.option(
     "--client-memory",
     type=_budget,
     metavar="SIZE",
-    help="For requests of all clients together; an eighth of what the process may use, 64 MiB to 1 GiB.",
+    help="Memory for requests of all clients (an eighth of the memory limit, 64 MiB to 1 GiB).",
 )
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--fault-timeout", type=click.FloatRange(0.001), default=30.0, show_default=True, metavar="SECONDS")
 @click.option("--stall-timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, metavar="SECONDS")
+@click.pass_context
 def serve(
+    context: click.Context,
     files: Sequence[str],
     table: str | None,
     table_file: str | None,
@@ -95,10 +116,19 @@ def serve(
     socket: str | None,
     listen: tuple[str, int] | None,
     allow_remote: bool,
+    fuse: str | None,
+    fuse_uring: bool,
+    allow_other: bool,
+    uid: int | None,
+    gid: int | None,
+    mode: int | None,
+    attach: bool,
+    no_scan: bool,
+    partscan: bool,
     read_only: bool,
     direct_io: bool,
     shared: bool,
-    image_format: Literal["auto", "raw", "qcow2"],
+    image_format: str,
     allow_backing: Sequence[str],
     once: bool,
     stats: str | None,
@@ -110,22 +140,24 @@ def serve(
     fault_timeout: float,
     stall_timeout: float,
 ) -> None:
-    """Serve block devices over NBD until interrupted.
+    """Serve block devices over NBD, or as files, until interrupted.
 
-    Prints one URI an export as soon as clients can connect. On SIGTERM or SIGINT it stops taking
-    clients, finishes what is in flight, flushes, and exits. Without --socket and --listen it
-    listens on a Unix socket of its own in a private directory, or on what systemd passed to it.
+    Prints one URI for each export when clients can connect. On SIGTERM or SIGINT it accepts no more
+    clients, finishes requests in flight, flushes, and exits. Without --socket, --listen, --fuse and
+    --attach it listens on a Unix socket in a private directory, or on the sockets that systemd has passed.
 
     \b
     blkloom serve disk.img
     blkloom serve disk.qcow2
     blkloom serve --ram 1G --listen localhost:10809
+    blkloom serve disk.qcow2 --fuse disk.img
+    blkloom serve disk.qcow2 --attach
     blkloom serve --table '0 2048 loop a.img
     2048 4096 loop b.img 1048576' --socket /tmp/d.sock
     blkloom serve --device a='0 2048 loop a.img' --device b='0 2048 linear blkloom:a 0'
 
-    Several FILEs are several exports, named after the files. Devices may name each other in
-    tables as blkloom:NAME, later ones the earlier.
+    Each FILE becomes one export with the name of the file; for several FILEs, --fuse names a directory.
+    A table may refer to an earlier device as blkloom:NAME.
     """
     open_files.raise_limit()
     if table == "-":
@@ -148,7 +180,22 @@ def serve(
             raise UsageError(f"--export names one device, there are {len(devices)}", cure="use --device NAME=TABLE")
         devices = [DeviceRequest(export_name, devices[0].table, devices[0].read_only)]
     if allow_remote and listen is None:
-        raise UsageError("--allow-remote goes with --listen", cure="a Unix socket is for this user alone")
+        raise UsageError("--allow-remote needs --listen", cure="only this user can use a Unix socket")
+    wished = {"user": uid, "group": gid, "mode": mode, "allow_other": allow_other}
+    if fuse is None and fuse_uring:
+        raise UsageError("--fuse-uring needs --fuse", cure="blkloom serve --fuse PATH --fuse-uring FILE")
+    if fuse is None and any(value not in (None, False) for value in wished.values()):
+        raise UsageError("--allow-other, --uid, --gid and --mode go with --fuse", cure="a socket is for this user")
+    if no_scan and (partscan or not attach):
+        why = "-P is a scan" if partscan else "udev looks at nodes only"
+        raise UsageError(f"--no-scan is of nodes that are not scanned, and {why}", cure="leave it out")
+    if once and (attach or fuse is not None):
+        raise UsageError("--once is for NBD clients", cure="a program may open a file or node many times")
+    file_request = None if fuse is None else FileRequest(fuse, wished | {"uring": fuse_uring})
+    if file_request is not None or attach:
+        from blkloom.export.memory_pressure import become_io_flusher
+
+        become_io_flusher()  # before the engine has threads
     listening = Listening(socket, listen, allow_remote, os.environ, os.getpid())
     limits = ServerLimits(connections=max_connections, stall=stall_timeout)
     engine = _make_engine(io, loops, spin, client_memory or default_budget())
@@ -160,8 +207,18 @@ def serve(
             direct_io=direct_io,
             shared=shared,
             fault_timeout=fault_timeout,
+            partscan=partscan,
         ) as opened:
-            asyncio.run(run(opened, engine, listening, limits, description, Report(stats, engine), once=once))
+            report = Report(stats, engine)
+            nodes = NodeRequest(AUTO, scan=not no_scan) if attach else None
+            serving = run(
+                opened, engine, listening, limits, description, report, once=once, files=file_request, nodes=nodes
+            )
+            asyncio.run(serving)
+    except BusyError as error:
+        from blkloom.cli.connecting import with_holders
+
+        raise with_holders(error, context.meta.get(RUN_DIR)) from error
     finally:
         engine.close()
 

@@ -1,4 +1,4 @@
-"""The life of `blkloom serve` once its devices are open: listen, say so, wait, stop, report."""
+"""The server part of `blkloom serve`, after its devices are open: listens, prints URIs, waits, stops, reports."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from typing import Any
 
 import click
 import msgspec
 
 from blkloom import _engine
+from blkloom.cli.devices import Served
 from blkloom.control.rundir import user_runtime
-from blkloom.device.device import Device
 from blkloom.errors import ListenError
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
@@ -28,8 +29,8 @@ _STOP_TIMEOUT = 10.0
 
 
 class Listening(msgspec.Struct, frozen=True):
-    """Where to listen. allow_remote: on `tcp`, whatever address that is. environment, pid: those of the process,
-    for what systemd passed, which is listened on wherever it is: its unit says so.
+    """Addresses to listen on. allow_remote: `tcp` may be an address that other hosts can reach. environment, pid: of
+    the process, for sockets that systemd has passed; those may have any address.
     """
 
     socket: str | None
@@ -38,30 +39,52 @@ class Listening(msgspec.Struct, frozen=True):
     environment: Mapping[str, str]
     pid: int
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether an address was given."""
+        passed = passed_descriptors(self.environment, pid=self.pid)
+        return self.socket is not None or self.tcp is not None or bool(passed)
+
+
+class FileRequest(msgspec.Struct, frozen=True):
+    """FUSE files of the devices. path: of the file; for several devices, of a directory. options: see
+    `export.fuse.state.FuseOptions`.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+
+
+class NodeRequest(msgspec.Struct, frozen=True):
+    """Nodes of the devices. via: a way of `attach.registry`, or its AUTO. scan: udev looks what is on them."""
+
+    via: str
+    scan: bool = True
+
 
 class Report:
-    """Counters of what `engine` serves, for people or programs. when: "exit", "live", "json" or None."""
+    """Prints the counters of `engine`, as text or JSON. when: "exit", "live", "json" or None."""
 
     def __init__(self, when: str | None, engine: _engine.Engine) -> None:
         self._when = when
         self._engine = engine
         self._began = time.monotonic()
 
-    async def live(self, exports: Mapping[str, NbdExport]) -> None:
-        """Shows what happened in the last second, until cancelled."""
+    async def live(self, exports: Mapping[str, _engine.Export]) -> None:
+        """Prints the counters of the last second, until cancelled."""
         if self._when != "live":
             return
-        from rich.console import Console  # not for servers that show nothing
+        from rich.console import Console  # imported only by servers that print statistics
         from rich.live import Live
         from rich.text import Text
 
-        before = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
+        before = {name: Stats.from_engine(export.stats()) for name, export in exports.items()}
         with Live(console=Console(stderr=True, highlight=False), auto_refresh=False, transient=True) as live:
             while True:
                 await asyncio.sleep(_LIVE_INTERVAL)
-                now = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
+                now = {name: Stats.from_engine(export.stats()) for name, export in exports.items()}
                 texts = [
-                    f"{_title(name)}  {exports[name].export.connections} connections\n"
+                    f"{_title(name)}  {exports[name].connections} connections\n"
                     + (now[name] - before[name]).to_text(seconds=_LIVE_INTERVAL)
                     for name in now
                 ]
@@ -71,9 +94,9 @@ class Report:
     def _memory(self) -> MemoryUse:
         return MemoryUse(**self._engine.memory())
 
-    def final(self, exports: Mapping[str, NbdExport]) -> None:
-        """Prints the sums on exit."""
-        stats = {name: Stats.from_engine(export.export.stats()) for name, export in exports.items()}
+    def final(self, exports: Mapping[str, _engine.Export]) -> None:
+        """Prints the totals at exit."""
+        stats = {name: Stats.from_engine(export.stats()) for name, export in exports.items()}
         if self._when == "json":
             import json
 
@@ -87,11 +110,11 @@ class Report:
 
 
 def _title(name: str) -> str:
-    return f"export {name!r}" if name else "export"
+    return f"export '{name}'" if name else "export"
 
 
 async def run(
-    devices: Mapping[str, Device],
+    served: Served,
     engine: _engine.Engine,
     listening: Listening,
     limits: ServerLimits,
@@ -99,15 +122,21 @@ async def run(
     report: Report,
     *,
     once: bool,
+    files: FileRequest | None = None,
+    nodes: NodeRequest | None = None,
 ) -> None:
-    """Serves until a signal (or the last client's leaving, for `once`), then stops cleanly.
+    """Serves until a signal (or, for `once`, until the last client has left), then stops cleanly. files: also serve as
+    files. nodes: also as nodes. With either, over NBD only if an address to listen on was given.
 
-    Raises ListenError.
+    Raises ListenError, MountError.
     """
+    devices = served.devices
+    over_nbd = (files is None and nodes is None) or listening.is_wanted
     exports = {
         name: NbdExport(name, _engine.Export(device, name=name, read_only=device.read_only), description)
-        for name, device in devices.items()
+        for name, device in (devices if over_nbd else {}).items()
     }
+    counted = {name: export.export for name, export in exports.items()}
     notifier = ServiceNotifier(listening.environment)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -115,15 +144,30 @@ async def run(
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(NbdServer(engine, exports.values(), limits=limits))
-        await _listen(server, listening, stack)
+        if over_nbd:
+            await _listen(server, listening, stack)
         for name in exports:
             for uri in server.uris(name):
                 click.echo(uri)
-        notifier.ready(f"serving {len(exports)} exports")
+        if files is not None:
+            from blkloom.cli.serving_files import ServedFiles  # imported only by servers with files
+
+            opened = await stack.enter_async_context(ServedFiles(engine, served, files))
+            for path, export in opened.exports.items():
+                click.echo(path)
+                counted[path] = export
+        if nodes is not None:
+            from blkloom.cli.serving_files import ServedNodes  # imported only by servers with nodes
+
+            made = await stack.enter_async_context(ServedNodes(engine, served, nodes))
+            for path, export in made.exports.items():
+                click.echo(path)
+                counted[path] = export
+        notifier.ready(f"serving {len(counted)} exports")
         waits: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait(), name="signal")]
         if once:
             waits.append(asyncio.create_task(server.wait_for_last_client(), name="last client"))
-        watcher = asyncio.create_task(report.live(exports), name="live counters")
+        watcher = asyncio.create_task(report.live(counted), name="live counters")
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -132,8 +176,8 @@ async def run(
             await asyncio.gather(*waits, watcher, return_exceptions=True)
         notifier.stopping()
         if left := await server.stop(_STOP_TIMEOUT):
-            _log.warning("%d connections did not end in time and are cut", left)
-    report.final(exports)
+            _log.warning("%d connections did not end in time and are closed", left)
+    report.final(counted)
 
 
 async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack) -> None:

@@ -1,4 +1,4 @@
-"""One command of dmsetup's kind: its supervisor, and the devices its words name."""
+"""Session of one dmsetup-style command: its connection to the supervisor, and its devices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from blkloom.dm.failing import IoctlFailed, NotACommandLine, VerbFailed, as_ioctl
-from blkloom.dm.names import (
+from blkloom.device_names import (
     DeviceNameError,
     MangleError,
     Mangling,
@@ -25,6 +24,7 @@ from blkloom.dm.names import (
     show_name,
     unmangle,
 )
+from blkloom.dm.failing import IoctlFailed, NotACommandLine, VerbFailed, as_ioctl
 
 if TYPE_CHECKING:
     from blkloom.control.client import Client
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from blkloom.dm.fields import Row
 
 RUN_DIR: Final = "blkloom.run_dir"
-"""Where the group leaves --run-dir for the verbs (in click's meta)."""
+"""Key of --run-dir in click's meta, from the group to the verbs."""
+_MOST_LINKS: Final = 8
 NAMING: Final = "blkloom.naming"
-"""Where a verb's options that name devices are (`dm_verb`)."""
+"""Key of the selector options of a verb (`dm_verb`)."""
 
 
 class Named(NamedTuple):
-    """A device as a command line names it. wire: for the client; the others: for dmsetup's error lines."""
+    """A device selector from the command line. wire: for the client. The other fields: for dmsetup's error lines."""
 
     wire: DeviceKey
     name: str = ""
@@ -48,7 +49,7 @@ class Named(NamedTuple):
 
 
 class Session:
-    """What a verb works with."""
+    """Connection, selectors and output forms of one command."""
 
     def __init__(self, context: click.Context) -> None:
         given: dict[str, Any] = context.meta.get(NAMING, {})
@@ -62,7 +63,7 @@ class Session:
         self._started = False
 
     def start(self) -> Client:
-        """The client of a command that makes something: starts the supervisor if there is none."""
+        """The client of a command that makes devices: starts a supervisor if none runs."""
         from blkloom.cli.connecting import connect
 
         if not self._started:
@@ -72,31 +73,31 @@ class Session:
 
     @cached_property
     def client(self) -> Client:
-        """Connected, if there is a supervisor or it left devices; else there are none."""
+        """A client of the supervisor, if one runs or a former one has left devices; else a client without devices."""
         from blkloom.cli.connecting import look  # msgspec and the channel are not needed for help
 
         return self._context.find_root().with_resource(look(self.run_dir))
 
     def ioctl(self, named: Named, task: str) -> AbstractContextManager[None]:
-        """Errors in the block, but not of reaching the supervisor, are told as dmsetup tells of this ioctl."""
-        _ = self.client  # reached before the block begins
+        """Turns errors in the block into dmsetup's error for this ioctl. Errors of connecting are left as they are."""
+        _ = self.client  # connected before the block begins
         return as_ioctl(task, name=mangle(named.name), uuid=mangle(named.uuid), numbers=named.numbers)
 
     @property
     def elsewhere(self) -> bool:
-        """Whether -u or -j -m name the device."""
+        """Whether -u or -j -m select the device."""
         return self.uuid is not None or self.numbers is not None
 
     def show(self, name: str) -> str:
-        """A name as --manglename has it."""
+        """A name in the form of --manglename."""
         return show_name(name, self.mangling)
 
     def named(self, text: str | None) -> Named:
-        """The device that `text`, or -u, or -j and -m name. Raises VerbFailed."""
+        """The device that `text`, -u, or -j and -m select. Raises VerbFailed."""
         if text is not None:
             if self.elsewhere:
                 raise NotACommandLine(
-                    f"{text!r} names a device, and so do -u, or -j and -m.", what="name it in one way"
+                    f"'{text}' names a device, and so do -u, or -j and -m.", what="name it in one way"
                 )
             name = self.from_path(text) if "/" in text else self.name(text)
             return Named(name, name=name)
@@ -109,11 +110,11 @@ class Session:
         raise VerbFailed("No device specified.")
 
     def name(self, text: str) -> str:
-        """The real name that a word means. Raises VerbFailed with dmsetup's text."""
+        """The real name for an argument. Raises VerbFailed with dmsetup's text."""
         return self.checked(lambda: check_name(read_name(text, self.mangling)), text)
 
     def new_name(self, text: str, task: str, *, what: str = "name") -> str:
-        """The same for a name that a device is to get. task: the ioctl that would refuse a reserved one."""
+        """The same for a new name of a device. task: the ioctl that refuses a reserved name."""
         try:
             return self.checked(
                 lambda: check_new_name(read_name(text, self.mangling, what=what), what=what), text, what
@@ -126,17 +127,28 @@ class Session:
         return self.checked(lambda: check_uuid(read_name(text, self.mangling, what="UUID")), text, "UUID")
 
     def from_path(self, path: str) -> str:
-        """The name of the device whose socket, or whose node of dmsetup's, a path is. Raises VerbFailed."""
+        """The name of the device for a path: its socket or node, or its node in dmsetup's form. Raises VerbFailed."""
         from blkloom.cli.connecting import directory
 
         folder, _, last = path.rpartition("/")
         here = directory(self.run_dir).devices
         if folder in ("/dev/mapper", "mapper") or os.path.realpath(folder or "/") == os.path.realpath(here):
             return unmangle(last)
-        raise VerbFailed(f"Device {path} not found", what=f"sockets of devices are in {here}")
+        if (name := self.at_node(path)) is not None:
+            return name
+        what = f"sockets of devices are in {here}, and nodes are where `blkloom info -c -o name,node` says"
+        raise VerbFailed(f"Device {path} not found", what=what)
+
+    def at_node(self, path: str) -> str | None:
+        """The name of the device whose node, stable name or file this path is."""
+        names: dict[str, str] = {}
+        for info in self.client.info():
+            places = [info.node.path, info.node.link] if info.node is not None else []
+            names |= dict.fromkeys([*places, *(export.path for export in info.exports if export.path)], info.name)
+        return next((names[place] for place in _ways_to(path) if place in names), None)
 
     def checked(self, read: Callable[[], str], text: str, what: str = "name") -> str:
-        """What `read` makes of `text`; a DeviceNameError, but for a reserved name, becomes dmsetup's lines."""
+        """Calls `read` on `text`. A DeviceNameError becomes dmsetup's lines, except for a reserved name."""
         try:
             return read()
         except ReservedNameError:
@@ -152,7 +164,7 @@ class Session:
             raise VerbFailed(error.what, what=error.cure) from error
 
     def each(self, operands: Sequence[str]) -> Iterator[Named]:
-        """The devices a verb is for, one after the other: the words, or -u or -j -m, or what -S selects."""
+        """The devices of a verb, one by one: its operands, or those that -u, -j -m or -S select."""
         if self.select is not None:
             yield from (Named(info.name, name=info.name) for info in self.selected(operands))
         elif operands:
@@ -161,13 +173,13 @@ class Session:
             yield self.named(None)
 
     def several(self, operands: Sequence[str]) -> bool:
-        """Whether a verb that looks is for more devices than one: its lines begin with their names."""
+        """Whether a query is for several devices: its lines then begin with their names."""
         return self.select is not None or len(operands) > 1 or not (operands or self.elsewhere)
 
     def found(self, operands: Sequence[str], task: str = "") -> Iterator[DeviceInfo]:
-        """The devices a verb that looks is for (without words: all, by name); says so if there are none.
+        """The devices of a query (without operands: all, by name). Prints a message if there are none.
 
-        Raises VerbFailed, at its turn, for one that does not exist. task: the ioctl that says so.
+        Raises VerbFailed when it reaches a device that does not exist. task: the ioctl of that error.
         """
         if self.select is not None:
             yield from self.selected(operands)
@@ -181,7 +193,7 @@ class Session:
             click.echo("No devices found")
 
     def selected(self, operands: Sequence[str]) -> list[DeviceInfo]:
-        """Those of the named devices (of all) that -S selects."""
+        """The named devices (or all) that -S selects."""
         from blkloom.dm.selecting import parse_selection
 
         selection = parse_selection(self.select or "")
@@ -192,18 +204,18 @@ class Session:
         return [row.info for row in self.rows(infos) if selection(row)]
 
     def rows(self, infos: Sequence[DeviceInfo]) -> list[Row]:
-        """Devices as reports see them."""
+        """Devices as input of a report."""
         from blkloom.dm.fields import Row
 
         others = {info.name: info for info in self.everything()}
         return [Row(info, others=others, shown=self.show(info.name)) for info in infos]
 
     def everything(self) -> list[DeviceInfo]:
-        """All devices by name, as the kernel lists them."""
+        """All devices, sorted by name as in the kernel."""
         return sorted(self.client.info(), key=lambda info: mangle(info.name))
 
     def info(self, named: Named, task: str = "") -> DeviceInfo:
-        """One device. Raises VerbFailed: with the ioctl's line where task is given."""
+        """The state of one device. Raises VerbFailed; its text has the line of the ioctl `task`, if given."""
         try:
             with self.ioctl(named, task or "info"):
                 (info,) = self.client.info(named.wire)
@@ -214,12 +226,26 @@ class Session:
         return info
 
     def tell(self, named: Named) -> None:
-        """With -v: the device's state after what was done to it."""
+        """Prints the new state of the device, with -v."""
         if self.verbose:
             from blkloom.dm.showing import info_lines
 
             info = self.info(named)
             click.echo("\n".join(info_lines(info, self.show(info.name))))
+
+
+def _ways_to(path: str) -> Iterator[str]:
+    """A path, and where it leads, link by link. A file at the end is not asked for anything: it may be a FUSE file."""
+    place = os.path.abspath(path)
+    for _ in range(_MOST_LINKS):
+        yield place
+        folder, last = os.path.split(place)
+        place = os.path.join(os.path.realpath(folder), last)
+        yield place
+        try:
+            place = os.path.normpath(os.path.join(os.path.dirname(place), os.readlink(place)))
+        except OSError:
+            return
 
 
 def _selector(*, uuid: str = "", minor: int | None = None) -> DeviceKey:

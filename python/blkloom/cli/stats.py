@@ -1,4 +1,4 @@
-"""`blkloom stats`: what devices have done, for people and for programs."""
+"""`blkloom stats`: prints counters and latencies, as text, JSON or for Prometheus."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("devices", nargs=-1, metavar="[DEVICE]...", shell_complete=complete_devices)
-@click.option("--json", "as_json", is_flag=True, help="As JSON; latencies in nanoseconds, all buckets.")
-@click.option("--prometheus", is_flag=True, help="In Prometheus' text format.")
-@click.option("--exports", is_flag=True, help="Each export as well (the other two forms always have them).")
-@click.option("--histogram", is_flag=True, help="How latencies are spread, as bars.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: latencies in nanoseconds, all buckets.")
+@click.option("--prometheus", is_flag=True, help="Print the text format of Prometheus.")
+@click.option("--exports", is_flag=True, help="Also print each export (always there in the other two forms).")
+@click.option("--histogram", is_flag=True, help="Print latency histograms as bars.")
 @click.option(
     "--interval",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="What happens in so many seconds from now, with rates; not what has happened since the beginning.",
+    help="Print the changes in this many seconds, with rates, not the totals since the start.",
 )
 @click.option(
     "--count",
     type=click.IntRange(0),
     metavar="N",
-    help="With --interval: so many times; 0: until interrupted.  [default: 1]",
+    help="With --interval: number of intervals; 0: until interrupted.  [default: 1]",
 )
 @click.pass_context
 def stats(
@@ -47,7 +47,7 @@ def stats(
     interval: float | None,
     count: int | None,
 ) -> None:
-    """Tell what devices have done: requests, bytes, errors and latencies.
+    """Print the requests, bytes, errors and latencies of devices.
 
     \b
     blkloom stats disk
@@ -55,14 +55,14 @@ def stats(
     blkloom stats --histogram disk
     blkloom stats --prometheus > /var/lib/node_exporter/blkloom.prom
 
-    Counters are a worker's and begin at 0 with it. A request counts on the device it came in by.
+    A worker counts from 0 when it starts. A request counts for the device that the client used.
     """
     if as_json and prometheus:
         raise UsageError("--json and --prometheus exclude each other")
     if prometheus and interval is not None:
-        raise UsageError("--prometheus has counters since the beginning", cure="leave --interval to who scrapes them")
+        raise UsageError("--prometheus has counters since the beginning", cure="the scraper computes rates")
     if count is not None and interval is None:
-        raise UsageError("--count goes with --interval", cure="as in --interval 1 --count 10")
+        raise UsageError("--count needs --interval", cure="as in --interval 1 --count 10")
     session = Session(context)
     if prometheus:
         from blkloom.metrics.prometheus import exposition
@@ -82,7 +82,7 @@ def stats(
 
 
 def take_sample(client: Client) -> Sample:
-    """All devices now."""
+    """Counters of all devices now."""
     from blkloom.metrics.sampling import Sample
 
     version = client.version()
@@ -92,7 +92,7 @@ def take_sample(client: Client) -> Sample:
 
 
 def _sample(session: Session, devices: Sequence[str]) -> Sample:
-    """Of the named devices, of all if none is named. Raises VerbFailed for one that does not exist."""
+    """Counters of the named devices, or of all. Raises VerbFailed for a device that does not exist."""
     from dataclasses import replace
 
     named = {session.info(session.named(text)).minor for text in devices}

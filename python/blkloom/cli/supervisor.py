@@ -1,4 +1,4 @@
-"""`blkloom supervisor`: the process that keeps the devices, in the foreground."""
+"""`blkloom supervisor`: runs the supervisor in the foreground."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`blkloom table`, `status`: the segments of devices, and what their targets say."""
+"""`blkloom table`, `status`: prints the tables of devices, and the status of their targets."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import click
 
 from blkloom.cli.dm_verb import MANY, verb
 from blkloom.cli.session import Named, Session
+from blkloom.cli.table_completion import complete_targets
 from blkloom.control.states import DeviceInfo
 from blkloom.dm.showing import Segment, concise_device, segment_line, table_segments
 
-_target = click.option("--target", metavar="TYPE", help="Segments of this target only.")
+_target = click.option(
+    "--target", metavar="TYPE", shell_complete=complete_targets, help="Only segments of this target."
+)
 _inactive = click.option("--inactive", is_flag=True, help="Of the inactive slot.")
-_exec = click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with each device's socket.")
+_exec = click.option("--exec", "command", metavar="COMMAND", help="Run COMMAND with the path of each device's socket.")
 
 
 @verb("[DEVICE...]", selectors=MANY)
 @_target
 @_inactive
-@click.option("--showkeys", is_flag=True, help="Keys as they are, not as zeros.")
-@click.option("--concise", is_flag=True, help="In the form that create --concise reads.")
+@click.option("--showkeys", is_flag=True, help="Print keys, not zeros in their place.")
+@click.option("--concise", is_flag=True, help="Print the format of create --concise.")
 @_exec
 def table(
     session: Session,
@@ -31,7 +34,7 @@ def table(
     concise: bool,
     command: str | None,
 ) -> None:
-    """Print the tables of devices (of all, without DEVICE) as they could be loaded again.
+    """Print the tables of devices (of all, without DEVICE), in the format that `load` reads.
 
     \b
     blkloom table disk > disk.table
@@ -49,7 +52,7 @@ def table(
 @verb("[DEVICE...]", selectors=MANY)
 @_target
 @_inactive
-@click.option("--noflush", is_flag=True, help="Taken as given: nothing is flushed for it.")
+@click.option("--noflush", is_flag=True, help="Accepted and ignored: status does not flush.")
 @_exec
 def status(
     session: Session,
@@ -59,13 +62,13 @@ def status(
     noflush: bool,
     command: str | None,
 ) -> None:
-    """Print what the targets of devices (of all, without DEVICE) say of themselves.
+    """Print the status of the targets of devices (of all, without DEVICE).
 
-    What storage has failed is told on standard error: how often, and the last time.
+    I/O errors of the storage go to standard error: their number, and the last one.
     """
 
     def segments(wire: str) -> list[Segment]:
-        if inactive:  # A table that is not live has nothing to tell but what it is made of.
+        if inactive:  # The targets of an inactive table have no status, only arguments.
             return [
                 (start, length, name, "")
                 for start, length, name, _ in table_segments(session.client.table(wire, inactive=True))
@@ -76,13 +79,15 @@ def status(
 
 
 class _Tables:
-    """task: the ioctl that fails for a device that is not there; "": dmsetup has other words for it."""
+    """task: the ioctl in the error for a missing device; "" where dmsetup prints another text."""
 
-    def __init__(self, session: Session, task: str, target: str | None, segments: Callable[[str], list[Segment]]):
+    def __init__(
+        self, session: Session, task: str, target: str | None, segments: Callable[[str], list[Segment]]
+    ) -> None:
         self._session, self._task, self._target, self._segments = session, task, target, segments
 
     def print(self, operands: tuple[str, ...], command: str | None) -> None:
-        """A line a segment, with the device's name in front where there are several."""
+        """Prints one line for each segment, with the device name in front if there are several devices."""
         session, several = self._session, self._session.several(operands)
         for info in session.found(operands, self._task):
             lines = self._lines(info)
@@ -91,7 +96,7 @@ class _Tables:
             session.tell(Named(info.name, name=info.name))
             if not self._task and info.io_errors:
                 failed = f"{info.io_errors} I/O errors, the last: {info.last_io_error}"
-                click.echo(f"blkloom: device {info.name!r}: {failed}", err=True)
+                click.echo(f"blkloom: device '{info.name}': {failed}", err=True)
             if not command or session.verbose:
                 name = f"{session.show(info.name)}: " if several and not session.verbose else ""
                 for line in lines:
@@ -104,7 +109,7 @@ class _Tables:
                 execute(command, session, info)
 
     def concise(self, operands: tuple[str, ...]) -> None:
-        """All on one line."""
+        """Prints all devices on one line."""
         texts = []
         for info in self._session.found(operands, self._task):
             segments = [segment for segment in self._read(info) if self._target in (None, segment[2])]
@@ -118,7 +123,7 @@ class _Tables:
             return self._segments(info.name)
 
     def _lines(self, info: DeviceInfo) -> list[str] | None:
-        """None: no segment is of the target asked for. A device without a table has an empty line."""
+        """The lines of a device. None: no segment has the wanted target. Without a table: one empty line."""
         segments = self._read(info)
         if self._target is None:
             return [segment_line(segment) for segment in segments] or [""]

@@ -1,4 +1,4 @@
-"""Where a verb's table comes from: an option, a file, or standard input."""
+"""Reads the table of a verb from an option, a file or standard input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import stat
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -14,43 +15,59 @@ import click
 import msgspec
 
 from blkloom.dm.failing import VerbFailed
-from blkloom.errors import BackingError, Place
-from blkloom.qcow2.probing import begins_like_image, is_image_name
-from blkloom.units import SECTOR
+from blkloom.errors import BackingError
+from blkloom.image.registry import FORMATS, bytes_look_like, format_of_name
 
 _LONGEST: Final = 64 << 20
-"""Bytes of a table file at most."""
+"""Largest size of a table file in bytes."""
 _SHOWN: Final = 100
 _LINE: Final = re.compile(r"\s*(?:#.*)?$|\s*\d+\s+\d+\s*\S")
+
+format_option: Final = click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(list(FORMATS)),
+    help="The file is no table but a disk: as it is, or the disk in a QCOW2 image whatever its name.",
+)
 
 allow_backing_option: Final = click.option(
     "--allow-backing",
     multiple=True,
     type=click.Path(readable=False),
     metavar="DIR",
-    help="Where names in an image may lead, besides its own directory.",
+    help="Also allow names in an image to refer to files below DIR.",
 )
 
 
 class TableText(msgspec.Struct, frozen=True):
-    """A table as it was given. source: what errors call it."""
+    """The text of a table. source: its name in errors."""
 
     text: str
     source: str
 
     @property
     def empty(self) -> bool:
-        """Whether it has no line but comments."""
+        """Whether it has only comments and empty lines."""
         return all(not line.strip() or line.strip().startswith("#") for line in self.text.split("\n"))
 
 
-def read_table(option: str | None, file: str | None, *, allow_backing: Sequence[str] = ()) -> TableText:
-    """--table, else the file, else standard input; a file named like a QCOW2 image is the image's disk, and names in
-    it may lead to allow_backing. Raises VerbFailed for a file that cannot be read and, with dmsetup's words, for a
-    line that is none.
+def read_table(
+    option: str | None,
+    file: str | None,
+    *,
+    image_format: str | None = None,
+    allow_backing: Sequence[str] = (),
+) -> TableText:
+    """--table, else the file, else standard input; a file named like a QCOW2 image, or with an `image_format`, is a
+    disk, and names in an image may lead to allow_backing. Raises VerbFailed for a file that cannot be read and,
+    with dmsetup's words, for a line that is none.
     """
-    if option is None and file is not None and is_image_name(file):
-        return _image(file, allow_backing)
+    if image_format is not None and (option is not None or file is None):
+        raise VerbFailed(f"--format {image_format} is for a file given by its path.")
+    if option is None and file is not None:
+        form = image_format or format_of_name(file)
+        if image_format or form != "raw":
+            return _disk(file, form, allow_backing)
     if allow_backing:
         raise VerbFailed(
             "--allow-backing is for an image given by its path.", what="in a table, say allow_backing=<dir> itself"
@@ -65,54 +82,53 @@ def read_table(option: str | None, file: str | None, *, allow_backing: Sequence[
         if not _LINE.match(line):
             raise VerbFailed(
                 f"Invalid format on line {number} of table {called}.",
-                what=f"{table.source}:{number}: {_shown(line)!r}: write: <start> <length> <target> <arguments>",
+                what=f"{table.source}:{number}: '{_shown(line)}': write: <start> <length> <target> <arguments>",
             )
     return table
 
 
 def _shown(line: str) -> str:
-    """As much of it as a person reads."""
+    """Shortens a line for an error message."""
     line = line.strip()
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
-def _image(path: str, allow_backing: Sequence[str]) -> TableText:
+def _disk(path: str, image_format: str, allow_backing: Sequence[str]) -> TableText:
     from blkloom.device.open_device import whole_file
     from blkloom.table import format_table
 
-    table = whole_file(os.path.abspath(path), allow_backing=allow_backing)
+    table = whole_file(os.path.abspath(path), format=image_format, allow_backing=allow_backing)
     if not table.segments:
         raise BackingError(
-            "the image is empty, and a table has no segment of no length",
+            "the disk is empty, and a table has no segment of no length",
             path=path,
             errno=errno.EINVAL,
-            cure=f"give it a size first: qemu-img resize {os.path.basename(path)} 1G",
+            cure=f"give it a size first: qemu-img resize -f {image_format} {shlex.quote(path)} 1G",
         )
     return TableText(format_table(table), path)
 
 
 def _read(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        # A pipe that no process writes to is empty, and not waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)
             text = file.read(_LONGEST + 1)
+            empty_pipe = not text and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise VerbFailed(f"Couldn't open '{path}' for reading.", what=f"{path}: {error.strerror}") from error
-    if begins_like_image(text):
+    if empty_pipe:
+        raise VerbFailed(f"{path} is no table.", what=f"{path}: a pipe that no process has written to")
+    if found := bytes_look_like(text):
+        cure = "add --format qcow2" if found == "QCOW2" else "convert it first: qemu-img convert -O qcow2"
         raise VerbFailed(
             f"{path} is no table.",
-            what=f"{path}: it looks like a QCOW2 image; if it is to be one, give it a name that ends in .qcow2 (a link "
-            "will do), or say so in a table",
+            what=f"{path}: it looks like a {found} image; if its disk is to be the device, {cure}; if its bytes are, "
+            "add --format raw",
         )
     if b"\0" in text:
-        from blkloom.table.words import join_words
-
-        words = ("loop", os.path.abspath(path), "0", "1", "round_up")
-        table = f"0 {-(-os.path.getsize(path) // SECTOR)} {join_words(words, Place(path))}"
-        raise VerbFailed(
-            f"{path} is no table.",
-            what=f"{path}: no text has such bytes; if what is in it is to be a device, use blkloom loop -f --show "
-            f"{shlex.quote(path)}, or --table {shlex.quote(table)}",
-        )
+        what = f"{path}: it has NUL bytes, as no text has; if it is a disk, add --format raw"
+        raise VerbFailed(f"{path} is no table.", what=what)
     if len(text) > _LONGEST:
         raise VerbFailed(f"{path} is no table.", what=f"{path}: it has more than {_LONGEST} bytes")
     return os.fsdecode(text)

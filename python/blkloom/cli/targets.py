@@ -1,4 +1,4 @@
-"""`blkloom targets`, `target-version`: what a table may name, as installed here."""
+"""`blkloom targets`, `target-version`: lists the installed targets and their versions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import click
 
 from blkloom.cli.dm_verb import verb
 from blkloom.cli.session import Session
+from blkloom.cli.table_completion import complete_targets
 from blkloom.dm.failing import IoctlFailed
 from blkloom.errors import UnknownTarget
-from blkloom.target.base import Target
-from blkloom.target.registry import all_targets
+from blkloom.targets.registry import all_targets
+from blkloom.targets.spec import TargetSpec
 from blkloom.version import VERSION
 
 
 @verb(most=0)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, for programs.")
 def targets(session: Session, operands: tuple[str, ...], as_json: bool) -> None:
-    """List the targets tables are made of, built in and installed; with -v their arguments too."""
+    """List the targets for tables, built-in and installed ones; with -v also their arguments."""
     classes = sorted(all_targets(), key=lambda target: target.name)
     if as_json:
         listed = [{"name": t.name, "syntax": t.syntax, "summary": t.summary, "singleton": t.singleton} for t in classes]
@@ -30,22 +31,22 @@ def targets(session: Session, operands: tuple[str, ...], as_json: bool) -> None:
             click.echo(_line(target))
 
 
-@verb("TARGET...", least=1, complete=False, name="target-version")
+@verb("TARGET...", least=1, complete=complete_targets, name="target-version")
 def target_version(session: Session, operands: tuple[str, ...]) -> None:
-    """Tell the versions of targets; a built-in one's is blkloom's."""
+    """Print the versions of targets; built-in targets have the version of blkloom."""
     for name in operands:
         try:
             click.echo(_line(all_targets().find(name)))
         except UnknownTarget as error:
-            raise IoctlFailed("target-version", error.errno or 0, name=name, what=f"{error.what}: {name!r}") from error
+            raise IoctlFailed("target-version", error.errno or 0, name=name, what=f"{error.what}: '{name}'") from error
 
 
-def _line(target: type[Target]) -> str:
-    """dmsetup's: name and version."""
+def _line(target: type[TargetSpec]) -> str:
+    """Name and version in the form of dmsetup."""
     return f"{target.name:<16} v{VERSION}"
 
 
-def _explain(classes: list[type[Target]]) -> None:
+def _explain(classes: list[type[TargetSpec]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -1,8 +1,8 @@
-"""The terminal while a full-screen command has it: keys as they are pressed, and it is restored at the end.
+"""Terminal control for a full-screen command: reads single keys, and restores the terminal at the end.
 
-`Terminal` is a context manager for the main thread. In its block keys need no Return and are not echoed;
-SIGTERM and SIGHUP end the block as SystemExit, so that every `finally` runs. Settings and signal handlers
-are put back whatever ended the block; SIGKILL alone is beyond that.
+`Terminal` is a context manager for the main thread. In its block, keys need no Return and are not echoed. SIGTERM and
+SIGHUP end the block as SystemExit, so that every `finally` runs. Settings and signal handlers are always restored,
+except after SIGKILL.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any, Final, NoReturn, Self
 
 RESIZED: Final = "resized"
 SUSPENDED: Final = "suspended"
-"""^Z was pressed: leave the block, stop, enter another."""
+"""^Z was pressed: leave the block, stop the process, then enter a new block."""
 HUNG_UP: Final = "hung up"
-"""There will be no more keys."""
+"""The terminal has hung up: no more keys will come."""
 
 _KEYS: Final = {
     b"A": "up",
@@ -39,7 +39,7 @@ _SEQUENCE: Final = re.compile(rb"\x1b[\[O]([0-9;]*[A-Za-z~])|[\x00-\xff]", re.DO
 
 
 def keys_of(data: bytes) -> list[str]:
-    """What was pressed: characters, and names of keys that send more than one."""
+    """Decodes input into keys: characters, and names of keys that send several characters."""
     found = []
     for match in _SEQUENCE.finditer(data):
         if match[1] is None:
@@ -50,7 +50,7 @@ def keys_of(data: bytes) -> list[str]:
 
 
 class Terminal:
-    """keys: a descriptor of a terminal; None where there is none to read keys from."""
+    """keys: a descriptor of a terminal; None if there is no terminal to read keys from."""
 
     def __init__(self, keys: int | None) -> None:
         self._keys = keys
@@ -80,7 +80,7 @@ class Terminal:
         self._stack.close()
 
     def wait(self, seconds: float) -> list[str]:
-        """Keys, RESIZED, SUSPENDED, HUNG_UP: what happened, at once if something does; [] after `seconds`."""
+        """Waits for events: keys, RESIZED, SUSPENDED, HUNG_UP. Returns them at once; [] after `seconds`."""
         watched = [self._woken] if self._keys is None else [self._woken, self._keys]
         ready, _, _ = select.select(watched, [], [], max(0.0, seconds))
         found = []
@@ -95,13 +95,13 @@ class Terminal:
     def _pressed(self, keys: int) -> list[str]:
         try:
             data = os.read(keys, 1024)
-        except OSError:  # EIO: the terminal is gone, or another job's
+        except OSError:  # EIO: the terminal is gone, or belongs to another job
             data = b""
         return keys_of(data) if data else [HUNG_UP]
 
 
 def stop_until_continued() -> None:
-    """What ^Z does: back when somebody says `fg`. To be called outside of a `Terminal`."""
+    """Stops the process, as ^Z does. Returns after `fg`. Call it outside of a `Terminal` block."""
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGTSTP)
 
@@ -110,7 +110,7 @@ def _restore(keys: int, settings: list[Any]) -> None:
     try:
         termios.tcsetattr(keys, termios.TCSADRAIN, settings)
     except termios.error as error:
-        if error.args[0] != errno.EIO:  # it hung up: there is nothing left to restore
+        if error.args[0] != errno.EIO:  # it has hung up: nothing to restore
             raise
 
 
@@ -119,4 +119,4 @@ def _end(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _wake_only(_number: int, _frame: FrameType | None) -> Any:
-    """The wakeup descriptor tells `wait`."""
+    """Empty handler: the wakeup descriptor wakes `wait`."""

@@ -1,9 +1,8 @@
-"""`blkloom top`: devices at work, live.
+"""`blkloom top`: shows the activity of devices, live.
 
-Samples come from the supervisor once an interval; what is shown is computed from the last two by
-`blkloom.metrics` and drawn by `top_frame`. A supervisor that goes away while we watch (an upgrade, a
-restart) is asked for again at every interval, and the picture says so; one that cannot be reached at
-the start is an error.
+A sample is read from the supervisor in every interval. `blkloom.metrics` computes rates from the last two samples, and
+`top_frame` draws them. If the supervisor disappears (an upgrade, a restart), the display says so and tries to reconnect
+in every interval. If it cannot be reached at the start, that is an error.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from blkloom.metrics.history import History
 from blkloom.metrics.ordering import Order, ordered
 from blkloom.metrics.rates import rows_between, total_of
 from blkloom.metrics.sampling import Sample
+from blkloom.printing import described
 
 if TYPE_CHECKING:
     from blkloom.control.client import Client
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("devices", nargs=-1, metavar="[DEVICE]...", shell_complete=complete_devices)
-@click.option("-b", "--batch", is_flag=True, help="Print pictures one after the other, one if -n does not say.")
-@click.option("--once", is_flag=True, help="Print one picture: the same as -b -n 1.")
-@click.option("-n", "--iterations", type=click.IntRange(1), metavar="N", help="End after so many pictures.")
+@click.option("-b", "--batch", is_flag=True, help="Print frames one after the other; one frame without -n.")
+@click.option("--once", is_flag=True, help="Print one frame: the same as -b -n 1.")
+@click.option("-n", "--iterations", type=click.IntRange(1), metavar="N", help="End after this many frames.")
 @click.option(
     "-d",
     "--interval",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.Choice([order.value for order in Order]),
     default=Order.IOPS.value,
     show_default=True,
-    help="What devices are sorted by.",
+    help="Sort order of the devices.",
 )
 @click.option("--reverse", is_flag=True, help="Sort the other way round.")
 @click.pass_context
@@ -68,7 +68,7 @@ def top(
     sort: str,
     reverse: bool,
 ) -> None:
-    """Watch devices at work: requests and bytes a second, latencies, queues.
+    """Watch the activity of devices: requests and bytes per second, latencies, queues.
 
     \b
     blkloom top
@@ -81,8 +81,8 @@ def top(
     j k, arrows  scroll
     q            quit
 
-    Latencies are of the last interval. DEPTH counts requests that have not ended, also those that wait
-    for a suspended device. Without a terminal it prints one picture and ends, as with --once.
+    Latencies are those of the last interval. DEPTH counts requests in flight and requests that wait for a
+    suspended device. Without a terminal it prints one frame and ends, as with --once.
     """
     if once and (iterations or 1) != 1:
         raise UsageError(f"--once and -n {iterations} exclude each other")
@@ -98,17 +98,17 @@ def top(
     def reconnect() -> Client:
         from blkloom.cli.connecting import connect
 
-        return context.with_resource(connect(session.run_dir, start=False))  # it was stopped by whom it serves
+        return context.with_resource(connect(session.run_dir, start=False))  # the user or the system has stopped it
 
     try:
         while not _watch(watcher, console, keys, iterations, reconnect):
             stop_until_continued()
     except KeyboardInterrupt:
-        pass  # a usual way to leave
+        pass  # the usual way to quit
 
 
 class Watcher:
-    """The last two samples, the past, and what is chosen. One thread."""
+    """State of the display: the last two samples, the history, and the view. One thread."""
 
     def __init__(
         self,
@@ -133,11 +133,11 @@ class Watcher:
 
     @property
     def due(self) -> float:
-        """When the next sample is to be taken, on the monotonic clock."""
+        """Time of the next sample, on the monotonic clock."""
         return time.monotonic() if self._now is None else self._now.seconds + self.interval
 
     def take(self) -> None:
-        """One more sample. Raises what the client raises; then the last ones stay."""
+        """Takes a sample. Raises the errors of the client; the last samples then stay."""
         sample = take_sample(self.client)
         if self._named:
             kept = {minor: device for minor, device in sample.devices.items() if minor in self._named}
@@ -151,7 +151,7 @@ class Watcher:
         self._past.add({**iops, TOTAL: total.rates.iops if total.rates else None})
 
     def scene(self) -> Scene:
-        """What there is to show now. There must have been a sample."""
+        """The scene to draw now. There must be at least one sample."""
         assert self._now is not None, "take() comes first"
         rows = rows_between(self._before, self._now)
         return Scene(
@@ -173,7 +173,7 @@ class Watcher:
 
 
 def _print(watcher: Watcher, console: Console, pictures: int) -> None:
-    """Pictures of an interval each, as wide as they are where nobody wraps them."""
+    """Prints one frame for each interval, in full width because there is no terminal."""
     watcher.take()
     for number in range(pictures):
         time.sleep(max(0.0, watcher.due - time.monotonic()))
@@ -192,7 +192,7 @@ def _print(watcher: Watcher, console: Console, pictures: int) -> None:
 def _watch(
     watcher: Watcher, console: Console, keys: int | None, iterations: int | None, reconnect: Callable[[], Client]
 ) -> bool:
-    """Full-screen until somebody quits (then True) or ^Z."""
+    """Full-screen mode until the user quits (returns True) or presses ^Z."""
     if watcher.pictures == 0:
         watcher.take()
     with (
@@ -225,7 +225,7 @@ def _take(watcher: Watcher, reconnect: Callable[[], Client]) -> None:
             watcher.client = reconnect()
         watcher.take()
     except (BlkloomError, OSError) as error:
-        watcher.problem = f"old numbers: {error}"
+        watcher.problem = f"old numbers: {described(error)}"
 
 
 def _show(watcher: Watcher, console: Console, live: Live) -> None:

@@ -1,7 +1,7 @@
-"""One picture of `blkloom top`: rows in, lines of styled text out. No I/O.
+"""Draws one frame of `blkloom top`: turns rows into lines of styled text. No I/O.
 
-Columns that do not fit are left out, the least important ones first; the names' column takes what is
-left. A failed device has its reason in place of numbers.
+If columns do not fit, the least important ones are left out; the name column gets the remaining width. For a failed
+device, the reason is shown in place of numbers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from blkloom.metrics.short import short_count, short_size
 from blkloom.stats import format_nanoseconds
 
 SPARK: Final = 12
-"""Columns of the small picture of a device's past."""
+"""Width of the history graph of a device, in columns."""
 TOTAL: Final = -1
-"""The key of all devices' past, where devices have their minor numbers."""
+"""Key of the history of all devices together; a device has its minor number as key."""
 AROUND: Final = 6
-"""Lines that are no device's: header, an empty one, two of titles, totals, keys."""
+"""Number of lines without a device: header, an empty line, two lines of titles, totals, keys."""
 _NAME_LEAST: Final = 10
 _NAME_MOST: Final = 32
 _STATES: Final = {"ACTIVE": "green", "SUSPENDED": "yellow", "FAILED": "bold red"}
@@ -39,7 +39,7 @@ _ALARM: Final = "bold red"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """width and height of the picture; height None: as many lines as it takes, and no keys."""
+    """Width and height of a frame. height None: all lines, without the line of keys."""
 
     width: int
     height: int | None = None
@@ -47,14 +47,14 @@ class Shape:
 
     @property
     def page(self) -> int | None:
-        """How many devices fit."""
+        """Number of devices that fit."""
         return None if self.height is None else max(1, self.height - AROUND)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that is in a picture. rows: in the order they are shown. past: IOPS by minor number, and of
-    TOTAL. clock: the time of day. problem: why the numbers are old, or "". show: how names are written.
+    """The content of a frame. rows: in display order. past: history of IOPS by minor number, and of TOTAL. clock: the
+    time of day. problem: why the numbers are old, or "". show: formats a name.
     """
 
     sample: Sample
@@ -70,7 +70,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """importance: those with the greatest number go first when there is no room."""
+    """A column. importance: columns with the greatest number are left out first."""
 
     title: str
     width: int
@@ -84,7 +84,7 @@ class _Column:
 
 
 def draw(scene: Scene, shape: Shape) -> list[Text]:
-    """The lines: none wider than the shape, and no more than its height."""
+    """Draws the lines of a frame: none is wider than the shape, and there are no more than its height."""
     rows, page = scene.rows, shape.page
     view = scene.view if page is None else scene.view.within(len(rows), page)
     shown = rows[view.first :][:page]
@@ -105,12 +105,13 @@ def draw(scene: Scene, shape: Shape) -> list[Text]:
 
 
 def natural_width(scene: Scene) -> int:
-    """Columns that the whole table takes."""
+    """Width of the whole table."""
     widths = [_name_width(scene), *(column.width for column in _columns({}, ascii_only=False))]
     return 2 + sum(widths) + len(widths) - 1
 
 
-def _columns(past: Mapping[int, Sequence[float]], *, ascii_only: bool) -> list[_Column]:
+def _columns(past: Mapping[int, Sequence[float]], *, ascii_only: bool, nodes: bool = False) -> list[_Column]:
+    """nodes: some devices are attached."""
     bars, none = (ASCII_BARS, "-") if ascii_only else (BARS, "·")
 
     def number(of: Callable[[Rates], float | None], shown: Callable[[float], str]) -> Callable[[Row], str]:
@@ -133,6 +134,7 @@ def _columns(past: Mapping[int, Sequence[float]], *, ascii_only: bool) -> list[_
     return [
         _Column("STATE", 9, 2, lambda row: row.info.state, left=True, of_total=False),
         _Column("TARGETS", 13, 9, lambda row: ",".join(row.info.types), left=True, of_total=False),
+        *([_Column("NODE", 9, 12, _node, left=True, of_total=False)] if nodes else []),
         _Column("SIZE", 8, 6, lambda row: short_size(row.info.size)),
         _Column("CLIENTS", 7, 7, lambda row: short_count(row.info.connections)),
         _Column("read", 7, 1, number(lambda r: r.read.iops, short_count), "IOPS", _READ, order=iops),
@@ -155,14 +157,22 @@ def _columns(past: Mapping[int, Sequence[float]], *, ascii_only: bool) -> list[_
     ]
 
 
+def _node(row: Row) -> str:
+    if row.info.node is None:
+        return ""
+    path = row.info.node.path
+    return path.removeprefix("/dev/") if path.startswith("/dev/") else row.info.node.via
+
+
 def _name_width(scene: Scene) -> int:
     names = (cell_len(_one_line(scene.show(row.info.name))) for row in scene.rows)
     return min(_NAME_MOST, max(_NAME_LEAST, max(names, default=0)))
 
 
 def _fitting(scene: Scene, shape: Shape) -> tuple[list[_Column], int]:
-    """The columns there is room for, and the width of the names'."""
-    columns = _columns(scene.past, ascii_only=shape.ascii_only)
+    """Columns that fit, and the width of the name column."""
+    nodes = any(row.info.node for row in scene.rows)
+    columns = _columns(scene.past, ascii_only=shape.ascii_only, nodes=nodes)
     name = _name_width(scene)
     least = min(name, 16)
     for unimportant in sorted({column.importance for column in columns}, reverse=True):
@@ -194,7 +204,7 @@ def _header(scene: Scene, shape: Shape) -> Text:
 
 def _titles(columns: Sequence[_Column], name_width: int, view: View, shape: Shape) -> list[Text]:
     down, up = ("v", "^") if shape.ascii_only else ("▼", "▲")
-    # Numbers go from the greatest down, names up, if not reversed.
+    # Numbers are sorted in descending order, names in ascending order, unless reversed.
     mark = up if view.reverse != (view.order is Order.NAME) else down
     groups = Text(" " * (name_width + 1))
     for (group, order), members in groupby(columns, lambda column: (column.group, column.order)):
@@ -214,7 +224,7 @@ def _titles(columns: Sequence[_Column], name_width: int, view: View, shape: Shap
 
 
 def _centred(title: str, width: int, shape: Shape) -> str:
-    if not title or len(title) + 6 > width:  # no room for a rule on either side
+    if not title or len(title) + 6 > width:  # no room for a line on both sides
         return title[:width].center(width)
     return f" {title} ".center(width, "-" if shape.ascii_only else "─")
 
@@ -271,7 +281,7 @@ def _shortened(text: str, width: int, shape: Shape) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Names and reasons come from anywhere, and go to a terminal."""
+    """Escapes names and reasons, which may hold any bytes, for the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -280,5 +290,5 @@ def _counted(count: int, what: str) -> str:
 
 
 def plain(lines: Iterable[Text]) -> str:
-    """The picture without styles, for files and pipes."""
+    """The frame without styles, for files and pipes."""
     return "\n".join(line.plain.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""What a person watching `blkloom top` has chosen, and the keys that change it. Pure."""
+"""The view of `blkloom top` (sort order, scroll position), and the keys that change it. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PAGES: Final = {"pageup": -1, "pagedown": 1, " ": 1}
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """order, and whether it is reversed; first: how many rows are scrolled away."""
+    """A view: the sort order, whether it is reversed, and the first visible row."""
 
     order: Order = Order.IOPS
     reverse: bool = False
     first: int = 0
 
     def after(self, key: str, *, rows: int, page: int) -> View:
-        """The view once `key` is pressed: the same one if it has no meaning. rows: devices there are;
-        page: how many of them fit.
+        """The view after `key`; unchanged if the key has no meaning. rows: number of devices. page: number of rows that
+        fit.
         """
         if (order := ORDER_KEYS.get(key)) is not None:
             return replace(self, order=order, reverse=order is self.order and not self.reverse, first=0)
@@ -35,6 +35,6 @@ class View:
         return replace(self, first=self.first + by).within(rows, page) if by else self
 
     def within(self, rows: int, page: int) -> View:
-        """Scrolled no further than there are rows."""
+        """Limits the scroll position to the number of rows."""
         first = max(0, min(self.first, rows - page))
         return self if first == self.first else replace(self, first=first)

@@ -1,8 +1,7 @@
-"""The verbs: what each is for, and where it is found. Importing this imports none of them.
+"""The table of verbs: a summary and a module for each. Importing this module imports no verb.
 
-`blkloom ls` is to be as quick as a command can be, so a verb's module, and what it needs, is loaded when
-the verb is used; help comes from the table here. Options in front of a verb of dmsetup's are taken as if
-they stood behind it, as dmsetup does.
+The module of a verb and its dependencies are loaded when the verb is used, so that `blkloom ls` starts fast; the help
+is made from this table. As in dmsetup, options may also come before the verb.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from blkloom.dm.options import LETTERS, LONG
 
 
 class Verb(NamedTuple):
-    """module: its file here. summary: for the help. dmsetup: whether dmsetup's options go with it."""
+    """A verb. module: in this package. summary: for the help. dmsetup: whether it takes dmsetup's options."""
 
     module: str
     summary: str
@@ -33,45 +32,54 @@ SECTIONS: Final[Mapping[str, Mapping[str, Verb]]] = {
     },
     "Make and change devices": {
         "loop": Verb("loop", "Set up files as devices, as losetup does.", dmsetup=False),
-        "create": Verb("create", "Make a device, from a table or empty."),
-        "load": Verb("load", "Put a table into a device's inactive slot."),
+        "create": Verb("create", "Make a device, with a table or without one."),
+        "load": Verb("load", "Load a table into the inactive slot of a device."),
         "reload": Verb("load", "The same as load."),
         "clear": Verb("load", "Empty the inactive slot."),
-        "suspend": Verb("suspend", "Finish requests, flush, and let new ones wait."),
-        "resume": Verb("suspend", "Swap the inactive table in and go on."),
-        "rename": Verb("rename", "Give a device another name, or a uuid."),
+        "suspend": Verb("suspend", "Finish requests and flush; new requests wait."),
+        "resume": Verb("suspend", "Make the inactive table active and continue I/O."),
+        "rename": Verb("rename", "Change the name of a device, or set its uuid."),
         "message": Verb("message", "Say something to a target."),
-        "remove": Verb("remove", "Remove devices that nobody uses."),
-        "remove_all": Verb("remove", "Remove every device that nobody uses."),
-        "wipe_table": Verb("remove", "Put an error table in: every request fails."),
+        "fault": Verb("faulting", "Make a device failing, slow, throttled or read-only, and well again."),
+        "snapshot": Verb("snapshotting", "Make, list, merge and delete writable snapshots of a live device."),
+        "replay": Verb("replay", "Write what a log of writes has to a device, and check it on the way.", dmsetup=False),
+        "remove": Verb("remove", "Remove devices that are not in use."),
+        "remove_all": Verb("remove", "Remove every device that is not in use."),
+        "wipe_table": Verb("remove", "Load an error table: every request fails."),
     },
     "Look at devices": {
-        "ls": Verb("ls", "List devices, or draw how they stand on each other."),
-        "info": Verb("info", "Tell the state of devices; -c makes columns of your choice."),
+        "ls": Verb("ls", "List devices, or print them as a tree."),
+        "info": Verb("info", "Print the state of devices; -c selects columns."),
         "table": Verb("table", "Print tables."),
-        "status": Verb("table", "Print what the targets say of themselves."),
-        "deps": Verb("deps", "Tell what devices stand on."),
-        "wait": Verb("wait", "Wait for a device's next event."),
-        "stats": Verb("stats", "Counters and latencies, as text, JSON or for Prometheus.", dmsetup=False),
+        "status": Verb("table", "Print the status of targets."),
+        "deps": Verb("deps", "List the devices and files below devices."),
+        "wait": Verb("wait", "Wait for the next event of a device."),
+        "stats": Verb("stats", "Print counters and latencies, as text, JSON or for Prometheus.", dmsetup=False),
         "top": Verb("top", "Watch devices at work.", dmsetup=False),
-        "targets": Verb("targets", "List what tables are made of."),
-        "target-version": Verb("targets", "Tell the versions of targets."),
-        "version": Verb("version", "Tell the versions of this command and of the supervisor."),
+        "targets": Verb("targets", "List the targets for tables."),
+        "target-version": Verb("targets", "Print the versions of targets."),
+        "version": Verb("version", "Print the versions of this command and of the supervisor."),
+        "doctor": Verb("doctor", "Say what this machine can do, and what to change for more.", dmsetup=False),
     },
     "Ways in": {
-        "export": Verb("exporting", "Let NBD clients in by another socket, port or name."),
-        "unexport": Verb("exporting", "Close one way in."),
+        "export": Verb("exporting", "Add an NBD export, or a file."),
+        "unexport": Verb("exporting", "Remove an export."),
+        "attach": Verb("attaching", "Make a node of a device: a block device, or a file."),
+        "detach": Verb("attaching", "Remove the nodes of devices."),
+        "partitions": Verb("partitioning", "Print partitions of a device, or make them nodes or devices."),
     },
     "The supervisor": {
         "supervisor": Verb("supervisor", "Run the supervisor in the foreground.", dmsetup=False),
-        "upgrade": Verb("supervising", "Replace supervisor and workers while devices go on."),
-        "reap": Verb("supervising", "Remove what belongs to nobody."),
+        "upgrade": Verb("supervising", "Replace supervisor and workers while devices stay in use."),
+        "reap": Verb("supervising", "Remove stale sockets and state files."),
+        "save": Verb("saving", "Write devices to files, for the next boot."),
+        "restore": Verb("saving", "Make the devices that files describe."),
         "stop": Verb("supervising", "Drain, flush and remove all devices, and end the supervisor."),
     },
     "For scripts and shells": {
-        "mknodes": Verb("nodes", "Nothing to do here: sockets come and go with their devices."),
-        "mangle": Verb("rename", "Nothing to do here: names are kept as they are meant."),
-        "udevcreatecookie": Verb("nodes", "Nothing to wait for: there is no udev in it."),
+        "mknodes": Verb("nodes", "Make the stable names of attached devices again."),
+        "mangle": Verb("rename", "Do nothing: names are stored unmangled."),
+        "udevcreatecookie": Verb("nodes", "Do nothing: there is no udev to wait for."),
         "udevreleasecookie": Verb("nodes", "The same."),
         "udevcomplete": Verb("nodes", "The same."),
         "udevcomplete_all": Verb("nodes", "The same."),
@@ -84,24 +92,34 @@ SECTIONS: Final[Mapping[str, Mapping[str, Verb]]] = {
 VERBS: Final = {name: verb for verbs in SECTIONS.values() for name, verb in verbs.items()}
 
 
+_OFTEN_USED: Final = [name for name, verb in VERBS.items() if verb.module != "nodes"]
+"""Names to suggest for a mistyped verb."""
+_ALSO_CALLED: Final = {
+    "delete": "remove", "del": "remove", "rm": "remove", "destroy": "remove",
+    "list": "ls", "show": "info", "add": "create", "new": "create", "start": "create",
+    "losetup": "loop", "mount": "attach", "map": "attach", "connect": "export", "kill": "stop", "shutdown": "stop",
+}  # fmt: skip
+"""Names of verbs in other tools."""
+
+
 class UnknownVerb(VerbFailed):
-    """A word that is no verb; dmsetup's line and what to do."""
+    """The error for an unknown verb: dmsetup's line and advice."""
 
     last = ""
 
     def __init__(self, word: str) -> None:
-        import difflib  # Only this error pays for it.
+        import difflib  # imported only for this error
 
-        near = difflib.get_close_matches(word, VERBS, 1)
+        near = [_ALSO_CALLED[word]] if word in _ALSO_CALLED else difflib.get_close_matches(word, _OFTEN_USED, 1)
         super().__init__(
             "Unknown command.",
             "Usage: blkloom [OPTIONS] VERB [ARGUMENTS]...",
-            what=f"{word!r} is no verb; " + (f"{near[0]}?" if near else "blkloom --help lists them"),
+            what=f"'{word}' is no verb; " + (f"{near[0]}?" if near else "blkloom --help lists them"),
         )
 
 
 class Verbs(click.Group):
-    """A group that knows its verbs by the table above."""
+    """A click group that finds its verbs in the table above."""
 
     @override
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -142,9 +160,9 @@ class Verbs(click.Group):
 
 
 def verb_first(arguments: Sequence[str], own: Mapping[str, bool]) -> list[str]:
-    """The command line with dmsetup's options moved behind a verb of dmsetup's.
+    """Moves dmsetup's options from before a dmsetup verb to after it.
 
-    own: options of the group, which stay in front. Without such a verb nothing is moved.
+    own: options of the group, which stay in front. Without a dmsetup verb nothing is moved.
     """
     front: list[str] = []
     moved: list[str] = []
@@ -170,7 +188,7 @@ def _of_dmsetup(name: str) -> bool:
 
 
 def _wants_value(word: str, equals: bool) -> bool:
-    """Whether an option of dmsetup's has its value in the next word."""
+    """Whether the value of a dmsetup option is the next argument."""
     if word.startswith("--"):
         if equals:
             return False

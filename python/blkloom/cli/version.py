@@ -1,4 +1,4 @@
-"""`blkloom version`: which one this is, and which one holds the devices."""
+"""`blkloom version`: prints the versions of this command and of the supervisor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from blkloom.version import VERSION
 
 
 @verb(most=0)
-@click.option("--json", "as_json", is_flag=True, help="With the supervisor's limits and counts, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with limits and counts of the supervisor.")
 def version(session: Session, operands: tuple[str, ...], as_json: bool) -> None:
-    """Tell the versions of this command ("library") and of the supervisor ("driver")."""
+    """Print the versions of this command ("library") and of the supervisor ("driver")."""
     told = session.client.version()
     if as_json:
         import json

@@ -1,4 +1,4 @@
-"""`blkloom wait`: until something happens to a device."""
+"""`blkloom wait`: waits for the next event of a device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blkloom.dm.failing import IoctlFailed, VerbFailed
 
 
 @verb("DEVICE", "[EVENT_NUMBER]", most=2, selectors=ONE)
-@click.option("--noflush", is_flag=True, help="Taken as given: nothing is flushed for it.")
+@click.option("--noflush", is_flag=True, help="Accepted and ignored: wait does not flush.")
 def wait(session: Session, operands: tuple[str, ...], noflush: bool) -> None:
     """Wait until the device's event number is another than EVENT_NUMBER (0, if not given).
 
-    It grows when the device is renamed or removed, when its size changes, when it fails, and when a
-    target has news. info tells it; with -v this does too.
+    The number increases when the device is renamed or removed, when its size changes, when it fails, and
+    when a target reports an event. `info` prints the number; with -v this command does too.
 
     \b
     blkloom wait disk "$(blkloom info -c --noheadings -o events disk)"
@@ -34,5 +34,5 @@ def wait(session: Session, operands: tuple[str, ...], noflush: bool) -> None:
         except IoctlFailed as error:
             if error.errno != errno.ENXIO:
                 raise
-            return  # That it was removed is what happened.
+            return  # The removal is the event.
     session.tell(named)

@@ -1,7 +1,7 @@
-"""The client of a run directory without a supervisor: what one without devices would answer.
+"""Client for a run directory without a supervisor: answers like a supervisor without devices.
 
-A command that only looks, or that changes a device which cannot exist, starts no process and makes no
-directory. A supervisor that has come meanwhile is asked, at every call.
+So a query, or a change of a device that cannot exist, starts no process and makes no directory. If a supervisor has
+started meanwhile, each call goes to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blkloom.version import VERSION
 
 
 class AbsentClient(Client):
-    """Of `run_dir`, in which no supervisor answers."""
+    """The client for `run_dir`, where no supervisor answers."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -32,6 +32,8 @@ class AbsentClient(Client):
         match call:
             case m.GetInfo(device="") | m.RemoveAll():
                 return []
+            case m.MakeNodes(device=""):
+                return None
             case m.GetStats(device=""):
                 return {}
             case m.Upgrade():
@@ -50,12 +52,12 @@ class AbsentClient(Client):
                 raise NoSupervisor(f"no supervisor answers at {self.run_dir.control}", cure="start one")
             case _:
                 raise NoSuchDevice(
-                    f"Device {getattr(call, 'device', '')} not found", cure="`blkloom ls` lists those there are"
+                    f"Device {getattr(call, 'device', '')} not found", cure="`blkloom ls` lists the devices"
                 )
 
     @override
     def stop(self, *, force: bool = False) -> None:
-        """There is none to end."""
+        """Does nothing: there is no supervisor to end."""
         if there := self._look():
             there.stop(force=force)
 

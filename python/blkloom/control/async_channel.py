@@ -1,4 +1,4 @@
-"""Messages and descriptors over a connected Unix stream socket, for asyncio; it belongs to its event loop."""
+"""Channel for messages and descriptors over a connected Unix stream socket, for one asyncio event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from blkloom.control.framing import Arrivals, ChannelClosed, PeerStalled, ancill
 
 
 class AsyncChannel:
-    """expected: the type of messages that come (a Struct or a union of tagged ones). One task receives; any
-    may send. stall: seconds for the other side to take some of what is sent, before it is given up; None: for ever.
+    """A channel. expected: type of the received messages (a Struct or a union of tagged ones). One task receives; any
+    task may send. stall: seconds without progress of a send before the channel is closed; None: no limit.
     """
 
     def __init__(self, connected: socket.socket, expected: Any, *, stall: float | None = None) -> None:
@@ -25,12 +25,12 @@ class AsyncChannel:
         self._closed = False
 
     def fileno(self) -> int:
-        """The socket's."""
+        """Descriptor of the socket."""
         return self._socket.fileno()
 
     async def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Sends; the descriptors stay the caller's, who keeps them open until this returns. Raises
-        ChannelClosed, PeerStalled. A send that is cancelled half-way ends the channel.
+        """Sends a message. The caller owns the descriptors and keeps them open until this returns. Raises
+        ChannelClosed, PeerStalled. If a send is cancelled half-way, the channel is closed.
         """
         line = memoryview(encode(message, fds))
         ancillary = ancillary_of(fds)
@@ -62,11 +62,11 @@ class AsyncChannel:
 
     @property
     def length(self) -> int:
-        """Bytes of the message that was received last."""
+        """Size in bytes of the last received message."""
         return self._arrivals.length
 
     async def receive(self) -> tuple[Any, list[int]]:
-        """The next message and its descriptors. Raises ChannelClosed, BadMessage."""
+        """Receives the next message and its descriptors. Raises ChannelClosed, BadMessage."""
         while True:
             self._check_open()
             if (found := self._arrivals.next()) is not None:
@@ -87,7 +87,7 @@ class AsyncChannel:
             await ready
         finally:
             self._waiting.discard(ready)
-            if not self._closed:  # closing has removed it, and the number may be somebody else's by now
+            if not self._closed:  # after a close the number may belong to another file
                 remove(descriptor)
 
     def _check_open(self) -> None:
@@ -95,7 +95,7 @@ class AsyncChannel:
             raise ChannelClosed("the connection has been closed")
 
     async def close(self) -> None:
-        """Ends the connection; whoever waits on it gets ChannelClosed. Does no harm twice."""
+        """Closes the connection. Waiting tasks get ChannelClosed. A second call does nothing."""
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages and descriptors over a connected Unix stream socket, for threads: several may send, one receives."""
+"""Channel for messages and descriptors over a connected Unix stream socket, for threads: several send, one receives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blkloom.control.framing import Arrivals, ChannelClosed, ancillary_of, encod
 
 
 class Channel:
-    """Blocking. expected: the type of messages that come (a Struct or a union of tagged ones)."""
+    """A blocking channel. expected: type of the received messages (a Struct or a union of tagged ones)."""
 
     def __init__(self, connected: socket.socket, expected: Any) -> None:
         connected.setblocking(True)
@@ -22,11 +22,11 @@ class Channel:
         self._sending = threading.Lock()
 
     def fileno(self) -> int:
-        """The socket's."""
+        """Descriptor of the socket."""
         return self._socket.fileno()
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Sends; the descriptors stay the caller's. Raises ChannelClosed."""
+        """Sends a message. The caller still owns the descriptors. Raises ChannelClosed."""
         line = encode(message, fds)
         with self._sending:
             try:
@@ -37,14 +37,14 @@ class Channel:
                 raise ChannelClosed(error.errno, f"the connection broke: {error.strerror}") from error
 
     def receive(self, timeout: float | None = None) -> tuple[Any, list[int]]:
-        """The next message and its descriptors. timeout: seconds. Raises ChannelClosed, BadMessage,
+        """Receives the next message and its descriptors. timeout: seconds. Raises ChannelClosed, BadMessage,
         TimeoutError.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (found := self._arrivals.next()) is None:
             if deadline is not None and self._socket.fileno() >= 0:
                 left = max(0.0, deadline - time.monotonic())
-                waiting = select.poll()  # select(2) knows no descriptors above 1023
+                waiting = select.poll()  # select(2) does not support descriptors above 1023
                 waiting.register(self._socket, select.POLLIN)
                 if not waiting.poll(left * 1000):
                     raise TimeoutError(f"no answer within {timeout:g} s")
@@ -52,6 +52,6 @@ class Channel:
         return found
 
     def close(self) -> None:
-        """Ends the connection. Does no harm twice."""
+        """Closes the connection. A second call does nothing."""
         self._arrivals.close()
         self._socket.close()

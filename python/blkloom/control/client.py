@@ -1,9 +1,9 @@
-"""The supervisor's client: one method a verb. The `blkloom` command uses nothing else.
+"""The client of a supervisor: one method for each verb. The `blkloom` command uses nothing else.
 
-A device is named by its name, or by `messages.Selector(uuid=...)` or `Selector(minor=...)`.
-Calls block; use an instance from one thread at a time. Files that a table names are opened here, with
-the caller's rights, working directory and mount namespace, when the supervisor asks for them.
-Errors come up as they were raised there: classes of `blkloom.errors`, OSError, TimeoutError.
+A device is selected by its name, `messages.Selector(uuid=...)` or `Selector(minor=...)`. Calls block; use a client from
+one thread at a time. When the supervisor needs a file of a table, this process opens it, with its own rights, working
+directory and mount namespace. Errors of the supervisor are raised here as the same class: a class of `blkloom.errors`,
+OSError or TimeoutError.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import errno
 import itertools
 import os
 import threading
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,16 +24,23 @@ import msgspec
 from blkloom.control import messages as m
 from blkloom.control.channel import Channel
 from blkloom.control.failures import to_exception
+from blkloom.control.faults import Fault
 from blkloom.control.framing import ChannelClosed
+from blkloom.control.holders import name_holders
+from blkloom.control.replies import Attached
 from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
-from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, OpenedFile
-from blkloom.errors import ResourceError
+from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, NodeOptions, OpenedFile
+from blkloom.control.store_files import chunk_sectors, make_store, roomy_store
+from blkloom.errors import BlkloomError, BusyError, ResourceError
 from blkloom.forked import OwnProcess
-from blkloom.target.descriptors import descriptor_path, open_file
+from blkloom.open_files import descriptor_path, open_file
+from blkloom.units import SECTOR
+
+_PROGRESS_SECONDS: Final = 0.2
 
 OPEN_SECONDS: Final = 10.0
-"""How long a file may take to open before its table is refused."""
+"""Seconds for a file to open; after that its table is refused."""
 
 
 class Client:
@@ -50,12 +59,13 @@ class Client:
         self._numbers = itertools.count(1)
         self._channel = Channel(connect(self.run_dir, start=start), m.ToClient)
         try:
-            with suppress(ChannelClosed):  # one that refuses us may have hung up, but says why
+            with suppress(ChannelClosed):  # a refusal: the connection may be closed, but its reason was sent
                 self._channel.send(m.Hello(pid=os.getpid()))
             hello, _ = self._channel.receive(timeout)
             if isinstance(hello, m.Failure):
                 raise to_exception(hello)
             self._check(hello)
+            self._supervisor = hello.pid
         except BaseException:
             self._channel.close()
             raise
@@ -68,22 +78,22 @@ class Client:
                 errno=errno.EPROTO,
             )
 
-    # What there is
+    # queries
 
     def info(self, device: m.DeviceKey = "") -> list[DeviceInfo]:
-        """Of one device, or of all by minor number."""
+        """State of one device, or of all devices by minor number."""
         return msgspec.convert(self.call(m.GetInfo(device=device)), list[DeviceInfo])
 
     def table(self, device: m.DeviceKey, *, inactive: bool = False) -> str:
-        """The table's text; "" if the slot is empty."""
+        """Text of the live or inactive table; "" if the slot is empty."""
         return str(self.call(m.GetTable(device=device, inactive=inactive)))
 
     def status(self, device: m.DeviceKey) -> list[tuple[int, int, str, str]]:
-        """(start, length, target, status) a segment; sectors."""
+        """(start, length, target, status) of each segment, in sectors."""
         return msgspec.convert(self.call(m.GetStatus(device=device)), list[tuple[int, int, str, str]])
 
     def files(self, device: m.DeviceKey) -> list[OpenedFile]:
-        """Those that the live table has open, each path once; none of a device that has failed."""
+        """Files that the live table has open, each path once; empty for a failed device."""
         return msgspec.convert(self.call(m.GetFiles(device=device)), list[OpenedFile])
 
     def stats(self, device: m.DeviceKey = "") -> dict[str, Any]:
@@ -95,10 +105,10 @@ class Client:
         return msgspec.convert(self.call(m.GetVersion()), dict[str, Any])
 
     def wait(self, device: m.DeviceKey, event: int | None = None) -> int:
-        """Blocks until the device's event number is above `event`; the number."""
+        """Blocks until the event number of the device is above `event`; returns the number."""
         return int(self.call(m.Wait(device=device, event=event), bounded=False))
 
-    # Life
+    # devices
 
     def create(
         self,
@@ -113,8 +123,11 @@ class Client:
         suspended: bool = False,
         autoclear: bool = False,
         loop: LoopNotes | None = None,
+        node: NodeOptions | None = None,
     ) -> DeviceInfo:
-        """Created, loaded and live; without a table created only. autoclear: removed when its last user leaves."""
+        """Makes a device, loads its table and resumes it; without a table, only makes it. autoclear: remove it after
+        its last user has left. node: owner, permissions and other options of its nodes, which are made later.
+        """
         call = m.Create(
             name=name,
             uuid=uuid,
@@ -126,6 +139,7 @@ class Client:
             suspended=suspended,
             autoclear=autoclear,
             loop=loop,
+            node=node or NodeOptions(),
         )
         return msgspec.convert(self.call(call), DeviceInfo)
 
@@ -139,8 +153,8 @@ class Client:
         shared: bool = False,
         same_files: bool = False,
     ) -> None:
-        """Into the inactive slot. same_files: paths that the live table has, too, mean the files it has open, wherever
-        they lead now.
+        """Loads a table into the inactive slot. same_files: for paths that are also in the live table, use its open
+        files, even if the paths lead to other files now.
         """
         call = m.Load(
             device=device, table=table, source=source, read_only=read_only, shared=shared, same_files=same_files
@@ -151,94 +165,240 @@ class Client:
         """Empties the inactive slot."""
         self.call(m.Clear(device=device))
 
-    def suspend(self, device: m.DeviceKey, *, flush: bool = True, timeout: float | None = None) -> None:
-        """Drains, flushes, and parks what comes. timeout: seconds for what is in flight to end."""
-        self.call(m.Suspend(device=device, flush=flush, timeout=timeout))
+    def suspend(
+        self, device: m.DeviceKey, *, flush: bool = True, lock_fs: bool = True, timeout: float | None = None
+    ) -> None:
+        """Finishes requests in flight and flushes; new requests wait. lock_fs: freeze file systems on its node first,
+        unless `flush` is False. timeout: seconds for that, and for the requests in flight.
+        """
+        self.call(m.Suspend(device=device, flush=flush, lock_fs=lock_fs, timeout=timeout))
 
-    def resume(self, device: m.DeviceKey, *, flush: bool = True, timeout: float | None = None) -> None:
-        """Swaps the inactive table in, if there is one, and goes live."""
-        self.call(m.Resume(device=device, flush=flush, timeout=timeout))
+    def resume(
+        self, device: m.DeviceKey, *, flush: bool = True, timeout: float | None = None, attach: bool = False
+    ) -> None:
+        """Makes the inactive table active, if there is one, and continues I/O. attach: then attaches the device, if it
+        is not attached.
+        """
+        self.call(m.Resume(device=device, flush=flush, timeout=timeout, attach=attach))
 
     def remove(self, device: m.DeviceKey, *, force: bool = False, deferred: bool = False, retry: bool = False) -> None:
-        """Ends the device. Raises BusyError while it is open."""
+        """Removes the device. Raises BusyError while it is in use."""
         self.call(m.Remove(device=device, force=force, deferred=deferred, retry=retry))
 
     def remove_all(self, *, force: bool = False, deferred: bool = False) -> list[tuple[str, str]]:
-        """(name, why) of those that could not be removed."""
+        """Removes all devices. Returns (name, reason) of those that could not be removed."""
         return msgspec.convert(self.call(m.RemoveAll(force=force, deferred=deferred)), list[tuple[str, str]])
 
     def retain(self, device: m.DeviceKey) -> None:
-        """The device stays when its last user leaves: no autoclear, no deferred removal."""
+        """Cancels autoclear and deferred removal: the device stays after its last user has left."""
         self.call(m.Retain(device=device))
 
     def rename(self, device: m.DeviceKey, *, name: str = "", uuid: str = "") -> None:
-        """A new name, or a uuid for one that has none."""
+        """Renames a device, or sets the uuid of a device without one."""
         self.call(m.Rename(device=device, name=name, uuid=uuid))
 
     def message(self, device: m.DeviceKey, sector: int, text: str) -> str | None:
-        """Sends `text` to the target at `sector`; its answer."""
+        """Sends `text` to the target at `sector`. Returns its answer."""
         return msgspec.convert(self.call(m.SendMessage(device=device, sector=sector, text=text)), str | None)
 
+    def fault(self, device: m.DeviceKey, fault: Fault | None) -> None:
+        """Makes a live device faulty, in place of a former fault; None: makes it well again, with the table that it
+        had. Its clients and node stay. Raises UsageError if the device is suspended, has an inactive table or no fault.
+        """
+        self.call(m.SetFault(device=device, fault=fault))
+
+    def snapshot(
+        self,
+        device: m.DeviceKey,
+        name: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        size: int = 0,
+        chunk: int = 0,
+        lock_fs: bool = True,
+        timeout: float | None = None,
+    ) -> DeviceInfo:
+        """Makes the device `name`: a writable snapshot of a live device, whose clients and node stay. File systems that
+        are mounted from its node are frozen for the instant (not with lock_fs False). file: a new file for what
+        changes; None: memory. size: bytes of that; 0: room for all. chunk: bytes that are copied together; 0: 16 KiB.
+        Raises UsageError, ResourceError, FileExistsError.
+        """
+        path = "" if file is None else os.path.abspath(file)
+        if path:
+            info = self.info(device)[0]
+            make_store(path, size or roomy_store(info.size))
+        call = m.TakeSnapshot(
+            device=device,
+            name=name,
+            store=path,
+            size=size,
+            chunk=chunk_sectors(chunk),
+            lock_fs=lock_fs,
+            timeout=timeout,
+        )
+        try:
+            return msgspec.convert(self.call(call), DeviceInfo)
+        except BaseException:
+            if path:
+                os.unlink(path)
+            raise
+
+    def snapshots(self, device: m.DeviceKey = "") -> list[m.SnapshotInfo]:
+        """The snapshots of a device, or of all devices."""
+        return msgspec.convert(self.call(m.ListSnapshots(device=device)), list[m.SnapshotInfo])
+
+    def delete_snapshot(self, device: m.DeviceKey) -> None:
+        """Removes a snapshot, or all snapshots of a device, and their memory; files are left. Raises DeviceBusy,
+        UsageError if it is none and has none.
+        """
+        self.call(m.DeleteSnapshot(device=device))
+
+    def merge_snapshot(self, device: m.DeviceKey) -> str:
+        """Removes a snapshot and gives its origin what it contained: at once for clients, in the background in the
+        files. Returns the name of the origin, for `finish_merge`. Raises DeviceBusy if one of the two is in use.
+        """
+        return str(self.call(m.MergeSnapshot(device=device)))
+
+    def finish_merge(self, device: m.DeviceKey, progress: Callable[[int], None] | None = None) -> None:
+        """Waits until a merge into a device is complete, and gives the device its former table again. progress: called
+        a few times a second with the number of bytes that are left. Raises UsageError if none runs, or it has failed.
+        """
+        while True:
+            event = self.info(device)[0].event
+            if self.call(m.FinishMerge(device=device)):
+                return
+            if progress is None:
+                self.wait(device, event)
+                continue
+            ((_, _, _, status),) = self.status(device)
+            if "/" in status:
+                used, _, metadata = status.replace("/", " ").split()
+                progress((int(used) - int(metadata)) * SECTOR)
+            time.sleep(_PROGRESS_SECONDS)
+
     def read(self, device: m.DeviceKey, offset: int, length: int) -> bytes:
-        """What a client would read there, without being one: `messages.MOST_READ` bytes at most."""
+        """Reads at most `messages.MOST_READ` bytes, without counting as a client of the device."""
         return base64.b64decode(self.call(m.ReadDevice(device=device, offset=offset, length=length)))
 
-    # Ways in
+    # exports
 
     def export(
         self,
         device: m.DeviceKey,
         *,
+        kind: str = "nbd",
         name: str = "",
         unix: str = "",
         host: str = "",
         port: int = 0,
+        path: str = "",
         read_only: bool = False,
         allow_remote: bool = False,
+        shared: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> ExportState:
-        """One more NBD export; where it listens. host: of this machine, "" for localhost if there is a port.
-        allow_remote: it may be an address that other hosts reach.
+        """Adds an export and returns its address. kind: `"nbd"` or `"fuse"` (`blkloom.export.registry`). host: of this
+        machine, "" for localhost if there is a port. allow_remote: it may be an address that other hosts reach. shared:
+        for writing even while the device is attached for writing as a block device.
+
+        fuse: path: of the file, absolute; "" for one in the run directory. options: `allow_other` (bool), `owner`
+        ((user id, group id)), `mode` (permission bits), `uring` (bool: over io_uring; ends with its worker). Raises
+        MountError.
         """
         call = m.AddExport(
             device=device,
+            kind=kind,
             name=name,
             unix=unix,
             host=host,
             port=port,
+            path=path,
             read_only=read_only,
             allow_remote=allow_remote,
+            shared=shared,
+            options=dict(options or {}),
         )
         return msgspec.convert(self.call(call), ExportState)
 
-    def unexport(self, device: m.DeviceKey, export: str) -> None:
-        """Ends an export, by id or socket path."""
-        self.call(m.RemoveExport(device=device, id=export))
+    def unexport(self, device: m.DeviceKey, export: str, *, force: bool = False) -> None:
+        """Removes an export, by id, socket path or file path. force: also a file that is open; the I/O of its users
+        then fails. Without it, raises MountError (EBUSY).
+        """
+        self.call(m.RemoveExport(device=device, id=export, force=force))
 
-    # The supervisor itself
+    def attach(
+        self,
+        device: m.DeviceKey,
+        *,
+        via: str = "auto",
+        read_only: bool = False,
+        partitions: bool = False,
+        block_device: bool = False,
+        shared: bool = False,
+        options: Mapping[str, Any] | None = None,
+        scan: bool | None = None,
+    ) -> Attached:
+        """Makes a node of the device. via: `"ublk"`, `"nbd"`, `"loop"`, `"fuse"`, or `"auto"` for the best that there
+        is. partitions: make nodes of the partitions, too, if the node is a block device (`node.partitions`).
+        block_device: with "auto", no file. shared: NBD clients may write while it is attached as a block device;
+        without it they may read only. options: of the export that serves the node (`timeout` of a kernel NBD device,
+        seconds; `on_failure` of a ublk device: "reissue" or "fail"). scan: False: udev does not look what
+        is on it, so nothing of that is activated; None: as it was. Raises CannotAttach where nothing can be done here.
+        """
+        call = m.Attach(
+            device=device,
+            via=via,
+            read_only=read_only,
+            partitions=partitions,
+            block_device=block_device,
+            shared=shared,
+            options=dict(options or {}),
+            scan=scan,
+        )
+        return msgspec.convert(self.call(call), Attached)
+
+    def detach(self, device: m.DeviceKey, *, lazy: bool = False, force: bool = False) -> None:
+        """Removes the node. Raises DeviceBusy, which names the users, while it is in use; lazy: it goes after its last
+        use; force: I/O of its users fails from now on.
+        """
+        self.call(m.Detach(device=device, lazy=lazy, force=force))
+
+    def scan_partitions(self, device: m.DeviceKey, *, remove: bool = False) -> list[str]:
+        """Makes nodes of the partitions of an attached block device, or updates them after a change of the partition
+        table; remove: removes them. Returns warnings about the table. Raises DeviceBusy if a partition that must change
+        is in use, UsageError if the device is not attached as a block device.
+        """
+        return msgspec.convert(self.call(m.ScanPartitions(device=device, remove=remove)), list[str])
+
+    def make_nodes(self, device: m.DeviceKey = "") -> None:
+        """Makes the stable names of nodes again where they are not as they should be: of one device, or of all."""
+        self.call(m.MakeNodes(device=device))
+
+    # the supervisor
 
     def upgrade(self) -> int:
-        """Supervisor and workers become what is installed now; how many workers."""
+        """Replaces the supervisor and all workers by the installed version. Returns the number of workers."""
         result = msgspec.convert(self.call(m.Upgrade()), dict[str, int])
         return result["workers"]
 
     def reap(self) -> list[str]:
-        """Removes what belongs to nobody; what that was."""
+        """Removes stale sockets, state files and immutable flags. Returns one line for each."""
         return msgspec.convert(self.call(m.Reap()), list[str])
 
     def stop(self, *, force: bool = False) -> None:
-        """Every device drained, flushed and removed; the supervisor ends. Raises DeviceBusy while clients are
-        connected to devices, unless `force` cuts them off.
+        """Drains, flushes and removes every device, and ends the supervisor. Raises DeviceBusy while clients are
+        connected to devices, unless `force` disconnects them.
         """
         self.call(m.Stop(force=force))
-        with suppress(ChannelClosed):  # which is when the process ends, and another may be started
+        with suppress(ChannelClosed):  # that is when the process has ended, so that another can start
             while True:
                 self._channel.receive()
 
-    # The conversation
+    # requests
 
     def call(self, call: m.ClientCall, *, bounded: bool = True) -> Any:
-        """Asks and waits for the answer, opening files meanwhile. bounded: by the client's timeout. Raises ForkedError
-        in a fork, whose questions would mix with its parent's.
+        """Sends a request and waits for its answer; opens files meanwhile. bounded: use the timeout of the client.
+        Raises ForkedError in a fork, whose requests would mix with those of its parent.
         """
         self._process.check()
         seconds = self._timeout if bounded else None
@@ -251,17 +411,25 @@ class Client:
                     self._open(message, *descriptors)
                     continue
             finally:
-                for descriptor in descriptors:  # none of the answers has any
+                for descriptor in descriptors:  # no answer has descriptors
                     os.close(descriptor)
             match message:
                 case m.Reply(id=answered) if answered == number:
                     return message.result
                 case m.Failure(id=answered) if answered in (number, 0):
-                    raise to_exception(message)
+                    error = to_exception(message)
+                    raise self.with_holders(error) if isinstance(error, BusyError) else error
                 case m.Reply(id=answered) | m.Failure(id=answered) if answered < number:
-                    continue  # of a call that was given up
+                    continue  # the answer to a call that was given up
                 case _:
-                    raise ChannelClosed(f"the supervisor answers what was not asked: {message!r:.200}")
+                    raise ChannelClosed(f"the supervisor answers what was not asked: {type(message).__name__}")
+
+    def with_holders(self, error: BusyError) -> BusyError:
+        """Replaces processes by device names in the error about a file in use."""
+        try:
+            return name_holders(error, self.info(), self._supervisor)
+        except (BlkloomError, OSError):  # the supervisor no longer answers: keep the process numbers
+            return error
 
     def _open(self, asked: m.OpenFile, opened: int | None = None) -> None:
         try:
@@ -276,7 +444,7 @@ class Client:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Ends the connection; what was asked goes on."""
+        """Closes the connection. Running requests continue."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -289,10 +457,10 @@ class Client:
 
 
 def open_within(asked: m.OpenFile, seconds: float, opened: int | None = None) -> int:
-    """Opens on a thread of its own, because some file systems never answer. opened: what rode along, the caller's.
-    Raises OSError (ETIMEDOUT).
+    """Opens a file on a new thread, because some file systems never answer. opened: descriptors of the request, owned
+    by the caller. Raises OSError (ETIMEDOUT).
     """
-    known = None if opened is None else os.dup(opened)  # the thread's: its caller may not wait for it
+    known = None if opened is None else os.dup(opened)  # owned by the thread: the caller may stop waiting for it
     path = asked.path if known is None else descriptor_path(known)
     outcome: list[int | BaseException] = []
     decided = threading.Lock()

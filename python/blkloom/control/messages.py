@@ -1,18 +1,18 @@
-"""Everything that is said on a control socket, as types.
+"""The messages of control sockets, as types.
 
-A line of JSON each, tagged by "kind"; descriptors ride along (SCM_RIGHTS) with the first byte of a line
-and are counted in its `fds`. Two conversations use it:
+Each message is a line of JSON with the tag "kind". Descriptors are sent with the first byte of a line (SCM_RIGHTS), and
+its field `fds` counts them. There are two connections:
 
 - client → supervisor, on `<run-dir>/control.sock`: `Request` with one of `ClientCall`;
 - supervisor → worker, on a socket pair made with the worker, or on `<run-dir>/workers/<worker>.sock`
-  when a supervisor comes back: `Request` with one of `WorkerCall`.
+  when a new supervisor connects: `Request` with one of `WorkerCall`.
 
-Either side greets with `Hello` first. Who gets a `Request` sends exactly one `Reply` or `Failure` with
-its `id`, in any order. While a request is open the one who serves it may send `OpenFile` ("open this
-file with your rights", answered by `Opened` or `OpenRefused`). A worker may at any time send `Keep`,
-`Drop` and `Happened`; they are not answered, and what a worker sent before a `Reply` is acted on before. `SyncFailed`
-is answered with `Noted`. Unknown fields are ignored (a newer peer may add some). A request with an unknown verb, or
-with a value that is none or out of range, gets a `Failure`, and the conversation goes on.
+Both sides send `Hello` first. The receiver of a `Request` sends exactly one `Reply` or `Failure` with its `id`, in any
+order. Before that it may send `OpenFile` ("open this file with your rights"), which is answered by `Opened` or
+`OpenRefused`. A worker may send `Keep`, `Drop` and `DeviceChanged` at any time; they have no answer, and they are
+handled before a `Reply` that was sent later. `SyncFailed` is answered with `Noted`. Unknown fields are ignored, because
+a newer peer may add some. A request with an unknown verb or an invalid value gets a `Failure`; the connection stays
+usable.
 """
 
 from __future__ import annotations
@@ -21,21 +21,66 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from blkloom.control.states import DeviceState, ExportState, FailedSync, Label, Loaded, LoopNotes, Number
+from blkloom.control.faults import Fault
+from blkloom.control.states import FailedSync, Label, LoopNotes, NodeOptions, Number
+from blkloom.control.worker_calls import (
+    Describe,
+    Freeze,
+    Hold,
+    Leave,
+    Release,
+    Serve,
+    Thaw,
+    Unserve,
+    WorkerCall,
+    WorkerClear,
+    WorkerFiles,
+    WorkerLoad,
+    WorkerMessage,
+    WorkerRead,
+    WorkerRename,
+    WorkerResume,
+    WorkerStats,
+    WorkerStatus,
+    WorkerSuspend,
+)
+
+__all__ = [
+    "Describe",
+    "Freeze",
+    "Hold",
+    "Leave",
+    "Release",
+    "Serve",
+    "Thaw",
+    "Unserve",
+    "WorkerCall",
+    "WorkerClear",
+    "WorkerFiles",
+    "WorkerLoad",
+    "WorkerMessage",
+    "WorkerRead",
+    "WorkerRename",
+    "WorkerResume",
+    "WorkerStats",
+    "WorkerStatus",
+    "WorkerSuspend",
+]
+"""Of `worker_calls`; every message can be imported from here."""
 
 PROTOCOL: Final = 1
-"""Grows when an old peer would misunderstand a new one."""
+"""Protocol version. It increases when an old peer would misunderstand a new one."""
 LONGEST_LINE: Final = 64 << 20
 MOST_DESCRIPTORS: Final = 250
-"""One line carries at most this many (SCM_MAX_FD is 253); more go in several `Keep`s or `Hold`s."""
+"""Most descriptors of one line (SCM_MAX_FD is 253); more are sent in several `Keep`s or `Hold`s."""
 MOST_READ: Final = 1 << 20
-"""Bytes that one `ReadDevice` may ask for."""
+"""Most bytes of one `ReadDevice`."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Errno = Annotated[int, msgspec.Meta(ge=1, le=4095)]
 Descriptors = Annotated[int, msgspec.Meta(ge=0, le=MOST_DESCRIPTORS)]
-"""How many descriptors come with a message."""
+"""Number of descriptors of a message."""
 
 
 class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
@@ -46,11 +91,11 @@ class _Call(msgspec.Struct, tag_field="verb", kw_only=True, omit_defaults=True):
     pass
 
 
-# What is said
+# Messages
 
 
 class Hello(_Message, tag="hello"):
-    """Who is speaking. Sent first by both sides."""
+    """Greeting: version and process of the sender. Both sides send it first."""
 
     protocol: int = PROTOCOL
     version: str = ""
@@ -70,6 +115,8 @@ class Failure(_Message, tag="failure"):
     source: str = ""
     line: int = 0
     column: int = 0
+    holders: list[int] = []
+    """Processes that use the file, for a BusyError."""
 
 
 class Reply(_Message, tag="reply"):
@@ -77,13 +124,13 @@ class Reply(_Message, tag="reply"):
 
     id: int
     result: Any = None
-    """What the call's docstring says, as plain JSON; convert with msgspec.convert."""
+    """The result, as the docstring of the call says, in plain JSON; convert it with msgspec.convert."""
     fds: Descriptors = 0
 
 
 class OpenFile(_Message, tag="open"):
-    """Open `path`, as seen from where you are, with your rights. request: whom it is for. With a descriptor: open what
-    that one is, whatever the path leads to now.
+    """Open `path`, in your mount namespace and working directory, with your rights. request: id of the request that
+    needs it. With a descriptor: reopen that file, even if the path leads to another one now.
     """
 
     id: int
@@ -97,7 +144,7 @@ class OpenFile(_Message, tag="open"):
 
 
 class Opened(_Message, tag="opened"):
-    """The file is open; its descriptor rides along."""
+    """The file is open. Comes with its descriptor."""
 
     id: Number
     fds: Descriptors = 1
@@ -114,17 +161,17 @@ class OpenRefused(_Message, tag="refused"):
 
 
 class Selector(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A device by its uuid or by its minor number: one of both."""
+    """Selects a device by either uuid or minor number."""
 
     uuid: str = ""
     minor: int | None = None
 
     def __str__(self) -> str:
-        return f"with uuid {self.uuid!r}" if self.minor is None else f"with minor number {self.minor}"
+        return f"with uuid '{self.uuid}'" if self.minor is None else f"with minor number {self.minor}"
 
 
 DeviceKey = str | Selector
-"""A device as a call names it. A str is its name, whatever is in it."""
+"""The device of a call. A str is always a name."""
 
 
 class Create(_Call, tag="create"):
@@ -135,17 +182,19 @@ class Create(_Call, tag="create"):
     minor: int | None = None
     table: str | None = None
     source: str = "table"
-    """What the table's text is called in errors."""
+    """Name of the table text in errors."""
     read_only: bool = False
     shared: bool = False
     suspended: bool = False
     autoclear: bool = False
-    """Removed when its last client leaves, or the last device that stands on it; once it had one."""
+    """Remove it when the last client has left and no device is stacked on it; only after it has had a user."""
     loop: LoopNotes | None = None
+    node: NodeOptions = NodeOptions()
+    """For each attach of the device."""
 
 
 class Load(_Call, tag="load"):
-    """→ None. same_files: paths that the live table has, too, mean the files it has open, wherever they lead now."""
+    """→ None. same_files: for paths that are also in the live table, use its open files, even if moved."""
 
     device: DeviceKey
     table: str
@@ -153,6 +202,8 @@ class Load(_Call, tag="load"):
     read_only: bool = False
     shared: bool = False
     same_files: bool = False
+    fault: str = ""
+    """See `DeviceInfo.fault`; for `SetFault`."""
 
 
 class Clear(_Call, tag="clear"):
@@ -162,23 +213,30 @@ class Clear(_Call, tag="clear"):
 
 
 class Suspend(_Call, tag="suspend"):
-    """timeout: seconds for requests in flight to end; None: the supervisor's default."""
+    """timeout: seconds for requests in flight to end; None: the supervisor's default. lock_fs: freeze file systems that
+    are mounted from the device's node, or from a node of a device above it, until it is resumed; only with `flush`.
+    """
 
     device: DeviceKey
     flush: bool = True
+    lock_fs: bool = True
     timeout: Seconds | None = None
 
 
 class Resume(_Call, tag="resume"):
-    """Swaps the inactive table in, and goes live. → None."""
+    """Makes the inactive table active and continues I/O. → None."""
 
     device: DeviceKey
     flush: bool = True
     timeout: Seconds | None = None
+    attach: bool = False
+    """Attach it as well, if it is not attached (dmsetup's --addnodeonresume)."""
 
 
 class Remove(_Call, tag="remove"):
-    """force: first an error table goes in. deferred: when the last user leaves. retry: for some seconds."""
+    """Removes a device. force: load an error table first. deferred: remove it after its last user has left. retry: for
+    some seconds.
+    """
 
     device: DeviceKey
     force: bool = False
@@ -187,20 +245,20 @@ class Remove(_Call, tag="remove"):
 
 
 class RemoveAll(_Call, tag="remove_all"):
-    """→ list of names that could not be removed, each with why: [[name, what], ...]."""
+    """→ the devices that could not be removed, each with the reason: [[name, what], ...]."""
 
     force: bool = False
     deferred: bool = False
 
 
 class Retain(_Call, tag="retain"):
-    """The device stays when its last user leaves, whatever was asked before (autoclear, deferred). → None."""
+    """Cancels autoclear and deferred removal: the device stays after its last user has left. → None."""
 
     device: DeviceKey
 
 
 class Rename(_Call, tag="rename"):
-    """One of both."""
+    """Sets either the name or the uuid. → None."""
 
     device: DeviceKey
     name: str = ""
@@ -208,7 +266,7 @@ class Rename(_Call, tag="rename"):
 
 
 class GetTable(_Call, tag="table"):
-    """→ the table's text ("" for none)."""
+    """Reads a table. → its text ("" for an empty slot)."""
 
     device: DeviceKey
     inactive: bool = False
@@ -221,13 +279,13 @@ class GetStatus(_Call, tag="status"):
 
 
 class GetFiles(_Call, tag="files"):
-    """→ list of OpenedFile: those of the live table, each path once. A device that has failed has none."""
+    """Lists open files. → list of OpenedFile: those of the live table, each path once; empty for a failed device."""
 
     device: DeviceKey
 
 
 class GetInfo(_Call, tag="info"):
-    """→ list of DeviceInfo by minor; device "": of all."""
+    """Reads states. → list of DeviceInfo by minor; device "": of all devices."""
 
     device: DeviceKey = ""
 
@@ -240,9 +298,63 @@ class SendMessage(_Call, tag="message"):
     text: str
 
 
+class SetFault(_Call, tag="fault"):
+    """Makes a live device faulty, in place of a former fault; fault None: makes it well again. → None."""
+
+    device: DeviceKey
+    fault: Fault | None = None
+
+
+class TakeSnapshot(_Call, tag="snapshot"):
+    """Makes the device `name`, a writable snapshot of a live device. → DeviceInfo. store: the path of a file for the
+    exceptions, which is zeros; "": a RAM device of `size` bytes (0: room for all). chunk: sectors; 0: the default.
+    lock_fs, timeout: see `Suspend`.
+    """
+
+    device: DeviceKey
+    name: str
+    store: str = ""
+    size: Number = 0
+    chunk: Number = 0
+    lock_fs: bool = True
+    timeout: Seconds | None = None
+
+
+class DeleteSnapshot(_Call, tag="delete_snapshot"):
+    """Removes a snapshot, or all snapshots of a device. → None."""
+
+    device: DeviceKey
+
+
+class MergeSnapshot(_Call, tag="merge_snapshot"):
+    """Removes a snapshot and begins to merge what it contained into its origin. → the name of the origin."""
+
+    device: DeviceKey
+
+
+class FinishMerge(_Call, tag="finish_merge"):
+    """Gives the origin its former table again, if the merge is complete. → whether it is."""
+
+    device: DeviceKey
+
+
+class ListSnapshots(_Call, tag="snapshots"):
+    """→ list of SnapshotInfo; device "": of all devices."""
+
+    device: DeviceKey = ""
+
+
+class SnapshotInfo(msgspec.Struct, frozen=True):
+    """A snapshot. origin: name of its device. store: path of the file with its exceptions, or `blkloom:NAME`."""
+
+    name: str
+    origin: str
+    store: str
+
+
 class ReadDevice(_Call, tag="read"):
-    """→ base64 of `length` bytes from `offset` on, as a client would read them. At most MOST_READ; it is
-    for looking at what is on a device (partition tables) without being a client of it.
+    """Reads from a device without a connection to it, for partition tables. → base64 of `length` bytes (at most
+    MOST_READ) from `offset` on.
     """
 
     device: DeviceKey
@@ -251,7 +363,7 @@ class ReadDevice(_Call, tag="read"):
 
 
 class Wait(_Call, tag="wait"):
-    """→ the event number, as soon as it is above `event` (None: above the present one)."""
+    """Waits for an event. → the event number, as soon as it is above `event` (None: above the present one)."""
 
     device: DeviceKey
     event: Number | None = None
@@ -266,25 +378,76 @@ class GetStats(_Call, tag="stats"):
 
 
 class AddExport(_Call, tag="export"):
-    """→ ExportState with where it listens (port 0 becomes the port it got). unix "" and host "": the
-    automatic socket once more (after `unexport`). host "" with a port: localhost. allow_remote: `host` may be an
-    address that other hosts reach.
+    """Adds an export. → ExportState with its address (port 0 is replaced by the port). kind: see `export.registry`.
+    path: of kinds with a file; "" for the file in the run directory. options: of this kind.
+
+    nbd: unix "" and host "": the automatic socket again (after `unexport`). host "" with a port: localhost.
+    allow_remote: `host` may be an address that other hosts can reach.
     """
 
     device: DeviceKey
+    kind: str = "nbd"
     name: str = ""
     unix: str = ""
     host: str = ""
     port: Port = 0
+    path: str = ""
     read_only: bool = False
     allow_remote: bool = False
+    shared: bool = False
+    """Also for writing while the device is attached for writing as a block device."""
+    options: dict[str, Any] = {}
 
 
 class RemoveExport(_Call, tag="unexport"):
-    """id: the export's, or a socket path. Its clients are disconnected."""
+    """Removes an export. → None. id: of the export, or its address. NBD clients are disconnected. For a file that is
+    open it is refused (EBUSY), unless `force`: requests of its users then fail.
+    """
 
     device: DeviceKey
     id: str
+    force: bool = False
+
+
+class Attach(_Call, tag="attach"):
+    """→ Attached. via: a name of `attach.registry`, or "auto". block_device: with "auto", only ways whose node is one.
+    partitions: make nodes of the partitions, too, if the node is a block device. shared: as in `AddExport`. options: of
+    the export that serves the node. scan: see `NodeOptions`; None: as it was.
+    """
+
+    device: DeviceKey
+    via: str = "auto"
+    options: dict[str, Any] = {}
+    read_only: bool = False
+    partitions: bool = False
+    block_device: bool = False
+    shared: bool = False
+    scan: bool | None = None
+
+
+class Detach(_Call, tag="detach"):
+    """→ None. lazy: also a node that is in use; it goes after its last use. force: the same, and what its users ask
+    fails from now on.
+    """
+
+    device: DeviceKey
+    lazy: bool = False
+    force: bool = False
+
+
+class ScanPartitions(_Call, tag="scan_partitions"):
+    """Updates the kernel's partitions of a node that is a block device to the partition table. → list of warnings.
+    remove: removes them instead.
+    """
+
+    device: DeviceKey
+    remove: bool = False
+
+
+class MakeNodes(_Call, tag="mknodes"):
+    """Makes the stable names of nodes again where they are not as they should be. → None. device "": of all."""
+
+    device: DeviceKey = ""
 
 
 class GetVersion(_Call, tag="version"):
@@ -292,16 +455,16 @@ class GetVersion(_Call, tag="version"):
 
 
 class Upgrade(_Call, tag="upgrade"):
-    """The supervisor and every worker are replaced by what is installed now. → {"workers": n}."""
+    """Replaces the supervisor and every worker by the installed version. → {"workers": n}."""
 
 
 class Reap(_Call, tag="reap"):
-    """→ list of what was removed, a line each: sockets, state files and immutable flags nobody owns."""
+    """Removes stale sockets, state files and immutable flags. → list with a line for each."""
 
 
 class Stop(_Call, tag="stop"):
-    """Every device is drained, flushed and removed; then the supervisor ends. → None. force: also while clients
-    are connected to devices; they are cut off.
+    """Drains, flushes and removes every device; then the supervisor ends. → None. force: also while clients are
+    connected to devices; they are disconnected.
     """
 
     force: bool = False
@@ -322,176 +485,25 @@ ClientCall = (
     | GetFiles
     | GetInfo
     | SendMessage
+    | SetFault
+    | TakeSnapshot
+    | DeleteSnapshot
+    | MergeSnapshot
+    | FinishMerge
+    | ListSnapshots
     | ReadDevice
     | Wait
     | GetStats
     | AddExport
     | RemoveExport
+    | Attach
+    | Detach
+    | ScanPartitions
+    | MakeNodes
     | GetVersion
     | Upgrade
     | Reap
     | Stop
-)
-
-
-# What the supervisor asks of a worker. `minor` names the device.
-
-
-class Hold(_Call, tag="hold"):
-    """Bring these devices up, lower ones first, from the state and the descriptors that ride along (in
-    the order of `labels`): new ones, those of a worker that died, or those another worker handed over.
-    more: further descriptors for the same devices come in the next `Hold`. → None.
-    """
-
-    devices: list[DeviceState] = []
-    labels: list[Label] = []
-    more: bool = False
-    fds: int = 0
-
-
-class WorkerLoad(_Call, tag="load"):
-    """→ {"deps": [...], "targets": n, "types": [...], "size": n, "whole": bool} of the table loaded. Files are
-    asked for with `OpenFile`. Raises as `Device.load`; then nothing changed.
-    """
-
-    minor: int
-    loaded: Loaded
-    source: str = "table"
-    same_files: bool = False
-
-
-class WorkerClear(_Call, tag="clear"):
-    """Empties the inactive slot."""
-
-    minor: int
-
-
-class WorkerSuspend(_Call, tag="suspend"):
-    """Drains, and flushes. → None."""
-
-    minor: int
-    flush: bool = True
-    timeout: float | None = None
-
-
-class WorkerResume(_Call, tag="resume"):
-    """→ {"targets": n, "types": [...], "size": n, "event": n}, and "table": its text, where a target found its
-    size changed. Files are asked for with `OpenFile`. swap: False: the inactive table stays.
-    """
-
-    minor: int
-    flush: bool = True
-    timeout: float | None = None
-    swap: bool = True
-
-
-class Release(_Call, tag="release"):
-    """The device ends: drained and flushed, its exports and files closed. fail: without waiting."""
-
-    minor: int
-    fail: bool = False
-
-
-class WorkerRename(_Call, tag="rename"):
-    """Sets both."""
-
-    minor: int
-    name: str
-    uuid: str = ""
-
-
-class WorkerStatus(_Call, tag="status"):
-    """→ list of [start, length, target, status] a segment; sectors."""
-
-    minor: int
-
-
-class WorkerFiles(_Call, tag="files"):
-    """→ list of OpenedFile; see `GetFiles`."""
-
-    minor: int
-
-
-class WorkerMessage(_Call, tag="message"):
-    """→ the target's answer, or None."""
-
-    minor: int
-    sector: int
-    text: str
-
-
-class WorkerRead(_Call, tag="read"):
-    """→ base64 of the bytes."""
-
-    minor: int
-    offset: int
-    length: int
-
-
-class WorkerStats(_Call, tag="stats"):
-    """→ {minor: {"device": ..., "exports": {id: ...}, "memory": ...}} of all its devices."""
-
-
-class Serve(_Call, tag="serve"):
-    """Accept on the listening socket that rides along."""
-
-    minor: int
-    export: ExportState
-    fds: int = 1
-
-
-class Unserve(_Call, tag="unserve"):
-    """Ends an export and its connections."""
-
-    minor: int
-    id: str
-
-
-class Describe(_Call, tag="describe"):
-    """For a supervisor that came back: → {"devices": [DeviceState], "infos": [DeviceInfo]}, after
-    `Keep`s with every descriptor it holds.
-    """
-
-
-class Freeze(_Call, tag="freeze"):
-    """Drain, stop accepting, take the connections out of the engine; from here on nothing moves.
-    → {"devices": [DeviceState]} with connections, whose descriptors came before in `Keep`s.
-    """
-
-    timeout: float | None = None
-
-
-class Thaw(_Call, tag="thaw"):
-    """The hand-over failed: go on as before `Freeze`."""
-
-
-class Leave(_Call, tag="leave"):
-    """End now. flush: False after a hand-over: nothing is flushed, unlocked or unlinked, another
-    process owns it all.
-    """
-
-    flush: bool = True
-
-
-WorkerCall = (
-    Hold
-    | WorkerLoad
-    | WorkerClear
-    | WorkerSuspend
-    | WorkerResume
-    | Release
-    | WorkerRename
-    | WorkerStatus
-    | WorkerFiles
-    | WorkerMessage
-    | WorkerRead
-    | WorkerStats
-    | Serve
-    | Unserve
-    | Describe
-    | Freeze
-    | Thaw
-    | Leave
 )
 
 
@@ -510,25 +522,25 @@ class WorkerRequest(_Message, tag="request"):
     fds: int = 0
 
 
-# What a worker says on its own
+# Notifications of a worker
 
 
 class Keep(_Message, tag="keep"):
-    """Store these descriptors: a worker that takes my place will need them."""
+    """Store these descriptors: a replacement of this worker will need them."""
 
     labels: list[Label]
     fds: int = 0
 
 
 class Drop(_Message, tag="drop"):
-    """They are not needed any more."""
+    """These descriptors are no longer needed."""
 
     labels: list[Label]
 
 
-class Happened(_Message, tag="happened"):
+class DeviceChanged(_Message, tag="happened"):
     """The device's clients or event number changed, or it has had I/O errors. opened: there was a client since the
-    device began. io_errors, last_io_error: as in `DeviceState`.
+    device began. io_errors, last_io_error: as in `DeviceState`. gone: ids of exports that were unmounted.
     """
 
     minor: int
@@ -538,11 +550,12 @@ class Happened(_Message, tag="happened"):
     io_errors: int = 0
     last_io_error: str = ""
     failed_syncs: list[FailedSync] = []
-    """All there are."""
+    """All failed syncs of the device."""
+    gone: list[str] = []
 
 
 class SyncFailed(_Message, tag="sync_failed"):
-    """Remember these, all that the device has, and answer with `Noted`: until then no client is told."""
+    """Record all failed syncs of the device, and answer with `Noted`. Clients get no error before that answer."""
 
     id: int
     minor: int
@@ -550,7 +563,7 @@ class SyncFailed(_Message, tag="sync_failed"):
 
 
 class Noted(_Message, tag="noted"):
-    """A worker that takes the place of the one which said `SyncFailed` will know of it."""
+    """The answer to `SyncFailed`: a replacement of the worker will know of the failures."""
 
     id: int
 
@@ -558,4 +571,4 @@ class Noted(_Message, tag="noted"):
 FromClient = ClientRequest | Opened | OpenRefused | Hello
 ToClient = Hello | Reply | Failure | OpenFile
 ToWorker = Hello | WorkerRequest | Opened | OpenRefused | Noted
-FromWorker = Hello | Reply | Failure | OpenFile | Keep | Drop | Happened | SyncFailed
+FromWorker = Hello | Reply | Failure | OpenFile | Keep | Drop | DeviceChanged | SyncFailed

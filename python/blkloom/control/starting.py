@@ -1,8 +1,8 @@
-"""Reaching a supervisor, and starting one where there is none.
+"""Connects to a supervisor, and starts one if none runs.
 
-A supervisor is believed if it is this user's or root's, and its run directory nobody else's (`open_private`).
-Whoever starts it holds `start.lock` and looks again first, so that two commands start one supervisor.
-It is detached (a session of its own) and says it is ready over a pipe.
+A supervisor is trusted if it runs as this user or root, and if no other user can change its run directory
+(`RunDir.open_sockets`). The command that starts it holds `start.lock` and tries to connect again first, so that two
+commands start only one supervisor. The supervisor has its own session and reports over a pipe that it is ready.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import sys
 from typing import Final
 
 from blkloom.control.rundir import RunDir
-from blkloom.control.trusted_path import open_private
 from blkloom.errors import NoSupervisor, UsageError
-from blkloom.peer import peer_of
+from blkloom.peer_credentials import peer_credentials
 
 _READY_SECONDS: Final = 30.0
 IDLE_SECONDS: Final = 60.0
-"""A supervisor that a command started ends when it has had neither devices nor clients for so long."""
+"""Idle timeout in seconds of a supervisor that a command has started."""
 
 
 def connect(run_dir: RunDir, *, start: bool, idle: float = IDLE_SECONDS) -> socket.socket:
-    """A connection to the supervisor. start: start one if there is none. idle: seconds after which that one
-    ends if it has neither devices nor clients. Raises NoSupervisor, UsageError, OSError.
+    """Connects to the supervisor. start: start one if none runs. idle: seconds without devices and clients after which
+    that supervisor ends. Raises NoSupervisor, UsageError, OSError.
     """
     if (connected := _try(run_dir)) is not None:
         return connected
@@ -45,15 +44,15 @@ def connect(run_dir: RunDir, *, start: bool, idle: float = IDLE_SECONDS) -> sock
 
 
 def _try(run_dir: RunDir) -> socket.socket | None:
-    """None where nobody listens."""
+    """Connects; returns None if no process listens."""
     try:
-        directory = open_private(run_dir.path)
+        directory = run_dir.open_sockets()
     except FileNotFoundError:
         return None
     connecting = socket.socket(socket.AF_UNIX)
     try:
         connecting.connect(f"/proc/self/fd/{directory}/{run_dir.control.name}")
-        if not (peer := peer_of(connecting)).may_command:
+        if not (peer := peer_credentials(connecting)).may_command:
             raise UsageError(
                 f"the supervisor at {run_dir.control} is of user {peer.uid}, you are user {os.geteuid()}",
                 cure="choose another run directory with --run-dir or BLKLOOM_RUN_DIR",
@@ -71,8 +70,8 @@ def _try(run_dir: RunDir) -> socket.socket | None:
 
 
 def _start(run_dir: RunDir, idle: float) -> None:
-    """Returns once it accepts clients. Raises NoSupervisor."""
-    import subprocess  # most commands find a supervisor
+    """Starts a supervisor and waits until it accepts clients. Raises NoSupervisor."""
+    import subprocess  # imported here: most commands find a running supervisor
 
     reading, writing = os.pipe2(os.O_CLOEXEC)
     command = [sys.executable, "-m", "blkloom.supervisor", "--run-dir", str(run_dir.path)]
@@ -80,7 +79,7 @@ def _start(run_dir: RunDir, idle: float) -> None:
     with open(reading, "rb") as ready:
         try:
             with open(run_dir.log, "ab") as log:
-                # By way of a shell that ends at once: the supervisor shall be nobody's child here.
+                # A shell starts it and ends at once: the supervisor must not be a child of this process.
                 subprocess.run(
                     ["/bin/sh", "-c", '"$@" &', "sh", *command],
                     stdin=subprocess.DEVNULL,
@@ -93,7 +92,7 @@ def _start(run_dir: RunDir, idle: float) -> None:
                 )
         finally:
             os.close(writing)
-        waiting = select.poll()  # select(2) knows no descriptors above 1023
+        waiting = select.poll()  # select(2) does not support descriptors above 1023
         waiting.register(ready, select.POLLIN)
         seen = waiting.poll(_READY_SECONDS * 1000)
         if seen and ready.read(1):

@@ -1,10 +1,9 @@
-"""Directories that only this user and root can have put where they are.
+"""Checks that a path is trusted: only this user and root can change the directories on it.
 
-A supervisor opens and hands on files for whoever reaches its socket, and a client opens files with its rights
-for the supervisor that answers. So neither believes a run directory by its path alone: every directory on the
-way to it must belong to this user or to root, and nobody else may be able to rename what is in it. Checked on
-open descriptors from the root on, so that what was checked is what is used. Source: sshd(8), StrictModes;
-path_resolution(7).
+A supervisor opens files for any process that reaches its socket, and a client opens files with its own rights for the
+supervisor. So a run directory is not trusted by its path alone. Every directory on the path must belong to this user or
+to root, and no other user may be able to rename its entries. The check uses open descriptors, starting at the root, so
+that the checked directory is the one that is used. Source: sshd(8), StrictModes; path_resolution(7).
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from blkloom.errors import UsageError
 
 _OPEN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_LINKS: Final = 40
-"""As many as the kernel follows (MAXSYMLINKS)."""
+"""Most symbolic links, as in the kernel (MAXSYMLINKS)."""
 _ELSEWHERE: Final = "choose another with --run-dir or BLKLOOM_RUN_DIR"
 
 
 def open_private(path: Path, *, make: bool = False) -> int:
-    """A descriptor (O_PATH) of the directory `path`, which is this user's alone (0700, and no symbolic link) and
-    lies where only this user and root can have put it. make: where something is missing, make it.
+    """Opens the directory `path` (O_PATH). It must be private (0700, not a symbolic link) and on a trusted path. make:
+    make missing directories.
 
-    Raises UsageError where others could have a hand in it, FileNotFoundError where it is not there, OSError.
+    Raises UsageError if another user could change it, FileNotFoundError if it does not exist, OSError.
     """
     walk = _Walk(path, make)
     try:
@@ -40,7 +39,7 @@ def open_private(path: Path, *, make: bool = False) -> int:
 
 
 class _Walk:
-    """From the root to a directory, one name at a time. here: the descriptor of where it has come to."""
+    """Walks from the root to a directory, one name at a time. here: descriptor of the present directory."""
 
     def __init__(self, path: Path, make: bool) -> None:
         assert path.is_absolute(), "RunDir makes it so"
@@ -51,12 +50,12 @@ class _Walk:
         self._links = 0
         self.here = os.open("/", _OPEN | os.O_DIRECTORY)
         status = os.fstat(self.here)
-        # In a user namespace root's files seem to be nobody's; those of "/" tell which user that is.
+        # In a user namespace, root's files may belong to the overflow user: the owner of "/" tells which user that is.
         self._trusted = {0, os.geteuid(), status.st_uid}
         self._check_parent(status)
 
     def run(self) -> None:
-        """To the end. Raises UsageError, OSError."""
+        """Walks to the end of the path. Raises UsageError, OSError."""
         while self._names:
             name = self._names.pop()
             self._shown = os.path.join(self._shown, name)
@@ -88,7 +87,7 @@ class _Walk:
                     raise
             os.mkdir(name, 0o755 if self._names else 0o700, dir_fd=self.here)
             return os.open(name, _OPEN, dir_fd=self.here)
-        except FileExistsError:  # two make it at once
+        except FileExistsError:  # another process made it at the same time
             return os.open(name, _OPEN, dir_fd=self.here)
         except FileNotFoundError as error:
             raise FileNotFoundError(error.errno, error.strerror, self._shown) from error
@@ -100,7 +99,7 @@ class _Walk:
             ) from error
 
     def _follow(self, link: int, status: os.stat_result) -> None:
-        """Puts what the link says in front of what is left."""
+        """Puts the target of the link in front of the remaining names."""
         if not self._names:
             raise UsageError(
                 f"{self._shown} is a symbolic link, which may lead elsewhere tomorrow",
@@ -132,7 +131,7 @@ class _Walk:
             )
 
     def _check_parent(self, status: os.stat_result) -> None:
-        """In a directory with the sticky bit, such as /tmp, nobody can rename what is another's."""
+        """Whether the sticky bit protects the entry: in /tmp, for example, only the owner of a file can rename it."""
         self._check_owner(status)
         if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
             raise UsageError(
@@ -151,4 +150,13 @@ def _check_private(path: Path, status: os.stat_result) -> None:
             errno=errno.EPERM,
         )
     if stat.S_IMODE(status.st_mode) & 0o077:
-        raise UsageError(f"{path} is open to others", cure=f"chmod 700 {path}", errno=errno.EPERM)
+        cure = _ELSEWHERE if _has_other_things(path) else f"chmod 700 {path}"
+        raise UsageError(f"{path} is open to others", cure=cure, errno=errno.EPERM)
+
+
+def _has_other_things(path: Path) -> bool:
+    """Whether the directory is used for other things, like `/etc`: its permissions must not be changed."""
+    try:
+        return bool(names := os.listdir(path)) and "lock" not in names
+    except OSError:
+        return False

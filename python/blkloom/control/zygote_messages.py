@@ -1,4 +1,4 @@
-"""What the supervisor and the zygote tell each other. See `worker.zygote`."""
+"""Messages between the supervisor and the zygote. See `worker.zygote`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class _Message(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=Tru
 
 
 class Fork(_Message, tag="fork"):
-    """To the zygote: a worker for `run_dir`, on the channel that rides along. targets: that its tables will name.
-    client_memory: bytes that its clients may make it keep. level: of its log, as `logging` calls it.
+    """To the zygote: fork a worker with its sockets in `run_dir`, on the channel of this message. targets: names of the
+    targets in its tables. client_memory: most bytes that it keeps for clients. level: log level, as in `logging`.
     """
 
     worker: str
@@ -23,7 +23,7 @@ class Fork(_Message, tag="fork"):
 
 
 class Forked(_Message, tag="forked"):
-    """It lives. A pidfd rides along."""
+    """The worker runs. Comes with a pidfd."""
 
     worker: str
     pid: int
@@ -31,7 +31,7 @@ class Forked(_Message, tag="forked"):
 
 
 class ForkRefused(_Message, tag="refused"):
-    """No process can be had."""
+    """The process cannot be forked."""
 
     worker: str
     errno: int

@@ -1,1 +1,1 @@
-"""Devices: their life, the thread that answers their faults, and the ways Python code uses them."""
+"""Devices: load, suspend, resume and close; the mapper thread for faults; the Python interfaces for I/O."""

@@ -1,9 +1,9 @@
-"""Closes devices the program left open, when the interpreter ends.
+"""Closes devices that the program left open, when the interpreter ends.
 
-Mapper threads are not daemons (a daemon thread inside native code is torn down mid-call), and the
-interpreter joins such threads before it runs `atexit` callbacks; so this hooks in earlier, where
-`concurrent.futures` does. The set of open devices is the one thing in blkloom that is global,
-because the end of the process is.
+Mapper threads are not daemon threads (a daemon thread inside native code is ended in the middle of a call), and the
+interpreter joins such threads before it runs `atexit` callbacks. So this module registers its callback where
+`concurrent.futures` does, which runs earlier. The set of open devices is the only global state in blkloom, because the
+end of the process is global.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _log = logging.getLogger(__name__)
 
 
 class Closable(Protocol):
-    """What can be left open."""
+    """An object that the end of the interpreter can close."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the object."""
 
 
 _open: Final[weakref.WeakSet[Closable]] = weakref.WeakSet()
 
 
 def close_at_exit(device: Closable) -> None:
-    """From now on the end of the interpreter closes `device`. Any thread."""
+    """Registers `device`, to be closed at the end of the interpreter. Any thread."""
     _open.add(device)
 
 
 def forget(device: Closable) -> None:
-    """`device` has closed."""
+    """Unregisters `device`, which has closed."""
     _open.discard(device)
 
 
@@ -45,5 +45,5 @@ def _close_all() -> None:
             _log.exception("closing a device at exit")
 
 
-# Where a future Python has no such hook, devices must be closed by the program.
+# If a future version of Python has no such hook, the program must close its devices.
 getattr(threading, "_register_atexit", atexit.register)(_close_all)

@@ -1,7 +1,7 @@
-"""A device as a Python file: `io.RawIOBase` with a position, for code that wants a file object.
+"""A device as a Python file: `io.RawIOBase` with a position, for code that needs a file object.
 
-Any number of views of one device may be open; each has its own position and belongs to one thread
-at a time, as Python's raw files do. Closing a view does not close its device.
+Any number of views of one device may be open. Each has its own position and may be used by one thread at a time, like
+Python's raw files. Closing a view does not close its device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 
 class RawDevice(io.RawIOBase):
-    """Reads and writes from a position on. Like a block device it has a fixed size: reads end
-    there, writes past it fail with ENOSPC. `flush` is Python's (there is nothing to flush in a raw
-    file); for durable data call the device's `flush`.
+    """Raw file object with a position. Like a block device it has a fixed size: reads end there, writes past it fail
+    with ENOSPC. `flush` is Python's (a raw file has no buffer); for durable data call the device's `flush`.
     """
 
     def __init__(self, device: _engine.Device, *, writable: bool = True) -> None:
@@ -44,7 +43,7 @@ class RawDevice(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Buffer) -> int:
-        """Fills `buffer`, or less at the end of the device (0 there). Bytes read."""
+        """Fills `buffer`, or a part of it at the end of the device. Returns the number of bytes (0 at the end)."""
         self._check_open()
         with memoryview(buffer) as whole, whole.cast("B") as view:
             length = min(len(view), max(0, self._device.size - self._position))
@@ -55,7 +54,7 @@ class RawDevice(io.RawIOBase):
         return length
 
     def write(self, data: Buffer) -> int:
-        """Writes `data`, or what fits before the end of the device. Bytes written."""
+        """Writes `data`, or the part before the end of the device. Returns the number of bytes."""
         self._check_open()
         if not self._writable:
             raise io.UnsupportedOperation("write")
@@ -70,7 +69,7 @@ class RawDevice(io.RawIOBase):
         return length
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves the position; it may lie past the end. The new position."""
+        """Sets the position, which may be past the end. Returns the new position."""
         self._check_open()
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._device.size}
         if whence not in bases:
@@ -87,7 +86,7 @@ class RawDevice(io.RawIOBase):
         return self._position
 
     def truncate(self, size: int | None = None) -> int:
-        """Refused: a device's size is its table's."""
+        """Raises an error: the table decides the size of a device."""
         raise io.UnsupportedOperation("truncate: a device has the size of its table")
 
     def _check_open(self) -> None:

@@ -1,1 +1,1 @@
-"""dmsetup's ways, without I/O: names and their mangling, reports, trees, the words of its errors."""
+"""Compatibility with dmsetup, without I/O: name mangling, reports, trees, error messages."""

@@ -1,7 +1,7 @@
-"""What devices stand on, and the graph of it, in the order the kernel and libdevmapper have it in.
+"""Dependencies of devices on lower devices and files, as a graph in the order of the kernel and libdevmapper.
 
-Files are what a kernel would see as block devices: a path that is one shows its numbers, any other its
-path. Reads the file system only to look at such paths.
+A file takes the place of a block device: the path of a block device is shown by its numbers, any other path as it is.
+Reads the file system only to check such paths.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PREFIX: Final = "blkloom:"
 
 
 class Dependency(msgspec.Struct, frozen=True):
-    """A device (of blkloom) or a path that another stands on."""
+    """A lower device (of blkloom), or the path of a file or block device, that another device uses."""
 
     path: str
     device: DeviceInfo | None = None
 
     def number(self, between: str) -> str:
-        """`major, minor`, or the path of what has none."""
+        """`major, minor`, or the path if there are no numbers."""
         if self.device is not None:
             return f"0{between}{self.device.minor}"
         numbers = _block_numbers(self.path)
@@ -33,22 +33,28 @@ class Dependency(msgspec.Struct, frozen=True):
 
     @property
     def block_name(self) -> str:
-        """As a block device is called under /dev; a file's path."""
+        """The name of a block device under /dev; the path of a file."""
         if self.device is not None:
-            return self.device.name
+            return block_name(self.device)
         return os.path.basename(os.path.realpath(self.path)) if _block_numbers(self.path) else self.path
+
+
+def block_name(info: DeviceInfo) -> str:
+    """The kernel's name of its block device; the device's name where there is none."""
+    path = info.node.path if info.node is not None else ""
+    return os.path.basename(path) if path.startswith("/dev/") else info.name
 
 
 def _block_numbers(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None  # A path of another mount namespace, or gone: it is shown as it is.
+        return None  # The path is in another mount namespace, or does not exist: show it as it is.
     return (os.major(found.st_rdev), os.minor(found.st_rdev)) if stat.S_ISBLK(found.st_mode) else None
 
 
 def dependencies(info: DeviceInfo, others: Mapping[str, DeviceInfo]) -> list[Dependency]:
-    """Each once, in the kernel's order: what the table names last comes first."""
+    """The dependencies, each once, in the order of the kernel: the last one in the table comes first."""
     found = []
     for text in reversed(dict.fromkeys(info.deps)):
         name = text.removeprefix(PREFIX)
@@ -67,7 +73,7 @@ class Node(msgspec.Struct, eq=False):
 
 
 class Graph:
-    """All devices and what they stand on."""
+    """All devices and their dependencies."""
 
     def __init__(self, infos: Iterable[DeviceInfo]) -> None:
         self._others = {info.name: info for info in infos}
@@ -76,7 +82,7 @@ class Graph:
             self._add(Dependency(PREFIX + info.name, info))
 
     def roots(self, *, inverted: bool = False) -> list[Node]:
-        """Nodes nothing stands on; inverted: nodes that stand on nothing."""
+        """Nodes that no device uses; inverted: nodes without dependencies."""
         return [node for node in self._nodes.values() if not (node.uses if inverted else node.used_by)]
 
     def _add(self, dependency: Dependency) -> Node:

@@ -1,8 +1,8 @@
-"""How dmsetup says that something failed: its lines on standard error, as exceptions.
+"""The error messages of dmsetup (its lines on standard error), as exceptions.
 
-A verb ends with status 1 and its last line is `Command failed.`; a command line that is none ends with
-`Couldn't process command line.`. Where an ioctl would have failed, `IoctlFailed` has dmsetup's line, and
-blkloom's own words (what, where, which value, the cure) follow it. No I/O here.
+A failed verb ends with status 1, and its last line is `Command failed.`. An invalid command line ends with `Couldn't
+process command line.`. For errors that are a failed ioctl in dmsetup, `IoctlFailed` has dmsetup's line, and blkloom's
+own text (problem, place, value, remedy) follows it. No I/O.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from blkloom.errors import BlkloomError
+from blkloom.printing import described
 
 
 class VerbFailed(Exception):
-    """lines: what dmsetup says. what: what blkloom adds, or ""."""
+    """A failed verb. lines: the messages of dmsetup. what: a line that blkloom adds, or ""."""
 
     last: ClassVar[str] = "Command failed."
 
@@ -26,13 +27,13 @@ class VerbFailed(Exception):
         self.what = what
 
     def text(self) -> str:
-        """All of it, for standard error."""
+        """The complete text for standard error."""
         told = [f"blkloom: {line}" for line in self.what.splitlines()]
         return "\n".join([*self.lines, *([self.last] if self.last else []), *told])
 
 
 class NotACommandLine(VerbFailed):
-    """Options that are unknown or do not go together."""
+    """Unknown or conflicting options."""
 
     last: ClassVar[str] = "Couldn't process command line."
 
@@ -44,7 +45,7 @@ class NoReport(VerbFailed):
 
 
 class WrongCount(VerbFailed):
-    """Too few or too many arguments. usage: how it should be written."""
+    """Too few or too many arguments. usage: the correct usage."""
 
     last: ClassVar[str] = ""
 
@@ -53,17 +54,17 @@ class WrongCount(VerbFailed):
 
 
 class Told(VerbFailed):
-    """An error that dmsetup has no words for."""
+    """An error without a dmsetup message."""
 
     last: ClassVar[str] = ""
 
     def __init__(self, error: BlkloomError | OSError) -> None:
-        super().__init__(what=str(error))
+        super().__init__(what=described(error))
 
 
 class IoctlFailed(VerbFailed):
-    """What an ioctl of dmsetup would have said. task: dmsetup's word for it; name, uuid, numbers: as the
-    device was named.
+    """The message of a failed ioctl in dmsetup. task: dmsetup's name of the ioctl; name, uuid, numbers: the selector of
+    the device.
     """
 
     def __init__(self, task: str, errno: int, *, name: str = "", uuid: str = "", numbers: str = "", what: str) -> None:
@@ -75,10 +76,10 @@ class IoctlFailed(VerbFailed):
 
 @contextmanager
 def as_ioctl(task: str, *, name: str = "", uuid: str = "", numbers: str = "") -> Iterator[None]:
-    """Errors in the block, blkloom's and the system's, become `IoctlFailed`."""
+    """Converts errors in the block to `IoctlFailed`."""
     try:
         yield
     except (BlkloomError, OSError) as error:
         if not error.errno:
             raise
-        raise IoctlFailed(task, error.errno, name=name, uuid=uuid, numbers=numbers, what=str(error)) from error
+        raise IoctlFailed(task, error.errno, name=name, uuid=uuid, numbers=numbers, what=described(error)) from error

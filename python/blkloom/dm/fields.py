@@ -1,6 +1,6 @@
-"""The columns of `info -c`: dmsetup's, with its names, headings and widths, and blkloom's own.
+"""The columns of `info -c`: those of dmsetup, with its names, headings and widths, and those of blkloom.
 
-A field gives the text it shows and the value it is sorted and selected by. Source: dmsetup.c
+A field has a text to show, and a value for sorting and selection. Source: dmsetup.c
 (_report_fields).
 """
 
@@ -12,33 +12,34 @@ from typing import Final
 import msgspec
 
 from blkloom.control.states import DeviceInfo
-from blkloom.dm.dependencies import Dependency, dependencies
-from blkloom.dm.names import MAJOR, mangle
+from blkloom.device_names import MAJOR, mangle
+from blkloom.dm.dependencies import Dependency, block_name, dependencies
+from blkloom.dm.showing import files
 from blkloom.units import SECTOR
 
 Value = str | int
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A device as the fields see it. others: every device, by name. directory: where its socket is."""
+    """A device as input of the fields. others: every device, by name. directory: where its socket is."""
 
     info: DeviceInfo
     others: Mapping[str, DeviceInfo] = msgspec.field(default_factory=dict)
     directory: str = ""
     shown: str = ""
-    """The name as the mangling mode shows it."""
+    """The name in the mangling mode of the output."""
 
     def deps(self) -> list[Dependency]:
-        """What it stands on, in the kernel's order."""
+        """Its dependencies, in the order of the kernel."""
         return dependencies(self.info, self.others)
 
     def holders(self) -> list[DeviceInfo]:
-        """The devices that stand on it, by name."""
+        """The devices above it, by name."""
         return [self.others[name] for name in sorted(self.info.holders) if name in self.others]
 
 
 class Field(msgspec.Struct, frozen=True):
-    """One column. value: what it shows; numbers stand to the right."""
+    """One column. value: returns its content; numbers are aligned to the right."""
 
     id: str
     heading: str
@@ -49,7 +50,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct, frozen=True):
-    """Fields that belong together. prefix: `<prefix>all` means all of them."""
+    """A group of fields. prefix: `<prefix>all` selects all of them."""
 
     title: str
     prefix: str
@@ -57,7 +58,7 @@ class Section(msgspec.Struct, frozen=True):
 
 
 def attributes(info: DeviceInfo) -> str:
-    """The four letters of dmsetup's."""
+    """The four attribute letters of dmsetup."""
     letters = ("L" if info.live else "-", "I" if info.inactive else "-")
     return "".join(letters) + ("s" if info.state == "SUSPENDED" else "-") + ("r" if info.read_only else "w")
 
@@ -124,8 +125,8 @@ SECTIONS: Final = (
                 "blkdevname",
                 "BlkDevName",
                 16,
-                lambda row: mangle(row.info.name),
-                "Name of its socket in the run directory's dev.",
+                lambda row: mangle(block_name(row.info)),
+                "Kernel's name of its node; else the name of its socket in the run directory's dev.",
             ),
             Field(
                 "attr",
@@ -242,6 +243,7 @@ SECTIONS: Final = (
             Field("sectors", "Sectors", 9, lambda row: row.info.size // SECTOR, "Sectors of 512 bytes.", number=True),
             Field("state", "State", 9, lambda row: row.info.state, "ACTIVE, SUSPENDED or FAILED."),
             Field("reason", "Reason", 6, lambda row: row.info.reason, "Why it failed."),
+            Field("fault", "Fault", 5, lambda row: row.info.fault, "What `blkloom fault` has made of it."),
             Field("targets", "Targets", 8, lambda row: ",".join(row.info.types), "Targets of the live table."),
             Field("clients", "Clients", 7, lambda row: row.info.connections, "Connected clients.", number=True),
             Field("worker", "Worker", 6, lambda row: row.info.worker, "Process id of its worker.", number=True),
@@ -254,15 +256,37 @@ SECTIONS: Final = (
                 "socket",
                 "Socket",
                 16,
-                lambda row: next((e.unix for e in row.info.exports if e.automatic), ""),
+                lambda row: next((e.address for e in row.info.exports if e.automatic), ""),
                 "Its Unix socket, for NBD clients.",
+            ),
+            Field(
+                "file",
+                "File",
+                16,
+                lambda row: ",".join(files(row.info)),
+                "Its files, for programs that open one.",
+            ),
+            Field(
+                "node",
+                "Node",
+                12,
+                lambda row: row.info.node.path if row.info.node else "",
+                "Its node, where it is attached: a block device, or a file.",
+            ),
+            Field("node_via", "Via", 4, lambda row: row.info.node.via if row.info.node else "", "How it is attached."),
+            Field(
+                "node_users",
+                "NodeUsers",
+                9,
+                lambda row: ",".join(row.info.node.used_by) if row.info.node else "",
+                "Who uses the node.",
             ),
             Field(
                 "exports",
                 "Exports",
                 7,
-                lambda row: ",".join(e.unix or f"{e.host}:{e.port}" for e in row.info.exports),
-                "All places where NBD clients reach it.",
+                lambda row: ",".join(e.address for e in row.info.exports),
+                "All places where it is reached.",
             ),
         ),
     ),

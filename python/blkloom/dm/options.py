@@ -1,7 +1,7 @@
-"""dmsetup's options, and reading a command line as its getopt_long does.
+"""Parser for dmsetup's options, compatible with its getopt_long.
 
-Options may stand anywhere, before the verb too; long ones may be shortened as long as one only is meant.
-Pure; raises NotACommandLine with getopt's words.
+Options may be anywhere, also before the verb. A long option may be shortened if the short form is unique.
+Pure; raises NotACommandLine with the messages of getopt.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ VALUES: Final = (
     "units",
     "uuid",
 )
-"""Options with one."""
+"""Options with a value."""
 
 LETTERS: Final = {
     "c": "columns",
@@ -107,22 +107,32 @@ IGNORED: Final = frozenset(
         "yes",
     }
 )
-"""Options that every verb takes and none looks at: they are about nodes, udev and what else is not here."""
+"""Options that every verb accepts and ignores, unless it has them itself: they concern nodes, udev and other things
+that the verb does not touch.
+"""
 
 
 class Words(NamedTuple):
-    """A command line in order: options as `--long` or `--long=value`, and the other words."""
+    """A parsed command line: options as `--long` or `--long=value`, and operands, in their order."""
 
     options: list[str]
     operands: list[str]
 
 
-def read_words(arguments: Sequence[str], own: Mapping[str, bool] | None = None, *, one_operand: bool = False) -> Words:
-    """Sorts options from operands.
+def read_words(
+    arguments: Sequence[str],
+    own: Mapping[str, bool] | None = None,
+    own_letters: Mapping[str, str] | None = None,
+    *,
+    one_operand: bool = False,
+) -> Words:
+    """Separates options from operands.
 
-    own: further long options, and whether they take a value; they go before dmsetup's of that name.
-    one_operand: stop behind the first; `operands` then has all the rest as it was.
+    own: additional long options, and whether they take a value; they take precedence over dmsetup's. own_letters: the
+    long option for each additional letter. one_operand: stop after the first operand; `operands` then has all the
+    following words unchanged.
     """
+    letters = {**LETTERS, **(own_letters or {})}
     long = {**LONG, **(own or {})}
     options: list[str] = []
     operands: list[str] = []
@@ -135,7 +145,7 @@ def read_words(arguments: Sequence[str], own: Mapping[str, bool] | None = None, 
         if word.startswith("--"):
             options.append(_long(word, rest, long))
         elif word.startswith("-") and word != "-":
-            options += _short(word, rest, long)
+            options += _short(word, rest, long, letters)
         else:
             operands.append(word)
             if one_operand:
@@ -148,7 +158,7 @@ def _long(word: str, rest: list[str], known: Mapping[str, bool]) -> str:
     given, equals, value = word[2:].partition("=")
     matches = [given] if given in known else [name for name in known if name.startswith(given)]
     if len(dmsetups := [name for name in matches if name in LONG]) == 1:
-        matches = dmsetups  # What is short for one of dmsetup's stays so, whatever options we add.
+        matches = dmsetups  # A short form of a dmsetup option stays valid, even if we add options.
     if not matches:
         raise NotACommandLine(f"blkloom: unrecognized option '--{given}'")
     if len(matches) > 1:
@@ -166,14 +176,14 @@ def _long(word: str, rest: list[str], known: Mapping[str, bool]) -> str:
     return f"--{name}={value}"
 
 
-def _short(word: str, rest: list[str], known: Mapping[str, bool]) -> list[str]:
+def _short(word: str, rest: list[str], known: Mapping[str, bool], named: Mapping[str, str]) -> list[str]:
     found = []
     letters = word[1:]
     while letters:
         letter, letters = letters[0], letters[1:]
-        if letter not in LETTERS:
+        if letter not in named:
             raise NotACommandLine(f"blkloom: invalid option -- '{letter}'")
-        name = LETTERS[letter]
+        name = named[letter]
         if not known[name]:
             found.append(f"--{name}")
             continue

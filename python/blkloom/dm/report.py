@@ -1,4 +1,4 @@
-"""Reports: fields chosen by `-o`, sorted by `-O`, laid out as libdevmapper lays them out. Pure.
+"""Reports in the layout of libdevmapper: `-o` selects fields, `-O` sorts. Pure.
 
 Source: libdm-report.c (_parse_fields, _output_as_columns, _output_as_rows, _report_headings).
 """
@@ -13,14 +13,14 @@ from blkloom.dm.failing import NoReport
 from blkloom.dm.fields import DEFAULT, SECTIONS, Field, Row
 
 HELP: Final = frozenset({"help", "?"})
-"""`-o help` asks what fields there are (`list_fields`)."""
+"""`-o help` lists the fields (`list_fields`)."""
 
 _ALIASES: Final = {"treeall": "depsall"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a report looks. headings: 0 none, 1 as people read them, 2 the fields' names."""
+    """The format of a report. headings: 0 none, 1 titles, 2 field names."""
 
     separator: str = " "
     aligned: bool = True
@@ -31,7 +31,7 @@ class Layout:
 
 
 def find_field(name: str) -> Field | None:
-    """By its name; underscores and the section's prefix do not matter."""
+    """Finds a field by name; underscores and the prefix of the section are ignored."""
     wanted = _canonical(name)
     for section in SECTIONS:
         for field in section.fields:
@@ -42,7 +42,7 @@ def find_field(name: str) -> Field | None:
 
 
 def read_fields(text: str) -> list[Field]:
-    """The fields of `-o`: names, `all`, `info_all` and the like; `+` adds to the usual ones.
+    """The fields of `-o`: names, `all`, `info_all` and the like; `+` adds to the default fields.
 
     Raises NoReport with the list of fields for an unknown one.
     """
@@ -63,7 +63,7 @@ def read_fields(text: str) -> list[Field]:
 
 
 def sort_rows(rows: Iterable[Row], keys: str) -> list[Row]:
-    """By comma-separated fields, each with `+` or `-` in front if wanted. Raises NoReport."""
+    """Parses sort keys: comma-separated fields, each with an optional `+` or `-` in front. Raises NoReport."""
     ordered = list(rows)
     for key in reversed([key for key in keys.split(",") if key]):
         name = key.removeprefix("+").removeprefix("-")
@@ -75,7 +75,7 @@ def sort_rows(rows: Iterable[Row], keys: str) -> list[Row]:
 
 
 def lay_out(rows: Sequence[Row], fields: Sequence[Field], layout: Layout) -> Iterator[str]:
-    """The lines of the report; none for no rows."""
+    """The lines of the report; empty without rows."""
     if not rows or not fields:
         return
     texts = [[str(field.value(row)) for field in fields] for row in rows]
@@ -98,7 +98,7 @@ def lay_out(rows: Sequence[Row], fields: Sequence[Field], layout: Layout) -> Ite
 
 
 def list_fields() -> list[str]:
-    """Every field with what it means, as `-o help` shows them."""
+    """All fields with their descriptions, for `-o help`."""
     width = max(len(field.id) for section in SECTIONS for field in section.fields)
     lines: list[str] = []
     for section in SECTIONS:

@@ -1,4 +1,4 @@
-"""`-S`: which devices a report or a verb is about, in libdevmapper's selection language.
+"""Parser for `-S`: selects devices with the selection language of libdevmapper.
 
     field operator value, joined by && (or ,) and || (or #), negated by !, grouped by ( )
 
@@ -34,7 +34,7 @@ _DEEPEST: Final = 100
 
 
 def parse_selection(text: str) -> Selection:
-    """Raises NoReport where the text is no selection."""
+    """Parses a selection. Raises NoReport if it is invalid."""
     if not text.strip():
         return lambda _row: True
     parser = _Parser(text)

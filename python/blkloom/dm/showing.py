@@ -1,4 +1,4 @@
-"""`info` without columns, and the table and status lines, as dmsetup prints them. Pure.
+"""Formats `info` without columns, tables and status lines like dmsetup. Pure.
 
 Source: dmsetup.c (_display_info_long, _status).
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from blkloom.control.states import DeviceInfo
-from blkloom.dm.names import MAJOR
+from blkloom.device_names import MAJOR
 
 Segment = tuple[int, int, str, str]
 """start, length (sectors), target, the rest of the line."""
 
 
 def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
-    """Lines as dmsetup's, an empty one last; a failed device has its reason, and one whose storage has failed says how
-    often and the last time. shown: the name.
+    """The lines of dmsetup's `info`, with an empty line at the end. Further lines: the reason of a failed device, its
+    fault, I/O errors (their number and the last one), the node, and paths of FUSE files. shown: the name.
     """
     state = info.state + (" (READ-ONLY)" if info.read_only else "") + (" (DEFERRED REMOVE)" if info.deferred else "")
     tables = " & ".join([*(["LIVE"] if info.live else []), *(["INACTIVE"] if info.inactive else [])])
@@ -24,6 +24,8 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
     yield f"State:             {state}"
     if info.reason:
         yield f"Reason:            {info.reason}"
+    if info.fault:
+        yield f"Fault:             {info.fault}"
     for failed in info.sync_errors:
         yield f"Lost data:         a sync of {failed}"
     yield f"Tables present:    {tables or 'None'}"
@@ -34,13 +36,25 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
     if info.io_errors:
         yield f"I/O errors:        {info.io_errors}"
         yield f"Last error:        {info.last_io_error}"
+    if info.node is not None:
+        yield f"Node:              {info.node.path}"
+        for user in info.node.used_by:
+            yield f"Node in use:       {user}"
+    for path in files(info):
+        yield f"File:              {path}"
     if info.uuid:
         yield f"UUID: {info.uuid}"
     yield ""
 
 
+def files(info: DeviceInfo) -> list[str]:
+    """Paths of its FUSE files, but for one that only its node uses."""
+    hidden = info.node.export if info.node is not None and info.node.own_export else ""
+    return [export.path for export in info.exports if export.path and export.id != hidden]
+
+
 def table_segments(text: str) -> list[Segment]:
-    """A table's text as segments, its words as they are."""
+    """Splits the text of a table into segments, without changing their words."""
     segments = []
     for line in text.splitlines():
         start, length, target, *rest = line.split(" ", 3)
@@ -49,7 +63,7 @@ def table_segments(text: str) -> list[Segment]:
 
 
 def segment_line(segment: Segment) -> str:
-    """As dmsetup's: a space behind the target, whatever follows."""
+    """A line in dmsetup's format: always a space after the target."""
     start, length, target, rest = segment
     return f"{start} {length} {target} {rest}"
 

@@ -1,4 +1,4 @@
-"""`ls --tree` as dmsetup draws it. Pure.
+"""Draws the tree of `ls --tree` like dmsetup. Pure.
 
 Source: dmsetup.c (_display_tree_node, _out_char, _process_tree_options).
 """
@@ -15,7 +15,7 @@ from blkloom.dm.failing import NotACommandLine
 
 @dataclass(frozen=True)
 class Symbols:
-    """The pieces of the drawing."""
+    """The characters of the drawing."""
 
     branch: str
     vertical: str
@@ -33,7 +33,7 @@ VT100: Final = Symbols(
 
 @dataclass(frozen=True)
 class Style:
-    """How a tree is drawn. width: columns; 0: lines are never cut."""
+    """The style of a tree. width: columns; 0: lines are never cut."""
 
     symbols: Symbols = ASCII
     device: bool = True
@@ -99,7 +99,7 @@ class _Drawing:
         return [node for node in nodes if node.name or self._style.device or self._style.block_name]
 
     def _node(self, node: Node, above: list[tuple[int, bool]], line: str, last: bool) -> Iterator[str]:
-        """above: of each ancestor how wide its text was and whether siblings follow it."""
+        """above: for each ancestor, the width of its text and whether siblings follow."""
         symbols, depth = self._style.symbols, len(above)
         if line:
             line += (symbols.single if last else symbols.first) if depth else ""
@@ -122,7 +122,7 @@ class _Drawing:
     def _text(self, node: Node) -> str:
         style, info = self._style, node.dependency.device
         text = self._show(node.name) if node.name else ""
-        if style.block_name:
+        if style.block_name or (info is not None and node.dependency.block_name != info.name):
             text += f" <{node.dependency.block_name}>"
         if style.device:
             text += f" ({node.dependency.number(':')})"

@@ -7,41 +7,49 @@ cluster runs Python. Good for finding reads that come from the wrong place. Try 
 """
 
 import os
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
-from blkloom._engine import ClusterTable, Extent, File
-from blkloom.table.arguments import Arguments
-from blkloom.target import entries
-from blkloom.target.base import RETRY, Retry, Target
-from blkloom.target.opening import Opening
-from blkloom.units import Bytes
+from blkloom import (
+    RETRY,
+    Answer,
+    Bytes,
+    ClusterTable,
+    Extent,
+    File,
+    LoadContext,
+    LoadedTarget,
+    Retry,
+    TargetSpec,
+    entries,
+)
 
 CLUSTER = 65536
 
 
-@dataclass
-class Pattern(Target):
-    """Reads as the pattern until written; what is written stays in memory."""
+class Pattern(TargetSpec):
+    """The target as a table names it: it has no arguments."""
 
     name = "pattern"
     summary = "every 8 bytes hold their own offset (big-endian), until written"
 
-    @classmethod
-    def parse(cls, arguments: Arguments) -> Self:
-        """No arguments."""
-        arguments.finish()
-        return cls()
+    def load(self, context: LoadContext, start: Bytes, length: Bytes) -> LoadedTarget:
+        """Called when a table with it is loaded."""
+        return LoadedPattern(self, context, length)
 
-    def map(self, opening: Opening, start: Bytes, length: Bytes) -> list[tuple[Bytes, Bytes, Extent]]:
+
+class LoadedPattern(LoadedTarget):
+    """Reads as the pattern until written; what is written stays in memory."""
+
+    writes = True
+
+    def __init__(self, spec: Pattern, context: LoadContext, length: Bytes) -> None:
         """A cluster table over a scratch file in memory: empty, so that all of it faults."""
-        self.read_only: bool = opening.read_only
-        self.memory: int = os.memfd_create("pattern")
+        self.read_only = context.read_only
+        self.memory = os.memfd_create("pattern")
         os.ftruncate(self.memory, -(-length // CLUSTER) * CLUSTER)
-        self.table: ClusterTable = ClusterTable(length, CLUSTER, [File(self.memory, writable=True, label="pattern")])
-        return [(Bytes(0), length, Extent.table(self.table))]
+        self.table = ClusterTable(length, CLUSTER, [File(self.memory, writable=True, label="pattern")])
+        super().__init__(spec, [(Bytes(0), length, Extent.table(self.table))])
 
     def read(self, offset: Bytes, length: Bytes) -> Retry:
         """First touch: compute the clusters, map them, and have the engine look again."""
@@ -52,7 +60,7 @@ class Pattern(Target):
                 self.table.fill(cluster, 1, entries.data(at, read_only=self.read_only))
         return RETRY
 
-    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Retry | None:
+    def write(self, offset: Bytes, data: bytes, *, fua: bool) -> Answer[Retry | None]:
         """The same; the data then goes to the memory without us."""
         return super().write(offset, data, fua=fua) if self.read_only else self.read(offset, Bytes(len(data)))
 

@@ -1,1 +1,1 @@
-"""The ways in to a device: one package a protocol, each ending with a ready descriptor for the engine."""
+"""Exports of devices: one package for each protocol, which gives the engine a connected descriptor."""

@@ -1,6 +1,6 @@
-"""systemd's side of a service: sockets it passes on, and telling it how the service is doing.
+"""systemd's protocol for services: descriptors that it passes and stores, and notifications of the state.
 
-The environment is always passed in, never read here. Source: sd_listen_fds(3), sd_notify(3).
+The caller passes the environment. Source: sd_listen_fds(3), sd_notify(3).
 """
 
 from __future__ import annotations
@@ -8,31 +8,35 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from blkloom.errors import ListenError
+from blkloom.printing import printable
 
 FIRST_DESCRIPTOR: Final = 3
 """SD_LISTEN_FDS_START."""
 NOTIFY_TIMEOUT: Final = 5.0
-"""Seconds a notification may wait for room in systemd's socket."""
+"""Seconds that a notification may wait for space in the buffer of systemd's socket."""
+_LONGEST_NAME: Final = 255
+"""FDNAME_MAX."""
 
 
 class PassedDescriptor(msgspec.Struct, frozen=True):
-    """A descriptor systemd passed: its number, and its FileDescriptorName ("" where none was given)."""
+    """A descriptor that systemd has passed: its number, and its FileDescriptorName ("" for none)."""
 
     fd: int
     name: str
 
 
 def passed_descriptors(environment: Mapping[str, str], *, pid: int) -> list[PassedDescriptor]:
-    """What LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES say; [] when they are absent or meant for another pid.
+    """Parses LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES. Returns [] if they are absent or for another pid.
 
     pid: this process. The caller removes the variables before it starts children. Raises ListenError
-    when they are malformed.
+    if they are malformed.
     """
     if "LISTEN_FDS" not in environment or "LISTEN_PID" not in environment:
         return []
@@ -46,8 +50,8 @@ def passed_descriptors(environment: Mapping[str, str], *, pid: int) -> list[Pass
 
 
 def adopt_socket(fd: int) -> socket.socket:
-    """Own a passed descriptor: close-on-exec, non-blocking. Raises ListenError, leaving `fd` open,
-    unless it is a listening stream socket.
+    """Takes over a passed descriptor, as a non-blocking socket with close-on-exec. Raises ListenError, and leaves `fd`
+    open, unless it is a listening stream socket.
     """
     try:
         adopted = socket.socket(fileno=fd)
@@ -67,9 +71,9 @@ def adopt_socket(fd: int) -> socket.socket:
 
 
 class ServiceNotifier:
-    """Tells the service manager named by NOTIFY_SOCKET; does nothing where there is none.
+    """Notifies the service manager of NOTIFY_SOCKET; does nothing if that is not set.
 
-    A notification that cannot be delivered is logged as a warning: the service itself is unharmed.
+    If a notification cannot be delivered, a warning is logged.
     """
 
     def __init__(self, environment: Mapping[str, str], *, log: logging.Logger | None = None) -> None:
@@ -78,29 +82,53 @@ class ServiceNotifier:
         self._log = log or logging.getLogger("blkloom.systemd")
 
     def ready(self, status: str = "") -> None:
-        """READY=1: exports can be reached."""
+        """Sends READY=1: clients can connect."""
         self._send("READY=1", status)
 
     def stopping(self, status: str = "") -> None:
-        """STOPPING=1: no new clients from now on."""
+        """Sends STOPPING=1: no new clients are accepted."""
         self._send("STOPPING=1", status)
 
     def status(self, status: str) -> None:
-        """STATUS=: one line for a person."""
+        """Sends STATUS=: one line of text for users."""
         self._send("", status)
 
+    def store(self, name: str, fd: int) -> None:
+        """Sends FDSTORE=1: a copy of `fd` goes into the descriptor store of the service, and is passed at its next
+        start, under this name. systemd closes it by itself when it reports EPOLLHUP or EPOLLERR. Raises ValueError for
+        a name that systemd would refuse.
+        """
+        _check_fd_name(name)
+        self._notify(["FDSTORE=1", f"FDNAME={name}"], [fd])
+
+    def forget(self, name: str) -> None:
+        """Sends FDSTOREREMOVE=1: closes the stored descriptors of this name. Raises ValueError as `store`."""
+        _check_fd_name(name)
+        self._notify(["FDSTOREREMOVE=1", f"FDNAME={name}"])
+
     def _send(self, state: str, status: str) -> None:
-        if not self._address:
-            return
         lines = [state] if state else []
         if status:
             lines.append(f"STATUS={' '.join(status.split())}")
+        self._notify(lines)
+
+    def _notify(self, lines: Sequence[str], fds: Sequence[int] = ()) -> None:
+        if not self._address:
+            return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
                 channel.settimeout(NOTIFY_TIMEOUT)
-                channel.sendto(os.fsencode("\n".join(lines)), self._address)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+                channel.sendmsg([os.fsencode("\n".join(lines))], rights, 0, self._address)
         except OSError as error:
             self._log.warning("systemd was not told %s: %s", " ".join(lines), error)
+
+
+def _check_fd_name(name: str) -> None:
+    if not name or len(name) > _LONGEST_NAME or not all(" " <= char < "\x7f" and char != ":" for char in name):
+        raise ValueError(
+            f"no name for a stored descriptor: '{printable(name)}'; at most {_LONGEST_NAME} printable characters, no :"
+        )
 
 
 def _number(environment: Mapping[str, str], variable: str) -> int:
@@ -112,5 +140,5 @@ def _number(environment: Mapping[str, str], variable: str) -> int:
 
 def _malformed(variable: str, text: str, why: str) -> ListenError:
     return ListenError(
-        f"{variable}={text!r} is malformed: {why}", cure="start from a systemd .socket unit, or unset it"
+        f"{variable}='{text}' is malformed: {why}", cure="start from a systemd .socket unit, or unset it"
     )

@@ -1,6 +1,6 @@
-"""Where a file's bytes are on its block device, and how that stays true while somebody relies on it.
+"""Block maps: where the bytes of a file are on its block device, and how that stays true while a device uses it.
 
-`fiemap` reads the map, `ground` says whether it may be relied on, `lease` hears of everybody who asks for
-the file, `immutable` keeps writers away even before that, `page_cache` forgets what the file system remembers
-of it, `block_map` puts them together. `mappings` tells who has files in his memory.
+`fiemap` reads the extents. `mappability` checks whether they may be used. `lease` notices when another process opens
+the file, and `immutable` refuses writers before that. `page_cache` drops the pages of the file. `block_map` combines
+these. `mappings` lists the files that processes have mapped into memory.
 """

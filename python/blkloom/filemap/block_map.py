@@ -1,9 +1,9 @@
-"""A file's blocks as extents of its block device: dm-loop, held still.
+"""Block map: the blocks of a file as extents of its block device, as in dm-loop, protected by a lease.
 
-`BlockMap` is made from two Files of one opening: the file, and the device its file system is on. The map is
-read twice and compared; it is true until the lease is given up, when `given_up` is called and must have
-stopped all I/O before it returns. Page cache of the file is dropped before and after, so whoever reads the
-file later sees what was written below it. One thread at a time, but for `given_up`.
+`BlockMap` is made from two open files: the file itself, and the block device of its file system. The extents are read
+twice and compared. They are valid until the lease is given up; then `given_up` is called, and it must stop all I/O
+before it returns. The page cache of the file is dropped before and after, so that later readers of the file see what
+was written to its blocks. Used by one thread at a time, except for `given_up`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Self
 
 from blkloom._engine import Extent, File
-from blkloom.filemap import fiemap, ground, page_cache
+from blkloom.filemap import fiemap, mappability, page_cache
 from blkloom.filemap.lease import GivenUp, Leases, Stopped
-from blkloom.filemap.unsound import Unsound
-from blkloom.target.base import Mapped
+from blkloom.filemap.not_mappable import NotMappable
 from blkloom.units import Bytes
 
 _log = logging.getLogger(__name__)
@@ -55,19 +54,19 @@ class BlockMap:
         *,
         keep_writers_out: bool,
     ) -> Self:
-        """Raises Unsound, OSError."""
+        """Makes a block map. Raises NotMappable, OSError."""
         if file.sync_error:
-            raise Unsound(
+            raise NotMappable(
                 "a sync of it has failed, so its blocks may not hold what was written", "load the table again"
             )
         leave = leases.take(file.fileno(), file.label, stopped, given_up, keep_writers_out=keep_writers_out)
         try:
             if not page_cache.empty(file):
-                raise Unsound(
-                    "somebody holds pages of it in memory, which would not change with it",
-                    "end who reads it (a pipe or socket may have what he read)",
+                raise NotMappable(
+                    "pages of it stay in the page cache, and would not show what is written to its blocks",
+                    "end the process that reads it (a pipe or socket may hold the pages)",
                 )
-            ground.ground_of(file.fileno())  # now that nobody can change that any more
+            mappability.disk_of(file.fileno())  # again: with the lease, no other process can change it
             return cls(file, disk, offset, length, leave, lambda: leases.renew(file.fileno(), given_up))
         except BaseException:
             leave(False)
@@ -76,10 +75,10 @@ class BlockMap:
     def __len__(self) -> int:
         return len(self._extents)
 
-    def mapped(self) -> Mapped:
+    def mapped(self) -> list[tuple[Bytes, Bytes, Extent]]:
         """The extents, for the engine; holes are zeros."""
         read_only = not self.disk.writable
-        runs: Mapped = []
+        runs: list[tuple[Bytes, Bytes, Extent]] = []
         at = self._offset
         extents = self._extents
         for logical, physical, length in zip(
@@ -95,19 +94,19 @@ class BlockMap:
         return runs
 
     def held(self) -> bool:
-        """Whether nobody else could get at the file since it was mapped."""
+        """Whether the lease still holds: no other process has opened the file since it was mapped."""
         return self._held()
 
     def check(self) -> bool:
-        """Reads the map again: whether it is another one now. Raises Unsound when it cannot be relied on any more."""
+        """Reads the extents again. Returns whether they have changed. Raises NotMappable if they must not be used."""
         now = self._read()
         changed = not now.same_as(self._extents)
         self._extents = now
         return changed
 
     def settle(self) -> None:
-        """The map has been given up, and nothing is in flight: makes what was written durable, and the file's cache
-        empty. What fails there is logged: the file has to be let go even so.
+        """Syncs the block device and drops the file's page cache. Call it after the map is given up, with no request in
+        flight. Errors are logged: the lease must be released in any case.
         """
         try:
             self.disk.sync()
@@ -116,7 +115,7 @@ class BlockMap:
             _log.error("%s: syncing: %s", self._file.label, error)
 
     def close(self, *, changed: bool) -> None:
-        """Lets go of the file; nothing may be in flight. changed: whether it may have been written to."""
+        """Releases the file. No request may be in flight. changed: whether data may have been written to its blocks."""
         try:
             page_cache.drop(self._file)
         finally:
@@ -125,18 +124,18 @@ class BlockMap:
     def _read(self) -> fiemap.Extents:
         found = extents_on(self._file, self.disk, self._offset, self._length)
         if not found.same_as(extents_on(self._file, self.disk, self._offset, self._length)):
-            raise Unsound("The file changed while mapping it")
+            raise NotMappable("The file changed while mapping it")
         return found
 
 
 def extents_on(file: File, disk: File, offset: Bytes, length: Bytes) -> fiemap.Extents:
-    """Where a piece of the file is on the disk now. Raises Unsound when that is no ground for a map."""
+    """Extents of a part of the file on the disk. Raises NotMappable when they must not be mapped."""
     start, end = int(offset), int(offset + length)
     try:
         found = fiemap.extents_of(file.fileno(), start, end)
     except OSError as error:
-        raise Unsound(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
-    ground.check_place(found, disk.size)
-    ground.check_extents(found, start, end, holes=not file.writable)
-    ground.check_alignment(found, start, end, disk.offset_alignment)
+        raise NotMappable(f"its file system does not say where it is (FIEMAP: {error.strerror})") from error
+    mappability.check_place(found, disk.size)
+    mappability.check_extents(found, start, end, holes=not file.writable)
+    mappability.check_alignment(found, start, end, disk.offset_alignment)
     return found.merged()

@@ -1,4 +1,4 @@
-"""The physical extents of a file, as its file system tells them.
+"""Physical extents of a file, read with the FIEMAP ioctl.
 
 Pure but for one ioctl. Source: Linux Documentation/filesystems/fiemap.rst, include/uapi/linux/fiemap.h.
 """
@@ -18,10 +18,10 @@ _FS_IOC_FIEMAP: Final = 0xC020660B
 _HEAD: Final = struct.Struct("=QQIIII")
 _SYNC: Final = 1
 _BATCH: Final = 4096
-"""Extents an ioctl answers with: 224 KiB."""
+"""Extents for each ioctl call: 224 KiB."""
 
 MOST: Final = 4 << 20
-"""Extents of a file that are looked at: a map of so many takes about a gigabyte."""
+"""Most extents of a file that are read: a map of this many takes about 1 GiB."""
 _END: Final = (1 << 63) - 1
 
 _EXTENT: Final = np.dtype(
@@ -50,7 +50,7 @@ SHARED: Final = 0x2000
 
 @dataclass(frozen=True, eq=False)
 class Extents:
-    """Runs of a file in order, in bytes; flags: FIEMAP_EXTENT_*."""
+    """Extents of a file in order, in bytes. flags: FIEMAP_EXTENT_*."""
 
     logical: NDArray[np.uint64]
     physical: NDArray[np.uint64]
@@ -61,7 +61,7 @@ class Extents:
         return len(self.logical)
 
     def same_as(self, other: Extents) -> bool:
-        """Whether both say the same."""
+        """Whether both have the same extents."""
         return (
             np.array_equal(self.logical, other.logical)
             and np.array_equal(self.physical, other.physical)
@@ -70,7 +70,7 @@ class Extents:
         )
 
     def within(self, start: int, end: int) -> Extents:
-        """What lies in the file's bytes from `start` to `end`, cut to that."""
+        """The extents of the file's bytes from `start` to `end`, cut at both ends."""
         ends = self.logical + self.length
         some = (self.logical < end) & (ends > start)
         first: NDArray[np.uint64] = np.maximum(self.logical[some], np.uint64(start))

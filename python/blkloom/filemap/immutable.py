@@ -1,11 +1,10 @@
-"""The immutable flag as a promise for a while: set by who maps a file's blocks, cleared whatever becomes of him.
+"""The immutable flag of a file: set while a device maps the blocks of the file, cleared even after a crash.
 
-Nobody opens an immutable file for writing, not even root, so what would break a block map fails with EPERM
-at once. A flag outlives its setter, though: so before it is set, a *record* (which file, on what file system)
-is made durable and locked, and a record that nobody has locked any more means that the flag is to be cleared:
-`release_abandoned` does that for all, `release` for a file that somebody wants to open.
-A record's lock is flock(2)'s, shared: a device's next process has it before the last one has gone, and it ends
-with them. Source: ioctl_iflags(2).
+No process can open an immutable file for writing, not even as root: an open that would break the block map fails with
+EPERM at once. But the flag outlives the process that set it. So a *record* (the file and its file system) is first
+written, synced and locked. A record without a lock means that the process has ended and the flag must be cleared:
+`release_abandoned` does so for all files, `release` for one file that is to be opened. The lock is a shared flock(2):
+the next process of a device takes it before the former one ends. Source: ioctl_iflags(2).
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ from typing import Final
 
 import msgspec
 
+from blkloom import json_text
+
 _log = logging.getLogger(__name__)
 
 RECORDS: Final = Path("/var/lib/blkloom/immutable")
-"""Where records are: a place that a reboot leaves alone. Only root may set the flag."""
+"""Directory of the records; it survives a reboot. Only root may set the flag."""
 
 _GETFLAGS: Final = 0x80086601
 _SETFLAGS: Final = 0x40086602
@@ -41,6 +42,9 @@ class _Record(msgspec.Struct):
     """f_fsid of statvfs(3)."""
 
 
+_DECODER: Final = msgspec.json.Decoder(_Record)
+
+
 class Immutable:
     """A file that is immutable until `release`. Made by `hold`."""
 
@@ -50,22 +54,22 @@ class Immutable:
         self._lock = lock
 
     def release(self) -> None:
-        """Others may write to it. Does no harm twice. Raises OSError; then the record stays."""
+        """Clears the flag. A second call does nothing. Raises OSError; the record then stays."""
         if self._lock >= 0:
             _clear(self._fd, self._record)
             self.abandon()
 
     def abandon(self) -> None:
-        """Leaves the file as it is, to another who holds it, or to `release_abandoned`."""
+        """Keeps the flag, for another process that holds the record, or for `release_abandoned`."""
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
 
 
 def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
-    """Makes the open file immutable, or goes on with what another process of the device's has begun. None where
-    that is not permitted, or where it was immutable before: then it is its owner's affair. None and a line in
-    the log where it goes wrong (no room for a record). fd: must stay open until `release`.
+    """Makes the open file immutable, or continues for another process of the device. Returns None if that is not
+    permitted, or if the owner of the file has made it immutable. If it fails (no space for a record, say), logs the
+    error and returns None. fd: must stay open until `release`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,9 +82,9 @@ def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
         _say_why_not(path, error)
         return None
     try:
-        # Where it is, not how it was called: whoever opened it may stand in another directory.
+        # The real path: the path of the caller may be relative to another directory.
         where = os.path.realpath(f"/proc/self/fd/{fd}")
-        made = msgspec.json.encode(_Record(where, status.st_dev, status.st_ino, _generation(fd), _file_system(fd)))
+        made = json_text.encode(_Record(where, status.st_dev, status.st_ino, _generation(fd), _file_system(fd)))
         if os.pread(lock, len(made) + 1, 0) != made:
             os.ftruncate(lock, 0)
             os.pwrite(lock, made, 0)
@@ -98,7 +102,7 @@ def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
 
 
 def inherit(fd: int, folder: Path = RECORDS) -> None:
-    """The open file's device goes on without the flag: clears it if a former process of the device has left it.
+    """Clears the flag if a former process of the device has left it. For a device that continues without the flag.
     Raises OSError.
     """
     try:
@@ -111,11 +115,14 @@ def inherit(fd: int, folder: Path = RECORDS) -> None:
 
 def _say_why_not(path: str, error: OSError) -> None:
     if error.errno not in _REFUSED:
-        _log.warning("%s: is not made immutable: %s", path, error)
+        _log.warning("%s cannot be made immutable: %s", path, error)
 
 
 def _locked(record: Path) -> int:
-    """A descriptor with a lock on the record, made if need be. Waits for whoever looks whether it is abandoned."""
+    """Opens and locks the record, and makes it first if there is none. Waits while another process checks the record.
+
+    Returns the descriptor.
+    """
     while True:
         lock = os.open(record, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -125,8 +132,8 @@ def _locked(record: Path) -> int:
 
 
 def release_abandoned(folder: Path = RECORDS) -> list[str]:
-    """Clears the flag of every file whose holder has gone. A line for each; what could not be done is in the
-    log and its record stays.
+    """Clears the flag of every file whose holder has ended. Returns one line for each file. If a flag cannot be
+    cleared, logs the error and keeps the record.
     """
     done: list[str] = []
     try:
@@ -136,33 +143,41 @@ def release_abandoned(folder: Path = RECORDS) -> list[str]:
     for record in records:
         try:
             if (path := _release(record)) is not None:
-                done.append(f"{path}: no longer immutable; who held it has gone")
+                done.append(f"{path}: no longer immutable: the process that set this has ended")
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("%s: %s", record, error)
     return done
 
 
 def release(path: str, folder: Path = RECORDS) -> bool:
-    """Clears the flag of the file at `path` if its holder has gone. Raises OSError."""
+    """Clears the flag of the file at `path` if its holder has ended. Raises OSError."""
     real = os.path.realpath(path)
     try:
         prefix = _prefix(os.stat(real))
-        # Device numbers may be others after a reboot.
+        # A reboot may change device numbers.
         found = [record for record in folder.iterdir() if record.name.startswith(prefix) or _is_of(record, real)]
-        freed = [record for record in found if _release(record) is not None]
-    except (FileNotFoundError, PermissionError):  # no records, or not for us to see
+        freed = False
+        for record in found:
+            try:
+                freed |= _release(record) is not None
+            except OSError as error:
+                if error.errno not in {errno.ENOENT, errno.ESTALE}:
+                    raise
+                # The record of another file, on a file system that had this device number before.
+                _log.warning("%s: %s", record, error)
+    except (FileNotFoundError, PermissionError):  # no records, or no permission to read them
         return False
-    return bool(freed)
+    return freed
 
 
 def _is_of(record: Path, path: str) -> bool:
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(record.read_bytes(), type=_Record).path == path
+        return json_text.decode(record.read_bytes(), _DECODER).path == path
     return False
 
 
 def _release(record: Path) -> str | None:
-    """The path of the file that was freed; None while somebody holds it, or if it has gone."""
+    """Clears the flag of one record. Returns the path of the file; None if the record is locked or the file is gone."""
     lock = os.open(record, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         try:
@@ -178,20 +193,20 @@ def _release(record: Path) -> str | None:
 
 
 def _read(lock: int) -> _Record | None:
-    """None for one that was never finished: its flag was not set."""
+    """Reads a record; None if it was never completed (the flag was not set then)."""
     content = os.pread(lock, 1 << 16, 0)
     with contextlib.suppress(msgspec.MsgspecError):
-        return msgspec.json.decode(content, type=_Record)
+        return json_text.decode(content, _DECODER)
     return None
 
 
 def _free(record: _Record) -> bool:
-    """Raises OSError when the file is there and cannot be freed."""
+    """Raises OSError when the file exists and its flag cannot be cleared."""
     try:
         fd = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError as error:
-        # Its file system may not be mounted now: the record must outlast that.
-        raise OSError(error.errno, "is not there now; mount its file system and try again", record.path) from error
+        # Its file system may not be mounted now: keep the record.
+        raise OSError(error.errno, "does not exist now; mount its file system and try again", record.path) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -212,7 +227,7 @@ def _file_system(fd: int) -> int:
 
 
 def _prefix(status: os.stat_result) -> str:
-    """How the names of records of such a file begin; its generation follows."""
+    """Prefix of the names of records of this file; the generation of its inode follows."""
     return f"{os.major(status.st_dev)}-{os.minor(status.st_dev)}-{status.st_ino}-"
 
 
@@ -221,14 +236,14 @@ def _record_of(fd: int, folder: Path) -> Path:
 
 
 def _clear(fd: int, record: Path) -> None:
-    """The record goes when the flag is durably off, or a crash would leave a flag that nobody knows of."""
+    """Clears the flag, syncs, then removes the record: a crash must never leave a flag without a record."""
     _set(fd, on=False)
     os.fsync(fd)
     record.unlink(missing_ok=True)
 
 
 def _generation(fd: int) -> int:
-    """Tells the file from another that has its inode number later; 0 where the file system has none."""
+    """Generation number of the inode; a later file with the same inode number has another one. 0 if there is none."""
     buffer = bytearray(8)
     try:
         fcntl.ioctl(fd, 0x80087601, buffer)  # FS_IOC_GETVERSION

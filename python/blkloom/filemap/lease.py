@@ -1,11 +1,11 @@
-"""Write leases on a device's files: nobody else gets at a file before we have let go of its blocks.
+"""Write leases on the files of a device: another process that opens a file waits until the device has released it.
 
-A lease is granted to the only open file description of a file (duplicates are the same one). Whoever then
-opens or truncates the file waits in the kernel until the lease is given up, for /proc/sys/fs/lease-break-time
-seconds at most, and the *keeper* thread hears of it: it has those who rely on the file stop, and lets go.
-The signal goes to that thread alone, which has it blocked and waits for it; no other thread and no handler
-of the program's is concerned. A lease outlives its process if another has the descriptor: who takes it again
-continues it. Locking: `_lock` is never held while somebody is told. Source: fcntl(2) "Leases".
+The kernel grants a write lease only if the file has one open file description (duplicates count as the same one). A
+process that then opens or truncates the file waits in the kernel until the lease is released, at most
+/proc/sys/fs/lease-break-time seconds. The kernel sends a signal to the *break handler*, a thread: it makes the users of
+the file stop, and releases the lease. Only this thread gets the signal; it blocks the signal and waits for it, so no
+signal handler of the program runs. A lease outlives its process if another process has the descriptor; that process
+can take the lease again. Locking: `_lock` is never held while a callback runs. Source: fcntl(2) "Leases".
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ import msgspec
 
 from blkloom.filemap import immutable
 from blkloom.filemap.immutable import Immutable
-from blkloom.filemap.unsound import Unsound
+from blkloom.filemap.not_mappable import NotMappable
 
 _log = logging.getLogger(__name__)
 
 Identity = tuple[int, int]
 """(st_dev, st_ino)."""
 Stopped = Callable[[], AbstractContextManager[None]]
-"""While it is entered the device does no I/O."""
+"""A context in which the device does no I/O."""
 GivenUp = Callable[[str], bool]
-"""Told why, perhaps twice, while the device is stopped; when it returns nobody relies on the file's blocks any more.
-Whether they were written to. On the keeper's thread, or on that of the one who makes way.
+"""Callback: stop using the file's blocks. It gets the reason, runs while the device is stopped, and may be called
+twice. Returns whether the blocks were written to. Runs on the thread of the break handler, or on the one that calls
+`make_way`.
 """
 
 _SETSIG: Final = 10
@@ -57,11 +58,11 @@ class _Lease(msgspec.Struct, eq=False):
     users: list[GivenUp] = msgspec.field(default_factory=list)
     changed: bool = False
     broken: bool = False
-    """Nobody may join its users any more."""
+    """No user can be added any more."""
     ended: bool = False
 
     def allow_writing(self) -> None:
-        """Through the file system; until then it refuses everybody."""
+        """Clears the immutable flag, so that the file can be opened for writing again."""
         try:
             if self.immutable:
                 self.immutable.release()
@@ -69,40 +70,41 @@ class _Lease(msgspec.Struct, eq=False):
             _log.error("%s: it stays immutable: %s; `blkloom reap` tries again", self.path, error)
 
     def abandon(self) -> None:
-        """Leaves the file held, for another process of the device's that has the descriptor too."""
+        """Closes the descriptor, but keeps lease and flag for the next process of the device, which has a duplicate."""
         if self.immutable:
             self.immutable.abandon()
         os.close(self.fd)
 
     def end(self) -> None:
-        """Lets everybody have the file. Its time says that it has changed, as the file system could not know."""
+        """Releases the lease. Sets the modification time if blocks were written: the file system has not seen that."""
         self.allow_writing()
-        with contextlib.suppress(OSError):  # still immutable, or not ours: a courtesy to backups
+        with contextlib.suppress(OSError):  # still immutable, or of another user; the time only helps backups
             if self.changed:
                 os.utime(self.fd)
-        with contextlib.suppress(OSError):  # taken away after the break time
+        with contextlib.suppress(OSError):  # the kernel has ended it after lease-break-time
             fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         os.close(self.fd)
 
 
 class Leases:
-    """Those of one device. records: where immutable files are noted."""
+    """The leases of one device. records: directory of the records of immutable files."""
 
     def __init__(self, records: Path = immutable.RECORDS) -> None:
         self.stay = False
-        """Files stay held when their users leave: another process of the device has them."""
+        """Leases outlive their last user here: another process of the device continues them."""
         self._records = records
         self._lock = threading.Lock()
         self._held: dict[Identity, _Lease] = {}
-        self._keeper: threading.Thread | None = None
+        self._break_handler: threading.Thread | None = None
 
     def take(
         self, fd: int, path: str, stopped: Stopped, given_up: GivenUp, *, keep_writers_out: bool
     ) -> Callable[[bool], None]:
-        """Has the file for `given_up`'s owner, until the function that is returned is told whether he has written to
-        its blocks. stopped: the device's.
-        keep_writers_out: by the immutable flag too, where that is permitted. Raises Unsound when others have
-        the file open or ask for it, or there are no leases.
+        """Takes the lease, or adds a user to it. stopped: the context that stops the device's I/O. given_up: the user's
+        callback. keep_writers_out: set the immutable flag too, where that is permitted.
+
+        Returns the function that ends the use; its argument says whether the blocks were written to. Raises
+        NotMappable when another process has the file open or is opening it, or if there are no leases.
         """
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino)
@@ -117,20 +119,20 @@ class Leases:
         return lambda changed: self._leave(identity, lease, given_up, changed=changed)
 
     def renew(self, fd: int, given_up: GivenUp) -> bool:
-        """Whether the file is still held for `given_up`'s owner, and nobody asks for it. If another process of the
-        device's was to go on with it and did not, this one hears of it again.
+        """Whether the lease of this user is intact, and no process is opening the file. Sends the signal to this
+        process again, after another process of the device was to continue the lease and has not.
         """
         status = os.fstat(fd)
         with self._lock:
             lease = self._held.get((status.st_dev, status.st_ino))
-            if lease is None or given_up not in lease.users:  # the owner may have lost it, and another taken it since
+            if lease is None or given_up not in lease.users:  # it may have been lost, and taken by another user
                 return False
             _tell(lease.fd, self._awake())
             return not lease.broken and _intact(lease.fd)
 
     def inherit(self, fd: int, path: str) -> None:
-        """The open file's device goes on without a block map: ends what a former process of the device has left
-        standing, lease and flag. What fails is logged.
+        """Ends the lease and the flag that a former process of the device has left on the open file. For a device that
+        continues without a block map. Errors are logged.
         """
         with contextlib.suppress(OSError):  # there was none
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -140,8 +142,8 @@ class Leases:
             _log.error("%s: it stays immutable: %s; `blkloom reap` tries again", path, error)
 
     def make_way(self, path: str, *, here: bool) -> None:
-        """Gives the file at `path` up before this process, or one that it waits for, opens it. here: it is this
-        one. What the other's path names is not always to be seen here; then every file is given up.
+        """Gives up the lease on the file at `path` before a table is loaded that opens it. here: whether this process
+        opens it. The path of another process may not be visible here; then all leases are given up.
         """
         try:
             status = os.stat(path) if here or os.path.isabs(path) else None
@@ -155,14 +157,14 @@ class Leases:
             self._give_up(lease, "its table is being replaced")
 
     def release_abandoned(self, path: str) -> bool:
-        """Whether the file was immutable for somebody who has gone; it is not any more. Raises OSError."""
+        """Clears the flag if the process that set it has ended. Returns whether it was set. Raises OSError."""
         return immutable.release(path, self._records)
 
     def _new(self, fd: int, path: str, stopped: Stopped, *, keep_writers_out: bool) -> _Lease:
-        keeper = self._awake()
+        handler = self._awake()
         own = os.dup(fd)
         try:
-            _tell(own, keeper)
+            _tell(own, handler)
             try:
                 fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             except OSError as error:
@@ -172,7 +174,7 @@ class Leases:
             flag = immutable.hold(own, path, self._records) if keep_writers_out else None
             return _Lease(own, path, stopped, flag)
         except BaseException:
-            _Lease(own, path, stopped, None).end()  # a former process of the device may have left one
+            _Lease(own, path, stopped, None).end()  # the lease of a former process of the device
             self._dismiss()
             raise
 
@@ -191,9 +193,10 @@ class Leases:
             lease.end()
 
     def _give_up(self, lease: _Lease, why: str) -> None:
-        """Two threads may do this at once: one that loads holds up the keeper, and must not wait for it.
+        """Stops all users, then releases the lease. Two threads may do this at the same time: a thread that loads a
+        table delays the break handler, so it must not wait for it.
 
-        All users change over together: two pieces of a file may share a page of its cache.
+        All users stop together: two parts of a file may share a page of the page cache.
         """
         with self._lock:
             lease.broken = True
@@ -203,7 +206,7 @@ class Leases:
                 for user in users:
                     lease.changed |= user(why)
                 lease.allow_writing()
-        except Exception:  # the lease stays: it keeps others away for as long as the kernel lets it
+        except Exception:  # keep the lease: it delays other processes until lease-break-time
             _log.exception("%s: its block map could not be given up", lease.path)
             return
         with self._lock:
@@ -213,24 +216,26 @@ class Leases:
         if not ended:
             lease.end()
 
-    # the keeper
+    # the break handler
 
     def _awake(self) -> int:
-        """The keeper's thread id, as the kernel knows it."""
-        if self._keeper is None:
+        """Starts the break handler if it does not run. Returns its kernel thread id."""
+        if self._break_handler is None:
             ready = threading.Event()
-            self._keeper = threading.Thread(target=self._keep, args=(ready,), name="blkloom-leases", daemon=True)
-            self._keeper.start()
+            self._break_handler = threading.Thread(
+                target=self._handle_breaks, args=(ready,), name="blkloom-leases", daemon=True
+            )
+            self._break_handler.start()
             ready.wait()
-        assert self._keeper.native_id is not None
-        return self._keeper.native_id
+        assert self._break_handler.native_id is not None
+        return self._break_handler.native_id
 
     def _dismiss(self) -> None:
-        """Has the keeper end if it has nothing to keep. Under the lock."""
-        if not self._held and self._keeper and self._keeper.ident:
-            signal.pthread_kill(self._keeper.ident, _BROKEN)  # it is there: it ends under this lock only
+        """Ends the break handler if there are no leases. The caller holds `_lock`."""
+        if not self._held and self._break_handler and self._break_handler.ident:
+            signal.pthread_kill(self._break_handler.ident, _BROKEN)  # it still runs: it ends only under this lock
 
-    def _keep(self, ready: threading.Event) -> None:
+    def _handle_breaks(self, ready: threading.Event) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         ready.set()
         while True:
@@ -238,14 +243,14 @@ class Leases:
             self._give_up_broken()
             with self._lock:
                 if not self._held:
-                    self._keeper = None
+                    self._break_handler = None
                     return
 
     def _give_up_broken(self) -> None:
         with self._lock:
             broken = [lease for lease in self._held.values() if not _intact(lease.fd)]
         for lease in broken:
-            self._give_up(lease, "somebody else opened or truncated the file")
+            self._give_up(lease, "another process opened or truncated the file")
 
 
 def _is(status: os.stat_result, identity: Identity) -> bool:
@@ -253,24 +258,26 @@ def _is(status: os.stat_result, identity: Identity) -> bool:
 
 
 def _intact(fd: int) -> bool:
-    """While a lease is being broken F_GETLEASE says what it is to become."""
+    """Whether the lease is not being broken. During a break, F_GETLEASE returns the type that it is to get."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
 
-def _tell(fd: int, keeper: int) -> None:
-    """Has that thread told when the lease is broken."""
+def _tell(fd: int, thread: int) -> None:
+    """Makes the kernel signal that thread when the lease is broken."""
     fcntl.fcntl(fd, _SETSIG, _BROKEN)
-    fcntl.fcntl(fd, _SETOWN_EX, _OWNER.pack(_OWNER_TID, keeper))
+    fcntl.fcntl(fd, _SETOWN_EX, _OWNER.pack(_OWNER_TID, thread))
 
 
-def _asked_for() -> Unsound:
-    return Unsound("somebody else asks for it")
+def _asked_for() -> NotMappable:
+    return NotMappable("another process is opening it")
 
 
-def _refused(error: OSError) -> Unsound:
+def _refused(error: OSError) -> NotMappable:
     match error.errno:
         case errno.EAGAIN:
-            return Unsound("it is open elsewhere, so it cannot be kept from changing", "see who: fuser -v FILE")
+            return NotMappable("it is open elsewhere, so it cannot be kept from changing", "see who: fuser -v FILE")
         case errno.EACCES:
-            return Unsound("only its owner, or root, may keep others from it (F_SETLEASE)", "chown it, or run as root")
-    return Unsound(f"its file system grants no leases ({error.strerror})")
+            return NotMappable(
+                "only its owner, or root, may keep others from it (F_SETLEASE)", "chown it, or run as root"
+            )
+    return NotMappable(f"its file system grants no leases ({error.strerror})")

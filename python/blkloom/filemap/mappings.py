@@ -1,7 +1,7 @@
-"""Which files processes have mapped into their memory to write to them: nothing tells when they do.
+"""Files that processes have mapped shared and writable (mmap): their writes through memory cannot be observed.
 
-One look at /proc, as far as we may look. Pure but for that. Workers of blkloom's, of which there may be
-thousands, map no files, and their long maps are not read. Source: proc_pid_maps(5), proc_pid_comm(5).
+Reads /proc once, as far as permissions allow. Workers of blkloom map no files; there may be
+thousands of them, so their long maps are not read. Source: proc_pid_maps(5), proc_pid_comm(5).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _SHARED_TO_WRITE: Final = re.compile(
 
 
 def mapped_to_write(proc: Path = Path("/proc")) -> dict[tuple[int, int], int]:
-    """A process (its pid) for each file, by (st_dev, st_ino), that others have mapped shared and writable. Processes
-    that are not ours to look at are left out. proc: where procfs is mounted; where it is not there are none.
+    """Files that other processes have mapped shared and writable: (st_dev, st_ino) → one pid. Processes that this
+    process may not read are left out. proc: mount point of procfs; without procfs the result is empty.
     """
     found: dict[tuple[int, int], int] = {}
     try:
@@ -30,7 +30,7 @@ def mapped_to_write(proc: Path = Path("/proc")) -> dict[tuple[int, int], int]:
             continue
         try:
             maps = (proc / str(pid) / "maps").read_bytes()
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # it has ended, or may not be read
             continue
         for major, minor, inode in _SHARED_TO_WRITE.findall(maps):
             found.setdefault((os.makedev(int(major, 16), int(minor, 16)), int(inode)), pid)
@@ -38,7 +38,7 @@ def mapped_to_write(proc: Path = Path("/proc")) -> dict[tuple[int, int], int]:
 
 
 def _is_worker(process: str) -> bool:
-    """By its name, which `worker.process` gives it: this is a courtesy to users, and nobody gains by pretending."""
+    """Whether it has the name of a worker (set in `worker.process`). A process with a false name gains nothing."""
     try:
         with open(f"{process}/comm", "rb", buffering=0) as name:
             return name.read(8) == b"blkloom "

@@ -1,8 +1,8 @@
-"""A file's pages in memory: dropped, and whether that has worked.
+"""The page cache of a file: drop its pages, and check that they are gone.
 
-Dropping is a request: a page stays while somebody holds it, be it a reader's pipe or socket (splice(2),
-sendfile(2)) that outlives his descriptor. Such a page would be stale once the file is written below its file
-system. Source: posix_fadvise(2), cachestat(2), mincore(2).
+Dropping is only a request: a page stays while something refers to it, for example a pipe or socket of a reader
+(splice(2), sendfile(2)), even after the reader has closed the file. Such a page is stale once the blocks of the file
+are written directly. Source: posix_fadvise(2), cachestat(2), mincore(2).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Final
 from blkloom._engine import File
 
 _CACHESTAT: Final = 451
-"""The same on every architecture; since Linux 6.5."""
+"""System call number, the same on every architecture; since Linux 6.5."""
 _CHUNK: Final = 1 << 30
 _TRIES: Final = 20
 _PAUSE: Final = 0.01
-"""Seconds. A page that is just being read ahead stays too, and nothing tells when it has been read."""
+"""Seconds. A page stays during read-ahead too, and there is no event for the end of read-ahead."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -35,19 +35,19 @@ class _Counts(ctypes.Structure):
 
 
 def drop(file: File) -> None:
-    """Has the file's pages written and forgotten, but for those that somebody holds. Raises OSError."""
-    if not file.sync_error:  # otherwise what could not be written is clean, and has to go
+    """Writes back and drops the file's pages; pages in use stay. Raises OSError."""
+    if not file.sync_error:  # on an error the kernel marks the pages clean: drop them, too
         file.sync()
     forget(file)
 
 
 def forget(file: File) -> None:
-    """Drops the pages that need not be written."""
+    """Drops the clean pages."""
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def empty(file: File) -> bool:
-    """Drops the file's pages; whether all of them have gone. Raises OSError."""
+    """Drops the file's pages and returns whether none is left. Raises OSError."""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
@@ -58,7 +58,7 @@ def empty(file: File) -> bool:
 
 
 def cached(fd: int) -> int:
-    """How many pages of the file are in memory. Raises OSError."""
+    """Counts the pages of the file in the page cache. Raises OSError."""
     counts = _Counts()
     if not _libc.syscall(_CACHESTAT, fd, ctypes.byref(_Range(0, 0)), ctypes.byref(counts), 0):
         return int(counts.cached)
@@ -68,7 +68,7 @@ def cached(fd: int) -> int:
 
 
 def _resident(fd: int) -> int:
-    """As `cached`, where the kernel has no cachestat(2)."""
+    """As `cached`, for kernels without cachestat(2)."""
     size, found = os.fstat(fd).st_size, 0
     for at in range(0, size, _CHUNK):
         length = min(_CHUNK, size - at)

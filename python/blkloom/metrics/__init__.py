@@ -1,1 +1,1 @@
-"""What numbers of devices mean: samples, rates between them, and the forms they are given out in. Pure."""
+"""Metrics of devices: samples, rates between two samples, and output formats. Pure."""

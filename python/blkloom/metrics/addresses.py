@@ -1,4 +1,4 @@
-"""Where an export is reached, as one word."""
+"""Formats the address of an export as one word."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
 
 
 def uri_of(export: ExportState) -> str:
-    """What an NBD client is given."""
+    """The NBD URI of an export; for a FUSE file, its path."""
+    if export.path:
+        return export.path
     if export.unix:
         return unix_uri(export.unix, export.name)
     return tcp_uri(reachable_host(export.host), export.port, export.name)

@@ -1,4 +1,4 @@
-"""The recent past of numbers, and a line of it as small bars. Pure but for `History`, which one thread owns."""
+"""The last values of numbers, and a sparkline of them. Pure except `History`, which one thread uses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ ASCII_BARS: Final = "_.:-=+*#"
 
 
 class History:
-    """The last `length` numbers of each key. A key that is not told of any more is forgotten."""
+    """The last `length` values of each key. A key that gets no new value is dropped."""
 
     def __init__(self, length: int) -> None:
         self._length = length
         self._values: dict[int, deque[float]] = {}
 
     def add(self, values: Mapping[int, float | None]) -> None:
-        """One more number a key; None: it is not known, and the key keeps its past."""
+        """Adds one value for each key. None: unknown; the key keeps its former values."""
         self._values = {key: self._values.get(key) or deque(maxlen=self._length) for key in values}
         for key, value in values.items():
             if value is not None:
                 self._values[key].append(value)
 
     def __getitem__(self, key: int) -> Sequence[float]:
-        """Oldest first; empty for a key never told of."""
+        """The values, oldest first; empty for an unknown key."""
         return tuple(self._values.get(key, ()))
 
 
 def sparkline(values: Iterable[float], width: int, *, bars: str = BARS) -> str:
-    """The last `width` values, right-aligned, the greatest as the tallest bar and 0 as the smallest.
-    What is not 0 is at least the second one, so that a little and nothing differ.
+    """The last `width` values as bars, right-aligned: the maximum is the tallest bar, 0 the smallest. Other values have
+    at least the second smallest bar, to differ from 0.
     """
     shown = list(values)[-width:]
     top = max(shown, default=0.0)

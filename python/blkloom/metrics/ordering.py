@@ -1,4 +1,4 @@
-"""The order in which devices are shown. Failed ones come first, whatever the order. Pure."""
+"""Sort orders of devices. Failed devices always come first. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blkloom.metrics.rates import Row
 
 
 class Order(Enum):
-    """What devices are sorted by; the value is the word on a command line."""
+    """A sort order; its value is the word on the command line."""
 
     IOPS = "iops"
     BANDWIDTH = "bandwidth"
@@ -26,7 +26,7 @@ _NUMBERS: Final[Mapping[Order, Callable[[Row], float]]] = {
 
 
 def ordered(rows: Iterable[Row], order: Order, *, reverse: bool = False) -> list[Row]:
-    """Numbers from the greatest down, names from a up; reverse: the other way. Equal ones by name."""
+    """Sorts: numbers descending, names ascending; equal ones by name. reverse: the opposite order."""
     by_name = sorted(rows, key=lambda row: row.info.name, reverse=reverse and order is Order.NAME)
     if (number := _NUMBERS.get(order)) is not None:
         by_name.sort(key=number, reverse=not reverse)

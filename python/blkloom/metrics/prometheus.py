@@ -1,10 +1,9 @@
 """Samples in Prometheus' text format, version 0.0.4.
 
-Every metric has its HELP and TYPE once, then its samples together. Counters end in `_total`, times
-are seconds, sizes bytes. A histogram's limits are the ends of the engine's own buckets at powers of
-two, so its cumulative counts are exact; its `_sum` is not counted by the engine and comes from the
-buckets' middles (6 % off at most). Operations that never happened have counters but no histogram.
-Pure; any thread.
+Every metric has HELP and TYPE once, followed by all its samples. Names of counters end in `_total`; times are in
+seconds, sizes in bytes. The limits of a histogram are limits of the engine's buckets at powers of two, so its
+cumulative counts are exact. The engine does not count `_sum`; it is computed from the middles of the buckets (error at
+most 6 %). Operations that never happened have counters but no histogram. Pure; any thread.
 
 Source: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 """
@@ -22,7 +21,7 @@ from blkloom.metrics.sampling import Sample
 from blkloom.stats import Histogram, Stats, bucket_bounds, bucket_of
 
 LIMITS: Final = tuple(range(bucket_of(1 << 10) - 1, bucket_of(1 << 36), 8))
-"""Indices of the engine's buckets that end a histogram's: 1 us, 2 us, 4 us ... 69 s."""
+"""Indices of the engine's buckets at the limits of the histograms: 1 us, 2 us, 4 us ... 69 s."""
 
 STATES: Final = ("ACTIVE", "SUSPENDED", "FAILED")
 
@@ -46,7 +45,7 @@ _OF_DEVICES: Final = (
     _Metric("blkloom_device_state", "gauge", "1 for the state the device is in, 0 for the others."),
     _Metric("blkloom_device_size_bytes", "gauge", "Size of the device."),
     _Metric("blkloom_device_clients", "gauge", "NBD clients connected."),
-    _Metric("blkloom_device_holders", "gauge", "Devices that stand on this one."),
+    _Metric("blkloom_device_holders", "gauge", "Devices stacked on this one."),
     _Metric("blkloom_device_io_errors_total", "counter", "Requests that storage failed, since the device was made."),
     _Metric("blkloom_device_worker_restarts_total", "counter", "How often the device's worker was started again."),
 )
@@ -59,7 +58,7 @@ _EXPORT_INFO: Final = _Metric("blkloom_export_info", "gauge", "Always 1; name an
 
 
 def exposition(sample: Sample) -> str:
-    """The whole text, ending with a line feed."""
+    """The complete text; it ends with a line feed."""
     return "".join(f"{line}\n" for line in _lines(sample))
 
 
@@ -152,14 +151,14 @@ def _histogram(name: str, labels: Labels, latency: Histogram) -> Iterator[str]:
         below += sum(counts[at : limit + 1])
         at = limit + 1
         yield _sample(f"{name}_bucket", {**labels, "le": repr(bucket_bounds(limit)[1] / 1e9)}, below)
-    # The count is the histogram's own: it must be the last bucket's, also while requests end.
+    # Use the count of the histogram itself: it must equal that of the last bucket, also while requests end.
     yield _sample(f"{name}_bucket", {**labels, "le": "+Inf"}, latency.total)
     yield _sample(f"{name}_sum", labels, latency.mean * latency.total / 1e9)
     yield _sample(f"{name}_count", labels, latency.total)
 
 
 def _family(metric: _Metric, samples: Iterable[tuple[Labels, float]]) -> Iterator[str]:
-    """Nothing at all without samples."""
+    """Lines of one metric; none without samples."""
     lines = [_sample(metric.name, labels, value) for labels, value in samples]
     if lines:
         yield from _head(metric)
@@ -178,7 +177,9 @@ def _sample(name: str, labels: Labels, value: float) -> str:
 
 
 def _escape(text: str, *, quote: bool = False) -> str:
-    """Backslashes and line feeds, in labels also quotes. What is not UTF-8 cannot be said in this format."""
+    """Escapes backslashes and line feeds, in labels also quotes. The format cannot represent bytes that are not
+    UTF-8.
+    """
     text = text.encode(errors="surrogateescape").decode(errors="replace")
     text = text.replace("\\", r"\\").replace("\n", r"\n")
     return text.replace('"', r"\"") if quote else text

@@ -1,8 +1,8 @@
-"""What happens a second: two samples in, a row a device out.
+"""Rates per second: computes a row for each device from two samples.
 
-Counters belong to a worker and begin at 0 with it. Where a device has another worker than in the
-earlier sample, or a counter went back, all it has counted happened since then (as Prometheus' `rate`
-takes it). A device that has no earlier sample has no rates. Pure; any thread.
+A worker counts from 0 when it starts. If a device has another worker than in the earlier sample, or if a counter is
+smaller, the whole count is taken as new (like `rate` in Prometheus). A device without an earlier sample has no rates.
+Pure; any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blkloom.stats import Histogram, OperationStats, Stats
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One operation between two samples: requests and bytes a second, and how long each took."""
+    """One operation between two samples: requests and bytes per second, and latencies."""
 
     iops: float = 0.0
     bandwidth: float = 0.0
@@ -34,7 +34,7 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Reads, writes, and faults a second."""
+    """Reads, writes, and faults per second."""
 
     read: Flow = Flow()
     write: Flow = Flow()
@@ -42,17 +42,17 @@ class Rates:
 
     @property
     def iops(self) -> float:
-        """Reads and writes a second."""
+        """Reads and writes per second."""
         return self.read.iops + self.write.iops
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second, both ways."""
+        """Bytes per second, reads and writes together."""
         return self.read.bandwidth + self.write.bandwidth
 
     @property
     def p99(self) -> int:
-        """The longer one of both ways' 99th percentiles; 0 if nothing happened."""
+        """The greater 99th percentile of reads and writes; 0 without requests."""
         return max(self.read.percentile(99) or 0, self.write.percentile(99) or 0)
 
     def __add__(self, other: Rates) -> Rates:
@@ -61,7 +61,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A device as it is shown. in_flight and rates: None where they are not known."""
+    """The row of a device. in_flight and rates: None if unknown."""
 
     info: DeviceInfo
     in_flight: int | None = None
@@ -70,8 +70,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """All devices together. A request counts on the device it came in by, not on those below it, so
-    nothing is counted twice. rates: None as long as no device has any.
+    """The totals of all devices. A request counts only for the device that the client used, not for lower devices.
+    rates: None while no device has rates.
     """
 
     clients: int = 0
@@ -92,14 +92,14 @@ def rows_between(before: Sample | None, now: Sample) -> list[Row]:
 
 
 def happened(before: DeviceSample, now: DeviceSample) -> Stats | None:
-    """A device's counters since `before`; None where one of both has none."""
+    """The counters of a device since `before`; None if one of both is missing."""
     if before.stats is None or now.stats is None:
         return None
     return now.stats if began_anew(before, now) else now.stats - before.stats
 
 
 def began_anew(before: DeviceSample, now: DeviceSample) -> bool:
-    """Whether the counters of `now` do not go on from those of `before`."""
+    """Whether the counters of `now` have restarted since `before`."""
     if before.stats is None or now.stats is None:
         return True
     if before.info.worker != now.info.worker or now.stats.faults < before.stats.faults:

@@ -1,7 +1,7 @@
-"""Counters of devices for people, and for programs that read JSON. Pure.
+"""Reports of device counters, as text and as JSON. Pure.
 
-Without `before` the numbers are since each device's worker began; with it, what happened in between
-(and rates). A device that was not there before is told of from its beginning.
+Without `before`, the numbers count from the start of each worker. With `before`, they are the changes since then, with
+rates. For a device that did not exist then, they count from its start.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def as_text(
     histogram: bool = False,
     show: Callable[[str], str] = str,
 ) -> str:
-    """A block a device, with an empty line between two. exports: a table of each export as well.
-    histogram: how latencies are spread, as bars. show: how a device's name is written.
+    """One block of text for each device, separated by empty lines. exports: also a table for each export. histogram:
+    also bars of the latencies. show: formats the name of a device.
     """
     seconds = now.seconds - before.seconds if before else None
     return "\n\n".join("\n".join(_block(device, seconds, exports, histogram, show)) for device in _changes(now, before))

@@ -1,8 +1,8 @@
-"""What all devices had done at one instant.
+"""A sample: the states and counters of all devices at one time.
 
-A `Sample` is made from what the supervisor's client tells (`Client.info`, `stats`, `version`), which
-are separate answers: a device may have come or gone between them. One without counters (FAILED, or its
-worker is just being replaced) has `stats` None. Immutable, pure; any thread.
+A `Sample` is made from the answers of the supervisor (`Client.info`, `stats`, `version`). These are separate answers: a
+device may be created or removed between them. `stats` is None for a device without counters (FAILED, or its worker is
+being replaced). Immutable, pure; any thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blkloom.stats import MemoryUse, Stats
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """One device: what it is, its counters, those of its exports by id, and the memory of its worker's clients."""
+    """One device: its state, its counters, those of its exports by id, and the memory of its worker's clients."""
 
     info: DeviceInfo
     stats: Stats | None = None
@@ -27,13 +27,13 @@ class DeviceSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """All devices by minor number. seconds: when, on a clock that only goes forward."""
+    """All devices by minor number. seconds: time of the sample, on a monotonic clock."""
 
     seconds: float
     devices: Mapping[int, DeviceSample] = field(default_factory=dict)
     run_dir: str = ""
     version: str = ""
-    """The supervisor's."""
+    """Version of the supervisor."""
     workers: int = 0
 
     @classmethod
@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def failed(self) -> int:
-        """How many devices are FAILED."""
+        """Number of FAILED devices."""
         return sum(device.info.state == "FAILED" for device in self.devices.values())
 
 

@@ -1,4 +1,4 @@
-"""Numbers in as few characters as a column has. Pure."""
+"""Formats numbers for narrow columns. Pure."""
 
 from __future__ import annotations
 

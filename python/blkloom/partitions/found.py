@@ -1,7 +1,7 @@
-"""What the parsers read from, and what they find. No I/O but through `Disk.read`.
+"""Input and output types of the parsers. No I/O except through `Disk.read`.
 
-Positions and lengths in tables on disk are in logical blocks; what comes out is in sectors of 512 bytes,
-as in every table of blkloom's.
+Positions and lengths in tables on disk are in logical blocks; the results are in sectors of 512 bytes, as in all tables
+of blkloom.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Final
 from blkloom.units import SECTOR, Sectors
 
 MOST_PARTITIONS: Final = 255
-"""Of one disk, as in the kernel (DISK_MAX_PARTS counts the disk itself)."""
+"""Maximum for one disk, as in the kernel (DISK_MAX_PARTS counts the disk itself)."""
 _LARGEST_BLOCK: Final = 4096
 
 
 @dataclass(frozen=True)
 class Disk:
-    """size: bytes. block: bytes of a logical block, a power of two from 512 to 4096. read: exactly
-    `length` bytes from `offset` on; never asked for what is not inside the disk; raises OSError.
+    """A disk to parse. size: bytes. block: bytes of a logical block, a power of two from 512 to 4096. read: returns
+    exactly `length` bytes from `offset` on; it is never called for ranges outside the disk; raises OSError.
     """
 
     size: int
@@ -33,47 +33,54 @@ class Disk:
 
     @property
     def blocks(self) -> int:
-        """Whole logical blocks there are."""
+        """Number of whole logical blocks."""
         return self.size // self.block
 
     @property
     def sectors(self) -> int:
-        """Whole sectors there are."""
+        """Number of whole sectors."""
         return self.size // SECTOR
 
     def blocks_at(self, start: int, count: int = 1) -> bytes | None:
-        """`count` logical blocks from `start` on; None where the disk does not have them all."""
+        """Reads `count` logical blocks from `start` on; None if they are not all on the disk."""
         if start < 0 or count < 1 or start + count > self.blocks:
             return None
         return self.read(start * self.block, count * self.block)
 
     def to_sectors(self, blocks: int) -> int:
-        """Logical blocks as sectors."""
+        """Converts logical blocks to sectors."""
         return blocks * (self.block // SECTOR)
 
 
 @dataclass(frozen=True, order=True)
 class Partition:
-    """number: the kernel's, from 1 on; logical partitions of an MBR from 5 on."""
+    """One partition. number: as in the kernel, from 1 on; logical partitions of an MBR from 5 on. type: GUID, or two
+    digits after 0x. name: of a GPT partition, as it is on disk. uuid: as in PARTUUID of Linux.
+    """
 
     number: int
     start: Sectors
     length: Sectors
+    type: str = field(default="", compare=False)
+    name: str = field(default="", compare=False)
+    uuid: str = field(default="", compare=False)
 
 
 @dataclass
 class PartitionTable:
-    """kind: "gpt", "dos" or "" for none. partitions: by number. warnings: what was left out or cut, and
-    what of the table is damaged.
+    """The result of a parser. kind: "gpt", "dos", or "" for none. partitions: by number. warnings: partitions that were
+    left out or cut, and damage of the table.
     """
 
     kind: str = ""
     partitions: list[Partition] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, disk: Disk, number: int, start: int, length: int) -> None:
-        """A partition from sector `start` on; what lies behind the end of the disk is left out or cut off,
-        with a warning. Source: the kernel's blk_add_partition (block/partitions/core.c).
+    def add(
+        self, disk: Disk, number: int, start: int, length: int, *, type: str = "", name: str = "", uuid: str = ""
+    ) -> None:
+        """Adds a partition that begins at sector `start`. A partition past the end of the disk is left out, one across
+        the end is cut, both with a warning. Source: the kernel's blk_add_partition (block/partitions/core.c).
         """
         if start >= disk.sectors:
             self.warnings.append(f"partition {number}: start {start} is beyond the end of the device; left out")
@@ -81,4 +88,4 @@ class PartitionTable:
         if start + length > disk.sectors:
             self.warnings.append(f"partition {number}: size {length} extends beyond the end of the device; truncated")
             length = disk.sectors - start
-        self.partitions.append(Partition(number, Sectors(start), Sectors(length)))
+        self.partitions.append(Partition(number, Sectors(start), Sectors(length), type, name, uuid))

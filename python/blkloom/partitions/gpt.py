@@ -1,38 +1,43 @@
-"""The GUID partition table: a header in block 1, a copy in the last block, and an array of entries.
+"""Parser of the GUID partition table: a header in block 1, a copy in the last block, and an array of entries.
 
-Source: UEFI 2.10, chapter 5.3; the kernel's checks (block/partitions/efi.c), but entries may be larger
-than 128 bytes, as the specification has it, and the copy is used without having to ask for it. Pure;
-everything in it is hostile: no number is believed before it has been bounded.
+Source: UEFI 2.10, chapter 5.3; the kernel's checks (block/partitions/efi.c). Differences from the kernel: entries may
+be larger than 128 bytes, as in the specification, and the copy is used without an option. Pure; the input is not
+trusted: every number is checked against its limits before use.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 from blkloom.partitions.found import MOST_PARTITIONS, Disk, PartitionTable
 
 _HEADER: Final = struct.Struct("<8sIII4xQQQQ16sQIII")
 _SIGNATURE: Final = b"EFI PART"
 _CRC_AT: Final = 16
-_ENTRY: Final = struct.Struct("<16s16sQQ")
+_ENTRY: Final = struct.Struct("<16s16sQQ8x72s")
 _SMALLEST_ENTRY: Final = 128
 _LARGEST_ENTRY: Final = 4096
 _LARGEST_ARRAY: Final = 1 << 20
-"""Bytes of all entries; 128 entries of 128 bytes are usual."""
+"""Maximum bytes of all entries; 128 entries of 128 bytes are usual."""
 _PRIMARY: Final = 1
 _UNUSED: Final = bytes(16)
 
 
+BLOCK_SIZES: Final = (512, 4096, 1024, 2048)
+
+
 class BadGpt(ValueError):
-    """A header or its entries that cannot be; says why."""
+    """An invalid header or entry; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class _Header:
-    """Logical blocks, bytes. Checked."""
+    """A checked header, in logical blocks and bytes."""
 
     other: int
     first: int
@@ -44,7 +49,7 @@ class _Header:
 
 
 def read_gpt(disk: Disk) -> PartitionTable | None:
-    """The partitions, of the copy where the header in block 1 cannot be used. None: there is neither."""
+    """The partitions of the GPT, or of its copy if the header in block 1 is not valid. None if neither is valid."""
     table = PartitionTable("gpt")
     last = disk.blocks - 1
     try:
@@ -68,6 +73,20 @@ def read_gpt(disk: Disk) -> PartitionTable | None:
             table.warnings.append(f"the alternate GPT is invalid, using the primary one: {error}")
     _add(disk, table, header, entries)
     return table
+
+
+def block_size_of(size: int, read: Callable[[int, int], bytes]) -> int | None:
+    """The logical block size for which the GPT of a disk of `size` bytes was made; None if there is no GPT. read: as
+    `Disk.read`.
+    """
+    for block in BLOCK_SIZES:
+        try:
+            header = _read_header(disk := Disk(size, block, read), _PRIMARY)
+            _read_entries(disk, header)
+        except BadGpt:
+            continue
+        return block
+    return None
 
 
 def _signature(disk: Disk, block: int) -> bytes:
@@ -110,7 +129,7 @@ def _read_entries(disk: Disk, header: _Header) -> bytes:
 
 def _add(disk: Disk, table: PartitionTable, header: _Header, entries: bytes) -> None:
     for index in range(header.count):
-        kind, _, first, last = _ENTRY.unpack_from(entries, index * header.entry)
+        kind, id, first, last, name = _ENTRY.unpack_from(entries, index * header.entry)
         if kind == _UNUSED:
             continue
         if index >= MOST_PARTITIONS:
@@ -121,4 +140,15 @@ def _add(disk: Disk, table: PartitionTable, header: _Header, entries: bytes) -> 
                 f"partition {index + 1}: blocks {first} to {last} are not inside the device; left out"
             )
             continue
-        table.add(disk, index + 1, disk.to_sectors(first), disk.to_sectors(last - first + 1))
+        start, length = disk.to_sectors(first), disk.to_sectors(last - first + 1)
+        table.add(disk, index + 1, start, length, type=_guid(kind), name=_name(name), uuid=_guid(id))
+
+
+def _guid(data: bytes) -> str:
+    """The text of a GUID; its first three fields are little-endian."""
+    return str(UUID(bytes_le=data))
+
+
+def _name(data: bytes) -> str:
+    """The name in an entry: UTF-16, up to the first NUL."""
+    return data.decode("utf-16-le", "replace").partition("\0")[0]

@@ -1,1 +1,1 @@
-"""The supervisor: the registry of one user's devices, and the keeper of their workers."""
+"""The supervisor: the registry of one user's devices, and the processes that serve them."""

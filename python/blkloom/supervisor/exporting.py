@@ -1,100 +1,143 @@
-"""Listening sockets of exports: bound here, kept in the store, handed to workers.
+"""Endpoints of exports: this module opens and closes them, and keeps their descriptors in the store for workers.
 
-A worker that dies leaves its clients' connection attempts waiting in the socket, for the next one.
+After a worker has died, new requests of clients wait in the endpoints until the next worker serves them. What each kind
+of export does: see `export.exporter`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import asyncio
+import logging
 from collections.abc import Iterable
-from typing import Final
 
 from blkloom.control import messages as m
+from blkloom.control.descriptor_store import DescriptorStore
 from blkloom.control.rundir import RunDir
-from blkloom.control.states import ExportState, Label
-from blkloom.errors import UsageError
-from blkloom.export.nbd.listening import check_path, listen_tcp, listen_unix
+from blkloom.control.states import ExportState, Label, export_key, export_label
+from blkloom.errors import BlkloomError, UsageError
+from blkloom.export.registry import DEFAULT, endpoints
 from blkloom.supervisor.registry import Entry
-from blkloom.supervisor.store import Store
 
-AUTOMATIC: Final = "auto"
-
-
-def label(entry: Entry, export: ExportState) -> Label:
-    """Of the export's listening socket."""
-    return Label(device=entry.minor, load=0, role="listen", key=export.id)
+_log = logging.getLogger(__name__)
 
 
 def automatic(run_dir: RunDir, name: str) -> ExportState:
-    """The export every device has."""
-    return ExportState(id=AUTOMATIC, name=name, unix=str(run_dir.device(name)), automatic=True)
+    """The automatic export that every device has."""
+    export = endpoints(DEFAULT).automatic(run_dir, name)
+    assert export is not None
+    export.id = "auto"
+    return export
 
 
 def wanted(run_dir: RunDir, entry: Entry, call: m.AddExport) -> ExportState:
-    """What a call asks for. Raises UsageError."""
-    if call.unix and call.host:
-        raise UsageError("an export listens on a Unix socket or on TCP, not on both", cure="make two exports")
-    if call.unix and not os.path.isabs(call.unix):
-        raise UsageError(f"{call.unix}: the path of a socket must be absolute", cure="begin it with /")
-    taken = {export.id for export in entry.exports}
-    if not call.unix and not call.host and not call.port:
-        if AUTOMATIC in taken:
+    """The state of the export that the call describes. Raises UsageError."""
+    export = endpoints(call.kind).wanted(run_dir, entry.name, call)
+    taken = {other.id: other for other in entry.exports}
+    if export.automatic:
+        export.id = "auto" if export.kind == DEFAULT else f"auto-{export.kind}"
+        if (there := taken.get(export.id)) is not None:
             raise UsageError(
-                f"device {entry.name!r} is exported at {run_dir.device(entry.name)} already",
-                cure="give a socket path, or a host and a port",
+                f"device '{entry.name}' is exported at {there.address} already", cure="give another address"
             )
-        export = automatic(run_dir, entry.name)
-        export.read_only = call.read_only
         return export
     number = next(number for number in range(1, len(taken) + 2) if f"e{number}" not in taken)
-    return ExportState(
-        id=f"e{number}",
-        name=call.name or entry.name,
-        unix=call.unix,
-        host=call.host or ("" if call.unix else "localhost"),
-        port=call.port,
-        read_only=call.read_only,
-    )
+    export.id = f"e{number}"
+    return export
 
 
-async def listen(store: Store, entry: Entry, export: ExportState, *, allow_remote: bool) -> int:
-    """Binds and keeps the export's socket; the descriptor stays the store's. `export` learns its port.
-    allow_remote: as for `listen_tcp`. Raises ListenError, UsageError.
+async def open_endpoint(
+    store: DescriptorStore, entry: Entry, export: ExportState, *, allow_remote: bool
+) -> dict[str, int]:
+    """Opens the endpoint of an export and puts its descriptors into the store. Sets the address in `export`.
+
+    allow_remote: other hosts may reach it. Returns the descriptors by key; the store still owns them. Raises
+    ListenError, UsageError.
     """
-    if export.unix:
-        listening = listen_unix(export.unix).socket
-    else:
-        first, *others = await listen_tcp(export.host, export.port, allow_remote=allow_remote)
-        for other in others:
-            other.close()
-        listening = first.socket
-        export.host, export.port = listening.getsockname()[:2]
-    descriptor = listening.detach()
-    store.put(label(entry, export), descriptor)
-    return descriptor
+    kind = endpoints(export.kind)
+    opened = await kind.open(export, allow_remote=allow_remote)
+    for key, descriptor in opened.items():
+        store.put(export_label(entry.minor, export.id, kind.role, key), descriptor)
+    return opened
 
 
-async def listen_again(store: Store, entries: Iterable[Entry]) -> None:
-    """`listen`, for those of the entries' exports that do not."""
+async def open_missing(store: DescriptorStore, entries: Iterable[Entry]) -> None:
+    """Calls `open_endpoint` for every export of the entries that has no endpoint."""
     for entry in entries:
         for export in entry.exports:
-            if store.find(label(entry, export)) is None:
-                await listen(store, entry, export, allow_remote=True)  # as was allowed when it was added
+            if not labels(store, entry, export):
+                await open_endpoint(store, entry, export, allow_remote=True)  # as was allowed when it was added
 
 
-def stop_listening(store: Store, entry: Entry, export: ExportState) -> None:
-    """Gives the socket and its file up."""
-    if store.find(label(entry, export)) is not None and export.unix:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(export.unix)
-    store.drop([label(entry, export)])
+async def reopen_lost(store: DescriptorStore, entries: Iterable[Entry]) -> None:
+    """Reopens the endpoints that another worker cannot continue after a worker was killed. Raises ListenError,
+    MountError.
+    """
+    entries = list(entries)
+    for entry in entries:
+        for export in entry.exports:
+            kept = labels(store, entry, export)
+            if kept and not endpoints(export.kind).survives(export):
+                _log.error("%s was disconnected: no other worker can continue it", export.address)
+                store.drop(kept)
+                await remove(export)
+    await open_missing(store, entries)
 
 
-def move(store: Store, entry: Entry, export: ExportState, path: str) -> None:
-    """The socket's file to another name: whoever is connected stays. Raises ListenError, OSError."""
-    check_path(path)
-    if store.find(label(entry, export)) is not None:
-        with contextlib.suppress(FileNotFoundError):  # somebody removed it: as before, nobody finds it
-            os.rename(export.unix, path)
-    export.unix = path
+def unmovable(entries: Iterable[Entry]) -> list[tuple[Entry, ExportState]]:
+    """Those exports that no other worker can go on with, even where one hands them over."""
+    exports = [(entry, export) for entry in entries for export in entry.exports]
+    return [(entry, export) for entry, export in exports if not endpoints(export.kind).moves(export)]
+
+
+async def close_endpoint(store: DescriptorStore, entry: Entry, export: ExportState) -> None:
+    """Closes the descriptors and removes the socket or file, even while clients use it. Raises OSError."""
+    kept = labels(store, entry, export)
+    if not (kept or may_be_busy(export)):  # of a device that has failed: another process may listen there now
+        return
+    try:
+        await endpoints(export.kind).close(export, force=True)
+    finally:
+        store.drop(kept)
+
+
+async def close_unused(export: ExportState, *, force: bool) -> None:
+    """Removes the socket or file, but keeps the descriptors. Raises OSError: EBUSY if it is in use, unless `force`."""
+    await endpoints(export.kind).close(export, force=force)
+
+
+def may_be_busy(export: ExportState) -> bool:
+    """Whether `close_unused` can fail because of users; it is then called before the worker releases the export."""
+    return endpoints(export.kind).may_be_busy
+
+
+async def is_gone(export: ExportState) -> bool:
+    """Whether a user has taken away what clients find."""
+    return await asyncio.to_thread(endpoints(export.kind).is_gone, export)
+
+
+async def remove(export: ExportState) -> None:
+    """Removes the socket or file of an export that is given up. Logs errors."""
+    try:
+        await endpoints(export.kind).close(export, force=True)
+    except (BlkloomError, OSError) as error:
+        _log.error("%s cannot be removed: %s", export.address, error)
+
+
+def give_up(store: DescriptorStore, entry: Entry, export: ExportState) -> None:
+    """Makes the endpoint refuse clients: the device has failed. Logs errors."""
+    store.drop(labels(store, entry, export))
+    try:
+        endpoints(export.kind).give_up(export)
+    except (BlkloomError, OSError) as error:
+        _log.error("%s cannot be removed: %s", export.address, error)
+
+
+def rename(run_dir: RunDir, entry: Entry, export: ExportState) -> None:
+    """Renames the automatic export together with its device. Raises ListenError, OSError."""
+    endpoints(export.kind).rename(export, run_dir, entry.name)
+
+
+def labels(store: DescriptorStore, entry: Entry, export: ExportState) -> list[Label]:
+    """Labels of the export's descriptors in the store."""
+    role = endpoints(export.kind).role
+    return [label for label in store.labels(entry.minor) if label.role == role and export_key(label)[0] == export.id]

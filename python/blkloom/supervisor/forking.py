@@ -1,6 +1,6 @@
-"""The supervisor's end of the zygote: forks on demand, and word of how workers ended.
+"""Forks workers through the zygote, and reports how each worker ended.
 
-A zygote that dies is replaced at the next fork; workers are not its own to take along. On the event loop.
+If the zygote dies, the next fork starts another one; the workers continue to run. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from blkloom.control.framing import ChannelClosed
 from blkloom.control.rundir import RunDir
 from blkloom.control.zygote_messages import Exited, Fork, Forked, ForkRefused, FromZygote
 from blkloom.errors import ResourceError
+from blkloom.printing import described
 from blkloom.supervisor.zygote_process import ZygoteProcess, start_zygote
 
 _log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ _END_SECONDS: Final = 10.0
 
 
 class Forker:
-    """For one run directory. exited: told of worker, pid and status (minus a signal). client_memory: see `Fork`.
-    zygote: one that has been started, and is this object's to end.
+    """The zygote of one run directory. exited: called with the worker, its pid and its status (minus the signal).
+    client_memory: see `Fork`. zygote: a running zygote, which this object owns from now on.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Forker:
         self._client_memory = client_memory
         self._exited = exited
         self._started = zygote
-        """Not used yet."""
+        """The zygote that was passed in and is not used yet."""
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: AsyncChannel | None = None
         self._waiting: dict[str, asyncio.Future[tuple[int, int]]] = {}
@@ -53,7 +54,9 @@ class Forker:
         self._starting = asyncio.Lock()
 
     async def fork(self, worker: str, targets: Collection[str] = ()) -> tuple[int, int, socket.socket]:
-        """Its pid, a pidfd, and this end of its channel. targets: that it is wanted for. Raises ResourceError."""
+        """Forks a worker. targets: names of the targets that it will need. Returns its pid, a pidfd and this end of its
+        channel. Raises ResourceError.
+        """
         channel = await self._reach()
         ours, theirs = socket.socketpair()
         forked: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
@@ -62,7 +65,7 @@ class Forker:
             with theirs:
                 order = Fork(
                     worker=worker,
-                    run_dir=str(self._run_dir.path),
+                    run_dir=str(self._run_dir.sockets),
                     targets=sorted(targets),
                     client_memory=self._client_memory,
                     level=logging.getLevelName(logging.getLogger().getEffectiveLevel()),
@@ -74,7 +77,8 @@ class Forker:
             ours.close()
             if isinstance(error, ChannelClosed | TimeoutError):
                 raise ResourceError(
-                    f"no worker can be had: the process that forks them has ended ({error})", cure="try again"
+                    f"no worker can be started: the process that forks workers has ended ({described(error)})",
+                    cure="try again",
                 ) from error
             raise
         finally:
@@ -89,7 +93,7 @@ class Forker:
             return self._channel
 
     def _begin(self) -> None:
-        """Takes the zygote that was started, or starts one."""
+        """Returns the zygote that is running, or starts one."""
         zygote, self._started = self._started, None
         if zygote is not None and zygote.process.poll() is not None:
             _log.warning("the process that forks workers has ended, with status %d", zygote.process.returncode)
@@ -118,18 +122,18 @@ class Forker:
 
     def _take(self, message: Forked | ForkRefused | Exited, fds: list[int]) -> None:
         match message:
-            case Forked() if not fds:  # lost on the way; it ends with its channel
+            case Forked() if not fds:  # the descriptor was lost; the worker ends with its channel
                 if (forked := self._waiting.get(message.worker)) and not forked.done():
                     what = "a worker cannot be watched: the supervisor has no free descriptors"
                     forked.set_exception(ResourceError(what, cure=open_files.advice(), errno=errno.EMFILE))
             case Forked() if (forked := self._waiting.get(message.worker)) and not forked.done():
                 forked.set_result((message.pid, fds.pop()))
             case ForkRefused() if (forked := self._waiting.get(message.worker)) and not forked.done():
-                what = f"no process can be had for a worker: {os.strerror(message.errno)}"
+                what = f"no process can be forked for a worker: {os.strerror(message.errno)}"
                 forked.set_exception(
-                    ResourceError(what, cure="see limits of processes and memory", errno=message.errno)
+                    ResourceError(what, cure="check the limits of processes and memory", errno=message.errno)
                 )
-            case Forked() if fds:  # too late: nobody would ever speak to it
+            case Forked() if fds:  # the caller has given up: this worker would never be used
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(fds[0], signal.SIGKILL)
             case Exited():
@@ -145,17 +149,19 @@ class Forker:
             return
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
+        if self._channel is not None:  # a task cancelled before its first step has not closed it
+            await self._channel.close()
         try:
             async with asyncio.timeout(_END_SECONDS):
                 await _ended(self._process)
         except TimeoutError:
-            _log.error("the process that forks workers does not end, and is killed")
+            _log.error("the process that forks workers does not end and is killed")
             self._process.kill()
             await _ended(self._process)
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
-    """Returns when it has ended, and has been reaped."""
+    """Waits until the process has ended and been reaped."""
     if process.poll() is not None:
         return
     watched = os.pidfd_open(process.pid)

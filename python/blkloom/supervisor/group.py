@@ -1,9 +1,6 @@
-"""A group: devices that stand on each other, and the worker process they share.
+"""A group: the devices that are stacked on each other, and the worker process that serves them.
 
-The group's lock serializes everything that changes its devices or its worker. A worker that dies is
-replaced, after a pause that grows with every death, and given the states and descriptors of what it
-held; one that dies too often leaves its devices FAILED, with the reason. A killed process of which a thread
-waits for storage in the kernel has not ended, and may write yet: none takes its place before it has. On the event loop.
+The lock of the group serializes all changes of its devices and its worker. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -14,25 +11,35 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
 from blkloom.control import messages as m
+from blkloom.control.endpoint import Opener
 from blkloom.errors import WorkerGone, WorkerStuck
-from blkloom.supervisor.link import Link, Opener
+from blkloom.supervisor.link import ANSWER_SECONDS, Link
 
 _log = logging.getLogger(__name__)
 
 LEAVE_SECONDS: Final = 120.0
-"""For a worker to drain and flush all it has; each device has a bound of its own, which is shorter."""
+"""Seconds for a worker to drain and flush all its devices. Each device has its own, shorter limit."""
+STOPPED_SECONDS: Final = 3.0
+"""Seconds for a stopped process to go on, before calls to it fail."""
+_LOOK_SECONDS: Final = 0.1
+"""Seconds between looks whether a process is stopped, while a call waits for it. There is no event for that."""
+_STOPPED: Final = ("T", "t")
+_ENDED: Final = ("Z", "X")
+"""States of processes. Source: proc_pid_stat(5)."""
 KILL_SECONDS: Final = 10.0
-"""For a killed process to end; one that waits for storage in the kernel does not."""
+"""Seconds for a killed process to end. A process that waits for storage in the kernel takes longer."""
 
 
 class Group(msgspec.Struct):
-    """id: unique in the run directory, the worker's socket is called so. minors: its devices."""
+    """A group of devices with their worker. id: unique in the run directory; also the name of the worker's socket.
+    minors: its devices.
+    """
 
     id: str
     minors: set[int] = msgspec.field(default_factory=set)
@@ -42,38 +49,86 @@ class Group(msgspec.Struct):
     lock: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
     deaths: deque[float] = msgspec.field(default_factory=deque)
     leaving: bool = False
-    """Its worker is meant to end."""
+    """The worker is expected to end."""
     ended: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     """The worker process has ended."""
     status: int | None = None
-    """How, if the zygote said so."""
+    """Exit status of the worker, if the zygote has reported it."""
     status_told: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     forked: bool = False
-    """The zygote there is forked its worker, and will say how it ended."""
+    """The present zygote has forked the worker, so it will report the exit status."""
     restarting: asyncio.Task[None] | None = None
     targets: frozenset[str] = frozenset()
-    """That tables of its devices named when its worker was forked."""
+    """Targets in the tables of its devices when the worker was forked."""
     began: int = 0
-    """When its worker's process began, as /proc says: with its number it names one process."""
+    """Start time of the worker's process from /proc. Together with the pid it identifies the process."""
     dying: bool = False
-    """The worker's main thread has ended, and the process has not."""
+    """The main thread of the worker has ended, but the process has not."""
+    stopped_at: float | None = None
+    """Time of the event loop when the process was first seen stopped, by SIGSTOP or a debugger; None if it runs."""
     waiting: str = ""
-    """What its devices wait for."""
+    """The reason why its devices wait."""
     after: Group | None = None
-    """One whose worker may have this one's devices, too: that has to end first."""
+    """A group whose worker may also have these devices. That worker must end first."""
     arriving: set[int] = msgspec.field(default_factory=set)
-    """Devices that another group hands over to it: what its worker says of them counts already."""
+    """Devices that another group is handing over to this one: messages of the new worker already count for them."""
 
-    async def call(self, call: m.WorkerCall, *fds: int, opener: Opener | None = None, wait: float | None = None) -> Any:
-        """As `Link.call`. Raises WorkerGone when there is no worker."""
+    async def call(
+        self,
+        call: m.WorkerCall,
+        *fds: int,
+        opener: Opener | None = None,
+        wait: float | None = None,
+        answer: float = ANSWER_SECONDS,
+        late: bool = False,
+    ) -> Any:
+        """As `Link.call`. Raises WorkerGone when there is no worker, and WorkerStuck as `check_running`; the worker
+        has not got the call then, unless it was stopped meanwhile. late: it gets it, and executes it when it goes on.
+        """
+        if not late:
+            await self.check_running()
         if self.link is None:
             raise WorkerGone(f"worker {self.id} is not running", cure="its devices come back; try again")
-        return await self.link.call(call, fds, opener=opener, wait=wait)
+        asked = asyncio.create_task(self.link.call(call, fds, opener=opener, wait=wait, answer=answer))
+        try:
+            while not (await asyncio.wait({asked}, timeout=_LOOK_SECONDS))[0]:
+                self._check_not_stopped()
+            return asked.result()
+        finally:
+            if not asked.done():
+                asked.cancel()
+                await asyncio.gather(asked, return_exceptions=True)  # it uses the descriptors until then
+
+    async def check_running(self) -> None:
+        """Raises WorkerStuck if the process is stopped, and has been so for STOPPED_SECONDS; waits as long as it is
+        stopped for less.
+        """
+        while True:
+            if not self._check_not_stopped():
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _check_not_stopped(self) -> bool:
+        """Whether the process is stopped. Raises WorkerStuck if it has been so for STOPPED_SECONDS."""
+        if not self.is_stopped() or self.stopped_at is None:
+            return False
+        if asyncio.get_running_loop().time() - self.stopped_at < STOPPED_SECONDS:
+            return True
+        raise WorkerStuck(
+            f"worker {self.id} is stopped, by SIGSTOP or a debugger",
+            cure=f"continue it (kill -CONT {self.pid}), or end it with `remove --force` or `stop --force`",
+        )
+
+    def go_on(self) -> None:
+        """Continues the process if it is stopped."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
 
     def watch(self, died: Callable[[Group], None]) -> None:
-        """Has `died` called when the process ends. pidfd_open(2)."""
+        """Calls `died` when the process ends. Source: pidfd_open(2)."""
         self.ended.clear()
-        self.dying = False
+        self.dying, self.stopped_at = False, None
         self.began = process_began(self.pid)
         self.status = None
         self.status_told.clear()
@@ -83,7 +138,7 @@ class Group(msgspec.Struct):
         def ended() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            if self.pidfd == descriptor:  # not one that was given up
+            if self.pidfd == descriptor:  # not a group that was given up
                 self.pidfd, self.pid = -1, 0
                 self.ended.set()
                 died(self)
@@ -91,22 +146,41 @@ class Group(msgspec.Struct):
         loop.add_reader(descriptor, ended)
 
     def look(self) -> bool:
-        """Whether `dying` has become true: the process was killed, and a thread of it cannot end yet. Nothing tells: a
-        pidfd is readable when all have ended (one of the main thread, too, from Linux 6.15 on).
+        """Updates `stopped_at` and `dying`, and returns whether the latter has become true: the process was killed, but
+        one of its threads cannot end yet. There is no event for this: a pidfd becomes readable when all threads have
+        ended.
         """
-        if self.dying or self.pidfd < 0 or _state(self.pid) not in ("Z", "X"):
+        state = self._look_at_state()
+        if self.dying or state not in _ENDED:
             return False
         self.dying = True
         return True
 
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped, by SIGSTOP or a debugger."""
+        return self._look_at_state() in _STOPPED
+
+    def _look_at_state(self) -> str:
+        state = _state(self.pid) if self.pidfd >= 0 else ""
+        if state not in _STOPPED:
+            self.stopped_at = None
+        elif self.stopped_at is None:
+            self.stopped_at = asyncio.get_running_loop().time()
+        return state
+
     def kill(self) -> None:
-        """Ends the process at once. Its end is noticed as any other."""
+        """Kills the process. Its end is handled like any other."""
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    @property
+    def unended(self) -> str:
+        """Why nothing may replace a killed worker that has not ended."""
+        return f"its former worker, process {self.pid}, was killed and has not ended: storage hangs; it may still write"
+
     async def wait_for_end(self, seconds: float = KILL_SECONDS) -> bool:
-        """Whether the process has ended within so many seconds."""
+        """Waits for the end of the process. Returns whether it has ended in time."""
         if self.pidfd >= 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -114,47 +188,44 @@ class Group(msgspec.Struct):
         return self.pidfd < 0
 
     async def leave(self, *, flush: bool) -> bool:
-        """Has the worker end, by force if it does not, and waits for that. False: it has not ended even so, because
-        storage holds it.
+        """Asks the worker to end, kills it if it does not, and waits for its end. Returns False if it has not ended
+        even then, because it waits for storage.
         """
         self.leaving = True
         asked = self.link is not None and not self.dying
         if self.link:
             try:
-                await self.link.call(m.Leave(flush=flush), wait=LEAVE_SECONDS if flush else None)
+                await self.call(m.Leave(flush=flush), wait=LEAVE_SECONDS if flush else None)
             except (OSError, ValueError) as error:
                 if not isinstance(error, WorkerGone):
                     _log.error("worker %s does not leave: %s", self.id, error)
                 asked = asked and not isinstance(error, WorkerStuck) and not self.dying
         if asked and not await self.wait_for_end(LEAVE_SECONDS):
-            _log.error("worker %s does not end, and is killed", self.id)
+            _log.error("worker %s does not end and is killed", self.id)
         if self.pidfd >= 0:
             self.kill()
             if not await self.wait_for_end():
-                _log.error("worker %s, process %d, was killed and does not end: storage holds it", self.id, self.pid)
+                _log.error("worker %s, process %d, was killed and does not end: storage hangs", self.id, self.pid)
         if self.link:
             await self.link.close()
             self.link = None
         return self.pidfd < 0
 
 
-Restart = Callable[[Group], Awaitable[None]]
-
-
 def process_began(pid: int) -> int:
-    """Clock ticks from the machine's start to the process's; 0 where there is none."""
+    """Start time of the process in clock ticks since boot; 0 if there is no such process."""
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
 
 
 def _state(pid: int) -> str:
-    """Of its main thread: Z where that has ended."""
+    """State of the main thread; Z when it has ended."""
     fields = _stat(pid)
     return fields[0] if fields else ""
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields behind its name. Source: proc_pid_stat(5)."""
+    """The fields after the name of the process. Source: proc_pid_stat(5)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].decode("ascii").split()
@@ -163,7 +234,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def still_there(identifier: str, pid: int, began: int) -> Group | None:
-    """The group of a worker that nobody can speak to, if its process has not ended."""
+    """A group for a former worker that cannot be reached, if its process has not ended yet; else None."""
     if not began or process_began(pid) != began:
         return None
     try:

@@ -1,8 +1,8 @@
-"""The end of a supervisor that nobody needs: it has had neither devices nor clients for a time.
+"""Idle timeout: ends a supervisor that has had neither devices nor clients for some time.
 
-The next command starts another, or systemd does, which has kept the socket. No client may find the one that
-ends: whoever looks for its socket from then on waits for `start.lock`, which the process holds until it is
-gone, and whoever has connected already is served. On the event loop.
+The next command starts another supervisor, or systemd does, which has kept the socket. No client is lost meanwhile: a
+command that looks for the socket waits for `start.lock`, which this process holds until it has ended, and clients that
+have already connected are served. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Final
 from blkloom.control.rundir import RunDir
 
 _AGAIN_SECONDS: Final = 1.0
-"""After a command was just about to look for the supervisor."""
+"""Seconds until the next try, if a command was about to connect."""
 
 
 class Idling:
-    """Of one supervisor. seconds: 0 for never. is_idle: whether there are neither devices nor clients."""
+    """The idle timeout of one supervisor. seconds: 0 for never. is_idle: returns whether there are neither devices nor
+    clients.
+    """
 
     def __init__(self, run_dir: RunDir, seconds: float, is_idle: Callable[[], bool], end: Callable[[], None]) -> None:
         self._run_dir = run_dir
@@ -34,12 +36,12 @@ class Idling:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, control: socket.socket, *, ours: bool) -> None:
-        """Clients are answered from now on. ours: whether the socket's file is the supervisor's to remove."""
+        """Starts the timeout. ours: whether the supervisor owns the file of the socket and may remove it."""
         self._control, self._ours = control, ours
         self.look()
 
     def look(self) -> None:
-        """A device or a client has gone."""
+        """Checks for idleness, after a device or a client has gone."""
         self._wait(self._seconds)
 
     def _wait(self, seconds: float) -> None:
@@ -53,15 +55,15 @@ class Idling:
         if self._control is None or not self._is_idle():
             return
         if self._withdraw(self._control):
-            asyncio.get_running_loop().remove_reader(self._control)  # a client of systemd's socket is the next one's
+            asyncio.get_running_loop().remove_reader(self._control)  # the next supervisor has systemd's clients
             self._end()
         else:
             self._wait(_AGAIN_SECONDS)
 
     def _withdraw(self, control: socket.socket) -> bool:
-        """Whether no client can come any more, and none has."""
+        """Makes the supervisor unreachable for new clients. Returns False if a client has connected or is about to."""
         if not self._ours:
-            return not _has_clients(control)  # those that come later wait in the socket for who is started next
+            return not _has_clients(control)  # later clients wait in the socket for the next supervisor
         lock = os.open(self._run_dir.start_lock, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,11 +77,11 @@ class Idling:
             os.close(lock)
             return False
         os.unlink(aside)
-        return True  # the lock goes with the process
+        return True  # the lock ends with the process
 
 
 def _has_clients(control: socket.socket) -> bool:
-    """Whether there are some that have connected and have not been accepted."""
+    """Whether clients have connected that are not accepted yet."""
     waiting = select.poll()
     waiting.register(control, select.POLLIN)
     return bool(waiting.poll(0))

@@ -1,9 +1,10 @@
-"""The supervisor process: from its lock to its last word.
+"""The supervisor process: start, event loop, upgrade and end.
 
-One a run directory (flock on `lock`). It binds or is handed the control socket, takes up what a former
-supervisor left, then answers clients of the same user, or root. SIGTERM, SIGINT and `stop` end it
-cleanly, every device drained, flushed and removed; killed, it leaves its workers serving. `upgrade`
-replaces the program in place (execve(2), same process) and then every worker.
+There is one supervisor for each run directory (flock on `lock`). It binds or inherits the control socket, recovers the
+devices of a former supervisor, then answers clients of the same user, or root. SIGTERM, SIGINT and `stop` end it
+cleanly: it drains, flushes and removes every device. If it is killed, its workers continue to serve; so they do after
+SIGTERM with `keep_devices`, as a service whose restart leaves the devices in use. `upgrade` replaces the program in
+place (execve(2), same process) and then every worker.
 """
 
 from __future__ import annotations
@@ -23,96 +24,186 @@ from typing import Any, Final
 from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
+from blkloom.control.descriptor_store import DescriptorStore
+from blkloom.control.endpoint import Opener
 from blkloom.control.failures import to_failure
 from blkloom.control.rundir import RunDir
+from blkloom.control.states import ExportState
 from blkloom.errors import ResourceError, UsageError
 from blkloom.export.nbd.listening import listen_unix
-from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
-from blkloom.peer import peer_of
-from blkloom.supervisor.adoption import Adoption
+from blkloom.export.systemd import PassedDescriptor, ServiceNotifier, adopt_socket, passed_descriptors
+from blkloom.peer_credentials import peer_credentials
+from blkloom.printing import described
+from blkloom.supervisor.change_notifier import ChangeNotifier
+from blkloom.supervisor.device_verbs import DeviceVerbs
+from blkloom.supervisor.devices import Devices
+from blkloom.supervisor.export_verbs import ExportVerbs
+from blkloom.supervisor.faults import Faults
+from blkloom.supervisor.handover import HandOver
 from blkloom.supervisor.idling import Idling
+from blkloom.supervisor.layers import Layers
 from blkloom.supervisor.limits import Inherited, Limits
-from blkloom.supervisor.looking import Looking
-from blkloom.supervisor.news import News
-from blkloom.supervisor.reaping import reap, release_files
+from blkloom.supervisor.nodes import Nodes
+from blkloom.supervisor.queries import Queries
+from blkloom.supervisor.reaping import reap, reap_endpoints, release_files
+from blkloom.supervisor.recovery import Recovery
 from blkloom.supervisor.registry import Registry
+from blkloom.supervisor.removal import Removal
+from blkloom.supervisor.service_store import ServiceStore, close_unused, drop_unknown, stored_label, take_stored
 from blkloom.supervisor.session import STALL_SECONDS, Session
-from blkloom.supervisor.store import Store
+from blkloom.supervisor.snapshots import Snapshots
+from blkloom.supervisor.table_verbs import TableVerbs
 from blkloom.supervisor.tables import Tables
-from blkloom.supervisor.verbs import Caller, Verbs
 from blkloom.supervisor.workers import Workers
+from blkloom.supervisor.writers import Writers
 from blkloom.supervisor.zygote_process import ZygoteProcess
-from blkloom.target.registry import all_targets
+from blkloom.targets.registry import all_targets
 from blkloom.version import VERSION
 
 _log = logging.getLogger(__name__)
 _ACCEPT_RETRY: Final = 1.0
-"""Seconds before it is tried again to accept clients with no descriptor free."""
+"""Seconds before the next try to accept clients when no descriptor is free."""
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class Supervisor:
-    """One run directory's."""
+    """The supervisor of one run directory."""
 
-    def __init__(self, run_dir: RunDir, limits: Limits, again: Sequence[str], zygote: ZygoteProcess) -> None:
-        """again: the command line that starts it once more."""
+    def __init__(
+        self,
+        run_dir: RunDir,
+        limits: Limits,
+        again: Sequence[str],
+        zygote: ZygoteProcess,
+        service_store: ServiceStore | None = None,
+    ) -> None:
+        """again: the command line to start it again, for `upgrade`. service_store: gets copies of descriptors that are
+        to outlive this process and its workers.
+        """
         self._run_dir = run_dir
         self._limits = limits
         self._again = again
         self._hello = m.Hello(version=VERSION, pid=os.getpid())
         self._registry = Registry(limits.devices)
-        self._store = Store()
-        self._news = News()
+        self._store = DescriptorStore(service_store)
+        changes = ChangeNotifier()
         self._workers = Workers(
             run_dir,
             self._registry,
             self._store,
-            changed=lambda entry: self._verbs.look_at(entry),
+            changed=lambda entry: self._removal.look_at(entry),
+            gone=lambda minor, ids: self._export_verbs.gone(minor, ids),
             deaths=limits.deaths,
             recovery=limits.recovery,
             client_memory=limits.client_memory,
             zygote=zygote,
         )
+        self._hand_over = HandOver(self._workers)
         tables = Tables(all_targets(), self._registry, run_dir.devices, memory=limits.memory)
         self._tables = tables
         self._idling = Idling(run_dir, limits.idle, self._is_idle, self._end)
-        self._verbs = Verbs(
-            run_dir, self._registry, self._store, self._workers, tables, self._news, gone=self._idling.look
+        self._devices = devices = Devices(run_dir, self._registry, self._workers)
+        self._export_verbs = ExportVerbs(run_dir, self._registry, self._store, self._workers, devices)
+        writers = Writers(self._registry, devices, self._export_verbs)
+        self._nodes = Nodes(run_dir, self._registry, self._workers, devices, self._export_verbs, writers)
+        self._table_verbs = TableVerbs(
+            self._registry,
+            self._store,
+            self._workers,
+            self._hand_over,
+            tables,
+            devices,
+            self._nodes,
+            changes,
+            released=lambda entry: self._removal.look_at(entry),
         )
-        self._looking = Looking(self._registry, tables, self._news)
+        self._removal = Removal(
+            run_dir,
+            self._registry,
+            self._store,
+            self._workers,
+            devices,
+            self._table_verbs,
+            self._export_verbs,
+            self._nodes,
+            changes,
+            gone=self._idling.look,
+        )
+        self._device_verbs = DeviceVerbs(
+            run_dir,
+            self._registry,
+            self._store,
+            self._workers,
+            tables,
+            devices,
+            self._table_verbs,
+            self._nodes,
+            writers,
+            self._removal,
+        )
+        layers = Layers(run_dir, self._registry, self._store, self._hand_over, devices, self._table_verbs, changes)
+        self._faults = Faults(devices, tables, self._table_verbs, self._device_verbs, layers)
+        self._queries = Queries(self._registry, tables, changes)
+        self._snapshots = Snapshots(
+            self._registry,
+            devices,
+            tables,
+            self._table_verbs,
+            self._device_verbs,
+            self._removal,
+            self._nodes,
+            self._queries,
+            layers,
+        )
         self._sessions: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None]
         self._ended: asyncio.Future[list[str]]
         self._upgrading = False
+        self._leaving = False
+        """It ends, and its devices stay."""
         self._ours = True
         self._lock = -1
         self._control: socket.socket
 
-    async def live(
-        self, lock: int, control: socket.socket, ours: bool, inherited: Inherited | None, ready: Ready
+    async def run(
+        self,
+        lock: int,
+        control: socket.socket,
+        ours: bool,
+        inherited: Inherited | None,
+        ready: Ready,
+        passed: Sequence[PassedDescriptor] = (),
     ) -> int:
-        """Until it is told to end. Returns the exit status."""
+        """Runs until the supervisor is told to end. passed: descriptors from systemd's store. Returns the exit
+        status.
+        """
         loop = asyncio.get_running_loop()
         self._ending, self._ended = loop.create_future(), loop.create_future()
         self._lock, self._control, self._ours = lock, control, ours
         for number in _ENDING:
-            loop.add_signal_handler(number, self._end)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # the program before this one may have got some
+            loop.add_signal_handler(number, self._leave if self._limits.keep_devices else self._end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # signals may be pending from the program before an upgrade
         if inherited is not None:
             self._store.read(inherited.stored)
+        close_unused(take_stored(self._store, passed))
         await self._release_files()
-        adoption = Adoption(self._run_dir, self._registry, self._store, self._workers, self._tables)
-        failed_before = adoption.failed_before
-        await adoption.run()
+        recovery = Recovery(self._run_dir, self._registry, self._store, self._workers, self._tables)
+        failed_before = recovery.failed_before
+        await recovery.run()
+        drop_unknown(self._store, self._registry)
+        await self._reap_endpoints()
+        self._nodes.recover(self._registry)
         accepting = asyncio.create_task(self._accept(control), name="accept")
         if inherited is not None:
             upgrade = self._finish_upgrade(inherited, failed_before)
             self._serve(upgrade, "upgrade")
-        ready.say(f"{len(self._registry)} devices in {self._run_dir.path}")
+        ready.report(f"{len(self._registry)} devices in {self._run_dir.path}")
         self._idling.begin(control, ours=ours)
         await self._ending
         ready.stopping()
-        errors = await self._verbs.stop()
+        if self._leaving:
+            return await self._rest(accepting)
+        errors = await self._removal.stop()
         for error in errors:
             _log.error("%s", error)
         self._ended.set_result(errors)
@@ -124,19 +215,58 @@ class Supervisor:
         for task in current:
             task.cancel()
         await asyncio.gather(accepting, *current, return_exceptions=True)
+        await self._reap_nodes()  # which the calls have perhaps left that were cancelled
         return 1 if errors else 0
 
+    async def _rest(self, accepting: asyncio.Task[None]) -> int:
+        """Ends the supervisor after the running verbs, and leaves the workers to the next one. Returns the exit
+        status.
+        """
+        await self._nodes.settled()
+        async with self._workers.all_locked():
+            for task in (accepting, *self._sessions):
+                task.cancel()
+            await asyncio.gather(accepting, *self._sessions, return_exceptions=True)
+            await self._workers.rest()
+        _log.warning("ended; %d devices stay, and their workers serve on", len(self._registry))
+        return 0
+
     async def _release_files(self) -> None:
-        """Before devices whose workers have died open their files again."""
+        """Clears immutable flags, before devices without a worker open their files again."""
         try:
             for line in await asyncio.to_thread(release_files):
                 _log.warning("%s", line)
         except OSError as error:
             _log.error("files that were left immutable: %s; `blkloom reap` tries again", error)
 
+    async def _reap_endpoints(self) -> None:
+        """Removes the stale endpoints of a supervisor that was killed with its workers, before new ones are made."""
+        try:
+            for line in await asyncio.to_thread(reap_endpoints, self._run_dir, self._all_exports(), alone=True):
+                _log.warning("a stale endpoint was removed: %s", line)
+        except OSError as error:
+            _log.error("stale endpoints cannot be removed: %s; `blkloom reap` tries again", error)
+        await self._reap_nodes()
+
+    async def _reap_nodes(self) -> None:
+        try:
+            for line in await self._nodes.reap():
+                _log.warning("a stale node was removed: %s", line)
+        except OSError as error:
+            _log.error("stale nodes cannot be removed: %s; `blkloom reap` tries again", error)
+
+    def _all_exports(self) -> list[ExportState]:
+        return [export for entry in self._registry for export in entry.exports]
+
     def _end(self) -> None:
         if not self._ending.done():
             self._ending.set_result(None)
+
+    def _leave(self) -> None:
+        """Ends the supervisor; its devices stay, and verbs that come now are refused."""
+        if not self._ending.done():
+            self._leaving = self._upgrading = True
+            self._end()
 
     def _is_idle(self) -> bool:
         return not (len(self._registry) or self._sessions)
@@ -145,7 +275,7 @@ class Supervisor:
 
     async def _accept(self, control: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        said = False
+        logged = False
         while True:
             try:
                 if open_files.are_scarce(open_files.SUPERVISOR_RESERVE):
@@ -154,12 +284,12 @@ class Supervisor:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     raise
-                if not said:
-                    _log.error("commands wait, nothing is left to accept them with: %s", error)
-                said = True
+                if not logged:
+                    _log.error("commands must wait, no descriptor is free to accept them: %s", error)
+                logged = True
                 await asyncio.sleep(_ACCEPT_RETRY)
                 continue
-            said = False
+            logged = False
             self._serve(self._welcome(connected), "client")
 
     def _serve(self, session: Coroutine[Any, Any, None], name: str) -> None:
@@ -172,7 +302,7 @@ class Supervisor:
         self._idling.look()
 
     async def _welcome(self, connected: socket.socket) -> None:
-        peer = peer_of(connected)
+        peer = peer_credentials(connected)
         channel = AsyncChannel(connected, m.FromClient, stall=STALL_SECONDS)
         if not peer.may_command:
             _log.warning("process %d of user %d was refused", peer.pid, peer.uid)
@@ -184,53 +314,75 @@ class Supervisor:
             return
         await Session(channel, self._hello, self._answer).run()
 
-    async def _answer(self, call: m.ClientCall, caller: Caller, session: Session, request: int) -> Any:
-        verbs, looking = self._verbs, self._looking
+    async def _answer(self, call: m.ClientCall, opener: Opener, session: Session, request: int) -> Any:
+        devices, tables, removal, queries = self._device_verbs, self._table_verbs, self._removal, self._queries
         if self._upgrading:
             raise ResourceError("the supervisor is being replaced", cure="try again", errno=errno.EAGAIN)
         match call:
             case m.Create():
-                return await verbs.create(call, caller)
+                return await devices.create(call, opener)
             case m.Load():
-                return await verbs.load(call, caller)
+                return await tables.load(call, opener)
             case m.Clear():
-                return await verbs.clear(call)
+                return await tables.clear(call)
             case m.Suspend():
-                return await verbs.suspend(call)
+                return await tables.suspend(call)
             case m.Resume():
-                return await verbs.resume(call, caller)
+                return await tables.resume(call, opener)
             case m.Remove():
-                return await verbs.remove(call)
+                return await removal.remove(call)
             case m.RemoveAll():
-                return await verbs.remove_all(call)
+                return await removal.remove_all(call)
             case m.Retain():
-                return await verbs.retain(call)
+                return await removal.retain(call)
             case m.Rename():
-                return await verbs.rename(call)
+                return await devices.rename(call)
             case m.GetTable():
-                return looking.table(call)
+                return queries.table(call)
             case m.GetStatus():
-                return await looking.status(call)
+                return await queries.status(call)
             case m.GetFiles():
-                return await looking.files(call)
+                return await queries.files(call)
             case m.GetInfo():
-                return looking.info(call)
+                return queries.info(call)
             case m.SendMessage():
-                return await verbs.message(call)
+                return await devices.message(call)
+            case m.SetFault():
+                return await self._faults.set(call, opener)
+            case m.TakeSnapshot():
+                return await self._snapshots.take(call, opener)
+            case m.DeleteSnapshot():
+                return await self._snapshots.delete(call, opener)
+            case m.MergeSnapshot():
+                return await self._snapshots.merge(call, opener)
+            case m.FinishMerge():
+                return await self._snapshots.finish(call, opener)
+            case m.ListSnapshots():
+                return self._snapshots.listed(call)
             case m.ReadDevice():
-                return await verbs.read(call)
+                return await devices.read(call)
             case m.Wait():
-                return await looking.wait(call)
+                return await queries.wait(call)
             case m.GetStats():
-                return await looking.stats(call)
+                return await queries.stats(call)
             case m.AddExport():
-                return await verbs.add_export(call)
+                return await self._export_verbs.add(call)
             case m.RemoveExport():
-                return await verbs.remove_export(call)
+                return await self._export_verbs.remove(call)
+            case m.Attach():
+                return await self._nodes.attach(call)
+            case m.Detach():
+                return await self._nodes.detach(call)
+            case m.ScanPartitions():
+                return await self._nodes.scan_partitions(call)
+            case m.MakeNodes():
+                return self._nodes.correct_links(self._registry.find(call.device) if call.device else None)
             case m.GetVersion():
                 return self._version()
             case m.Reap():
                 removed = reap(self._run_dir, self._registry, self._workers.groups)
+                removed += await self._nodes.reap()
+                removed += await asyncio.to_thread(reap_endpoints, self._run_dir, self._all_exports(), alone=False)
                 return removed + await asyncio.to_thread(release_files)
             case m.Upgrade():
                 return await self._upgrade(session, request)
@@ -255,9 +407,10 @@ class Supervisor:
         }
 
     async def _stop(self, session: Session, call: m.Stop) -> None:
-        """Answers when all is done. The client's connection ends with the process, not before."""
+        """Answers when all devices are removed. The connection of the client ends with the process, not before."""
         if not (call.force or self._ending.done()):
             self._registry.check_no_clients()
+            await self._nodes.check_unused()
         self._end()
         with contextlib.suppress(OSError):  # it has left already
             os.dup(session.fileno())
@@ -268,12 +421,13 @@ class Supervisor:
     # upgrade
 
     async def _upgrade(self, session: Session, request: int) -> None:
-        """Does not return: the program is replaced, and its successor answers."""
+        """Replaces the program, so it does not return: the next program answers."""
+        await self._nodes.settled()
         async with self._workers.all_locked():
             if self._ending.done():
                 raise ResourceError("the supervisor is stopping", cure="start another", errno=errno.ESHUTDOWN)
             await self._workers.check_reachable()
-            client = os.dup(session.fileno())  # it may leave while the workers are let go
+            client = os.dup(session.fileno())  # it may disconnect while the links to the workers are closed
             self._upgrading = True
             signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             await self._workers.rest()
@@ -284,7 +438,7 @@ class Supervisor:
             numbers = [*kept, request, stored, int(self._ours)]
             arguments = [*self._again, "--inherited", ",".join(map(str, numbers))]
             _log.warning("upgrading from version %s", self._hello.version)
-            if self._ending.done():  # for the next program: signals stay pending
+            if self._ending.done():  # signals stay pending for the next program
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 os.execv(sys.executable, arguments)
@@ -293,7 +447,7 @@ class Supervisor:
                 os._exit(ResourceError.exit_code)
 
     async def _finish_upgrade(self, inherited: Inherited, failed_before: frozenset[int]) -> None:
-        """failed_before: devices that had no worker to replace when the upgrade began."""
+        """Replaces the workers. failed_before: devices that had no worker when the upgrade began."""
         channel = AsyncChannel(socket.socket(fileno=inherited.client), m.FromClient, stall=STALL_SECONDS)
         session = Session(channel, self._hello, self._answer, greet=False)
         running = asyncio.create_task(session.run(), name="client")
@@ -312,11 +466,11 @@ class Supervisor:
                 if not entries:
                     continue
                 try:
-                    await self._workers.replace(group)
+                    await self._hand_over.replace(group)
                     replaced += 1
                 except (OSError, ValueError) as error:
-                    errors.append(f"{names}: {error}")
-        self._verbs.save_all()
+                    errors.append(f"{names}: {described(error)}")
+        self._devices.save_all()
         try:
             if errors:
                 what = f"{replaced} workers were replaced, but not those of these devices: {'; '.join(errors)}"
@@ -325,33 +479,33 @@ class Supervisor:
             else:
                 await session.reply(inherited.request, {"workers": replaced})
         except ConnectionError as error:
-            _log.warning("who asked for the upgrade has gone: %s", error)
+            _log.warning("the client that asked for the upgrade has disconnected: %s", error)
         await running
 
 
 class Ready:
-    """Tells whoever started the supervisor."""
+    """Reports readiness to the process that started the supervisor."""
 
     def __init__(self, notifier: ServiceNotifier, descriptor: int | None) -> None:
         self._notifier = notifier
         self._descriptor = descriptor
 
-    def say(self, status: str) -> None:
-        """Clients are answered from now on."""
+    def report(self, status: str) -> None:
+        """Reports that clients are answered from now on."""
         self._notifier.ready(status)
         if self._descriptor is not None:
-            with contextlib.suppress(BrokenPipeError):  # it has not waited
+            with contextlib.suppress(BrokenPipeError):  # the process has not waited
                 os.write(self._descriptor, b"1")
             os.close(self._descriptor)
             self._descriptor = None
 
     def stopping(self) -> None:
-        """They are not any more."""
+        """Reports that clients are no longer answered."""
         self._notifier.stopping()
 
 
 def _take_lock(run_dir: RunDir) -> int:
-    """Raises UsageError when another supervisor has it."""
+    """Takes the lock. Raises UsageError if another supervisor has it."""
     descriptor = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -368,13 +522,22 @@ def _take_lock(run_dir: RunDir) -> int:
     return descriptor
 
 
-def _control_socket(run_dir: RunDir) -> tuple[socket.socket, bool]:
-    """Listening, and whether it is ours to remove."""
+def _take_passed() -> list[PassedDescriptor]:
+    """The descriptors that systemd has passed. Raises ListenError."""
     passed = passed_descriptors(os.environ, pid=os.getpid())
     for variable in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
         os.environ.pop(variable, None)
-    if passed:
-        return adopt_socket(passed[0].fd), False
+    return passed
+
+
+def _control_socket(run_dir: RunDir, passed: list[PassedDescriptor]) -> tuple[socket.socket, bool]:
+    """The listening control socket, and whether the supervisor owns its file. passed: the socket, if it is there, is
+    the first without a name of the store; it is removed from the list.
+    """
+    for at, descriptor in enumerate(passed):
+        if stored_label(descriptor.name) is None:
+            del passed[at]
+            return adopt_socket(descriptor.fd), False
     return listen_unix(run_dir.control).socket, True
 
 
@@ -387,13 +550,16 @@ def run(
     inherited: Inherited | None,
     again: list[str],
 ) -> int:
-    """The supervisor's life. Raises UsageError, ListenError, OSError."""
+    """Runs the supervisor. Returns the exit status. Raises UsageError, ListenError, OSError."""
     open_files.raise_limit()
     run_dir.make()
     ours = True
+    passed: list[PassedDescriptor] = []
     if inherited is None:
+        passed = _take_passed()
         lock = _take_lock(run_dir)
-        control, ours = _control_socket(run_dir)
+        run_dir.make_sockets()
+        control, ours = _control_socket(run_dir, passed)
     else:
         lock, control = inherited.lock, socket.socket(fileno=inherited.control)
         control.setblocking(False)
@@ -403,9 +569,12 @@ def run(
     notifier = ServiceNotifier(os.environ)
     try:
         ready = Ready(notifier, ready_fd)
-        return asyncio.run(Supervisor(run_dir, limits, again, zygote).live(lock, control, ours, inherited, ready))
+        service_store = ServiceStore(notifier) if limits.keep_devices else None
+        supervisor = Supervisor(run_dir, limits, again, zygote, service_store)
+        return asyncio.run(supervisor.run(lock, control, ours, inherited, ready, passed))
     finally:
         if ours:
             run_dir.control.unlink(missing_ok=True)
         control.close()
+        run_dir.remove_sockets()
         os.close(lock)

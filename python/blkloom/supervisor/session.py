@@ -1,9 +1,9 @@
-"""One client's conversation: requests as tasks, answers in any order, files opened by the client.
+"""The session of one client: requests run as tasks, answers are sent in any order, the client opens files.
 
-A few requests of a client are worked on at once, and one counts until its answer is sent. While more have come
-nothing is read, so what a client asks for in a row waits in its socket and keeps no other client waiting, and
-answers that it does not read are bounded. A client that reads none of them for some time is cut off. One that
-goes away leaves what it asked for going on; files it would have had to open then fail. On the event loop.
+The supervisor works on a few requests of a client at the same time; a request counts until its answer is sent. Above
+this number nothing is read, so further requests wait in the socket of the client, other clients do not wait for them,
+and unread answers are limited. A client that reads no answer for some time is disconnected. When a client disconnects,
+its requests continue; files that the client had to open then fail. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -15,65 +15,63 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from itertools import count
 from typing import Any, Final
 
 from blkloom import open_files
 from blkloom.control import messages as m
 from blkloom.control.async_channel import AsyncChannel
+from blkloom.control.endpoint import Endpoint, NoAnswer, Opener
 from blkloom.control.failures import to_failure
 from blkloom.control.framing import BadMessage, ChannelClosed, InvalidMessage, PeerStalled
 from blkloom.errors import ResourceError, UsageError
-from blkloom.supervisor.verbs import Caller
 
 _log = logging.getLogger(__name__)
 _OPEN_SECONDS: Final = 20.0
-"""For the client to open a file; it has a shorter bound of its own."""
+"""Seconds for the client to open a file; the client has a shorter limit of its own."""
 STALL_SECONDS: Final = 30.0
-"""For a client to read some of what it was answered (`AsyncChannel`)."""
+"""Seconds for a client to read some of its answers (`AsyncChannel`)."""
 AT_ONCE: Final = 8
-"""Requests of one client that are worked on at the same time, `Wait`s excepted."""
+"""Requests of one client that run at the same time, without its `Wait`s."""
 MOST_WAITS: Final = 8192
-"""`Wait`s of one client."""
+"""Most `Wait`s of one client."""
 _MOST_QUEUED: Final = 32768
 _MOST_QUEUED_BYTES: Final = m.LONGEST_LINE
-"""Requests that are read although they must wait, because a file that the client opens comes behind them."""
+"""Requests that are read although they must wait, because the answer about a file may follow them."""
 
-Answer = Callable[[m.ClientCall, Caller, "Session", int], Awaitable[Any]]
+Answer = Callable[[m.ClientCall, Opener, "Session", int], Awaitable[Any]]
 
 
 class Session:
-    """Over `channel`. answer: does what a call asks."""
+    """A session over `channel`. answer: executes a call."""
 
     def __init__(self, channel: AsyncChannel, hello: m.Hello, answer: Answer, *, greet: bool = True) -> None:
-        """greet: False for a client that was greeted by a former program."""
+        """greet: False if the program before an upgrade has greeted the client."""
         self._channel = channel
         self._hello = hello if greet else None
         self._version = hello.version
         self._answer = answer
-        self._numbers = count(1)
-        self._asked: dict[int, asyncio.Future[int]] = {}
+        self._endpoint = Endpoint(channel.send, _gone)
         self._requests: set[asyncio.Task[None]] = set()
         self._queue: deque[tuple[m.ClientRequest, int]] = deque()
-        """Requests that have to wait, and their bytes."""
+        """Requests that must wait, and their sizes in bytes."""
         self._queued_bytes = 0
         self._changed = asyncio.Event()
-        """A request has ended, or the client was asked for a file."""
+        """Set when a request has ended, or when the client was asked for a file."""
         self._waits: set[asyncio.Task[None]] = set()
-        """Requests that nobody needs once the client has gone."""
+        """Tasks to cancel when the client has gone."""
 
     def fileno(self) -> int:
-        """The connection's descriptor."""
+        """The descriptor of the connection."""
         return self._channel.fileno()
 
     async def run(self) -> None:
-        """Until the client leaves."""
+        """Serves the client until it disconnects."""
         try:
             if self._hello is not None:
                 await self._channel.send(self._hello)
             while True:
                 await self._receive()
-                await asyncio.sleep(0)  # the next message may be here already, and others have their turn
+                await asyncio.sleep(0)  # the next message may be here already: give other tasks their turn
                 while not self._may_read():
                     self._changed.clear()
                     await self._changed.wait()
@@ -87,18 +85,18 @@ class Session:
             await self._channel.close()
             for wait in self._waits:
                 wait.cancel()
-            for asked in self._asked.values():
-                if not asked.done():
-                    asked.set_exception(OSError(errno.ECONNRESET, "the client that ordered it has gone"))
+            self._endpoint.end()
 
     async def reply(self, request: int, result: Any) -> None:
-        """Answers. Raises ChannelClosed."""
+        """Sends an answer. Raises ChannelClosed."""
         await self._channel.send(m.Reply(id=request, result=result))
 
     def _may_read(self) -> bool:
         if not self._queue:
             return True
-        return bool(self._asked) and len(self._queue) < _MOST_QUEUED and self._queued_bytes < _MOST_QUEUED_BYTES
+        return (
+            self._endpoint.has_questions and len(self._queue) < _MOST_QUEUED and self._queued_bytes < _MOST_QUEUED_BYTES
+        )
 
     async def _receive(self) -> None:
         try:
@@ -126,7 +124,7 @@ class Session:
         self._start_queued()
 
     def _start_queued(self) -> None:
-        """As many as there is room for."""
+        """Starts as many waiting requests as the limit allows."""
         while self._queue and len(self._requests) < AT_ONCE:
             request, length = self._queue.popleft()
             self._queued_bytes -= length
@@ -142,12 +140,8 @@ class Session:
                 self._queue.append((message, self._channel.length))
                 self._queued_bytes += self._channel.length
                 self._start_queued()
-            case m.Opened() if fds and (asked := self._asked.get(message.id)) and not asked.done():
-                asked.set_result(fds.pop(0))
-            case m.Opened() if (asked := self._asked.get(message.id)) and not asked.done():
-                asked.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-            case m.OpenRefused() if (asked := self._asked.get(message.id)) and not asked.done():
-                asked.set_exception(OSError(message.errno, os.strerror(message.errno)))
+            case _:
+                self._endpoint.take(message, fds)
         for fd in fds:
             open_files.close(fd)
 
@@ -157,52 +151,49 @@ class Session:
 
         try:
             try:
-                result = await self._answer(request.call, Caller(opener), self, request.id)
+                result = await self._answer(request.call, opener, self, request.id)
             except Exception as error:
                 if not isinstance(error, OSError | ValueError):
                     _log.exception("%s failed", type(request.call).__name__)
-                await self._say(to_failure(request.id, error))
+                await self._send(to_failure(request.id, error))
             else:
-                await self._say(m.Reply(id=request.id, result=result))
+                await self._send(m.Reply(id=request.id, result=result))
         except PeerStalled as error:
             _log.warning("a client that reads no answers was dropped: %s", error)
             self._queue.clear()
         except ChannelClosed:
-            return  # nobody to tell
+            return  # the client has disconnected
 
     async def _refuse_wait(self, request: m.ClientRequest) -> None:
         with contextlib.suppress(ChannelClosed):
             what = f"this client waits for {len(self._waits)} events already"
             error = ResourceError(what, cure="wait for some of them first", errno=errno.EAGAIN)
-            await self._say(to_failure(request.id, error))
+            await self._send(to_failure(request.id, error))
 
-    async def _say(self, answer: m.Reply | m.Failure) -> None:
-        """The client waits: one that cannot be said is answered with why."""
+    async def _send(self, answer: m.Reply | m.Failure) -> None:
+        """Sends an answer. If it cannot be encoded, sends the reason as an error instead: the client waits for an
+        answer.
+        """
         try:
             await self._channel.send(answer)
         except UsageError as error:
             await self._channel.send(to_failure(answer.id, error))
 
     async def _open(self, request: int, wish: m.OpenFile, opened: Sequence[int]) -> int:
-        number = next(self._numbers)
-        answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._asked[number] = answered
-        self._changed.set()
         asked = m.OpenFile(
-            id=number,
+            id=0,
             request=request,
             path=wish.path,
             writable=wish.writable,
             direct=wish.direct,
             exclusive=wish.exclusive,
         )
+        self._changed.set()
         try:
-            async with asyncio.timeout(_OPEN_SECONDS):
-                await self._channel.send(asked, opened)
-                return await answered
-        except TimeoutError as error:
-            if answered.done() and not answered.cancelled():
-                return answered.result()
+            return int(await self._endpoint.ask(asked, opened, timeout=_OPEN_SECONDS))
+        except NoAnswer as error:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), wish.path) from error
-        finally:
-            del self._asked[number]
+
+
+def _gone() -> OSError:
+    return OSError(errno.ECONNRESET, "the client that ordered it has gone")

@@ -1,6 +1,6 @@
-"""What the supervisor reads in a table: which devices it stands on, and how much memory it takes.
+"""Table analysis in the supervisor: the devices below a table, and the memory that it needs.
 
-Only `parse` runs here, never a target's `map`: that is the worker's, and so is what it may break.
+Only the parser of a target runs here. Its `map` runs in the worker, so an error in it cannot harm the supervisor.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import msgspec
 
 from blkloom.errors import ResourceError, TableError, UsageError
 from blkloom.supervisor.registry import Entry, Registry
-from blkloom.table import Table, parse
+from blkloom.table import Table, parse_table
 from blkloom.table.printing import format_table
-from blkloom.target.registry import Targets
+from blkloom.targets.registry import Targets
 from blkloom.units import format_size, to_bytes
 
 _MEMORY: Final = "ram"
 
 
 class Read(msgspec.Struct, frozen=True):
-    """below: minors of the devices it stands on. memory: bytes. targets: their names."""
+    """A table after analysis. below: minors of the devices below it. memory: bytes. targets: their names."""
 
     below: frozenset[int]
     memory: int
@@ -29,8 +29,8 @@ class Read(msgspec.Struct, frozen=True):
 
 
 class Tables:
-    """Reads tables against the registry. folder: where devices have their sockets. memory: bytes all RAM
-    devices may have together.
+    """Analyses tables with the registry. folder: the directory of the devices' sockets. memory: most bytes of all RAM
+    devices together.
     """
 
     def __init__(self, targets: Targets, registry: Registry, folder: Path, *, memory: int) -> None:
@@ -40,53 +40,53 @@ class Tables:
         self._memory = memory
 
     def read(self, entry: Entry, text: str, source: str) -> Read:
-        """Raises TableError: what does not parse, devices that are not there, cycles. ResourceError."""
+        """Analyses a new table. Raises TableError (syntax, missing devices, cycles), ResourceError."""
         found = self.look(text, source)
         self._registry.check_stack(entry, found.below)
         taken = self._registry.memory() - entry.memory_inactive - entry.memory_loading
         if found.memory and taken + found.memory > self._memory:
             raise ResourceError(
-                f"{format_size(found.memory)} of memory for {entry.name!r} are too much: RAM devices have "
+                f"{format_size(found.memory)} of memory for '{entry.name}' are too much: RAM devices have "
                 f"{format_size(taken)} of the {format_size(self._memory)} they may have",
                 cure="remove some, or start the supervisor with a higher --max-ram",
             )
         return found
 
     def look(self, text: str, source: str, *, loaded: bool = False) -> Read:
-        """As `read`, without the checks that are the registry's. loaded: it was loaded once, and may
-        stand on what has failed since.
+        """As `read`, but without the checks of the registry. loaded: the table was loaded before, so a device below it
+        may have failed since.
         """
-        table = parse(text, targets=self._targets, source=source)
+        table = parse_table(text, targets=self._targets, source=source)
         below = set()
         memory = 0
         for segment in table.segments:
-            for leg in segment.target.legs():
-                if (name := leg.device_name(self._folder)) is None:
+            for ref in segment.target.device_refs():
+                if (name := ref.device_name(self._folder)) is None:
                     continue
                 lower = self._registry.named(name)
                 if lower is None or lower.making:
                     raise TableError(
                         "Device lookup failed: no such blkloom device",
                         place=segment.place,
-                        value=leg.path,
-                        cure="`blkloom ls` lists those there are",
+                        value=ref.path,
+                        cure="`blkloom ls` lists the devices",
                     )
                 if lower.failed and not loaded:
-                    raise UsageError(f"device {name!r} has failed: {lower.failed}", cure=f"blkloom resume {name}")
+                    raise UsageError(f"device '{name}' has failed: {lower.failed}", cure=f"blkloom resume {name}")
                 below.add(lower.minor)
             if segment.target.name == _MEMORY:
                 memory += to_bytes(segment.length)
         return Read(frozenset(below), memory, frozenset(segment.target.name for segment in table.segments))
 
     def parsed(self, text: str) -> Table:
-        """A table that was loaded once."""
-        return parse(text, targets=self._targets)
+        """Parses a table that was loaded before."""
+        return parse_table(text, targets=self._targets)
 
     def shown(self, text: str) -> str:
-        """As `dmsetup table` shows it."""
+        """The table in the form of `dmsetup table`."""
         return format_table(self.parsed(text))
 
 
 def error_table(size: int) -> str:
-    """A table of that many bytes that fails all I/O."""
+    """An error table of that many bytes: all I/O fails."""
     return f"0 {max(1, size // 512)} error"

@@ -1,6 +1,6 @@
-"""Starting the zygote: a process of its own, with one end of a socket pair.
+"""Starts the zygote process, with one end of a socket pair.
 
-Imports little: a supervisor starts it before it imports the rest of itself, and both do so at the same time.
+This module imports little: a supervisor starts the zygote before its own imports, and both then import in parallel.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import sys
 from typing import Final, NamedTuple
 
 _NO_THREADS: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""For the zygote, which must have one thread: NumPy's linear algebra, which nobody needs, would start some as soon as
+"""Environment of the zygote, which must have only one thread: without this, NumPy's linear algebra starts threads when
 it is imported.
 """
 
 
 class ZygoteProcess(NamedTuple):
-    """A zygote, and this end of its channel."""
+    """A zygote process, and this end of its channel."""
 
     process: subprocess.Popen[bytes]
     connected: socket.socket
 
     def end(self) -> None:
-        """Returns when the process has ended; it ends with its channel."""
+        """Waits until the process has ended. It ends when its channel closes."""
         self.connected.close()
         self.process.wait()
 
 
 def start_zygote() -> ZygoteProcess:
-    """Raises OSError."""
+    """Starts the process. Raises OSError."""
     ours, theirs = socket.socketpair()
     with theirs:
         try:

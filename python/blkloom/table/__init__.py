@@ -1,10 +1,10 @@
-"""Tables: the text `dmsetup` reads, as values and back. Pure: nothing is opened here.
+"""Tables in dmsetup's format: parser and printer. Pure: no file is opened.
 
-Every complaint is a TableError that names source, line, column, value and cure.
+Every error is a TableError with source, line, column, value and remedy.
 """
 
 from blkloom.table.concise import ConciseDevice, format_concise, parse_concise, split_concise
-from blkloom.table.parse import parse
+from blkloom.table.parse import parse_table
 from blkloom.table.printing import format_table
 from blkloom.table.segments import Segment, Table
 
@@ -14,7 +14,7 @@ __all__ = [
     "Table",
     "format_concise",
     "format_table",
-    "parse",
     "parse_concise",
+    "parse_table",
     "split_concise",
 ]

@@ -36,7 +36,7 @@ _IMPOSSIBLE: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
 
 
 class ConciseDevice(msgspec.Struct, frozen=True):
-    """One device. name: not empty; uuid: "" for none; minor: None for any."""
+    """One device of a concise text. name: not empty; uuid: "" for none; minor: None for any."""
 
     name: str
     uuid: str
@@ -46,41 +46,41 @@ class ConciseDevice(msgspec.Struct, frozen=True):
 
 
 class _Field:
-    """One field after escapes, and where each of its characters stood in the source text."""
+    """One field without escapes, and the position of each of its characters in the source text."""
 
     def __init__(self, places: Places, start: int) -> None:
-        """start: the source index at which the field begins."""
+        """start: the index in the source at which the field begins."""
         self._places = places
         self._pieces: list[str] = []
         self._at = [0]  # indices into the field ...
-        self._from = [start]  # ... and where in the source what begins there stood
+        self._from = [start]  # ... and the index in the source of the text that begins there
         self._length = 0
 
     @property
     def text(self) -> str:
-        """The field."""
+        """The text of the field."""
         return "".join(self._pieces)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing, an escaped character neither, was added yet."""
+        """Whether no character, not even an escaped one, was added yet."""
         return not self._length
 
     def add(self, piece: str, start: int) -> None:
-        """Adds characters that stand from source index `start` on."""
+        """Adds characters that begin at index `start` of the source."""
         self._at.append(self._length)
         self._from.append(start)
         self._pieces.append(piece)
         self._length += len(piece)
 
     def place(self, index: int) -> Place:
-        """Where the field's character `index` stood; its length is a place too."""
+        """The place of the field's character `index`; the length of the field is a valid index, too."""
         piece = bisect_right(self._at, index) - 1
         return self._places(self._from[piece] + index - self._at[piece])
 
 
 def parse_concise(text: str, *, targets: Targets, source: str = "--concise") -> list[ConciseDevice]:
-    """The devices, in order. source: what errors call the text. Raises TableError."""
+    """The devices, in order. source: name of the text in errors. Raises TableError."""
     places = LinePlaces(text, source)
     devices: list[ConciseDevice] = []
     names: set[str] = set()
@@ -103,10 +103,10 @@ def split_concise(text: str, *, source: str = "--concise") -> list[list[str]]:
 
 
 def format_concise(devices: Iterable[ConciseDevice]) -> str:
-    """What `parse_concise` reads back as the same devices.
+    """The text that `parse_concise` parses back to the same devices.
 
-    Raises TableError as `format_table`, and for a name, uuid or minor that no concise form can
-    hold, for two devices of one name, and for no devices.
+    Raises TableError as `format_table`, and for a name, uuid or minor that the concise form cannot represent, for two
+    devices of the same name, and for no devices.
     """
     texts: list[str] = []
     names: set[str] = set()
@@ -140,7 +140,7 @@ def _escape_label(text: str) -> str:
 
 
 def _split(text: str, places: Places) -> Iterator[list[_Field]]:
-    """The fields of each device; the last of five has the table's lines, ended by newlines."""
+    """The fields of each device; the last of five has the lines of the table, separated by newlines."""
     fields = [_Field(places, 0)]
     at = 0
     while found := _TOKEN.match(text, at):

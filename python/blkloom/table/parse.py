@@ -1,8 +1,7 @@
-"""Text to tables, as dmsetup reads it.
+"""Parser for tables in dmsetup's format.
 
-Lines `<start> <length> <target> <arguments>`; blank lines and comments count for nothing. Errors
-are TableErrors with source, line and column, the value and the cure; the first faulty line is the
-one reported. Pure: no file is opened.
+Lines are `<start> <length> <target> <arguments>`; blank lines and comments are ignored. Errors are TableErrors with
+source, line and column, the value and the remedy; only the first faulty line is reported. Pure: no file is opened.
 Source: dmsetup(8) TABLE FORMAT, and the rules of dmsetup's and the kernel's parsers.
 """
 
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from blkloom.errors import BlkloomError, Place, TableError
+from blkloom.printing import described
 from blkloom.table.arguments import Arguments, Word, decimal
 from blkloom.table.places import LinePlaces
 from blkloom.table.segments import LINE_FORM, MOST_SECTORS, Segment, Table, check_alone, check_range
@@ -19,20 +19,20 @@ from blkloom.table.words import Places, raw_word, skip_blanks, split_words
 from blkloom.units import Sectors
 
 if TYPE_CHECKING:
-    from blkloom.target.base import Target
+    from blkloom.targets.spec import TargetSpec
 
 _HEAD_WORDS: Final = 3  # start, length, target
 
 
 class Targets(Protocol):
-    """Where target classes are found."""
+    """Lookup of target classes."""
 
-    def find(self, name: str, *, place: Place | None = None) -> type[Target]:
-        """The class of that name. Raises UnknownTarget."""
+    def find(self, name: str, *, place: Place | None = None) -> type[TargetSpec]:
+        """The class with that name. Raises UnknownTarget."""
 
 
 class _Line(NamedTuple):
-    """A line that counts: its first three words, and where its arguments are in the text."""
+    """A line with a segment: its first three words, and the range of its arguments in the text."""
 
     start: Word
     length: Word
@@ -41,21 +41,21 @@ class _Line(NamedTuple):
     end: int
 
 
-def parse(text: str, *, targets: Targets, source: str = "table") -> Table:
-    """The table that `text` describes: `--table`'s argument, a file or standard input.
+def parse_table(text: str, *, targets: Targets, source: str = "table") -> Table:
+    """Parses the table in `text`: the argument of `--table`, a file or standard input.
 
-    text: with bytes that are not UTF-8 as surrogateescape characters (`os.fsdecode`).
-    source: what errors call the text. Raises TableError.
+    text: bytes that are not UTF-8 are surrogateescape characters (`os.fsdecode`). source: name of the text in errors.
+    Raises TableError.
     """
     return read_table(text, targets=targets, places=LinePlaces(text, source))
 
 
 def read_table(text: str, *, targets: Targets, places: Places) -> Table:
-    """As `parse`; places: the place of an index into `text`. Raises TableError."""
+    """As `parse_table`; places: gives the place of an index into `text`. Raises TableError."""
     segments: list[Segment] = []
     expected = Sectors(0)
     alone: Word | None = None
-    classes: dict[str, type[Target]] = {}
+    classes: dict[str, type[TargetSpec]] = {}
     for line in _lines(text, places):
         start, length = _sectors(line.start, "start"), _sectors(line.length, "length")
         check_range(start, length, expected, start_place=line.start.place, length_place=line.length.place)
@@ -75,7 +75,7 @@ def read_table(text: str, *, targets: Targets, places: Places) -> Table:
 
 
 def _lines(text: str, places: Places) -> Iterator[_Line]:
-    """The lines that are neither blank nor a comment. Raises TableError for too few words."""
+    """The lines that are neither blank nor a comment. Raises TableError for a line with too few words."""
     behind = -1
     while behind < len(text):
         at = behind + 1
@@ -118,15 +118,17 @@ def _sectors(word: Word, what: str) -> Sectors:
     return Sectors(number)
 
 
-def _target(cls: type[Target], text: str, line: _Line, places: Places) -> Target:
-    """The line's target; every word must be taken. Raises TableError, whatever `parse` raises."""
+def _target(cls: type[TargetSpec], text: str, line: _Line, places: Places) -> TargetSpec:
+    """Parses the target of a line; every word must be taken. Raises TableError, also for other exceptions of
+    `parse`.
+    """
     words, behind = split_words(text, line.at, line.end, places)
     arguments = Arguments(words, target=cls.name, syntax=cls.syntax, end=places(behind))
     try:
         target = cls.parse(arguments)
     except BlkloomError:
         raise
-    except Exception as error:  # a target of a user's may raise anything
-        raise arguments.error(f"target {cls.name} failed to parse its arguments: {error!r}") from error
+    except Exception as error:  # a user's target may raise anything
+        raise arguments.error(f"target {cls.name} failed to parse its arguments: {described(error)}") from error
     arguments.finish()
     return target

@@ -1,4 +1,4 @@
-"""Where an index into a text is: its line and column. Immutable once made."""
+"""Converts an index into a text to line and column. Immutable."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from blkloom.errors import Place
 
 
 class LinePlaces:
-    """Call it with an index: the Place, lines and columns (in characters) counted from 1."""
+    """Callable that gives the Place of an index: line and column (in characters), counted from 1."""
 
     def __init__(self, text: str, source: str) -> None:
-        """source: what errors call the text."""
+        """source: name of the text in errors."""
         self._source = source
         self._starts = [0]
         at = text.find("\n")
@@ -20,6 +20,6 @@ class LinePlaces:
             at = text.find("\n", at + 1)
 
     def __call__(self, index: int) -> Place:
-        """The place of `index`; the text's length is a place too."""
+        """The place of `index`; the length of the text is a valid index, too."""
         line = bisect_right(self._starts, index)
         return Place(self._source, line, index - self._starts[line - 1] + 1)

@@ -1,4 +1,4 @@
-"""Tables to text: `parse(format_table(x)) == x`."""
+"""Printer for tables: `parse_table(format_table(x)) == x`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from blkloom.table.words import join_words, require_raw
 
 
 def format_table(table: Table) -> str:
-    """The table in dmsetup's form, a line a segment, without a newline at the end.
+    """The table in dmsetup's format, one line per segment, without a newline at the end.
 
-    Raises TableError, at the segment's place, for a name that no table can hold: an empty one, or
-    one with a newline, a NUL, or a surrogate that stands for no byte.
+    Raises TableError, at the segment's place, for a name that a table cannot represent: an empty one, or one with a
+    newline, a NUL, or a surrogate that stands for no byte.
     """
     return "\n".join(map(format_segment, table.segments))
 

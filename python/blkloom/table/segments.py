@@ -1,6 +1,6 @@
 """A table: contiguous segments from sector 0, each with its target. Pure values.
 
-The checks are functions of numbers and places, so that the parser can point at the very word.
+The checks are functions of numbers and places, so that the parser can name the faulty word.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from blkloom.errors import Place, TableError
 from blkloom.units import DEVICE_LIMIT, SECTOR, Bytes, Sectors, to_sectors
 
 if TYPE_CHECKING:
-    from blkloom.target.base import Target
+    from blkloom.targets.spec import TargetSpec
 
 LINE_FORM: Final = "<start> <length> <target> <arguments>"
-"""A line of a table, as errors show it."""
+"""The form of a table line, for errors."""
 
 MOST_SECTORS: Final = to_sectors(Bytes(DEVICE_LIMIT - 1))
-"""What the largest device has: the bytes of a device are fewer than 2^63."""
+"""Size of the largest device: it has less than 2^63 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One line of a table. place: where it was written; it does not count in comparisons."""
+    """One line of a table. place: its position in the text, ignored in comparisons."""
 
     start: Sectors
     length: Sectors
-    target: Target
+    target: TargetSpec
     place: Place = field(default_factory=Place, compare=False)
 
     @property
     def end(self) -> Sectors:
-        """The first sector behind it."""
+        """The first sector after the segment."""
         return Sectors(self.start + self.length)
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Segments in order; without any it is the table of a device of size 0, which no text stands for. Raises
-    TableError unless they are contiguous from 0, none is empty, and the device stays below 2^63 bytes; a singleton
-    target must be alone.
+    """Segments in order. Without segments, it is the table of a device of size 0, which has no text form. Raises
+    TableError unless the segments are contiguous from 0, none is empty, and the device is smaller than 2^63 bytes; a
+    singleton target must be the only one.
     """
 
     segments: tuple[Segment, ...]
@@ -57,13 +57,13 @@ class Table(msgspec.Struct, frozen=True):
 
     @property
     def length(self) -> Sectors:
-        """The device's size."""
+        """The size of the device."""
         return self.segments[-1].end if self.segments else Sectors(0)
 
 
 def check_range(start: Sectors, length: Sectors, expected: Sectors, *, start_place: Place, length_place: Place) -> None:
-    """Raises TableError for a segment that does not begin at `expected`, that is empty, or that
-    would make the device reach 2^63 bytes.
+    """Raises TableError for a segment that does not begin at `expected`, is empty, or makes the device 2^63 bytes or
+    larger.
     """
     if start != expected:
         if not expected:
@@ -91,7 +91,7 @@ def check_range(start: Sectors, length: Sectors, expected: Sectors, *, start_pla
 
 
 def check_alone(target: str, segments: int, place: Place) -> None:
-    """Raises TableError when a table with the singleton `target` has more segments than that."""
+    """Raises TableError if a table with the singleton `target` has more than one segment."""
     if segments > 1:
         raise TableError(
             f"target type {target} must appear alone in table",

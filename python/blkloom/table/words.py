@@ -16,7 +16,7 @@ from blkloom.errors import Place, TableError
 from blkloom.table.arguments import Word
 
 Places = Callable[[int], Place]
-"""The place of an index into a text."""
+"""Callable that gives the place of an index into a text."""
 
 _BLANK: Final = r" \t\v\f\r"
 _CONTROL: Final = r"\x00-\x08\x0e-\x1f\x7f"
@@ -62,21 +62,21 @@ def split_words(text: str, at: int, end: int, places: Places) -> tuple[list[Word
 
 
 def join_words(words: Iterable[str], place: Place) -> str:
-    """The words as a line that splits into them again. Raises TableError, at `place`, for words no
-    table can hold: empty ones, and those with a NUL, a newline or a surrogate that stands for no byte.
+    """The words as a line that splits into the same words. Raises TableError, at `place`, for words that a table cannot
+    represent: empty ones, and those with a NUL, a newline or a surrogate that stands for no byte.
     """
     return " ".join([_escape(word, place) for word in words])
 
 
 def require_raw(word: str, what: str, place: Place) -> str:
-    """`word`, if `raw_word` reads it back; else a TableError. what: its name in the error."""
+    """Returns `word` if `raw_word` parses it unchanged; otherwise raises a TableError. what: its name in the error."""
     if _RAW_WORD.fullmatch(word) is None or _IMPOSSIBLE.search(word):
         raise TableError(f"a table cannot hold this {what}", place=place, value=word, cure="make it one plain word")
     return word
 
 
 def _unfit(text: str, at: int, end: int, places: Places) -> TableError:
-    """Why no word goes on at `at`."""
+    """The reason why a word cannot contain the character at `at`."""
     character = text[at]
     if character == "\\":
         if at + 1 == end:

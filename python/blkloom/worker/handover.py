@@ -1,44 +1,44 @@
-"""Devices on their way from one worker to another: frozen here, received there, or thawed again.
+"""Hand-over of devices from one worker to another: `freeze` in the old one, `receive` in the new one, or `thaw`.
 
-At a drained instant the clients are taken out of the engine (requests begun are answered, what waits at
-a suspended device is taken back as bytes, and so is what a client has not taken of its replies: none is waited
-for), the devices are suspended, and all that makes them goes out as states and labelled descriptors. A device's
-claims and memory are in its stock already. What is unfinished of its clients: see `moving`. On the event loop.
+When no request is in flight, the clients are taken out of the engine. Requests that wait at a suspended device, and
+replies that a client has not read, are taken out as bytes; the hand-over waits for neither. Then the devices are
+suspended, and their states and labelled descriptors are sent. The claims and the memory of a device are already in its
+descriptor store. Unfinished bytes of clients: see `moving`. Runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from blkloom.control.descriptor_store import DescriptorStore
 from blkloom.control.messages import Drop
-from blkloom.control.states import DeviceState, Label
+from blkloom.control.states import DeviceState, Label, export_key, export_label
 from blkloom.errors import ListenError
+from blkloom.export.registry import endpoints
 from blkloom.worker.moving import unfinished_label
 
 if TYPE_CHECKING:
     from blkloom.worker.host import Host
-    from blkloom.worker.hosted import HostedDevice
-    from blkloom.worker.stock import Stock
+    from blkloom.worker.hosted_device import HostedDevice
 
 _log = logging.getLogger(__name__)
 
 
 async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
-    """Everything stands still from here on, and its connections have been said in `Keep`s. timeout:
-    seconds for each step. Raises DrainError, or OSError of a flush; then all goes on as before.
+    """Stops all I/O and sends the connections in `Keep`s. timeout: seconds for each step. Raises DrainError, or OSError
+    of a flush; the devices then continue as before.
     """
     devices = list(host.devices.values())
     try:
-        await _all(device.end_handshakes() for device in devices)  # while those served are served on
+        await _all(device.exports.end_handshakes() for device in devices)  # the present clients are still served
         await _all(device.detach_clients(timeout) for device in devices)
-        await _all(device.stop_moving(timeout) for device in devices)
+        await _all(device.suspend_frozen(timeout) for device in devices)
         states = [device.state() for device in devices]
         for device in devices:
-            await host.store(_clients(host.stock, device))
+            await host.keep(_clients(host.store, device))
     except BaseException:
         await thaw(host)
         raise
@@ -46,54 +46,59 @@ async def freeze(host: Host, timeout: float | None) -> list[DeviceState]:
 
 
 async def thaw(host: Host) -> None:
-    """As before `freeze`."""
+    """Continues as before `freeze`."""
     for device in host.devices.values():
-        labels = [label for label, _ in _clients(host.stock, device)]
+        labels = [label for label, _ in _clients(host.store, device)]
         await device.thaw()
         if labels:
-            host.tell(Drop(labels=labels), ())
+            host.notify(Drop(labels=labels), ())
 
 
-def receive_exports(stock: Stock, device: HostedDevice, state: DeviceState) -> None:
-    """The exports of `state`, not accepting yet; their sockets are in the stock. Raises ListenError when
-    one is not.
+def receive_exports(store: DescriptorStore, device: HostedDevice, state: DeviceState) -> None:
+    """Makes the exports of `state`, which accept no clients yet, from descriptors in the store. Raises ListenError if
+    descriptors are missing.
     """
     for export in state.exports:
-        fd = stock.take(Label(device=device.minor, load=0, role="listen", key=export.id))
-        if fd is None:
-            what = f"export {export.id!r} of device {state.name!r}: its socket was lost"
+        role = endpoints(export.kind).role
+        kept = [
+            label for label in store.labels(device.minor) if (label.role, export_key(label)[0]) == (role, export.id)
+        ]
+        taken = {export_key(label)[1]: fd for label in kept if (fd := store.take(label)) is not None}
+        if not taken:
+            what = f"export '{export.id}' of device '{state.name}': the descriptors of {export.address} were lost"
             raise ListenError(what, cure="add the export again")
-        device.serve(export, socket.socket(fileno=fd), paused=True)
+        device.exports.serve(export, taken, paused=True)
 
 
-def receive_clients(stock: Stock, device: HostedDevice, state: DeviceState) -> None:
-    """The connections of `state`; its exports accept from here on. A client whose socket is not in the
-    stock is lost, and the log says so.
+def receive_clients(store: DescriptorStore, device: HostedDevice, state: DeviceState) -> None:
+    """Continues the connections of `state`, and lets its exports accept clients. A client whose socket is not in the
+    store is lost; this is logged.
     """
     clients = []
     for connection in state.connections:
-        fd = stock.take(_label(device.minor, connection.number))
+        fd = store.take(_label(device.minor, connection.number))
         if fd is None:
-            _log.error("device %r: the socket of client %d was lost", state.name, connection.number)
+            _log.error("device '%s': the socket of client %d was lost", state.name, connection.number)
         else:
             clients.append((connection, fd))
     device.take_over(clients)
 
 
-def listening(devices: Iterable[HostedDevice]) -> list[tuple[Label, int]]:
-    """The sockets of all exports."""
+def endpoint_descriptors(devices: Iterable[HostedDevice]) -> list[tuple[Label, int]]:
+    """Descriptors of all exports: listening sockets and FUSE connections, not connected clients."""
     return [
-        (Label(device=device.minor, load=0, role="listen", key=id), export.descriptor)
+        (export_label(device.minor, export.state.id, endpoints(export.state.kind).role, key), descriptor)
         for device in devices
-        for id, export in device.exports.items()
+        for export in device.exports
+        for key, descriptor in export.descriptors.items()
     ]
 
 
-def _clients(stock: Stock, device: HostedDevice) -> list[tuple[Label, int]]:
-    """The descriptors of the clients that the device has let go."""
+def _clients(store: DescriptorStore, device: HostedDevice) -> list[tuple[Label, int]]:
+    """Descriptors of the clients that were taken out of the device."""
     found = [(_label(device.minor, state.number), fd) for state, fd in device.frozen]
     unfinished = unfinished_label(device.minor)
-    if (memory := stock.find(unfinished)) is not None:
+    if (memory := store.find(unfinished)) is not None:
         found.append((unfinished, memory))
     return found
 
@@ -103,7 +108,7 @@ def _label(minor: int, number: int) -> Label:
 
 
 async def _all(steps: Iterable[object]) -> None:
-    """Waits for every one of them, then raises the first error."""
+    """Waits for all of them, then raises the first error."""
     for outcome in await asyncio.gather(*steps, return_exceptions=True):  # type: ignore[call-overload]
         if isinstance(outcome, BaseException):
             raise outcome

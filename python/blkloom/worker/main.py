@@ -1,8 +1,9 @@
-"""A worker process from its first instruction of its own to its end.
+"""The worker process: start, event loop and end.
 
-It listens to its supervisor on the channel it was born with, and when that is gone serves on and awaits
-another on `<run-dir>/workers/<id>.sock`: whoever is of the same user, or root, and greets. SIGTERM, or
-`Leave`, ends it: cleanly, with all devices drained and flushed, unless another process has taken over.
+A worker gets requests from its supervisor on the channel that it was forked with. When that channel closes, the worker
+continues to serve, and waits for another supervisor on `<run-dir>/workers/<id>.sock`: a process of the same user, or of
+root, that sends a greeting. SIGTERM or `Leave` ends the worker cleanly: it drains and flushes all devices, unless
+another process has taken them over.
 """
 
 from __future__ import annotations
@@ -17,57 +18,57 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from blkloom.control.async_channel import AsyncChannel
-from blkloom.control.messages import Drop, Happened, Hello, Keep, Leave, ToWorker, WorkerRequest
+from blkloom.control.messages import DeviceChanged, Drop, Hello, Keep, Leave, ToWorker, WorkerRequest
 from blkloom.control.states import FailedSync
 from blkloom.export.nbd.listening import listen_unix
-from blkloom.peer import peer_of
-from blkloom.target.registry import Targets, all_targets
+from blkloom.peer_credentials import peer_credentials
+from blkloom.targets.registry import Targets, all_targets
 from blkloom.version import VERSION
-from blkloom.worker.conversation import Conversation
 from blkloom.worker.host import Host
-from blkloom.worker.hosted import KEEP_SECONDS
-from blkloom.worker.stock import Ask
+from blkloom.worker.hosted_device import KEEP_SECONDS
+from blkloom.worker.load_descriptors import FileOpener
+from blkloom.worker.supervisor_link import SupervisorLink
 
 _log = logging.getLogger(__name__)
 _ACCEPT_RETRY: Final = 1.0
-"""Seconds before a supervisor that could not be accepted is tried again."""
+"""Seconds before the next try to accept a supervisor."""
 
 
 def run(
     channel_socket: socket.socket, worker_id: str, run_dir: str, *, targets: Targets | None = None, client_memory: int
 ) -> int:
-    """Lives as the worker `worker_id`, whose clients may make it keep `client_memory` bytes. Returns the exit status: 1
-    when something could not be flushed.
+    """Runs the worker `worker_id`, which keeps at most `client_memory` bytes for its clients. Returns the exit status:
+    1 if a flush has failed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return asyncio.run(Worker(worker_id, run_dir, targets or all_targets(), client_memory).live(channel_socket))
+    return asyncio.run(Worker(worker_id, run_dir, targets or all_targets(), client_memory).run(channel_socket))
 
 
 class Worker:
-    """The worker `id` of the supervisor that has `run_dir`."""
+    """The worker `id` of the supervisor that has its sockets in `run_dir`."""
 
     def __init__(self, id: str, run_dir: str, targets: Targets, client_memory: int) -> None:
         self._id = id
         self._run_dir = run_dir
-        self._host = Host(targets, os.path.join(run_dir, "dev"), self._tell, self._told, self._confirm, client_memory)
-        self._conversations: set[asyncio.Task[None]] = set()
-        self._supervisor: Conversation | None = None
-        self._spoken_to = asyncio.Event()
-        """There is a supervisor."""
+        self._host = Host(targets, os.path.join(run_dir, "dev"), self._notify, self._sent, self._confirm, client_memory)
+        self._links: set[asyncio.Task[None]] = set()
+        self._supervisor: SupervisorLink | None = None
+        self._connected = asyncio.Event()
+        """Whether a supervisor is connected."""
         self._failed = False
         self._leaving: asyncio.Future[bool]
 
-    async def live(self, channel_socket: socket.socket) -> int:
-        """Until it is told to leave."""
+    async def run(self, channel_socket: socket.socket) -> int:
+        """Runs until the worker is told to end."""
         loop = asyncio.get_running_loop()
         self._leaving = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self._leave, True)
         listener = listen_unix(os.path.join(self._run_dir, "workers", f"{self._id}.sock"))
         loop.add_reader(listener.socket.fileno(), self._accept, listener.socket)
-        self._supervisor = self._converse(channel_socket)
-        self._spoken_to.set()
+        self._supervisor = self._connect(channel_socket)
+        self._connected.set()
         try:
-            if await self._leaving and await self._host.close():
+            if await self._leaving and await self._host.close(to_next=True):
                 self._failed = True
         finally:
             loop.remove_reader(listener.socket.fileno())
@@ -75,9 +76,9 @@ class Worker:
                 listener.close()
             if self._supervisor:
                 await self._supervisor.end()
-            for task in self._conversations:
+            for task in self._links:
                 task.cancel()
-            await asyncio.gather(*self._conversations, return_exceptions=True)
+            await asyncio.gather(*self._links, return_exceptions=True)
         return 1 if self._failed else 0
 
     def _leave(self, flush: bool) -> None:
@@ -90,72 +91,72 @@ class Worker:
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 _log.error("a supervisor could not be accepted: %s", error)
-                loop = asyncio.get_running_loop()  # it waits in the socket, which would be ready for ever
+                loop = asyncio.get_running_loop()  # the connection waits in the socket, which would always be readable
                 loop.remove_reader(listening.fileno())
                 loop.call_later(_ACCEPT_RETRY, self._accept_again, listening)
             return
-        peer = peer_of(connected)
+        peer = peer_credentials(connected)
         if not peer.may_command:
             _log.warning("process %d of user %d is no supervisor of this worker", peer.pid, peer.uid)
             connected.close()
             return
-        self._converse(connected)
+        self._connect(connected)
 
     def _accept_again(self, listening: socket.socket) -> None:
-        if listening.fileno() >= 0:  # it has not left meanwhile
+        if listening.fileno() >= 0:  # it has not disconnected meanwhile
             asyncio.get_running_loop().add_reader(listening.fileno(), self._accept, listening)
 
-    def _converse(self, connected: socket.socket) -> Conversation:
+    def _connect(self, connected: socket.socket) -> SupervisorLink:
         greeting = Hello(version=VERSION, pid=os.getpid())
-        conversation = Conversation(AsyncChannel(connected, ToWorker), greeting, self._answer, self._greeted)
-        task = asyncio.create_task(conversation.run(), name="conversation")
-        self._conversations.add(task)
-        task.add_done_callback(lambda _done: self._over(conversation, task))
-        return conversation
+        link = SupervisorLink(AsyncChannel(connected, ToWorker), greeting, self._answer, self._greeted)
+        task = asyncio.create_task(link.run(), name="link")
+        self._links.add(task)
+        task.add_done_callback(lambda _done: self._closed(link, task))
+        return link
 
-    def _greeted(self, conversation: Conversation, _hello: Hello) -> None:
-        """It speaks for the supervisor from now on; one that came before has been succeeded."""
-        former, self._supervisor = self._supervisor, conversation
-        self._spoken_to.set()
-        if former is not None and former is not conversation:
-            self._conversations.add(task := asyncio.create_task(former.end()))
-            task.add_done_callback(self._conversations.discard)
+    def _greeted(self, link: SupervisorLink, _hello: Hello) -> None:
+        """Makes this connection the one to the supervisor, and ends a former one."""
+        former, self._supervisor = self._supervisor, link
+        self._connected.set()
+        if former is not None and former is not link:
+            self._links.add(task := asyncio.create_task(former.end()))
+            task.add_done_callback(self._links.discard)
 
-    def _over(self, conversation: Conversation, task: asyncio.Task[None]) -> None:
-        self._conversations.discard(task)
+    def _closed(self, link: SupervisorLink, task: asyncio.Task[None]) -> None:
+        self._links.discard(task)
         if not task.cancelled() and (error := task.exception()):
             _log.error("a supervisor's channel failed", exc_info=error)
-        if self._supervisor is conversation:
+        if self._supervisor is link:
             self._supervisor = None
-            self._spoken_to.clear()
+            self._connected.clear()
             if not self._host.devices:
-                self._leave(False)  # nobody can want it for anything
+                self._leave(False)  # without devices and supervisor, it is of no use
 
-    def _tell(self, message: Keep | Drop | Happened, fds: Sequence[int]) -> None:
-        if self._supervisor:  # one that comes later asks for everything
+    def _notify(self, message: Keep | Drop | DeviceChanged, fds: Sequence[int]) -> None:
+        if self._supervisor:  # a later supervisor asks for the complete state
             self._supervisor.post(message, fds)
 
-    async def _told(self) -> None:
+    async def _sent(self) -> None:
         if self._supervisor:
-            await self._supervisor.told()
+            await self._supervisor.sent()
 
     async def _confirm(self, minor: int, failed_syncs: list[FailedSync]) -> None:
         async with asyncio.timeout(KEEP_SECONDS):
             while True:
-                await self._spoken_to.wait()
+                await self._connected.wait()
                 try:
                     if self._supervisor:
                         return await self._supervisor.confirm(minor, failed_syncs)
-                except ConnectionError:  # another may come
+                except ConnectionError:  # another supervisor may connect
                     await asyncio.sleep(0)
 
-    async def _answer(self, request: WorkerRequest, descriptors: list[int], ask: Ask) -> Any:
+    async def _answer(self, request: WorkerRequest, descriptors: list[int], opener: FileOpener) -> Any:
         if not isinstance(request.call, Leave):
-            return await self._host.answer(request.call, descriptors, ask)
+            return await self._host.answer(request.call, descriptors, opener)
         try:
             for error in await self._host.close() if request.call.flush else ():
                 self._failed = True
                 raise error
         finally:
-            # The reply is sent before the process ends: `live` lets the conversation finish.
+            # The reply is sent before the process ends: `run` waits for the connection to finish.
             asyncio.get_running_loop().call_soon(self._leave, False)

@@ -1,8 +1,8 @@
-"""Clients between two workers: what of them is unfinished, as part of their states or in a memfd a device.
+"""Packs the unfinished bytes of clients for a hand-over between two workers.
 
-Bytes received and not served, and replies not taken, ride in each `ConnectionState`; where a device's clients
-have many together, in one memfd, which is labelled as memory of load 0: thousands of clients take one descriptor.
-The memfd is in the stock from `pack` to `unpack`. On the event loop.
+Bytes that were received but not served, and replies that were not read, are part of each `ConnectionState`. If the
+clients of a device have many such bytes, they go into one memfd, labelled as memory of load 0: one descriptor is enough
+for thousands of clients. The memfd is in the store from `pack` to `unpack`. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from blkloom.control.descriptor_store import DescriptorStore
 from blkloom.control.states import ConnectionState, Label
-from blkloom.export.nbd.session import Moving, Unfinished
-from blkloom.worker.stock import Stock
+from blkloom.export.exporter import Client, Unfinished
 
 _log = logging.getLogger(__name__)
 
 _MANY: Final = 48 << 10
-"""Bytes of a device's clients from which on they go in a memfd."""
+"""From this number of bytes on, a memfd is used."""
 
 
 def unfinished_label(minor: int) -> Label:
@@ -28,35 +28,32 @@ def unfinished_label(minor: int) -> Label:
     return Label(device=minor, load=0, role="memory", key="unfinished")
 
 
-def pack(
-    stock: Stock, minor: int, clients: Sequence[tuple[ConnectionState, Moving]]
-) -> list[tuple[ConnectionState, int]]:
-    """The clients of a device with what is unfinished of them, and their sockets. What no memfd can be had for
-    rides in the states, too.
+def pack(store: DescriptorStore, minor: int, clients: Sequence[Client]) -> list[tuple[ConnectionState, int]]:
+    """Packs the clients of a device: states with their unfinished bytes, and descriptors. If no memfd can be made, all
+    bytes go into the states.
     """
-    if sum(len(moving.unfinished.initial) + len(moving.unfinished.unsent) for _, moving in clients) > _MANY:
+    if sum(len(unfinished.initial) + len(unfinished.unsent) for _, _, unfinished in clients) > _MANY:
         try:
-            memory = _stored([moving.unfinished for _, moving in clients])
+            memory = _stored([unfinished for _, _, unfinished in clients])
         except OSError as error:
             _log.error("device %d: no memory for what its clients have under way: %s", minor, error)
         else:
-            stock.put(unfinished_label(minor), memory)
+            store.put(unfinished_label(minor), memory)
             at = 0
-            for state, moving in clients:
-                lengths = len(moving.unfinished.initial), len(moving.unfinished.unsent)
+            for state, _, unfinished in clients:
+                lengths = len(unfinished.initial), len(unfinished.unsent)
                 state.stored = (at, *lengths)
                 at += sum(lengths)
-    for state, moving in clients:
-        unfinished = moving.unfinished
+    for state, _, unfinished in clients:
         if state.stored is None:
             state.initial, state.unsent = _text(unfinished.initial), _text(unfinished.unsent)
         if unfinished.skipping:
             state.skipping = (unfinished.skipping[0], _text(unfinished.skipping[1]))
-    return [(state, moving.descriptor) for state, moving in clients]
+    return [(state, descriptor) for state, descriptor, _ in clients]
 
 
 def _stored(clients: Sequence[Unfinished]) -> int:
-    """A memfd with all of it, one after the other."""
+    """Writes all bytes into a memfd, one client after the other."""
     memory = os.memfd_create("blkloom-unfinished", os.MFD_CLOEXEC)
     try:
         for unfinished in clients:
@@ -69,17 +66,17 @@ def _stored(clients: Sequence[Unfinished]) -> int:
     return memory
 
 
-def unpack(stock: Stock, minor: int, states: Sequence[ConnectionState]) -> list[Unfinished]:
-    """What is unfinished of each; the memfd is closed. Raises OSError where it is not there."""
-    memory = stock.take(unfinished_label(minor))
+def unpack(store: DescriptorStore, minor: int, states: Sequence[ConnectionState]) -> list[Unfinished]:
+    """Unpacks the unfinished bytes of each client, and closes the memfd. Raises OSError if the memfd is missing."""
+    memory = store.take(unfinished_label(minor))
     try:
-        return [_unpacked(stock, minor, state, memory) for state in states]
+        return [_unpacked(store, minor, state, memory) for state in states]
     finally:
         if memory is not None:
             os.close(memory)
 
 
-def _unpacked(stock: Stock, minor: int, state: ConnectionState, memory: int | None) -> Unfinished:
+def _unpacked(store: DescriptorStore, minor: int, state: ConnectionState, memory: int | None) -> Unfinished:
     skipping = (state.skipping[0], base64.b64decode(state.skipping[1])) if state.skipping else None
     initial, unsent = base64.b64decode(state.initial), base64.b64decode(state.unsent)
     if state.stored is not None:
@@ -87,8 +84,8 @@ def _unpacked(stock: Stock, minor: int, state: ConnectionState, memory: int | No
             raise FileNotFoundError(f"what clients of device {minor} had under way was lost with the worker before")
         at, received, replies = state.stored
         initial, unsent = _read(memory, at, received), _read(memory, at + received, replies)
-    # A worker of a former version has what it received of a client in a memfd of the client's number.
-    former = stock.take(Label(device=minor, load=0, role="memory", key=str(state.number)))
+    # A worker of a former version used one memfd for each client, with the number of the client.
+    former = store.take(Label(device=minor, load=0, role="memory", key=str(state.number)))
     if former is not None:
         initial = _read(former, 0, os.fstat(former).st_size)
         os.close(former)

@@ -1,7 +1,7 @@
-"""What makes a forked process a worker: its session, its name, its mount namespace.
+"""Turns a forked process into a worker: sets its session, its name, its mount namespace and the I/O flusher flag.
 
-Called once, in the new process, before it has threads. What the system does not allow is left out:
-a worker in the supervisor's mount namespace works as well, it only sees what is mounted later.
+Called once in the new process, before it has threads. Steps that the system does not permit are left out: a worker also
+works in the mount namespace of the supervisor; it then sees later mounts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import errno
 import logging
 import os
 from typing import Final
+
+from blkloom.export.memory_pressure import become_io_flusher
 
 _log = logging.getLogger(__name__)
 
@@ -26,12 +28,13 @@ def become_worker(name: str) -> None:
     os.chdir("/")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NAME, f"blkloom {name}"[:15].encode(), 0, 0, 0)
+    become_io_flusher()  # not permitted: exports that need it report this
     _leave_mounts(libc)
 
 
 def _leave_mounts(libc: ctypes.CDLL) -> None:
-    """Into a mount namespace of its own, from which unmounts outside still take away. Where mounts are private
-    (in containers) they would not, and the worker would keep file systems mounted: it stays where it is.
+    """Moves the process into its own mount namespace, where unmounts of the parent namespace still take effect. With
+    private mounts (in containers) they would not, and the worker would keep file systems mounted: it then stays.
     """
     if not _root_is_shared():
         return
@@ -43,7 +46,7 @@ def _leave_mounts(libc: ctypes.CDLL) -> None:
 
 
 def _root_is_shared() -> bool:
-    """Whether what happens to mounts is told to namespaces made from this one. Source: proc_pid_mountinfo(5)."""
+    """Whether mount changes propagate to namespaces made from this one. Source: proc_pid_mountinfo(5)."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         mounts = [line.partition(" - ")[0].split() for line in lines]
     return any(fields[4] == "/" and any(word.startswith("shared:") for word in fields[6:]) for fields in mounts)

@@ -1,6 +1,7 @@
-"""Blocking calls off the event loop, each on a thread that ends with it.
+"""Runs blocking calls outside of the event loop, each on a new thread.
 
-A worker mostly does nothing; threads that wait for work would cost each of thousands of workers memory.
+There is no thread pool: most workers are idle most of the time, and idle threads would cost memory in each of thousands
+of workers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _T = TypeVar("_T")
 
 
 async def in_thread(name: str, call: Callable[[], _T]) -> _T:
-    """What `call` returns or raises. Cancelling ends the wait, not the call."""
+    """Returns or raises the outcome of `call`. Cancelling ends the wait, not the call."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[_T] = loop.create_future()
 
@@ -33,3 +34,8 @@ async def in_thread(name: str, call: Callable[[], _T]) -> _T:
 
     threading.Thread(target=work, name=name, daemon=True).start()
     return await ended
+
+
+def verb_thread(minor: int) -> str:
+    """The name of a thread that executes a verb of a device."""
+    return f"blkloom-verb {minor}"

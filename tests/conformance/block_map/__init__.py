@@ -1,1 +1,1 @@
-"""Files whose blocks are mapped."""
+"""Tests of the loop target with `block_map`."""

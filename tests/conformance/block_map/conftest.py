@@ -1,4 +1,4 @@
-"""Where files may be mapped, and one that may."""
+"""Fixtures: a file system whose files can be mapped, and such a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no ground for a block map is refused with the reason, or with `block_map=try` goes on in file mode."""
+"""A file that cannot be mapped is refused with the reason; with `block_map=try`, it is used in file mode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from blkloom.errors import BackingError, TableError
 from blkloom.filemap import fiemap, page_cache
 from blkloom.filemap.fiemap import Extents
 from blkloom.filemap.immutable import hold, release, release_abandoned
-from blkloom.table import parse
-from blkloom.target.registry import all_targets
+from blkloom.table import parse_table
+from blkloom.targets.registry import all_targets
 from conformance.backing_files import write_in_extents
 from conformance.block_map.conftest import SECTORS, SIZE, Program
 from conformance.file_systems import EXT4, made_on_a_device, mounted
@@ -77,13 +77,13 @@ def test_a_file_whose_data_goes_through_the_journal(place: Path, file: Path, cap
     refused(file, "its data goes through the journal", caplog)
 
 
-def test_pages_in_memory_that_somebody_holds(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pages_that_stay_in_the_page_cache(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What is in a pipe stays in the page cache, and would be read there when the blocks have changed."""
     source, pipe = os.pipe()
     try:
         with file.open("rb") as stream:
             assert os.splice(stream.fileno(), pipe, 16384, offset_src=0) == 16384
-        refused(file, "somebody holds pages of it in memory", caplog)
+        refused(file, "pages of it stay in the page cache", caplog)
     finally:
         os.close(source)
         os.close(pipe)
@@ -122,7 +122,7 @@ def test_a_file_system_that_is_in_memory(tmp_path: Path, caplog: pytest.LogCaptu
     path = Path("/dev/shm") / f"blkloom-{os.getpid()}"
     path.write_bytes(bytes(SIZE))
     try:
-        refused(path, "tmpfs moves blocks of files as it likes", caplog)
+        refused(path, "tmpfs may move the blocks of a file at any time", caplog)
     finally:
         path.unlink()
 
@@ -194,7 +194,7 @@ def test_a_file_is_let_go_while_a_table_waits_for_another_to_open(place: Path, f
     ):
         assert other.stdout is not None
         assert other.stdout.readline() == "leased\n"
-        table = parse(f"0 {SECTORS} loop {slow}", targets=all_targets())
+        table = parse_table(f"0 {SECTORS} loop {slow}", targets=all_targets())
         loading = threading.Thread(target=device.load, args=(table,))
         loading.start()
         assert other.stdout.readline() == "asked for\n"
@@ -219,6 +219,8 @@ def test_a_table_replaced_by_one_on_the_same_file_is_mapped_again(file: Path) ->
         assert device.pread(512, 0) == b"1" * 512
 
 
+ATTEMPTS = 10
+"""A supervisor of another test may start in between and free the file."""
 HOLD_AND_DIE = """
 import os, signal, sys
 import blkloom
@@ -229,10 +231,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def writable(file: Path) -> bool:
+    try:
+        file.open("r+b").close()
+    except PermissionError:
+        return False
+    return True
+
+
 def test_the_next_device_frees_a_file_that_a_killed_process_left_immutable(file: Path) -> None:
-    subprocess.run([sys.executable, "-c", HOLD_AND_DIE, file, str(SECTORS)], check=False, timeout=60)
-    with pytest.raises(PermissionError):
-        file.open("r+b")
+    for _ in range(ATTEMPTS):
+        subprocess.run([sys.executable, "-c", HOLD_AND_DIE, file, str(SECTORS)], check=False, timeout=60)
+        if not writable(file):
+            break
+    else:
+        pytest.fail("the file is not left immutable")
     with blkloom.open(f"0 {SECTORS} loop {file} 0 1 block_map") as device:
         assert mode(device) == "block_map"
         assert device.pread(4096, 0) == b"k" * 4096
@@ -255,10 +268,10 @@ def test_a_file_made_immutable_by_its_owner_stays_so(file: Path, tmp_path: Path)
 def test_a_device_that_has_the_file_open_with_direct_io_is_not_mapped_but_goes_on(file: Path) -> None:
     with blkloom.open(f"0 {SECTORS} loop {file} 0 1 direct_io") as device:
         with pytest.raises(BackingError, match="the device itself has it open in another way"):
-            device.load(parse(f"0 {SECTORS} loop {file} 0 1 block_map", targets=all_targets()))
+            device.load(parse_table(f"0 {SECTORS} loop {file} 0 1 block_map", targets=all_targets()))
         device.resume()
         assert mode(device) == "direct_io"
-        device.load(parse(f"0 {SECTORS} loop {file} 0 1 block_map=try", targets=all_targets()))
+        device.load(parse_table(f"0 {SECTORS} loop {file} 0 1 block_map=try", targets=all_targets()))
         device.resume()
         assert mode(device) == "file"
 
@@ -277,14 +290,27 @@ def test_a_record_outlasts_another_file_system_in_the_place_of_its_own(
     assert str(file) in line
 
 
-def test_a_record_that_says_nonsense_harms_nobody(file: Path, tmp_path: Path) -> None:
+def test_a_record_of_another_file_system_that_had_the_device_number_is_no_obstacle(file: Path, tmp_path: Path) -> None:
+    with file.open("rb") as stream:
+        held = hold(stream.fileno(), str(file), tmp_path)
+        assert held is not None
+        (record,) = tmp_path.iterdir()
+        gone = record.with_name(record.name.rpartition("-")[0] + "-0")  # sorts first, and is not read last
+        gone.write_bytes(record.read_bytes().replace(bytes(file), b"/not/mounted/now"))
+        held.abandon()
+    assert release(str(file), tmp_path)
+    file.open("r+b").close()
+    assert list(tmp_path.iterdir()) == [gone]
+
+
+def test_an_invalid_record_does_no_harm(file: Path, tmp_path: Path) -> None:
     (tmp_path / "1-2-3").write_bytes(b"{")
     (tmp_path / "1-2-4").write_bytes(b'{"path":"/dev/null","device":1,"inode":1,"generation":0}')
     assert release_abandoned(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_held_record_is_nobody_elses_to_release(file: Path, tmp_path: Path) -> None:
+def test_a_locked_record_is_not_released_by_others(file: Path, tmp_path: Path) -> None:
     with file.open("rb") as stream:
         held = hold(stream.fileno(), str(file), tmp_path)
         assert held is not None
@@ -297,9 +323,7 @@ def test_a_held_record_is_nobody_elses_to_release(file: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_says_where_the_file_is_whoever_called_it_what(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_has_the_real_path_of_the_file(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker stands in another directory than the client who gave the path, and opened the file."""
     monkeypatch.chdir(tmp_path)
     records = tmp_path / "records"
@@ -315,7 +339,7 @@ def test_a_record_says_where_the_file_is_whoever_called_it_what(
 def test_a_record_goes_only_after_the_flag_is_durably_off(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a crash between the two leaves a file immutable that nobody knows of."""
+    """Otherwise a crash between the two leaves an immutable file without a record."""
     there: list[bool] = []
     sync = os.fsync
 
@@ -335,7 +359,7 @@ def test_a_record_goes_only_after_the_flag_is_durably_off(
 
 
 def test_leases_of_others_are_waited_for(file: Path) -> None:
-    """Somebody else's lease delays an open; it does not make it fail."""
+    """The lease of another process delays an open; it does not make the open fail."""
     code = (
         "import fcntl, os, signal, sys\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})\n"

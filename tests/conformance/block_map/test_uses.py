@@ -1,4 +1,6 @@
-"""A mapped file beside its other uses: the same table, the same page, other mounts, and mounts a worker never saw."""
+"""Other uses of a mapped file at the same time: the same table, the same page, other mounts, mounts unknown to the
+worker.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,7 @@ def overlay(program: Program, tmp_path: Path) -> Iterator[Path]:
 
 def test_a_file_of_an_overlay_is_refused_by_the_overlays_name(overlay: Path) -> None:
     write_in_extents(str(overlay / "f"), os.urandom(SIZE), extents=1)
-    with pytest.raises(BackingError, match="overlay moves blocks of files"):
+    with pytest.raises(BackingError, match="overlay may move the blocks of a file"):
         blkloom.open(f"0 {SECTORS} loop {overlay / 'f'} 0 1 block_map")
 
 

@@ -1,26 +1,28 @@
-//! Tasks: pieces that take time, from their start in the ring, the pool, a fault or a gate to their
-//! end. Part of `queue`, whose invariants hold here.
+//! Tasks: start, retry and end of the parts of a request that wait (ring, pool, fault, gate). Part of `queue`, whose
+//! invariants hold here.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use blkloom_io::{Busy, File, Syncing, errno::EDQUOT, errno::EIO, errno::ENOSPC, errno::ESHUTDOWN};
+use blkloom_io::{Busy, Errno, File, Slice, Source, Syncing};
 
-use super::{Active, Attempt, Inside, Kind, Phase, Queue, Task, Walk};
+use super::backend::payload;
+use super::{Active, Attempt, Inside, Kind, Path, Phase, Queue, Task, Walk};
+use crate::backend::OperationId;
 use crate::device::Device;
 use crate::fault::{Fault, Payload};
-use crate::held::Holding;
-use crate::inbox::{Message, TaskId};
 use crate::io_errors;
-use crate::pool::{BlockShare, Chore};
-use crate::request::{Flags, Memory};
+use crate::operation::Flags;
+use crate::pool::{BlockShare, Job};
+use crate::request::Owner;
 use crate::stats::Op;
+use crate::wake::{TaskId, Wake};
 
-/// A fault answered "retry" this often without the map helping is an error of the target.
+/// After this many consecutive "retry" answers the request fails: the target's map is wrong.
 const MOST_RETRIES: u32 = 100;
 
 impl Queue {
-    pub(super) fn task(&mut self, walk: &Walk<'_>, offset: u64, len: u64, path: Vec<Inside>, kind: Kind) -> TaskId {
+    pub(super) fn task(&mut self, walk: &Walk<'_>, offset: u64, len: u64, path: Path, kind: Kind) -> TaskId {
         self.generation = self.generation.wrapping_add(1);
         self.actives[walk.active].tasks += 1;
         let task =
@@ -49,20 +51,31 @@ impl Queue {
     /// Hands (the rest of) a transfer to the ring, or to the pool where the ring cannot take it.
     pub(super) fn push(&mut self, id: TaskId, use_ring: bool) {
         let task = &self.tasks[id.slot];
+        if self.actives[task.active].is_registered() {
+            return self.push_registered(id);
+        }
         let Kind::Ring { file, at, done, write, durable, .. } = &task.kind else {
             return;
         };
         let request = &self.actives[task.active].request;
         let (skip, rest) = ((task.offset - request.offset + done) as usize, (task.len - done) as usize);
-        let memory = request.memory.slice().part(skip, rest);
+        // SAFETY: the request is kept until this task has ended, in the ring or in the pool. The destination of a read
+        // is not accessed otherwise before that.
+        let (into, from) = unsafe {
+            match write {
+                true => (Slice::empty(), request.memory.source(skip, rest)),
+                false => (request.memory.destination(skip, rest), Source::empty()),
+            }
+        };
+        let memory = if *write { from } else { into.source() };
         let (file, at, write, durable) = (Arc::clone(file), at + done, *write, *durable);
         let began = durable.then(|| Syncing::new(file.clone()));
         let pushed = match &mut self.ring {
-            // What cannot become durable is refused by the pool.
+            // The syncs of the file have failed: the pool fails the write.
             Some(_) if durable && file.sync_error().is_some() => false,
-            Some(ring) if use_ring && !ring.is_full() && file.fits(at, memory) => match write {
-                true => ring.write(&file, at, memory, durable, id.slot as u64).is_ok(),
-                false => ring.read(&file, at, memory, id.slot as u64).is_ok(),
+            Some(ring) if use_ring && !self.ring_is_lost && !ring.is_full() && file.fits(at, memory) => match write {
+                true => ring.write(&file, at, from, durable, id.slot as u64).is_ok(),
+                false => ring.read(&file, at, into, id.slot as u64).is_ok(),
             },
             _ => false,
         };
@@ -71,32 +84,33 @@ impl Queue {
                 *syncing = began;
             }
         } else {
-            let chore = match write {
-                true => Chore::Write { offset: at, from: memory, durable },
-                false => Chore::Read { offset: at, into: memory },
+            let job = match write {
+                true => Job::Write { offset: at, from, durable },
+                false => Job::Read { offset: at, into },
             };
-            // The share of the blocks that the task holds would be in a write's own way.
-            self.tasks[id.slot].kind = Kind::Pool { file: file.clone(), sparse: false };
-            self.pool.submit(file, chore, self.inbox.clone(), id);
+            // Drops the task's share of the block lock, which would block this write's own read-modify-write.
+            self.tasks[id.slot].kind = Kind::Pool { file: file.clone() };
+            self.pool.submit(file, job, self.ports.results.clone(), id);
         }
     }
 
-    /// A durable write in the ring failed: the pool finds out in which part.
-    pub(super) fn examine(&mut self, id: TaskId, errno: i32, syncing: Syncing<Arc<File>>) {
+    /// A durable write in the ring failed. The pool finds out whether the write or the sync failed.
+    pub(super) fn examine(&mut self, id: TaskId, errno: Errno, syncing: Syncing<Arc<File>>) {
         let task = &mut self.tasks[id.slot];
         let Kind::Ring { file, at, .. } = &task.kind else {
             return;
         };
         let (file, at) = (Arc::clone(file), *at);
         let request = &self.actives[task.active].request;
-        let from = request.memory.slice().part((task.offset - request.offset) as usize, task.len as usize);
-        task.kind = Kind::Pool { file: file.clone(), sparse: false };
-        self.pool.submit(file, Chore::Examine { offset: at, from, errno, syncing }, self.inbox.clone(), id);
+        // SAFETY: the request is kept until this task has ended.
+        let from = unsafe { request.memory.source((task.offset - request.offset) as usize, task.len as usize) };
+        task.kind = Kind::Pool { file: file.clone() };
+        self.pool.submit(file, Job::Examine { offset: at, from, errno, syncing }, self.ports.results.clone(), id);
     }
 
-    /// The file of a task cannot be synced any more, and the task fails: where that is new, when the mapper of the
-    /// device has seen to it that it is not forgotten.
-    pub(super) fn sync_failed(&mut self, id: TaskId, errno: i32, unreported: bool) {
+    /// Fails a task because the syncs of its file have failed. If the failure is `unreported`, the task ends only after
+    /// the device's mapper has stored it.
+    pub(super) fn sync_failed(&mut self, id: TaskId, errno: Errno, unreported: bool) {
         let task = &self.tasks[id.slot];
         let file = match &task.kind {
             Kind::Ring { file, .. } => Some(Arc::clone(file)),
@@ -105,15 +119,15 @@ impl Queue {
         };
         self.fail_in(task.active, errno, task.offset, file.as_ref());
         let task = &mut self.tasks[id.slot];
-        let waits = parked(&task.path);
+        let waits = waiting(&task.path);
         leave(std::mem::replace(&mut task.path, waits));
         let Some(device) = task.path.last().map(|inside| inside.device.clone()).filter(|_| unreported) else {
-            task.kind = Kind::Later;
+            task.kind = Kind::NextIteration;
             return self.finish(id, Err(errno));
         };
         let deadline = Instant::now() + device.fault_timeout;
         task.kind = Kind::Fault { deadline, outcome: Some(errno) };
-        self.deadlines.insert((deadline, id));
+        self.timers.insert((deadline, id));
         device.faults.push(Fault {
             op: Op::Flush,
             owner: 0,
@@ -123,42 +137,43 @@ impl Queue {
             context: None,
             sync_failed: true,
             again: false,
-            full: 0,
-            held: device.held.clone(),
+            no_space: None,
+            from_client: false,
+            device: device.clone(),
+            above: None,
             payload: Payload::None,
-            inbox: self.inbox.clone(),
+            answers: self.ports.answers.clone(),
             task: id,
             deadline,
             answered: false,
         });
     }
 
-    pub(super) fn chore(&mut self, walk: &Walk<'_>, file: &Arc<File>, chore: Chore, root: u64, len: u64) {
-        let kind = Kind::Pool { file: file.clone(), sparse: matches!(chore, Chore::Stretches { .. }) };
+    pub(super) fn start_job(&mut self, walk: &Walk<'_>, file: &Arc<File>, job: Job, root: u64, len: u64) {
+        let kind = Kind::Pool { file: file.clone() };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
-        self.pool.submit(file.clone(), chore, self.inbox.clone(), id);
+        self.pool.submit(file.clone(), job, self.ports.results.clone(), id);
     }
 
     pub(super) fn fault(&mut self, walk: &Walk<'_>, owner: u32, op: Op, root: u64, at: u64, len: u64) {
         let Some(last) = walk.path.last() else { return };
         if walk.attempt.retries >= MOST_RETRIES {
-            return self.fail_in(walk.active, EIO, root, None);
+            return self.fail_in(walk.active, Errno::IO, root, None);
         }
         let device = last.device.clone();
         device.stats.fault(self.shard);
         let deadline = Instant::now() + device.fault_timeout;
-        let id = self.task(walk, root, len, parked(walk.path), Kind::Fault { deadline, outcome: None });
-        self.deadlines.insert((deadline, id));
-        let request = &self.actives[walk.active].request;
+        let id = self.task(walk, root, len, waiting(walk.path), Kind::Fault { deadline, outcome: None });
+        self.timers.insert((deadline, id));
+        let active = &self.actives[walk.active];
+        let request = &active.request;
         let skip = root.wrapping_sub(request.offset) as usize;
-        let payload = match (&request.memory, op) {
-            (Memory::Owned(buffer), Op::Write) => Payload::Shared { buffer: buffer.clone(), at: skip },
-            (Memory::Borrowed(slice), Op::Write) => Payload::Copied(slice.part(skip, len as usize).to_vec()),
-            _ => Payload::None,
-        };
-        let (flags, context, inbox) = (request.flags, request.context.clone(), self.inbox.clone());
-        let Attempt { again, full, .. } = walk.attempt;
-        let held = device.held.clone();
+        let payload = if op == Op::Write { payload(active.memory(), skip, len as usize) } else { Payload::None };
+        let (flags, context, answers) = (request.flags, request.context.clone(), self.ports.answers.clone());
+        let Attempt { again, no_space, .. } = walk.attempt;
+        let from_client = matches!(request.owner, Owner::Transport { .. });
+        let above = &walk.path[..walk.path.len() - 1];
+        let above = (!above.is_empty()).then(|| above.iter().map(|inside| inside.device.clone()).collect());
         device.faults.push(Fault {
             op,
             owner,
@@ -168,10 +183,12 @@ impl Queue {
             context,
             sync_failed: false,
             again,
-            full,
-            held,
+            no_space,
+            from_client,
+            device: device.clone(),
+            above,
             payload,
-            inbox,
+            answers,
             task: id,
             deadline,
             answered: false,
@@ -180,25 +197,31 @@ impl Queue {
 
     pub(super) fn wait_at_gate(&mut self, walk: &Walk<'_>, device: &Arc<Device>, root: u64, len: u64) {
         if self.stopping {
-            return self.fail(walk.active, ESHUTDOWN);
+            return self.fail(walk.active, Errno::SHUTDOWN);
         }
-        let id = self.task(walk, root, len, parked(walk.path), Kind::Gate);
-        if !device.wait_at_gate(&self.inbox, id) {
-            self.inbox.send(Message::GateOpened(id));
+        let id = self.task(walk, root, len, waiting(walk.path), Kind::Gate);
+        if !device.wait_at_gate(&self.ports.wakes, id) {
+            self.ports.wakes.post(Wake::GateOpened(id));
         }
     }
 
-    /// Leaves a range for the loop's next turn.
-    pub(super) fn rest_later(&mut self, walk: &Walk<'_>, root: u64, len: u64) {
-        let id = self.task(walk, root, len, parked(walk.path), Kind::Later);
-        self.inbox.send(Message::GateOpened(id));
+    /// Leaves a range to the loop's next iteration.
+    pub(super) fn continue_in_next_iteration(&mut self, walk: &Walk<'_>, root: u64, len: u64) {
+        let id = self.task(walk, root, len, waiting(walk.path), Kind::NextIteration);
+        self.ports.wakes.post(Wake::GateOpened(id));
     }
 
     pub(super) fn take(&mut self, id: TaskId) -> Option<Task> {
         match self.tasks.get(id.slot) {
             Some(task) if task.generation == id.generation => {
-                if let Kind::Held { .. } = task.kind {
-                    task.path.iter().for_each(|inside| inside.device.held.leave(&self.inbox, id));
+                if let Kind::Deferred { .. } | Kind::Wait { .. } | Kind::Backend { .. } = task.kind {
+                    task.path.iter().for_each(|inside| inside.device.deferred.leave(&self.ports.wakes, id));
+                }
+                if let Kind::Backend { backend, .. } = &task.kind {
+                    backend.cancel(OperationId::of(&self.ports.answers, id));
+                }
+                if let Some(at) = task.kind.timer() {
+                    self.timers.remove(&(at, id));
                 }
                 self.tasks.try_remove(id.slot)
             }
@@ -206,56 +229,21 @@ impl Queue {
         }
     }
 
-    /// Its target wants to be asked again, later.
-    pub(super) fn hold(&mut self, id: TaskId, errno: i32, holding: Holding) {
-        let task = &mut self.tasks[id.slot];
-        if let Kind::Fault { deadline, .. } = task.kind {
-            self.deadlines.remove(&(deadline, id));
-        }
-        task.kind = Kind::Held { errno, holding };
-        let devices = || task.path.iter().map(|inside| &inside.device);
-        // All of them: whoever closes one of their gates must find it.
-        let refused = devices().filter(|device| !device.held.enter(&self.inbox, id)).count() > 0;
-        if refused || self.stopping {
-            self.finish(id, Err(errno));
-        } else if devices().any(|device| !device.is_live())
-            || matches!(&task.kind, Kind::Held { holding, .. } if holding.is_over())
-        {
-            self.released(id);
-        }
-    }
-
-    /// Walks a held task's range again, from its beginning and past no closed gate.
-    pub fn released(&mut self, id: TaskId) {
-        self.walk_again(id, Past::Nothing, |_| Attempt { again: true, ..Attempt::default() });
-    }
-
-    pub fn hold_refused(&mut self, id: TaskId) {
-        if let Some(Task { kind: Kind::Held { errno, .. }, generation, .. }) = self.tasks.get(id.slot)
-            && *generation == id.generation
-        {
-            let errno = *errno;
-            self.finish(id, Err(errno));
-        }
-    }
-
-    /// A task has ended: lets go of its devices and goes on with its request.
-    pub(super) fn finish(&mut self, id: TaskId, result: Result<(), i32>) {
-        if let Err(errno @ (ENOSPC | EDQUOT)) = result
+    /// Ends a task: leaves its devices and advances its request.
+    pub(super) fn finish(&mut self, id: TaskId, result: Result<(), Errno>) {
+        if let Err(errno @ (Errno::NOSPC | Errno::DQUOT)) = result
             && self.is_write_in_storage(id)
         {
-            let full = |attempt: Attempt| Attempt { full: errno, retries: attempt.retries + 1, ..attempt };
-            return self.walk_again(id, Past::Gates, full);
+            let no_space =
+                |attempt: Attempt| Attempt { no_space: Some(errno), retries: attempt.retries + 1, ..attempt };
+            return self.walk_again(id, Past::Gates, no_space);
         }
         let Some(task) = self.take(id) else { return };
-        if let Kind::Fault { deadline, .. } = task.kind {
-            self.deadlines.remove(&(deadline, id));
-        }
         if let Err(errno) = result {
             match &task.kind {
                 Kind::Ring { file, .. } => self.fail_in(task.active, errno, task.offset, Some(file)),
                 Kind::Pool { file, .. } => self.fail_in(task.active, errno, task.offset, Some(file)),
-                Kind::Fault { .. } if io_errors::is_of_target(errno) => {
+                Kind::Fault { .. } | Kind::Backend { .. } if io_errors::is_of_target(errno) => {
                     self.fail_in(task.active, errno, task.offset, None);
                 }
                 _ => self.fail(task.active, errno),
@@ -263,7 +251,7 @@ impl Queue {
         }
         self.actives[task.active].tasks -= 1;
         self.advance(task.active, !task.path.is_empty());
-        // Only now: a flush that belongs to the request must not find the device drained meanwhile.
+        // Last: the device must not become drained before the request's flush has started.
         leave(task.path);
     }
 
@@ -277,45 +265,47 @@ impl Queue {
         })
     }
 
-    /// Walks a parked task's range again, past the gates of the devices it is inside of.
+    /// Walks a waiting task's range again. The gates of devices that it is inside of do not stop it.
     pub(super) fn retry(&mut self, id: TaskId) {
         let attempt = match self.tasks.get(id.slot).map(|task| &task.kind) {
-            Some(Kind::Fault { .. }) => |before: Attempt| Attempt { retries: before.retries + 1, full: 0, ..before },
-            // What was so before a device was suspended need not be so now.
+            Some(Kind::Copy { .. }) => return self.push_registered(id),
+            Some(Kind::Fault { .. }) => {
+                |before: Attempt| Attempt { retries: before.retries + 1, no_space: None, ..before }
+            }
+            Some(&Kind::Wait { filters, .. }) => {
+                return self.walk_again(id, Past::Gates, |before| Attempt { filters, ..before });
+            }
+            // The map may have changed while the device was suspended.
             Some(Kind::Gate) => |before: Attempt| Attempt { retries: before.retries, ..Attempt::default() },
             _ => |before: Attempt| before,
         };
         self.walk_again(id, Past::Gates, attempt);
     }
 
-    fn walk_again(&mut self, id: TaskId, past: Past, attempt: impl FnOnce(Attempt) -> Attempt) {
+    pub(super) fn walk_again(&mut self, id: TaskId, past: Past, attempt: impl FnOnce(Attempt) -> Attempt) {
         let Some(task) = self.take(id) else { return };
-        if let Kind::Fault { deadline, .. } = task.kind {
-            self.deadlines.remove(&(deadline, id));
-        }
-        // First, so that a request of very many pieces has room for the one it walks again.
+        // First: a request with `MOST_TASKS` tasks must be able to start this one again.
         self.actives[task.active].tasks -= 1;
         if self.actives[task.active].phase == Phase::Main {
             let path = if past == Past::Gates { &task.path[..] } else { &[] };
-            let inside: Vec<Arc<Device>> = path.iter().map(|inside| inside.device.clone()).collect();
-            self.walk(task.active, task.offset, task.len, &inside, attempt(task.attempt));
+            self.walk(task.active, task.offset, task.len, path, attempt(task.attempt));
         }
         self.advance(task.active, !task.path.is_empty());
-        // Only now: between park and pin the task must not be missing from both counts.
+        // Last: the task must always be counted as waiting or as pinned.
         leave(task.path);
     }
 }
 
-/// What may not stop a task that is walked again.
+/// The gates that do not stop a task that is walked again.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Past {
-    /// The gates of devices it is inside of.
+pub(super) enum Past {
+    /// The gates of the devices that it is inside of.
     Gates,
     Nothing,
 }
 
-/// The path for a task that uses what the map named: pinned once more.
-fn pinned(path: &[Inside]) -> Vec<Inside> {
+/// The path for a task that uses the result of a lookup: every device is pinned once more.
+pub(super) fn pinned(path: &[Inside]) -> Path {
     let again = |inside: &Inside| Inside {
         device: inside.device.clone(),
         pin: inside.pin.map(|pin| inside.device.epochs.again(pin)),
@@ -323,17 +313,17 @@ fn pinned(path: &[Inside]) -> Vec<Inside> {
     path.iter().map(again).collect()
 }
 
-/// The path for a task that waits: counted as parked.
-fn parked(path: &[Inside]) -> Vec<Inside> {
-    path.iter().for_each(|inside| inside.device.epochs.park());
+/// The path for a waiting task: it is counted as waiting in every device.
+pub(super) fn waiting(path: &[Inside]) -> Path {
+    path.iter().for_each(|inside| inside.device.epochs.begin_wait());
     path.iter().map(|inside| Inside { device: inside.device.clone(), pin: None }).collect()
 }
 
-pub(super) fn leave(path: Vec<Inside>) {
+pub(super) fn leave(path: Path) {
     for Inside { device, pin } in path {
         match pin {
             Some(pin) => device.epochs.unpin(pin),
-            None => device.epochs.unpark(),
+            None => device.epochs.end_wait(),
         }
     }
 }

@@ -1,31 +1,39 @@
-//! Taking requests back that only wait, at gates or held: another process will serve them. Part of `queue`, whose
-//! invariants hold here.
+//! Withdrawal of waiting requests (at a gate, deferred or delayed), which another process will serve. Part of `queue`,
+//! whose invariants hold here.
 
 use std::collections::BTreeMap;
 
 use super::task::leave;
-use super::{Kind, Queue};
-use crate::inbox::TaskId;
-use crate::nbd::Ticket;
-use crate::request::{Owner, Request};
+use super::{Kind, Queue, Task};
+use crate::request::{Owner, Request, TransportId};
+use crate::stats::Op;
+use crate::wake::TaskId;
 
 impl Queue {
-    /// Forgets the connections' requests that are `wanted` and that do nothing but wait, at gates or held. Parts
-    /// of them may be done: whoever serves them anew does those once more, which changes nothing for a
-    /// client that has no answer yet.
-    pub fn withdraw(&mut self, wanted: impl Fn(&Ticket) -> bool) -> Vec<Request> {
+    /// Removes and returns those requests of `wanted` transports whose tasks all wait: at a gate, deferred, or for an
+    /// instant. Parts of a request may be done already. The next server executes them again, which makes no difference
+    /// to a client that has no answer yet.
+    pub fn withdraw(&mut self, wanted: impl Fn(TransportId) -> bool) -> Vec<(TransportId, u64, Request)> {
         let mut waiting: BTreeMap<usize, Vec<TaskId>> = BTreeMap::new();
-        for (slot, task) in self.tasks.iter().filter(|(_, task)| matches!(task.kind, Kind::Gate | Kind::Held { .. })) {
+        // A read in a backend is cancelled.
+        let waits = |task: &Task| match task.kind {
+            Kind::Backend { .. } => self.actives[task.active].request.op == Op::Read,
+            _ => matches!(task.kind, Kind::Gate | Kind::Deferred { .. } | Kind::Wait { .. }),
+        };
+        for (slot, task) in self.tasks.iter().filter(|(_, task)| waits(task)) {
             waiting.entry(task.active).or_default().push(TaskId { slot, generation: task.generation });
         }
         waiting.retain(|&index, ids| {
             let active = &self.actives[index];
-            let ours = matches!(&active.request.owner, Owner::Connection(ticket) if wanted(ticket));
+            let ours = matches!(active.request.owner, Owner::Transport { transport, .. } if wanted(transport));
             ours && ids.len() == active.tasks as usize
         });
         let mut withdrawn = Vec::with_capacity(waiting.len());
         for (index, ids) in waiting {
-            withdrawn.push(self.actives.remove(index).request);
+            let request = self.actives.remove(index).request;
+            if let Owner::Transport { transport, token } = request.owner {
+                withdrawn.push((transport, token, request));
+            }
             ids.into_iter().filter_map(|id| self.take(id)).for_each(|task| leave(task.path));
         }
         withdrawn

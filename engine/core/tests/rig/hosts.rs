@@ -1,18 +1,18 @@
-//! Engines that serve a device of their own over NBD, as processes would, and a client that speaks every style.
+//! `Host`: an engine that serves its own device over NBD, as a separate process would. `Client`: speaks every NBD
+//! style.
 
+use std::any::Any;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use blkloom_core::{
-    ConnectionHandle, Device, Engine, Export, IoChoice, NbdSession, Notices, Outcome, Session, Unfinished,
-};
+use blkloom_core::nbd::{self, Detached, Session, Unfinished};
+use blkloom_core::{Device, Engine, Export, IoChoice, Notices, Outcome, Recipient, TransportHandle};
 use blkloom_wire::{Header, Style};
 
-use super::{PATIENT, device, mapping, memory, region, slice};
+use super::{PATIENT, device, mapping, memory, region};
 
 pub const READ: u16 = 0;
 pub const WRITE: u16 = 1;
@@ -28,7 +28,7 @@ pub fn request(style: Style, kind: u16, cookie: u64, offset: u64, length: u64) -
     bytes
 }
 
-/// An engine with a device of its own, as a process would have them.
+/// An engine with its own device, as a process has them.
 pub struct Host {
     pub engine: Engine,
     pub device: Arc<Device>,
@@ -42,56 +42,62 @@ impl Host {
         Host { engine, device, export, notices: Arc::new(Notices::new().unwrap()) }
     }
 
-    /// A client whose engine before this one left something unfinished, if nothing else: bytes it had received.
+    /// Serves a client that continues a connection of a former engine, with its unfinished state (at least received
+    /// bytes).
     pub fn serve(
         &self,
         style: Style,
         fd: OwnedFd,
         unfinished: impl Into<Unfinished>,
         stall: Duration,
-    ) -> ConnectionHandle {
+    ) -> TransportHandle {
         let unfinished = unfinished.into();
         let session = Session { style, contexts: Box::default(), unfinished, max_payload: MOST_PAYLOAD, stall };
-        let (export, notices) = (self.export.clone(), self.notices.clone());
-        self.engine.serve_nbd(NbdSession { export, fd, session, notices, token: 1 }).unwrap()
+        let recipient = Recipient { notices: self.notices.clone(), token: 1 };
+        nbd::serve(&self.engine, &self.export, fd, session, recipient).unwrap()
     }
 
-    /// A client of this host's.
-    pub fn connect(&self, style: Style) -> (Client, ConnectionHandle) {
+    /// A client of this host.
+    pub fn connect(&self, style: Style) -> (Client, TransportHandle) {
         let (socket, served) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(PATIENT)).unwrap();
         socket.set_write_timeout(Some(PATIENT)).unwrap();
         (Client { socket, style, told: 0 }, self.serve(style, served.into(), Vec::new(), PATIENT))
     }
 
-    /// What became of the next connection that ends.
+    /// The outcome of the next connection that ends.
     pub fn next_end(&self) -> Outcome {
         let fd = self.notices.fd();
-        let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-        let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
-        assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1, "nobody says what came of it");
-        let mut all = self.notices.take();
-        assert_eq!(all.len(), 1, "one connection ends once");
-        all.remove(0).outcome
+        loop {
+            let mut polled = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            let patience = rustix::event::Timespec { tv_sec: PATIENT.as_secs() as i64, tv_nsec: 0 };
+            assert_eq!(rustix::event::poll(&mut polled, Some(&patience)).unwrap(), 1, "no notice of its end");
+            let mut all = self.notices.take();
+            all.retain(|notice| !matches!(notice.outcome, Outcome::Users(_)));
+            if let Some(end) = all.pop() {
+                assert!(all.is_empty(), "one connection ends once");
+                return end.outcome;
+            }
+        }
     }
 
-    /// What became of the only connection there is.
+    /// The outcome of the only connection.
     pub fn end(&self) -> Outcome {
         let outcome = self.next_end();
-        assert_eq!(self.export.connections.load(Ordering::Relaxed), 0);
+        assert!(self.export.transports().is_empty());
         outcome
     }
 
     pub fn detached(&self) -> (OwnedFd, Unfinished) {
         match self.end() {
-            Outcome::Detached { fd, unfinished } => {
+            Outcome::Detached(left) => {
                 for stats in [self.device.stats(), &self.export.stats] {
                     assert_eq!(stats.totals().in_flight, 0, "nothing is left behind");
                 }
-                (fd, unfinished)
+                unfinished(left)
             }
             Outcome::Closed { reason } => panic!("closed: {reason}"),
-            Outcome::Io { .. } => panic!("no I/O was submitted"),
+            Outcome::Io { .. } | Outcome::Users(_) => panic!("no I/O was submitted"),
         }
     }
 
@@ -102,7 +108,7 @@ impl Host {
         }
     }
 
-    /// Waits until `count` requests are inside.
+    /// Waits until the engine has `count` requests in flight.
     pub fn until_in_flight(&self, count: u64) {
         while self.device.stats().totals().in_flight != count {
             std::thread::yield_now();
@@ -110,10 +116,16 @@ impl Host {
     }
 }
 
+/// The unfinished state of a detached connection.
+pub fn unfinished(left: Box<dyn Any + Send>) -> (OwnedFd, Unfinished) {
+    let Detached { fd, unfinished } = *left.downcast().unwrap();
+    (fd, unfinished)
+}
+
 pub struct Client {
     pub socket: UnixStream,
     pub style: Style,
-    /// The offset that the last reply named; only extended ones do.
+    /// The offset in the last reply; only extended replies have one.
     pub told: u64,
 }
 
@@ -130,7 +142,7 @@ impl Client {
         bytes
     }
 
-    /// The next reply, which `length` tells the read of this cookie to: (error, cookie, data).
+    /// The next reply: (error, cookie, data). length: returns the length of the read with a cookie.
     pub fn reply(&mut self, length: impl Fn(u64) -> usize) -> (u32, u64, Vec<u8>) {
         let u16_at = |bytes: &[u8], at: usize| u16::from_be_bytes(bytes[at..at + 2].try_into().unwrap());
         let u32_at = |bytes: &[u8], at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
@@ -169,7 +181,7 @@ impl Client {
         }
     }
 
-    /// The server hangs up, and says nothing more before.
+    /// Checks that the server closes the connection without another reply.
     pub fn hung_up(&mut self) {
         assert_eq!(self.socket.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
@@ -179,7 +191,7 @@ impl Client {
     }
 }
 
-/// That hosts served so many requests together. (What a turn served is counted after it was answered.)
+/// Waits until the hosts together have served this many requests. (A request is counted after its reply.)
 pub fn served<'a>(hosts: impl IntoIterator<Item = &'a Host> + Clone, count: u64) {
     let sum = || -> u64 {
         let all = hosts.clone().into_iter().map(|host| host.export.stats.totals());
@@ -193,7 +205,7 @@ pub fn served<'a>(hosts: impl IntoIterator<Item = &'a Host> + Clone, count: u64)
 
 pub fn memory_device(size: u64) -> Arc<Device> {
     let place = region(size);
-    place.write(0, slice(&mut vec![7; size as usize]));
+    place.write(0, vec![7; size as usize][..].into());
     device(mapping(vec![(size, memory(&place, 0))], vec![]))
 }
 

@@ -1,8 +1,11 @@
-//! What the tests of devices stand on: engines of every kind, places to map, and plain calls.
+//! Shared code of the tests: engines of every kind, storage for maps, and blocking calls.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
+pub mod fuse_kernel;
 pub mod hosts;
 
+use std::mem::ManuallyDrop;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,15 +14,21 @@ use std::time::{Duration, Instant};
 use blkloom_core::{
     Device, Direction, Engine, Flags, IoChoice, Kinds, Map, Mapping, Memory, Op, Owner, Request, Transfer, Waiter,
 };
+pub use blkloom_io::Errno;
 use blkloom_io::{File, Region, Slice};
 use blkloom_map::{Extent, Segment};
 
-pub const EIO: i32 = 5;
-pub const ESHUTDOWN: i32 = 108;
-pub const ETIMEDOUT: i32 = 110;
+pub const EIO: Errno = Errno::IO;
+pub const ESHUTDOWN: Errno = Errno::SHUTDOWN;
+pub const ETIMEDOUT: Errno = Errno::TIMEDOUT;
 pub const PATIENT: Duration = Duration::from_secs(60);
 
-/// Engines with threads, and with io_uring where this process may have one; without and with polling.
+/// Runs a test that returns false where this thread was too slow for its times; then again with longer times.
+pub fn with_longer_times(test: impl Fn(u32) -> bool) {
+    assert!([1, 10, 100].into_iter().any(test), "this machine is slow by seconds");
+}
+
+/// Engines with threads, and with io_uring if this process may use it; without and with polling.
 pub fn engines() -> Vec<(&'static str, Engine)> {
     let engine = |io, spin| Engine::new(2, io, Duration::from_micros(spin), 4);
     let mut all = vec![("threads", engine(IoChoice::Threads, 20).unwrap())];
@@ -42,7 +51,7 @@ pub fn memory(region: &Arc<Region>, offset: u64) -> Extent<Kinds> {
     Extent::Memory { region: region.clone(), offset }
 }
 
-/// A file without a name; direct where asked for and where its file system can.
+/// A file without a name; with direct I/O if requested and supported by its file system.
 pub fn file(size: u64, direct: bool) -> Arc<File> {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -61,6 +70,24 @@ pub fn file(size: u64, direct: bool) -> Arc<File> {
         }
     };
     Arc::new(File::new(fd.into(), true, direct, "test".into()).unwrap())
+}
+
+/// Breaks all rings of this process: replaces each ring's descriptor by another file.
+pub fn lose_all_rings() -> usize {
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let mut count = 0;
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let path = entry.unwrap().path();
+        if !std::fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("io_uring")) {
+            continue;
+        }
+        let number: RawFd = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        // SAFETY: nothing is closed here: the number stays open, and stays the ring's.
+        let mut ring = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
+        rustix::io::dup2(&null, &mut ring).unwrap();
+        count += 1;
+    }
+    count
 }
 
 /// A file on tmpfs.
@@ -82,40 +109,53 @@ pub fn mapping(parts: Vec<(u64, Extent<Kinds>)>, flush_owners: Vec<u32>) -> Arc<
         segments.push(Segment { start, end: start + len, owner, extent });
         start += len;
     }
-    Arc::new(Mapping::new(Map::new(segments, flush_owners).unwrap()))
+    Arc::new(Mapping::new(Map::new(segments, flush_owners).unwrap()).unwrap())
 }
 
 pub fn device(mapping: Arc<Mapping>) -> Arc<Device> {
     Device::new("test".into(), Some(mapping), PATIENT).unwrap()
 }
 
-pub fn slice(bytes: &mut [u8]) -> Slice {
-    // SAFETY: the tests keep the bytes until the call that uses the slice has returned.
+/// Memory for a request that an event loop executes.
+pub fn promised(bytes: &mut [u8]) -> Slice<'static> {
+    // SAFETY: the tests keep the bytes, and do not access them, until the end of the request was reported.
     unsafe { Slice::new(bytes.as_mut_ptr(), bytes.len()) }
 }
 
-pub fn read(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), i32> {
-    let memory = slice(into);
-    engine.transfer(device, Transfer { direction: Direction::Read, memory, offset }, false)
+pub fn read(engine: &Engine, device: &Arc<Device>, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    engine.transfer(device, Transfer { direction: Direction::Read(into.into()), offset }, false)
 }
 
-pub fn write(engine: &Engine, device: &Arc<Device>, offset: u64, from: &[u8], fua: bool) -> Result<(), i32> {
-    // SAFETY: the borrow outlives the call, and writes only read.
-    let memory = unsafe { Slice::new(from.as_ptr().cast_mut(), from.len()) };
-    engine.transfer(device, Transfer { direction: Direction::Write, memory, offset }, fua)
+pub fn write(engine: &Engine, device: &Arc<Device>, offset: u64, from: &[u8], fua: bool) -> Result<(), Errno> {
+    engine.transfer(device, Transfer { direction: Direction::Write(from.into()), offset }, fua)
 }
 
-/// A transfer that goes to a loop at once, so that nothing is done in place by this thread.
-pub fn later(engine: &Engine, device: &Arc<Device>, op: Op, offset: u64, memory: Memory, len: u64, fua: bool) -> i32 {
+/// A transfer that goes directly to an event loop: the calling thread executes nothing of it.
+pub fn by_queue(
+    engine: &Engine,
+    device: &Arc<Device>,
+    op: Op,
+    offset: u64,
+    memory: Memory,
+    len: u64,
+    fua: bool,
+) -> Result<(), Errno> {
     let waiter = Waiter::new(1);
     let owner = Owner::Waiter { waiter: waiter.clone(), index: 0 };
     let flags = Flags { fua, ..Flags::default() };
     let (device, started) = (device.clone(), Instant::now());
     engine.start(Request { device, op, offset, len, flags, memory, owner, started, context: None, done: 0 });
-    waiter.wait().0[0]
+    waiter.wait().0[0].map_or(Ok(()), Err)
 }
 
-pub fn command(engine: &Engine, device: &Arc<Device>, op: Op, offset: u64, len: u64, flags: Flags) -> Result<(), i32> {
+pub fn command(
+    engine: &Engine,
+    device: &Arc<Device>,
+    op: Op,
+    offset: u64,
+    len: u64,
+    flags: Flags,
+) -> Result<(), Errno> {
     engine.command(device, op, offset, len, flags)
 }
 

@@ -1,4 +1,4 @@
-"""Refused clients in the log: a line when it begins and one when it is over, however many there are."""
+"""Log messages about refused clients: one when refusing begins and one when it ends, for any number of clients."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import logging
 
 
 class Burst:
-    """Says once that clients are being refused, and once how many it were when that is over."""
+    """Logs once that clients are refused, and at the end how many."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._count = 0
 
     def refused(self, reason: str) -> None:
-        """One more, for `reason`."""
+        """Counts a refused client."""
         if not self._count:
             self._log.warning("clients are refused: %s", reason)
         self._count += 1
 
     def over(self) -> None:
-        """There is room again."""
+        """Ends the burst: clients are accepted again."""
         if self._count:
             self._log.warning("clients are taken again; %d were refused", self._count)
         self._count = 0

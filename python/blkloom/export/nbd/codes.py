@@ -14,31 +14,31 @@ OPTION_MAGIC: Final = 0x49484156454F5054
 """`IHAVEOPT`: newstyle, and the beginning of every option."""
 REPLY_MAGIC: Final = 0x0003E889045565A9
 STRING_LIMIT: Final = 4096
-"""Bytes of UTF-8 no string of the protocol may exceed (proto.md "Conventions")."""
+"""Most bytes of a string of the protocol, in UTF-8 (proto.md "Conventions")."""
 DEFAULT_PORT: Final = 10809
 """TCP port assigned by IANA."""
 BASE_ALLOCATION: Final = "base:allocation"
 """The metadata context that every export has."""
 DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
-"""What the names of all of QEMU's dirty bitmaps begin with, and the query for all of them."""
+"""The prefix of the names of all QEMU dirty bitmaps, which is also the query for all of them."""
 
 
 class HandshakeFlag(IntFlag):
-    """What the server's greeting offers (16 bits)."""
+    """Handshake flags of the server's greeting (16 bits)."""
 
     FIXED_NEWSTYLE = 1 << 0
     NO_ZEROES = 1 << 1
 
 
 class ClientFlag(IntFlag):
-    """What the client took of it (32 bits)."""
+    """Handshake flags of the client's answer (32 bits)."""
 
     FIXED_NEWSTYLE = 1 << 0
     NO_ZEROES = 1 << 1
 
 
 class TransmissionFlag(IntFlag):
-    """What an export can do (16 bits)."""
+    """Transmission flags of an export (16 bits)."""
 
     HAS_FLAGS = 1 << 0
     READ_ONLY = 1 << 1
@@ -56,7 +56,7 @@ class TransmissionFlag(IntFlag):
 
 
 class Option(IntEnum):
-    """What a client may ask for while haggling."""
+    """Options of a client."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -72,7 +72,7 @@ class Option(IntEnum):
 
 
 class Reply(IntEnum):
-    """What a server answers; errors have bit 31 set and carry a message for a person."""
+    """Option replies of a server; errors have bit 31 set and carry a message for the user."""
 
     ACK = 1
     SERVER = 2
@@ -96,7 +96,7 @@ class Reply(IntEnum):
 
 
 class Info(IntEnum):
-    """What INFO and GO can tell about an export."""
+    """Information types of INFO and GO."""
 
     EXPORT = 0
     NAME = 1
@@ -105,7 +105,7 @@ class Info(IntEnum):
 
 
 def option_name(option: int) -> str:
-    """`NBD_OPT_GO`, or the number of an option nobody knows; for messages and logs."""
+    """`NBD_OPT_GO`, or the number of an unknown option; for messages and logs."""
     try:
         return f"NBD_OPT_{Option(option).name}"
     except ValueError:

@@ -1,4 +1,4 @@
-"""What happens in a handshake, one class an event; `Handshake.next_event` returns them in order.
+"""The events of a handshake, one class each; `Handshake.next_event` returns them in order.
 
 Events that carry `data` ask the caller to send those bytes before it asks for the next event.
 """
@@ -12,19 +12,19 @@ from blkloom.export.nbd.offer import Offer
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """The server opens: send `data`."""
+    """The greeting of the server: send `data`."""
 
     data: bytes
 
 
 class ClientGreeted(msgspec.Struct, frozen=True):
-    """The client's flags are in."""
+    """The flags of the client have arrived."""
 
     flags: ClientFlag
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """An option was answered; haggling goes on. `data` holds every reply, `reply` is the final one."""
+    """An option was answered; the handshake continues. `data` holds every reply, `reply` is the final one."""
 
     option: int
     reply: Reply
@@ -36,8 +36,8 @@ class Transmission(msgspec.Struct, frozen=True):
     """The handshake succeeded: send `data`, then transmission begins.
 
     structured, extended: which replies were agreed (extended implies structured).
-    contexts: (id, name) of the metadata contexts selected for this very export.
-    initial: bytes of the transmission phase that had already arrived.
+    contexts: (id, name) of the metadata contexts selected for this export.
+    initial: bytes of the transmission phase that have already arrived.
     """
 
     offer: Offer
@@ -49,7 +49,7 @@ class Transmission(msgspec.Struct, frozen=True):
 
 
 class Aborted(msgspec.Struct, frozen=True):
-    """The client said NBD_OPT_ABORT: send `data` (it may be gone already) and close."""
+    """The client has sent NBD_OPT_ABORT: send `data` (the client may have closed already) and close."""
 
     data: bytes
 
@@ -61,7 +61,7 @@ class Dropped(msgspec.Struct, frozen=True):
 
 
 class Disconnected(msgspec.Struct, frozen=True):
-    """The client closed its side. midway: in the middle of a message."""
+    """The client has closed its side. midway: in the middle of a message."""
 
     midway: bool
 

@@ -1,15 +1,15 @@
 """The server's side of NBD's fixed newstyle handshake, with no I/O in it.
 
-Bytes go in by `receive_data`, events come out of `next_event`, one at a time, so that a client that
-sends many options at once is answered one by one and replies never pile up. One thread at a time.
+The caller passes bytes to `receive_data` and gets events from `next_event`, one at a time, so that a client
+that sends many options at once is answered one by one and replies do not accumulate. One thread at a time.
 
-Promises: how a stream is cut into pieces does not change the events; arbitrary bytes raise
+Guarantees: how a stream is cut into pieces does not change the events; arbitrary bytes raise
 `ProtocolError` or nothing; once `next_event` returned None, less than OPTION_HEADER + OPTION_LIMIT
 bytes are held (data of unknown, oversized or dataless options is dropped as it arrives).
 
-Choices the specification leaves open: no TLS (STARTTLS is ERR_UNSUP); options are honoured from
+Choices the specification leaves open: no TLS (STARTTLS is ERR_UNSUP); options are accepted from
 clients that did not set FIXED_NEWSTYLE; repeating STRUCTURED_REPLY or EXTENDED_HEADERS is
-acknowledged, because a client that took an error for "off" would misread every reply.
+acknowledged, because a client that understands an error as "off" would misread every reply.
 Source: proto.md "Handshake", "Option types"; extension-ext-header for EXTENDED_HEADERS.
 """
 
@@ -55,13 +55,15 @@ OPTION_HEADER: Final = 16
 OPTION_LIMIT: Final = 72 * 1024
 """Bytes of option data read; more is skipped and answered with ERR_TOO_BIG."""
 SKIP_LIMIT: Final = 32 * 1024 * 1024
-"""Bytes of option data skipped; whoever announces more is hung up on."""
+"""Most bytes of option data that are skipped; a client that announces more is disconnected."""
 OPTION_COUNT: Final = 4096
-"""Options one handshake may take before it counts as denial of service."""
+"""Most options of one handshake, besides `OPTIONS_AN_EXPORT`; more count as denial of service."""
+OPTIONS_AN_EXPORT: Final = 8
+"""Further options for each export: a client that lists exports asks several times about each."""
 CONTEXT_COUNT: Final = 64
-"""Metadata contexts one connection may select."""
+"""Most metadata contexts of one connection."""
 CONTEXT_BYTES: Final = 16 * 1024
-"""Bytes of names that these may have together: they move with the connection."""
+"""Most bytes of their names together: the names are handed over with the connection."""
 
 _WITH_DATA: Final = frozenset(
     {Option.EXPORT_NAME, Option.INFO, Option.GO, Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT}
@@ -70,7 +72,9 @@ _WITHOUT_DATA: Final = frozenset({Option.LIST, Option.STARTTLS, Option.STRUCTURE
 
 
 class Handshake:
-    """One connection's handshake over `catalogue`. Send what events carry as `data` before the next call."""
+    """The handshake of one connection, for the exports of `catalogue`. Send the `data` of an event before the next
+    call.
+    """
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
@@ -90,29 +94,29 @@ class Handshake:
 
     @property
     def state(self) -> State:
-        """Where the handshake stands."""
+        """The state of the handshake."""
         return self._state
 
     @property
     def buffered(self) -> int:
-        """Bytes held."""
+        """Number of buffered bytes."""
         return len(self._buffer)
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes from the client; b"" says it closed its side. Raises ProtocolError once over."""
+        """Adds bytes from the client; b"": it has closed its side. Raises ProtocolError after the end."""
         if self._state in {State.TRANSMISSION, State.CLOSED}:
             raise ProtocolError("data for a handshake that is over")
         self._ended |= not data
         self._buffer += data
 
     def refuse(self, kind: Reply, reason: str) -> None:
-        """From now on answer every option but ABORT with this error (ERR_SHUTDOWN, ERR_POLICY)."""
+        """Answers every later option except ABORT with this error (ERR_SHUTDOWN, ERR_POLICY)."""
         self._refusal = (kind, reason)
 
     def next_event(self) -> Event | None:
-        """The next event; None when more data is needed or the handshake is over.
+        """The next event; None if more data is needed or the handshake is over.
 
-        Raises ProtocolError when the client broke the protocol; the connection must be closed.
+        Raises ProtocolError if the client has broken the protocol; the connection must then be closed.
         """
         try:
             event = self._parse()
@@ -152,7 +156,7 @@ class Handshake:
         return ClientGreeted(self._flags)
 
     def _option(self) -> Event | None:
-        """Header, then the data; data nobody will read is dropped as it comes."""
+        """Collects the header, then the data. Data that is not needed is dropped as it arrives."""
         if self._header is None and not self._option_header():
             return None
         assert self._header is not None
@@ -173,8 +177,9 @@ class Handshake:
             return False
         option, length = struct.unpack(">8xII", self._take(OPTION_HEADER))
         self._options += 1
-        if self._options > OPTION_COUNT:
-            raise ProtocolError(f"more than {OPTION_COUNT} options in one handshake")
+        most = OPTION_COUNT + OPTIONS_AN_EXPORT * len(self._catalogue)
+        if self._options > most:
+            raise ProtocolError(f"more than {most} options in one handshake")
         if length > SKIP_LIMIT:
             raise ProtocolError(f"{option_name(option)} announces {length} bytes of data")
         if option == Option.EXPORT_NAME and length > STRING_LIMIT:
@@ -307,4 +312,4 @@ def _error(option: int, kind: Reply, message: str) -> Answered:
 
 
 def _unknown(name: str) -> str:
-    return f"there is no export {name[:64]!r}{'...' if len(name) > 64 else ''}; NBD_OPT_LIST names those there are"
+    return f"there is no export '{name[:64]}'{'...' if len(name) > 64 else ''}; NBD_OPT_LIST names those there are"

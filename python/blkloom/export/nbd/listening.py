@@ -1,11 +1,10 @@
-"""Sockets that listen: Unix, TCP and adopted ones, and the URI clients reach each by.
+"""Listening sockets (Unix, TCP, and adopted ones), and their URIs.
 
-A Unix socket's file is 0600 from the first moment (the mode is set on the socket before it is bound,
-which is how Linux decides the file's), replaces a stale one only when nobody listens there, and is
-removed on close only while it is still the one made here. Not safe against two servers starting on
-one path within the microseconds between bind and listen. TCP addresses that other hosts reach must be
-confirmed (`allow_remote`), because NBD has no authentication; sockets that others made are adopted as
-they are. What may fail raises ListenError.
+The file of a Unix socket has the mode 0600 from the start (Linux takes it from the socket, whose mode is set before it
+is bound). It replaces a stale file only if no process listens there, and is removed on close only if it is still the
+same file. Not safe against two servers that start on one path within the microseconds between bind and listen. TCP
+addresses that other hosts can reach must be confirmed (`allow_remote`), because NBD has no authentication; sockets of
+other programs are adopted without a check. Errors are ListenError.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import msgspec
 
 from blkloom.errors import ListenError, UsageError
 from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
-from blkloom.peer import peer_of
+from blkloom.peer_credentials import peer_credentials
 
 BACKLOG: Final = 1024
-"""Connections the kernel holds until they are accepted (it caps this at net.core.somaxconn)."""
+"""Most connections that wait in the kernel to be accepted (limited by net.core.somaxconn)."""
 _PATH_LIMIT: Final = 107
 
 
@@ -50,7 +49,7 @@ class Listener(msgspec.Struct):
         return tcp_uri(reachable_host(address[0]), address[1], name)
 
     def close(self) -> None:
-        """Stop listening; remove the socket file if it is still ours."""
+        """Stops listening; removes the socket file if it is still the same one."""
         if self.socket.fileno() < 0:
             return
         path = self.socket.getsockname() if self.owned else None
@@ -63,7 +62,7 @@ class Listener(msgspec.Struct):
 
 
 def listen_unix(path: str | os.PathLike[str]) -> Listener:
-    """Listen on a Unix socket at `path`, made absolute, for this user only (mode 0600)."""
+    """Listens on a Unix socket at `path`, which is made absolute, for this user only (mode 0600)."""
     absolute = os.path.abspath(os.fspath(path))
     check_path(absolute)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -90,7 +89,7 @@ def listen_unix(path: str | os.PathLike[str]) -> Listener:
 
 
 def check_path(path: str) -> None:
-    """Raises ListenError where `path` is too long for a Unix socket (unix(7))."""
+    """Raises ListenError if `path` is too long for a Unix socket (unix(7))."""
     if len(os.fsencode(path)) > _PATH_LIMIT:
         raise ListenError(
             f"{path}: too long for a Unix socket",
@@ -100,9 +99,9 @@ def check_path(path: str) -> None:
 
 
 async def listen_tcp(host: str, port: int, *, allow_remote: bool = False) -> list[Listener]:
-    """Listen on every address `host` resolves to ("" for all). port 0: one free port for all of them.
+    """Listens on every address that `host` resolves to ("" for all). port 0: one free port for all of them.
 
-    allow_remote: also on addresses that other hosts reach; without it they are a UsageError.
+    allow_remote: also on addresses that other hosts can reach; without it, those raise UsageError.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -110,7 +109,7 @@ async def listen_tcp(host: str, port: int, *, allow_remote: bool = False) -> lis
     except (OSError, ValueError) as error:  # ValueError: what cannot be a name, as one with 64 bytes between its dots
         why = error.strerror if isinstance(error, OSError) else error
         raise ListenError(
-            f"{host!r} is no address of this machine: {why}", cure="give a host name or an IP address"
+            f"'{host}' is no address of this machine: {why}", cure="give a host name or an IP address"
         ) from error
     if not allow_remote:
         _check_loopback(host, [str(address[0]) for *_, address in found])
@@ -130,6 +129,19 @@ async def listen_tcp(host: str, port: int, *, allow_remote: bool = False) -> lis
     return listeners
 
 
+def is_listening(path: str | os.PathLike[str]) -> bool:
+    """Whether a server listens on the Unix socket `path`."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except BlockingIOError:
+            return True  # it listens, and is busy
+        except OSError:
+            return False
+        return True
+
+
 def _check_loopback(host: str, addresses: Iterable[str]) -> None:
     for address in addresses:
         number = ipaddress.ip_address(address)
@@ -137,23 +149,25 @@ def _check_loopback(host: str, addresses: Iterable[str]) -> None:
         if not (mapped or number).is_loopback:
             named = address if host in ("", address) else f"{host} ({address})"
             raise UsageError(
-                f"other hosts reach {named}, and whoever reaches a port of NBD may use the device",
+                f"other hosts can reach {named}, and NBD has no authentication: every client may use the device",
                 cure="listen on localhost, or confirm it with --allow-remote",
             )
 
 
 def adopt(listening: socket.socket) -> Listener:
-    """A listening stream socket somebody else made (socket activation); its file stays theirs."""
+    """A listening stream socket of another program (socket activation), which still owns the socket's file."""
     if listening.family not in {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}:
-        raise ListenError(f"cannot serve NBD on a socket of family {listening.family!r}")
+        raise ListenError(
+            f"cannot serve NBD on a socket of family {listening.family.name}; AF_UNIX, AF_INET and AF_INET6 can be"
+        )
     listening.setblocking(False)
     return Listener(listening)
 
 
 def peer_name(connected: socket.socket) -> str:
-    """Who is at the other end, for logs: `192.0.2.1:40000`, or `unix pid 12 uid 1000`."""
+    """The peer of a connection, for logs: `192.0.2.1:40000`, or `unix pid 12 uid 1000`."""
     if connected.family == socket.AF_UNIX:
-        peer = peer_of(connected)
+        peer = peer_credentials(connected)
         return f"unix pid {peer.pid} uid {peer.uid}"
     host, port = connected.getpeername()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -174,12 +188,12 @@ def _bind_tcp(family: int, address: tuple[object, ...]) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket file at `path` if nobody listens on it; ListenError if somebody does."""
+    """Removes the socket file at `path` if no process listens on it; otherwise raises ListenError."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise ListenError(
             f"{path}: exists and is not a socket", cure="remove it, or choose another path", errno=errno.EEXIST
         )
-    _check_nobody_listens(path, path)
+    _check_no_listener(path, path)
     # Another server may have replaced the file since: take it aside, look again, put it back if alive.
     aside = f"{path}.{os.getpid()}"
     if len(os.fsencode(aside)) > _PATH_LIMIT:
@@ -187,17 +201,17 @@ def _remove_stale(path: str) -> None:
         return
     os.rename(path, aside)
     try:
-        _check_nobody_listens(aside, path)
+        _check_no_listener(aside, path)
     except ListenError:
         os.rename(aside, path)
         raise
     os.unlink(aside)
 
 
-def _check_nobody_listens(path: str, shown: str) -> None:
+def _check_no_listener(path: str, shown: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         outcome = probe.connect_ex(path)
-    if outcome in {0, errno.EAGAIN}:  # EAGAIN: somebody listens, with a full backlog
+    if outcome in {0, errno.EAGAIN}:  # EAGAIN: a process listens, with a full backlog
         raise ListenError(
             f"{shown}: another server listens there", cure="stop it, or choose another path", errno=errno.EADDRINUSE
         )

@@ -1,6 +1,6 @@
-"""A handshake driven over a connected socket: the only place where its bytes meet I/O.
+"""The I/O of a handshake, over a connected socket.
 
-Plain non-blocking sockets, no transports: a transport would read ahead and keep what belongs to the
+Uses non-blocking sockets and no asyncio transports: a transport would read ahead, also bytes of the
 transmission phase. Runs on the event loop; raises ProtocolError and OSError.
 """
 
@@ -23,13 +23,13 @@ from blkloom.export.nbd.events import (
 from blkloom.export.nbd.handshake import Handshake
 
 RECEIVE_SIZE: Final = 16 * 1024
-"""Bytes read at once; also the most that can be left over for the transmission phase."""
+"""Bytes read at once; also the most bytes of the transmission phase that can be read too early."""
 
 Outcome = Transmission | Aborted | Dropped | Disconnected
 
 
 async def negotiate(connected: socket.socket, handshake: Handshake) -> Outcome:
-    """Run the handshake to its end; every reply it asked for has been sent. The socket stays open."""
+    """Runs the handshake to its end, and sends all its replies. The socket stays open."""
     loop = asyncio.get_running_loop()
     while True:
         match handshake.next_event():

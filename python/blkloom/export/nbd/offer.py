@@ -1,4 +1,4 @@
-"""What a server offers: exports as the handshake sees them, and how a name finds one.
+"""The exports that a server offers in the handshake, and their lookup by name.
 
 Pure data. A `Catalogue` is immutable; its entries are asked for an `Offer` each time, because a
 device's size may change while the server runs. Source: proto.md "Size constraints",
@@ -27,8 +27,8 @@ _MAXIMUM: Final = 32 << 20
 class BlockSizes(msgspec.Struct, frozen=True):
     """Size constraints of an export, in bytes. The defaults are the protocol's own.
 
-    minimum: what offsets and lengths are multiples of (a power of two up to 65536). preferred:
-    what is efficient (a power of two, at least 512 and the minimum). maximum: the largest payload
+    minimum: offsets and lengths are multiples of it (a power of two up to 65536). preferred:
+    the efficient size (a power of two, at least 512 and the minimum). maximum: the largest payload
     (at least preferred). Raises UsageError otherwise.
     """
 
@@ -53,12 +53,12 @@ class BlockSizes(msgspec.Struct, frozen=True):
 
     @classmethod
     def fitting(cls, size: int, logical: int, optimal: int) -> Self:
-        """Those of a device of `size` bytes that is best used in blocks of `logical` and `optimal` bytes.
+        """The sizes for a device of `size` bytes with blocks of `logical` bytes and efficient I/O of `optimal` bytes.
 
-        Nothing is enforced: the engine serves requests of any alignment, clients that never ask for these
-        sizes live by the protocol's default of 1, and devices that want no more than sectors say that. A
-        larger block is told because a client that knows it sends nothing that would be read, changed and
-        written back. The size is a multiple of the minimum, or clients could not reach its end (qemu
+        Nothing is enforced: the engine serves requests of any alignment, clients that do not ask for these
+        sizes use the protocol's default of 1, and for devices that need only sectors the same is offered. A
+        larger block is offered so that clients send no request for which a block must be read, changed and
+        written back. The size is a multiple of the minimum; otherwise clients could not reach the end (qemu
         refuses such an export).
         """
         minimum = min(logical, size & -size) if size else logical
@@ -67,10 +67,10 @@ class BlockSizes(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """One export: its canonical name (may be ""), size in bytes, and what it can do.
+    """One export: its canonical name (may be ""), its size in bytes, its properties.
 
-    multi_conn: a flush on one connection covers writes completed on the others. contexts: metadata contexts it
-    has besides base:allocation, all of them `negotiable`. Raises UsageError for a name or description that is
+    multi_conn: a flush on one connection covers writes completed on the others. contexts: metadata contexts
+    besides base:allocation, all of them `negotiable`. Raises UsageError for a name or description that is
     no NBD string, or an impossible size.
     """
 
@@ -86,7 +86,7 @@ class Offer(msgspec.Struct, frozen=True):
         check_string("export name", self.name)
         check_string("description", self.description)
         if not 0 <= self.size < DEVICE_LIMIT:
-            raise UsageError(f"export {self.name!r} has an impossible size of {self.size} bytes")
+            raise UsageError(f"export '{self.name}' has an impossible size of {self.size} bytes")
 
     def flags(self, *, structured: bool) -> TransmissionFlag:
         """The transmission flags. structured: structured replies or extended headers are in use."""
@@ -121,7 +121,7 @@ class Catalogue:
         return len(self._offers)
 
     def find(self, name: str) -> Offer | None:
-        """The offer a client means by `name`; None when there is none."""
+        """The offer of the export `name`; None if there is none."""
         if name == "" and "" not in self._offers:
             return next(iter(self), None)
         found = self._offers.get(name)
@@ -129,20 +129,20 @@ class Catalogue:
 
 
 def check_string(what: str, text: str) -> None:
-    """`text` must be a string of the protocol: UTF-8, no NUL, up to 4096 bytes. Raises UsageError."""
+    """Raises UsageError if `text` is not a string of the protocol: UTF-8, no NUL, up to 4096 bytes."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise UsageError(f"{what} {text!r} is not valid Unicode") from error
+        raise UsageError(f"{what} '{text}' is not valid Unicode") from error
     if "\0" in text:
-        raise UsageError(f"{what} {text!r} contains a NUL character")
+        raise UsageError(f"{what} '{text}' contains a NUL character")
     if size > STRING_LIMIT:
         raise UsageError(f"{what} takes {size} bytes", cure=f"use at most {STRING_LIMIT}")
 
 
 def negotiable(names: Iterable[str]) -> tuple[str, ...]:
-    """Those metadata contexts that can be offered: `namespace:leaf` outside of `base:`, strings of the protocol, each
-    once, and CONTEXT_OFFERS at most.
+    """Selects the metadata contexts that can be offered: `namespace:leaf` outside of `base:`, strings of the protocol,
+    each once, at most CONTEXT_OFFERS.
     """
     found: dict[str, None] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The data of options, parsed. Every length is hostile until checked; `MalformedOptionError` says what is wrong.
+"""Parses the data of options. No length is trusted before it is checked; `MalformedOptionError` says what is wrong.
 
 Pure functions of bytes. Source: proto.md "Option types".
 """
@@ -13,18 +13,18 @@ from blkloom.export.nbd.codes import DIRTY_BITMAP, STRING_LIMIT
 
 
 class MalformedOptionError(ValueError):
-    """The option's data is syntactically or semantically invalid; the message is fit for the client."""
+    """The option's data is syntactically or semantically invalid; the message may be sent to the client."""
 
 
 class ExportRequest(msgspec.Struct, frozen=True):
-    """INFO and GO: the export's name and the kinds of information asked for (unknown ones too)."""
+    """INFO and GO: name of the export, and the requested kinds of information, with unknown ones."""
 
     name: str
     infos: frozenset[int]
 
 
 class ContextRequest(msgspec.Struct, frozen=True):
-    """LIST_META_CONTEXT and SET_META_CONTEXT: the export's name and the queries as sent."""
+    """LIST_META_CONTEXT and SET_META_CONTEXT: name of the export, and the queries as sent."""
 
     name: str
     queries: tuple[str, ...]
@@ -63,16 +63,16 @@ def parse_context_request(data: bytes) -> ContextRequest:
 
 
 def find_contexts(queries: Iterable[str], names: Sequence[str], *, wildcards: bool) -> list[str]:
-    """Those of the metadata contexts `names` that a query finds, in their order, each once.
+    """Finds the metadata contexts among `names` that match a query, in their order, each once.
 
-    wildcards: a namespace and its colon stand for all of it, and `qemu:dirty-bitmap:` for all bitmaps (when
+    wildcards: a namespace with its colon matches all its contexts, and `qemu:dirty-bitmap:` for all bitmaps (when
     listing). Unknown namespaces and unknown leaf names are ignored; a query without a colon is a
     MalformedOptionError. Source: proto.md "Metadata querying", QEMU docs/interop/nbd.rst.
     """
     asked = set(queries)  # a client may send thousands: each name is looked up, not each query
     for query in asked:
         if ":" not in query:
-            raise MalformedOptionError(f"query {query[:64]!r} has no namespace; write namespace:leaf")
+            raise MalformedOptionError(f"query '{query[:64]}' has no namespace; write namespace:leaf")
     if not wildcards:
         return [name for name in names if name in asked]
     bitmaps = DIRTY_BITMAP in asked

@@ -1,4 +1,4 @@
-"""What the server says in a handshake, as bytes. Pure functions; source: proto.md "Option reply types"."""
+"""Encodes the replies of the server in a handshake. Pure functions; source: proto.md "Option reply types"."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from blkloom.export.nbd.offer import Offer
 
 
 def greeting() -> bytes:
-    """The first 18 bytes: fixed newstyle, and willing to leave out the zeroes."""
+    """The first 18 bytes: fixed newstyle, without the zeroes if the client agrees."""
     return struct.pack(">QQH", NBD_MAGIC, OPTION_MAGIC, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 
 
 def reply(option: int, kind: Reply, data: bytes = b"") -> bytes:
-    """One reply to `option`, which is echoed as the client sent it."""
+    """One reply to `option`, with the number as the client has sent it."""
     return struct.pack(">QIII", REPLY_MAGIC, option, kind, len(data)) + data
 
 
 def error(option: int, kind: Reply, message: str) -> bytes:
-    """An error reply; the message is cut to what the protocol allows a string."""
+    """An error reply; the message is cut to the longest string of the protocol."""
     text = message.replace("\0", "").encode(errors="replace")[:STRING_LIMIT].decode(errors="ignore")
     return reply(option, kind, text.encode())
 
 
 def server(option: int, offer: Offer) -> bytes:
-    """One line of LIST: the name, and the description behind it."""
+    """One line of LIST: the name, followed by the description."""
     name = offer.name.encode()
     return reply(option, Reply.SERVER, struct.pack(">I", len(name)) + name + offer.description.encode())
 

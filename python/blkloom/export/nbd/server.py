@@ -1,12 +1,8 @@
-"""The NBD server: listening sockets on asyncio, exports by name, bounds, and a clean stop.
+"""The NBD server: exports by name, the sessions of clients within limits, hand-over and a clean stop.
 
-Python's part ends with the handshake; each agreed connection is handed to the engine. Everything here
-runs on one event loop and none of it is on the way of the data. Promises:
-
-- accepting never awaits, so no client is lost between accept and its session;
-- never more than `connections` clients plus `refusals` being told no; over that, closed at once;
-- no descriptor left for accept means waiting for one (or a second), never spinning;
-- what a client does ends at most its own connection.
+Python's part ends with the handshake: then the connection is handed to the engine. Runs on one event loop, and never
+touches data. At most `connections` clients are served, `refusals` more are told that they are refused, and others are
+closed at once. Nothing that a client does can end more than its own connection.
 """
 
 from __future__ import annotations
@@ -27,50 +23,36 @@ import msgspec
 
 from blkloom import _engine, open_files
 from blkloom.errors import UsageError
+from blkloom.export.exporter import Unfinished
+from blkloom.export.nbd.accepting import Acceptor
 from blkloom.export.nbd.burst import Burst
 from blkloom.export.nbd.codes import Reply
 from blkloom.export.nbd.events import Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
 from blkloom.export.nbd.offer import Catalogue
-from blkloom.export.nbd.session import Moving, NbdExport, Session, Unfinished, closing_reason
+from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
 from blkloom.forked import OwnProcess
+from blkloom.printing import described
 
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-# accept(2): errors already pending on the new connection, "treat them like EAGAIN by retrying".
-_GONE: Final = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.EPROTO,
-        errno.EPERM,
-        errno.ENETDOWN,
-        errno.ENOPROTOOPT,
-        errno.EHOSTDOWN,
-        errno.ENONET,
-        errno.EHOSTUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ENETUNREACH,
-        errno.ETIMEDOUT,
-    }
-)
 _MOVE_GRACE: Final = 2.0
-"""Seconds a handshake has to end when the clients move to another server."""
+"""Seconds for a handshake to end before the clients are handed over to another server."""
 _CUT_GRACE: Final = 0.5
-"""Seconds of a stop that are left when clients that do not take their replies are cut."""
+"""Seconds before the end of a stop at which clients that do not read their replies are disconnected."""
 _NAMED: Final = 8
-"""Clients that a message names."""
+"""Most clients that a message names."""
 _STOP_GRACE: Final = 1.0
-"""Seconds a handshake may go on being told ERR_SHUTDOWN while the server stops."""
+"""Seconds for a handshake to end with ERR_SHUTDOWN when the server stops."""
 
 
 class ServerLimits(msgspec.Struct, frozen=True):
-    """Bounds of one server.
+    """Limits of one server.
 
-    connections: clients at a time, in handshake or transmission. refusals: further clients that are
-    told why at a time. handshake: seconds from accept to the choice of an export. refusal: the same
-    for a client that is refused. accept_retry: seconds before accept is tried again with no
-    descriptor free. stall: seconds the engine lets a client stop in the middle of a request. reserve:
-    descriptors that clients do not use up, or a quarter of all there may be.
+    connections: clients at the same time, in handshake or transmission. refusals: further clients that
+    get the reason why they are refused, at the same time. handshake: seconds from accept to the choice
+    of an export. refusal: the same for a client that is refused. accept_retry: seconds before accept is
+    tried again with no descriptor free. stall: seconds that a client may stop in the middle of a
+    request. reserve: descriptors that clients do not use up; at most a quarter of the limit.
     """
 
     connections: int = 1024
@@ -105,8 +87,9 @@ class NbdServer:
         self._exports: dict[str, NbdExport] = {}
         self._catalogue = Catalogue({})
         self._on_change = on_change or _nothing
-        self._listeners: list[Listener] = []
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._acceptor = Acceptor(
+            self._welcome, reserve=self._limits.reserve, retry=self._limits.accept_retry, log=self._log
+        )
         self._tokens = count(1)
         self._sessions: dict[int, Session] = {}
         self._refused: dict[int, Session] = {}
@@ -114,7 +97,6 @@ class NbdServer:
         self._notices: _engine.Notices | None = None
         self._ended = asyncio.Event()
         self._burst = Burst(self._log)
-        self._starved = False
         self._paused = False
         self._moved: list[Moving] = []
         self._stopping = False
@@ -125,22 +107,23 @@ class NbdServer:
     # exports
 
     def add_export(self, export: NbdExport) -> None:
-        """Offer one more export to clients that connect from now on. UsageError if the name is taken."""
+        """Offers one more export to clients that connect from now on. Raises UsageError if the name is taken."""
         if export.name in self._exports:
-            raise UsageError(f"two exports are called {export.name!r}", cure="give each its own name")
+            raise UsageError(f"two exports are called '{export.name}'", cure="give each its own name")
         self._publish({**self._exports, export.name: export})
 
     def remove_export(self, name: str) -> NbdExport:
-        """Offer it no more; clients already connected stay. UsageError if there is none of that name."""
+        """Stops offering an export; connected clients stay. Raises UsageError if there is no export of that name."""
         if name not in self._exports:
-            raise UsageError(f"there is no export {name!r}", cure=f"there are: {', '.join(map(repr, self._exports))}")
+            known = ", ".join(f"'{known}'" for known in self._exports)
+            raise UsageError(f"there is no export '{name}'", cure=f"there are: {known}")
         removed = self._exports[name]
         self._publish({key: export for key, export in self._exports.items() if key != name})
         return removed
 
     def rename_export(self, name: str, export: NbdExport) -> None:
-        """Offer `export` in place of the one called `name`; its clients are the new one's. UsageError
-        as of `add_export` and `remove_export`.
+        """Replaces the export `name` by `export`, which also gets its clients. Raises UsageError as `add_export` and
+        `remove_export` do.
         """
         former = self.remove_export(name)
         try:
@@ -159,21 +142,21 @@ class NbdServer:
     # listening
 
     async def listen_unix(self, path: str | os.PathLike[str]) -> Listener:
-        """Listen on a Unix socket (mode 0600). Raises ListenError."""
+        """Listens on a Unix socket (mode 0600). Raises ListenError."""
         return self._listen(listen_unix(path))
 
     async def listen_tcp(
         self, host: str = "localhost", port: int = 10809, *, allow_remote: bool = False
     ) -> list[Listener]:
-        """Listen on every address of `host` ("" for all, port 0 for a free one).
+        """Listens on every address of `host` ("" for all, port 0 for a free one).
 
-        allow_remote: `host` may be an address that other hosts reach. Raises ListenError, and UsageError for an
-        address that has not been allowed.
+        allow_remote: `host` may be an address that other hosts reach; without it, that raises UsageError. Raises
+        ListenError.
         """
         return [self._listen(listener) for listener in await listen_tcp(host, port, allow_remote=allow_remote)]
 
     def adopt(self, listening: socket.socket) -> Listener:
-        """Accept from a socket that already listens, and own it. Raises ListenError."""
+        """Accepts from a socket that already listens, and owns it. Raises ListenError."""
         return self._listen(adopt(listening))
 
     def _listen(self, listener: Listener) -> Listener:
@@ -181,16 +164,8 @@ class NbdServer:
         if self._stopping:
             listener.close()
             raise UsageError("this server has been stopped", cure="make a new one")
-        self._listeners.append(listener)
-        if not self._paused:
-            self._watch(listener)
+        self._acceptor.add(listener)
         return listener
-
-    def _watch(self, listener: Listener) -> None:
-        asyncio.get_running_loop().add_reader(listener.socket.fileno(), self._accept, listener)
-
-    def _ignore(self, listener: Listener) -> None:
-        asyncio.get_running_loop().remove_reader(listener.socket.fileno())
 
     def _started_notices(self) -> _engine.Notices:
         if self._notices is None:
@@ -200,72 +175,40 @@ class NbdServer:
 
     @property
     def listeners(self) -> list[Listener]:
-        """What it listens on."""
-        return list(self._listeners)
+        """The listening sockets."""
+        return list(self._acceptor)
 
     def uris(self, name: str | None = None) -> list[str]:
-        """One URI a listening socket for the export `name` (None: the default export)."""
+        """A URI of the export `name` (None: the default export) for each listening socket."""
         if name is None:
             name = next(iter(self._exports), "")
-        return [listener.uri(name) for listener in self._listeners]
+        return [listener.uri(name) for listener in self._acceptor]
 
     # clients
 
     @property
     def connections(self) -> int:
-        """Clients now, in handshake or transmission."""
+        """Number of clients in handshake or transmission."""
         return len(self._sessions)
 
     @property
     def serving(self) -> int:
-        """Clients in transmission now."""
+        """Number of clients in transmission."""
         return sum(session.connection is not None for session in self._sessions.values())
 
     @property
     def served(self) -> int:
-        """Clients that have reached transmission since the start."""
+        """Number of clients that have reached transmission since the start."""
         return self._served
 
     async def wait_for_last_client(self) -> None:
-        """Return once a client has been served and none is connected any more (for `--once`)."""
+        """Returns when a client has been served and none is connected any more (for `--once`)."""
         while not self._served or self._sessions:
             await self._next_end()
 
     async def _next_end(self) -> None:
         self._ended.clear()
         await self._ended.wait()
-
-    def _accept(self, listener: Listener) -> None:
-        """One client; the event loop calls again while others wait, after it has served them all once."""
-        try:
-            if open_files.are_scarce(self._limits.reserve):
-                raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}; {open_files.advice()}")
-            connected, _ = listener.socket.accept()
-        except (BlockingIOError, InterruptedError):
-            return  # another process on the same socket was faster
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self._ignore(listener)
-                task = asyncio.create_task(self._wait_for_descriptors(listener, error))
-                self._waiting.add(task)
-                task.add_done_callback(self._waiting.discard)
-            elif error.errno not in _GONE:
-                self._log.critical("%s: accepts no more clients: %s", listener, error)
-                self._ignore(listener)
-            return
-        self._starved = False
-        self._welcome(connected)
-
-    async def _wait_for_descriptors(self, listener: Listener, error: OSError) -> None:
-        if not self._starved:
-            self._starved = True
-            self._log.error("%s: clients wait, nothing is left to accept them with: %s", listener, error)
-        # Somebody else may close a descriptor unseen: looks again after a while in any case.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.accept_retry):
-                await self._next_end()
-        if listener in self._listeners and not self._paused:
-            self._watch(listener)
 
     def _welcome(self, connected: socket.socket) -> None:
         handshake = Handshake(self._catalogue)
@@ -292,17 +235,17 @@ class NbdServer:
     def _negotiated(self, session: Session, task: asyncio.Task[str]) -> None:
         del self._negotiating[session.token]
         session.release()  # a task cancelled before its first step has not done so
-        # "" says it was handed over; the engine's notice of its end may even have come before this.
+        # "": it was handed to the engine, whose notice of its end may even have come before this.
         if reason := "dropped, the server stops" if task.cancelled() else task.result():
             self._end(session, reason)
 
-    def _serve(self, exports: Mapping[str, NbdExport], session: Session, outcome: Transmission) -> _engine.Connection:
+    def _serve(self, exports: Mapping[str, NbdExport], session: Session, outcome: Transmission) -> _engine.Transport:
         return self._hand_over(exports, Unfinished(outcome.initial), session)
 
     def _hand_over(
         self, exports: Mapping[str, NbdExport], unfinished: Unfinished, session: Session
-    ) -> _engine.Connection:
-        """Hand the connection to the engine. Raises OSError when the engine cannot take it."""
+    ) -> _engine.Transport:
+        """Hands the connection to the engine. Raises OSError if the engine cannot take it."""
         connection = _engine.serve_nbd(
             self._engine,
             exports[session.export].export,
@@ -335,7 +278,7 @@ class NbdServer:
                 moving = Moving(session.export, session.agreed, result.take_descriptor(), unfinished)
                 if self._stopping and result.unsent:
                     missed = (
-                        f"export {session.export!r}: it did not take its last {len(result.unsent)} bytes of replies"
+                        f"export '{session.export}': it did not take its last {len(result.unsent)} bytes of replies"
                     )
                     self._log.warning("%s, %s", session.peer, missed)
                 self._end(session, "disconnected" if self._stopping else "handed over")
@@ -343,7 +286,7 @@ class NbdServer:
                     moving.close()
                 elif self._paused:
                     self._moved.append(moving)
-                else:  # it took longer than anybody waited
+                else:  # it took longer than `pause` has waited
                     self._take_back(moving)
             else:
                 self._end(session, closing_reason(result, error))
@@ -353,32 +296,32 @@ class NbdServer:
         self._log.info("%s: %s", session.peer, reason)
         if self._refused.pop(session.token, None) is None:
             del self._sessions[session.token]
-            # Not at the first free place: a burst would be reported once for every client that leaves.
+            # Not when the first client leaves: otherwise each that leaves would end and begin a burst.
             if len(self._sessions) <= self._limits.connections * 7 // 8:
                 self._burst.over()
         self._ended.set()
+        self._acceptor.freed()
         self._on_change()
 
     # moving to another server
 
     def hold_back(self) -> None:
-        """Accept nobody until `go_on`."""
+        """Accepts no clients until `go_on`."""
         self._process.check()
         self._paused = True
-        for listener in self._listeners:
-            self._ignore(listener)
+        self._acceptor.pause()
 
     async def end_handshakes(self) -> None:
-        """Accept nobody until `go_on`. A client still in its handshake has a moment to end it, and is dropped then."""
+        """Accepts no clients until `go_on`. A client in its handshake has a short time to end it."""
         self.hold_back()
         await self._stop_negotiating(_MOVE_GRACE)
 
     async def pause(self, timeout: float | None = None) -> list[Moving]:
-        """Accept nobody and let every client go, without their noticing; the sockets go on listening. No client
-        is waited for: what it has not taken of its replies goes along.
+        """Accepts no clients, and takes the present ones out of the engine without closing them; the sockets still
+        listen. Returns the clients, with their unread replies: this waits for no client.
 
         timeout: seconds for requests in flight to end. Raises TimeoutError, whose text names the clients that still
-        have some; in any case `go_on` takes up what was let go and not returned here.
+        have some. `go_on` then continues with the clients that were taken out.
         """
         await self.end_handshakes()
         for session in self._sessions.values():
@@ -394,20 +337,19 @@ class NbdServer:
         return moved
 
     def _named(self) -> str:
-        """The clients there are, for people: at most _NAMED."""
-        names = [f"{session.peer} (export {session.export!r})" for session in self._sessions.values()]
+        """The names of the present clients, for a message: at most _NAMED."""
+        names = [f"{session.peer} (export '{session.export}')" for session in self._sessions.values()]
         more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
         return ", ".join(names[:_NAMED] + more)
 
     def go_on(self, moving: Iterable[Moving] = ()) -> None:
-        """Serve these clients, and those `pause` did not return, and accept again."""
+        """Serves these clients, and those that `pause` did not return, and accepts again."""
         self._process.check()
         self._paused = False
         returned, self._moved = self._moved, []
         for client in (*returned, *moving):
             self._take_back(client)
-        for listener in self._listeners:
-            self._watch(listener)
+        self._acceptor.go_on()
 
     def _take_back(self, moving: Moving) -> None:
         token = next(self._tokens)
@@ -425,29 +367,24 @@ class NbdServer:
         try:
             session.go_on(hand_over, moving)
         except (OSError, KeyError) as error:
-            self._end(session, f"lost while it was handed over: {error!r}")
+            self._end(session, f"lost while it was handed over: {described(error)}")
 
     # the end
 
     async def stop(self, timeout: float = 10.0) -> int:
-        """Stop listening, end handshakes with ERR_SHUTDOWN, let the engine finish what is in flight and clients
-        take their replies. One that does not is cut, and the log names it.
+        """Stops listening, ends handshakes with ERR_SHUTDOWN, and waits until requests in flight have ended and clients
+        have read their replies. A client that does not read them is disconnected, and the log names it.
 
-        timeout: seconds for all of it. Returns how many connections still had requests in flight then (the
+        timeout: seconds for all of this. Returns the number of connections that still had requests in flight then (the
         engine's `close` ends those); 0 is a clean stop. May be called again. In a fork it does nothing: sockets,
-        their files and the clients are the parent's.
+        their files and the clients belong to the parent.
         """
         if not self._process.is_current:
             return 0
         self._stopping = True
         deadline = asyncio.get_running_loop().time() + timeout
         cut = deadline - min(_CUT_GRACE, timeout / 2)
-        for task in self._waiting:
-            task.cancel()
-        for listener in self._listeners:
-            self._ignore(listener)
-            self._stop_listening(listener)
-        self._listeners.clear()
+        self._acceptor.stop()
         for session in (*self._sessions.values(), *self._refused.values()):
             session.handshake.refuse(Reply.ERR_SHUTDOWN, "the server is shutting down")
             if session.connection is not None:
@@ -465,18 +402,12 @@ class NbdServer:
         return len(self._sessions)
 
     async def _wait_for_all(self, deadline: float) -> bool:
-        """Whether all clients have gone by then."""
+        """Waits until all clients have gone, or until `deadline`. Returns whether they have."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 while self._sessions:
                     await self._next_end()
         return not self._sessions
-
-    def _stop_listening(self, listener: Listener) -> None:
-        try:
-            listener.close()
-        except OSError as error:
-            self._log.error("a socket file could not be removed: %s", error)
 
     async def _stop_negotiating(self, grace: float) -> None:
         if not self._negotiating:

@@ -1,8 +1,8 @@
-"""One client from accept to close: its handshake, the hand-over to the engine, and why it ended.
+"""The session of one client: its handshake, the hand-over to the engine, and the reason of its end.
 
-Lives on the server's event loop. The Python socket is closed when the handshake is over, however it
-ended; from the hand-over on the engine owns a duplicate of the descriptor, left non-blocking. What was
-agreed is remembered, so that another server can go on with the client where this one stopped.
+Runs on the event loop of the server. The Python socket is closed at the end of the handshake in any case; after the
+hand-over the engine owns a duplicate of the descriptor, which stays non-blocking. The session keeps what was agreed, so
+that another server can continue with the client.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from collections.abc import Callable
 import msgspec
 
 from blkloom import _engine
+from blkloom.export.exporter import Unfinished
 from blkloom.export.nbd.events import Aborted, Disconnected, Dropped, Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import peer_name
 from blkloom.export.nbd.negotiation import negotiate
 from blkloom.export.nbd.offer import BlockSizes, Offer, check_string, negotiable
 from blkloom.export.nbd.state import ProtocolError
+from blkloom.printing import described
 
 
 class NbdExport(msgspec.Struct, frozen=True):
-    """An engine export under a name (may be ""), with a description for people.
+    """An export of the engine with its name (may be "") and a description for users.
 
     multi_conn: leave True unless the device cannot make one connection's flush cover another's writes.
-    block_sizes: None for what the device's active table wants at the time a client asks.
+    block_sizes: None for those of the active table when a client asks.
     Raises UsageError for a name or description that is no NBD string.
     """
 
@@ -43,7 +45,7 @@ class NbdExport(msgspec.Struct, frozen=True):
         check_string("description", self.description)
 
     def offer(self) -> Offer:
-        """What a handshake says of it now."""
+        """The offer for a handshake, with the present size."""
         device = self.export.device
         size = device.size
         return Offer(
@@ -58,7 +60,7 @@ class NbdExport(msgspec.Struct, frozen=True):
 
 
 class Agreed(msgspec.Struct, frozen=True):
-    """What the transmission phase follows, as `_engine.serve_nbd` takes it."""
+    """What the handshake has agreed for the transmission phase; arguments of `_engine.serve_nbd`."""
 
     structured: bool = False
     extended: bool = False
@@ -66,17 +68,9 @@ class Agreed(msgspec.Struct, frozen=True):
     max_payload: int = 32 << 20
 
 
-class Unfinished(msgspec.Struct, frozen=True):
-    """What is left to be done of a connection that another engine served, or the handshake: see `Detached`."""
-
-    initial: bytes = b""
-    unsent: bytes = b""
-    skipping: tuple[int, bytes] | None = None
-
-
 class Moving(msgspec.Struct, frozen=True):
-    """A client between two servers. export: its name. descriptor: its socket, owned by whoever has
-    this.
+    """A client during a hand-over. export: name of its export. descriptor: its socket, which the owner
+    of this object owns.
     """
 
     export: str
@@ -85,7 +79,7 @@ class Moving(msgspec.Struct, frozen=True):
     unfinished: Unfinished
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         os.close(self.descriptor)
 
 
@@ -99,7 +93,7 @@ class Session:
         handshake: Handshake,
         *,
         timeout: float,
-        hand_over: Callable[[Session, Transmission], _engine.Connection],
+        hand_over: Callable[[Session, Transmission], _engine.Transport],
         log: logging.Logger,
     ) -> None:
         self._socket = connected
@@ -109,21 +103,23 @@ class Session:
         self.token = token
         self.handshake = handshake
         self.peer = "a client"
-        self.connection: _engine.Connection | None = None
+        self.connection: _engine.Transport | None = None
         self.export = ""
         self.agreed = Agreed()
 
     @property
     def descriptor(self) -> int:
-        """The connected socket, valid during the handshake and the hand-over."""
+        """Descriptor of the connected socket, valid during the handshake and the hand-over."""
         return self._socket.fileno()
 
     def release(self) -> None:
-        """Close Python's socket; the engine's duplicate is unharmed."""
+        """Closes the Python socket; the duplicate of the engine stays open."""
         self._socket.close()
 
     async def run(self) -> str:
-        """The handshake and the hand-over; returns why the session ended, "" if `connection` lives on."""
+        """Runs the handshake and the hand-over. Returns why the session has ended; "" if the engine serves
+        `connection`.
+        """
         try:
             self._prepare()
             return await self._negotiate()
@@ -132,14 +128,14 @@ class Session:
         except TimeoutError:
             return f"dropped, the handshake took more than {self._timeout:g} s"
         except OSError as error:
-            return f"lost during the handshake: {error}"
+            return f"lost during the handshake: {described(error)}"
         except Exception:
             self._log.exception("%s: unexpected error in the handshake", self.peer)
             return "dropped, the server failed"
         finally:
             self.release()
 
-    def go_on(self, hand_over: Callable[[Session], _engine.Connection], moving: Moving) -> None:
+    def go_on(self, hand_over: Callable[[Session], _engine.Transport], moving: Moving) -> None:
         """Takes over a client that another server has served. Raises OSError."""
         self.peer = peer_name(self._socket)
         self.export, self.agreed = moving.export, moving.agreed
@@ -168,7 +164,7 @@ class Session:
                     outcome.offer.block_sizes.maximum,
                 )
                 self.connection = self._hand_over(self, outcome)
-                self._log.info("%s: serving export %r (%s)", self.peer, outcome.offer.name, _agreed(outcome))
+                self._log.info("%s: serving export '%s' (%s)", self.peer, outcome.offer.name, _agreed(outcome))
                 return ""
             case Aborted():
                 return "left during the handshake"
@@ -179,13 +175,13 @@ class Session:
 
 
 def closing_reason(result: object, errno: int) -> str:
-    """A closing notice of the engine, for a log."""
+    """The text of a closing notice of the engine, for the log."""
     said = str(result) if result else "closed"
     return f"{said} ({os.strerror(errno)})" if errno else said
 
 
 def _sizes_for(device: _engine.Device, size: int) -> BlockSizes:
-    """The protocol's defaults for a device that only the engine knows."""
+    """The block sizes of a device; the defaults of the protocol for one without `limits`."""
     limits = getattr(device, "limits", None)
     return BlockSizes() if limits is None else BlockSizes.fitting(size, limits.logical, limits.optimal)
 

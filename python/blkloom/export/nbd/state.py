@@ -1,8 +1,8 @@
-"""The handshake's states and the one table of how events lead from state to state.
+"""The states of the handshake, and the table of transitions between them.
 
-Everything that moves a handshake forward is in TRANSITIONS; an event missing from its state's row
-cannot happen. TRANSMISSION and CLOSED are final. What is agreed on the way (structured replies,
-contexts) is not a state: it changes what replies say, never what may come next.
+TRANSITIONS has all transitions; an event that is missing from the row of its state cannot happen. TRANSMISSION and
+CLOSED are final. What is agreed during the handshake (structured replies, contexts) is not a state: it changes the
+contents of replies, but not the next possible events.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from blkloom.export.nbd.events import Aborted, Answered, ClientGreeted, Disconne
 
 
 class ProtocolError(BlkloomError):
-    """The peer broke a MUST of the protocol where no error reply is possible: drop the connection."""
+    """The client has broken a MUST of the protocol where no error reply is possible: close the connection."""
 
     errno = errno.EPROTO
     exit_code: ClassVar[int] = 76  # EX_PROTOCOL
 
 
 class State(Enum):
-    """Where a handshake stands."""
+    """The state of a handshake."""
 
     GREETING = "nothing was said"
     FLAGS = "greeted; the client's flags are awaited"
@@ -55,7 +55,7 @@ TRANSITIONS: Final[dict[State, dict[type, State]]] = {
 
 
 def transitions_as_markdown() -> str:
-    """TRANSITIONS as the table docs/nbd.md shows."""
+    """TRANSITIONS as the table in docs/nbd.md."""
     rows = ["| state | event | next state |", "|---|---|---|"]
     for state, row in TRANSITIONS.items():
         rows += [f"| {state.name} | {event.__name__} | {after.name} |" for event, after in row.items()]

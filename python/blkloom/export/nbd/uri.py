@@ -1,6 +1,6 @@
-"""NBD URIs, as clients take them. Source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986.
+"""NBD URIs. Source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986.
 
-Pure functions, but for `reachable_host`, which asks the kernel for an address of this machine.
+Pure functions, except `reachable_host`, which asks the kernel for an address of this machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OTHER_HOST: Final = {
     "0.0.0.0": (socket.AF_INET, "198.51.100.1"),
     "::": (socket.AF_INET6, "2001:db8::1"),
 }
-"""By addresses that stand for all of this machine's: an address that no machine has (RFC 5737, RFC 3849)."""
+"""For each wildcard address, an address that no machine has (RFC 5737, RFC 3849)."""
 
 
 def tcp_uri(host: str, port: int, name: str = "") -> str:
@@ -30,8 +30,8 @@ def tcp_uri(host: str, port: int, name: str = "") -> str:
 
 
 def reachable_host(address: str) -> str:
-    """The host that belongs into the URI of a server that listens on `address`. Where that stands for every
-    address of this machine: the one that its packets to other hosts leave from, or else this machine's name.
+    """The host for the URI of a server that listens on `address`. For a wildcard address: the source address of packets
+    to other hosts, or else the name of this machine.
     """
     if address not in _OTHER_HOST:
         return address

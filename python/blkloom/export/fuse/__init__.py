@@ -1,0 +1,1 @@
+"""The FUSE export: a device as one regular file, for programs that open files."""

@@ -1,0 +1,1 @@
+"""Codecs of a QCOW2 image: bytes to values and back. Pure, except for reads."""

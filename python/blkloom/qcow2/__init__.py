@@ -1,1 +1,0 @@
-"""The QCOW2 format: header, tables, allocation, the order of what is written. Source: QEMU docs/interop/qcow2."""

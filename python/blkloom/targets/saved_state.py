@@ -1,0 +1,74 @@
+"""State of a target that the next process of its device gets: the settings made by messages.
+
+The state of all targets of a table is JSON in one memfd, which the supervisor keeps. A new state is written beside the
+old one, and then the header refers to it. So a process that is killed leaves one of the two. A new table begins without
+state. Used by the device's threads, one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from blkloom.targets.descriptors import Descriptors
+
+_HEADER: Final = struct.Struct("<QQ")
+"""Offset and length of the state; zeros: there is none."""
+
+
+class TableState:
+    """The states of the targets of one table, by the number of the target."""
+
+    def __init__(self, descriptors: Descriptors) -> None:
+        self._descriptors = descriptors
+
+    @cached_property
+    def _memory(self) -> int:
+        """Raises OSError."""
+        return self._descriptors.memory(_make)
+
+    def read(self) -> dict[str, Any]:
+        """All states; {} at first. Raises OSError."""
+        header = os.pread(self._memory, _HEADER.size, 0)
+        at, length = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, 0)
+        return msgspec.json.decode(os.pread(self._memory, length, at), type=dict[str, Any]) if length else {}
+
+    def write(self, number: int, value: object) -> None:
+        """Replaces the state of one target. Raises OSError."""
+        text = msgspec.json.encode(self.read() | {str(number): value})
+        at, length = _HEADER.unpack(os.pread(self._memory, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
+        first = _HEADER.size
+        place = first if at >= first + len(text) else max(at + length, first)
+        os.pwrite(self._memory, text, place)
+        os.pwrite(self._memory, _HEADER.pack(place, len(text)), 0)
+
+    def close(self) -> None:
+        """Closes the memory, if it was used."""
+        if "_memory" in self.__dict__:
+            os.close(self._memory)
+            del self._memory
+
+
+class SavedState:
+    """The state of one target."""
+
+    def __init__(self, table: TableState, number: int) -> None:
+        self._table = table
+        self._number = number
+
+    def read(self) -> Any:
+        """What the former process of the device has saved; None: nothing, or the table is new. Raises OSError."""
+        return self._table.read().get(str(self._number))
+
+    def save(self, value: object) -> None:
+        """Saves a value of JSON's types. Raises OSError."""
+        self._table.write(self._number, value)
+
+
+def _make() -> int:
+    return os.memfd_create("blkloom-state", os.MFD_CLOEXEC)

@@ -1,0 +1,128 @@
+"""The kernel's dm-mirror and blkloom's: the same table, status, contents, and what becomes of them when a leg fails.
+
+With `2 handle_errors keep_log`, the kernel goes on without a leg that has failed, as blkloom always does.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from guest import Guest
+
+import blkloom
+from blkloom.units import Sectors
+
+pytestmark = pytest.mark.kernel
+
+REGION = 16
+SECTORS = 1024
+SIZE = SECTORS * 512
+ARGUMENTS = f"core 1 {REGION} 2 {{0}} 0 {{1}} 0 2 handle_errors keep_log"
+BLOCK = bytes(range(256)) * 32
+"""A whole region: 16 sectors."""
+WRITES = [(0, 3), (1, 7), (2, 7), (3, 40)]
+"""(step, region): the first before a leg fails, the last after."""
+
+
+def legs_in(folder: Path) -> list[Path]:
+    folder.mkdir()
+    found = [folder / name for name in ("a.img", "b.img")]
+    for number, file in enumerate(found):
+        file.write_bytes(random.Random(number).randbytes(SIZE))
+    return found
+
+
+def in_guest(guest: Guest, failing: int) -> tuple[list[str], list[bytes]]:
+    """Status lines: in sync, and after writes without a leg; and the contents of both legs."""
+    files = legs_in(guest.directory / "kernel")
+    (guest.directory / "block").write_bytes(BLOCK)
+    places = ["/dev/mapper/left", "/dev/mapper/right"]
+    name = places[failing].rpartition("/")[2]
+    table = f"0 {SECTORS} mirror {ARGUMENTS.format(*places)}"
+    writes = [
+        f"dd if=block of=/dev/mapper/both bs=8192 seek={region} count=1 oflag=direct conv=notrunc status=none"
+        for _, region in WRITES
+    ]
+    output = guest.run(
+        f"""
+        losetup /dev/loop0 {files[0]}
+        losetup /dev/loop1 {files[1]}
+        dmsetup create left --table '0 {SECTORS} linear /dev/loop0 0'
+        dmsetup create right --table '0 {SECTORS} linear /dev/loop1 0'
+        dmsetup create both --table '{table}'
+        until dmsetup status both | grep -q ' {SECTORS // REGION}/{SECTORS // REGION} '; do dmsetup wait both 0; done
+        dmsetup table both
+        dmsetup status both
+        {writes[0]}
+        dmsetup load {name} --table '0 {SECTORS} error'
+        dmsetup suspend --nolockfs {name}
+        dmsetup resume {name}
+        {writes[1]}
+        {writes[2]}
+        {writes[3]}
+        dmsetup status both
+        cat /dev/mapper/both > read
+        dmsetup remove both
+        dmsetup remove left
+        dmsetup remove right
+        losetup -d /dev/loop0
+        losetup -d /dev/loop1
+        """,
+        modules=["dm-mod", "dm-mirror", "loop"],
+    )
+    lines = [line for line in output.splitlines() if " mirror " in line]
+    return lines, [(guest.directory / "read").read_bytes(), *(file.read_bytes() for file in files)]
+
+
+def in_blkloom(folder: Path, failing: int) -> tuple[list[str], list[bytes]]:
+    files = legs_in(folder)
+    targets = blkloom.builtin_targets()
+    names = ["left", "right"]
+    lower = {name: blkloom.open(f"0 {SECTORS} linear {file} 0") for name, file in zip(names, files, strict=True)}
+    table = blkloom.parse_table(
+        f"0 {SECTORS} mirror {ARGUMENTS.format('blkloom:left', 'blkloom:right')}", targets=targets
+    )
+    lines = []
+    with blkloom.Device(table, engine=lower["left"].engine, devices=lower) as both:
+
+        def note_status() -> None:
+            lines.append(" ".join(map(str, both.status()[0])))
+
+        while f" {SECTORS // REGION}/{SECTORS // REGION} " not in both.status()[0][3]:
+            time.sleep(0)
+        lines.append(blkloom.format_table(table))
+        note_status()
+        for step, region in WRITES:
+            if step == 1:
+                error = blkloom.parse_table(f"0 {SECTORS} error", targets=targets)
+                lower[names[failing]].load(error)
+                lower[names[failing]].resume()
+            both.pwrite(BLOCK, region * REGION * 512)
+        note_status()
+        read = both.pread(SIZE, 0)
+    for device in lower.values():
+        device.close()
+    return lines, [read, *(file.read_bytes() for file in files)]
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["the first leg", "the second leg"])
+def test_a_leg_that_fails_is_left_out_and_said_as_in_the_kernel(
+    guest: Guest, program: Callable[[str, str], str], tmp_path: Path, failing: int
+) -> None:
+    program("dmsetup", "dmsetup")
+    kernel_lines, kernel_contents = in_guest(guest, failing)
+    lines, contents = in_blkloom(tmp_path / "ours", failing)
+    kernel_words = [line.split() for line in kernel_lines]
+    words = [line.split() for line in lines]
+    assert [len(line) for line in words] == [len(line) for line in kernel_words], kernel_lines
+    for line, kernel_line in zip(words, kernel_words, strict=True):
+        # The kernel names devices by their numbers.
+        assert [(ours, theirs) for ours, theirs in zip(line, kernel_line, strict=True) if ours != theirs] == [
+            (name, theirs) for name, theirs in zip(line, kernel_line, strict=True) if name.startswith("blkloom:")
+        ], kernel_lines
+    assert contents == kernel_contents
+    assert Sectors(SECTORS) * 512 == len(contents[0])

@@ -1,0 +1,211 @@
+"""A device as the kernel's ublk block device: what it offers, and what a file system on it outlives."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import pytest
+from guest import Guest
+from node_output import node_output
+from node_writes import NODE_WRITES
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(900)]
+MiB = 1 << 20
+SECONDS = 600.0
+"""For a script, on a machine that does much else."""
+
+EXPORT = """
+import json, sys
+from blkloom.control.client import Client
+with Client("/run/b", start=False) as client:
+    print(client.export(sys.argv[1], kind="ublk", **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")).path)
+"""
+
+PRELUDE = f"""
+export BLKLOOM_RUN_DIR=/run/b
+export_ublk() {{ {sys.executable} export.py "$@"; }}
+kernel_is_content() {{ ! dmesg | grep -E 'WARNING|BUG|hung_task|I/O error'; }}
+truncate -s 64M /run/disk.img
+blkloom create disk --table '0 131072 loop /run/disk.img'
+"""
+
+OFFERS_AND_OUTLIVES = """
+node=$(export_ublk disk)
+queue=/sys/block/${node#/dev/}/queue
+for what in logical_block_size physical_block_size minimum_io_size discard_granularity rotational fua write_cache; do
+    echo "$what $(cat $queue/$what)"
+done > offered
+mkfs.ext4 -q "$node"
+mkdir /run/mounted
+mount "$node" /run/mounted
+head -c 8000000 /dev/urandom > /run/data
+
+echo "busy: $(blkloom unexport disk e1 2>&1)"
+
+for number in 1 2; do
+    cp /run/data /run/mounted/$number & writing=$!
+    pkill -9 -f blkloom.worker
+    sync -f /run/mounted
+    wait $writing
+done
+cp /run/data /run/mounted/3 & writing=$!
+blkloom upgrade
+wait $writing
+sync -f /run/mounted
+echo 3 > /proc/sys/vm/drop_caches
+for number in 1 2 3; do cmp /run/data /run/mounted/$number; done
+
+full=$(stat --format=%b /run/disk.img)
+rm /run/mounted/[123]
+sync -f /run/mounted
+fstrim /run/mounted
+echo "blocks $full $(stat --format=%b /run/disk.img)"
+
+umount /run/mounted
+e2fsck -fn "$node" > checked
+blkloom unexport disk e1
+[ ! -e "$node" ]
+[ ! -e "${node/ublkb/ublkc}" ]
+kernel_is_content
+echo clean
+"""
+
+
+def test_a_file_system_outlives_killed_workers_and_an_upgrade(guest: Guest, program: Callable[[str, str], str]) -> None:
+    program("mkfs.ext4", "e2fsprogs")
+    (guest.directory / "export.py").write_text(EXPORT)
+    printed = guest.run(PRELUDE + OFFERS_AND_OUTLIVES, modules=["ublk_drv", "ext4"], timeout=SECONDS)
+    offered = dict(line.split(" ", 1) for line in (guest.directory / "offered").read_text().splitlines())
+    assert offered == {
+        "logical_block_size": "512",
+        "physical_block_size": "4096",
+        "minimum_io_size": "4096",
+        "discard_granularity": "4096",
+        "rotational": "0",
+        "fua": "1",
+        "write_cache": "write back",
+    }
+    busy, full, trimmed = node_output(printed)
+    assert "is in use" in busy
+    assert full - trimmed >= 3 * 8_000_000 // 512, "what was trimmed is still allocated"
+    assert printed.endswith("clean\n")
+
+
+WAITS = """
+node=$(export_ublk disk)
+head -c 4096000 /dev/urandom > /run/data
+
+# A request waits at a suspended device; its worker is killed.
+blkloom suspend disk
+begin write 0 100
+pkill -9 -f blkloom.worker
+blkloom resume disk
+wait $writing
+compare 0 100
+
+# The same, and the worker is replaced.
+blkloom suspend disk
+begin write 1000 100
+blkloom upgrade
+blkloom resume disk
+wait $writing
+compare 1000 100
+
+# Supervisor and worker are killed together while data is written.
+begin write 2000 1000
+pkill -9 -f 'blkloom.(supervisor|worker)'
+blkloom ls > listed
+wait $writing
+compare 2000 1000
+kernel_is_content
+echo whole
+
+# It is removed by force while a request waits.
+blkloom suspend disk
+begin write 0 1
+blkloom unexport disk e1 --force
+! wait $writing
+[ ! -e "$node" ]
+blkloom resume disk
+echo removed
+
+# What nobody serves any more is reaped.
+node=$(export_ublk disk '{"read_only": true}')
+[ "$(cat /sys/block/"${node#/dev/}"/ro)" = 1 ]
+pkill -9 -f 'blkloom.(supervisor|worker)'
+rm -r /run/b
+blkloom reap
+[ ! -e "$node" ]
+[ ! -e "${node/ublkb/ublkc}" ]
+echo reaped
+"""
+
+
+def test_requests_wait_for_the_next_worker_and_fail_when_the_device_is_removed(guest: Guest) -> None:
+    (guest.directory / "export.py").write_text(EXPORT)
+    printed = guest.run(PRELUDE + NODE_WRITES + WAITS, modules=["ublk_drv"], timeout=SECONDS)
+    assert [line for line in printed.splitlines() if line in ("whole", "removed", "reaped")] == [
+        "whole",
+        "removed",
+        "reaped",
+    ]
+
+
+SUSPENDED = """
+blkloom suspend disk
+export_ublk disk || true
+[ ! -e /dev/ublkb0 ]
+[ ! -e /dev/ublkc0 ]
+blkloom resume disk
+export_ublk disk '{"options": {"unknown": 1}}' || true
+echo ended
+"""
+
+
+def test_a_suspended_device_is_not_exported(guest: Guest) -> None:
+    (guest.directory / "export.py").write_text(EXPORT)
+    printed = guest.run(PRELUDE + SUSPENDED, modules=["ublk_drv"], timeout=SECONDS)
+    assert "a suspended device cannot become a block device" in printed
+    assert "options of a ublk device" in printed
+    assert printed.endswith("ended\n")
+
+
+GROWS = """
+node=$(blkloom attach disk --via ublk)
+mkfs.ext4 -q "$node"
+mkdir /run/mounted
+mount /run/b/nodes/disk /run/mounted
+head -c 8000000 /dev/urandom > /run/data
+cp /run/data /run/mounted/1
+
+truncate -s 128M /run/disk.img
+blkloom load disk --table '0 262144 loop /run/disk.img'
+blkloom resume disk
+until [ "$(blockdev --getsize64 "$node")" = 134217728 ]; do :; done
+resize2fs "$node" 2> resized
+for number in 2 3 4 5 6 7 8; do cp /run/data /run/mounted/$number; done
+pkill -9 -f blkloom.worker
+sync -f /run/mounted
+echo 3 > /proc/sys/vm/drop_caches
+for number in 1 2 3 4 5 6 7 8; do cmp /run/data /run/mounted/$number; done
+[ "$(blockdev --getsize64 "$node")" = 134217728 ]
+
+echo "busy: $(blkloom detach disk 2>&1)"
+blkloom detach disk --lazy
+umount /run/mounted
+until [ ! -e "$node" ]; do :; done
+blkloom remove disk
+kernel_is_content
+echo grown
+"""
+
+
+def test_a_mounted_node_grows_and_goes_after_its_last_use(guest: Guest, program: Callable[[str, str], str]) -> None:
+    """Linux 6.16 can tell a ublk device another size."""
+    program("resize2fs", "e2fsprogs")
+    newer = dataclasses.replace(guest, series="7.3")
+    printed = newer.run(PRELUDE + GROWS, modules=["ublk_drv", "ext4"], timeout=SECONDS)
+    assert "/run/mounted" in printed.partition("busy: ")[2]
+    assert printed.endswith("grown\n")
