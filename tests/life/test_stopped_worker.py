@@ -15,9 +15,10 @@ import pytest
 
 from blkloom.cli.verbs import VERBS
 from blkloom.control.client import Client
+from blkloom.control.faults import Fault
 
 from .attached import disk, life, loop_devices
-from .conftest import Life, info
+from .conftest import Life
 
 __all__ = ["disk", "life"]
 pytestmark = pytest.mark.timeout(50)
@@ -28,32 +29,44 @@ ASK_NO_WORKER = {
 }
 ANSWERED = [
     "ls", "ls --tree", "info", "info -c", "info disk", "table", "table disk", "deps", "stats", "stats disk", "doctor",
-    "reap", "mknodes", "export --list", "loop -a", "top --once",
+    "reap", "mknodes", "export --list", "loop -a", "top --once", "fault disk", "fault --list",
 ]  # fmt: skip
 REFUSED = [
-    "status", "status disk", "message disk 0 x", "load disk --table '0 8 zero'", "reload disk --table '0 8 zero'",
-    "clear disk", "suspend disk", "suspend disk --noflush", "resume disk", "rename disk other",
-    "create above --table '0 8 linear blkloom:disk 0'", "export single --fuse", "unexport disk auto",
-    "attach single --via loop", "attach single --via fuse", "detach disk", "partitions disk", "upgrade",
-    "save disk --directory {saved}", "restore disk --directory {saved}", "remove upper", "remove single",
-    "remove --retry single", "wipe_table upper",
+    "status", "status disk", "snapshot --list", "message disk 0 x", "load disk --table '0 8 zero'",
+    "reload disk --table '0 8 zero'", "clear disk", "suspend disk", "suspend disk --noflush", "resume disk",
+    "rename disk other", "create above --table '0 8 linear blkloom:disk 0'", "export single --fuse",
+    "unexport disk auto", "attach single --via loop", "attach single --via fuse", "detach disk", "partitions disk",
+    "upgrade", "save disk --directory {saved}", "restore disk --directory {saved}", "remove upper", "remove single",
+    "remove --retry single", "wipe_table upper", "fault single fail", "fault faulty slow 10ms", "fault faulty off",
+    "snapshot single after", "snapshot kept after", "snapshot kept before --delete", "snapshot kept --delete",
+    "snapshot kept before --merge",
 ]  # fmt: skip
-FORCED = ["detach --force disk", "remove --force single", "remove --force upper"]
+FORCED = [
+    "detach --force disk", "remove --force single", "remove --force upper", "remove --force faulty",
+    "remove --force before", "remove --force kept",
+]  # fmt: skip
 """`stop --force` is a test of its own."""
 
 
 class Stopped:
-    """Devices whose workers are stopped: "disk", attached and below "upper", and "single"."""
+    """Devices whose workers are stopped: "disk", attached and below "upper", "single", "faulty", which has a fault, and
+    "kept", which has the snapshot "before".
+    """
 
     def __init__(self, blkloom: str, life: Life, client: Client, folder: Path) -> None:
         self._command = [blkloom, "--run-dir", str(life.run_dir)]
         self._saved = shlex.quote(str(folder / "saved"))
         client.create("upper", table="0 2048 linear blkloom:disk 0")
         client.create("single", table="0 2048 ram")
+        for name in ("faulty", "kept"):
+            client.create(name, table="0 2048 ram")
+        client.fault("faulty", Fault.fail())
+        client.snapshot("kept", "before")
         client.attach("disk", via="loop")
         assert self.said("save disk --directory {saved}").returncode == 0
-        for name in ("disk", "single"):
-            os.kill(info(client, name).worker, signal.SIGSTOP)
+        self.names = [found.name for found in client.info()]
+        for worker in {found.worker for found in client.info()}:
+            os.kill(worker, signal.SIGSTOP)
 
     def said(self, verb: str) -> subprocess.CompletedProcess[str]:
         """The result of a command."""
@@ -76,8 +89,7 @@ def test_no_verb_waits_for_a_stopped_worker(stopped: Stopped, client: Client, li
         assert (verb, done.returncode) == (verb, 1)
         assert "is stopped, by SIGSTOP or a debugger; continue it (kill -CONT " in done.stderr, verb
     assert "disk stays: worker " in stopped.said("remove_all").stderr
-    names = ["disk", "upper", "single"]
-    assert [found.name for found in client.info()] == names, "what was refused has changed nothing"
+    assert [found.name for found in client.info()] == stopped.names, "what was refused has changed nothing"
     assert len(loop_devices(life)) == 1
     for verb in FORCED:
         done = stopped.said(verb)

@@ -19,7 +19,10 @@ from blkloom.control.rundir import RunDir
 from blkloom.errors import NoSupervisor, UsageError
 from blkloom.peer_credentials import peer_credentials
 
-_READY_SECONDS: Final = 30.0
+_READY_SECONDS: Final = 120.0
+"""A start takes a quarter of a second, but thirty times that on an emulated processor, and more if that has other work.
+That the supervisor has ended is seen at once.
+"""
 IDLE_SECONDS: Final = 60.0
 """Idle timeout in seconds of a supervisor that a command has started."""
 
