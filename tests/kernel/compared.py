@@ -32,6 +32,7 @@ for n in 0 1 2; do losetup /dev/loop$n $n.img; done
 A=/dev/loop0 B=/dev/loop1 C=/dev/loop2
 MAJOR=$(awk '$2 == "device-mapper" { print $1 }' /proc/devices)
 device() { echo "/dev/mapper/$1"; }
+node() { device "$1"; }
 contents() { dd if="/dev/mapper/$1" bs=1M iflag=direct status=none | sha256sum | cut -c -16; }
 write_to() {
     local n
@@ -57,6 +58,7 @@ A=$PWD/0.img B=$PWD/1.img C=$PWD/2.img
 MAJOR=0
 uri() { echo "nbd+unix:///?socket=$BLKLOOM_RUN_DIR/dev/$1"; }
 device() { echo "blkloom:$1"; }
+node() { echo "$BLKLOOM_RUN_DIR/nodes/$1"; }
 contents() { nbdcopy "$(uri "$1")" - | sha256sum | cut -c -16; }
 write_to() { local n; for ((n = 0; n < ${3:-1}; n++)); do nbdcopy --flush "$2" "$(uri "$1")"; done; }
 # The system's Python has the module it needs.

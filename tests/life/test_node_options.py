@@ -117,6 +117,11 @@ def test_mknodes_removes_names_that_lead_nowhere(blkloom: str, client: Client, d
     Path(node.link).symlink_to(node.path)
     said(blkloom, life, "mknodes", disk)
     assert list(links.iterdir()) == []
+    for name in ("other", "third"):
+        (links / name).symlink_to("/dev/null")
+    said(blkloom, life, "mknodes", "other")
+    assert [link.name for link in links.iterdir()] == ["third"]
+    (links / "third").unlink()
 
 
 def test_partitions_are_not_scanned_where_nothing_is_to_be_scanned(client: Client) -> None:

@@ -32,7 +32,7 @@ class AbsentClient(Client):
         match call:
             case m.GetInfo(device="") | m.RemoveAll():
                 return []
-            case m.MakeNodes(device=""):
+            case m.MakeNodes():
                 return None
             case m.GetStats(device=""):
                 return {}

@@ -371,7 +371,9 @@ class Client:
         return msgspec.convert(self.call(m.ScanPartitions(device=device, remove=remove)), list[str])
 
     def make_nodes(self, device: m.DeviceKey = "") -> None:
-        """Makes the stable names of nodes again where they are not as they should be: of one device, or of all."""
+        """Makes the stable names of nodes again where they are not as they should be: of one device, or of all. A name
+        without a device gets no error, as in dmsetup.
+        """
         self.call(m.MakeNodes(device=device))
 
     # the supervisor

@@ -445,7 +445,9 @@ class ScanPartitions(_Call, tag="scan_partitions"):
 
 
 class MakeNodes(_Call, tag="mknodes"):
-    """Makes the stable names of nodes again where they are not as they should be. → None. device "": of all."""
+    """Makes the stable names of nodes again where they are not as they should be. → None. device "": of all. A device
+    that does not exist is no error: it has no name.
+    """
 
     device: DeviceKey = ""
 

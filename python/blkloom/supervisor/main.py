@@ -376,7 +376,7 @@ class Supervisor:
             case m.ScanPartitions():
                 return await self._nodes.scan_partitions(call)
             case m.MakeNodes():
-                return self._nodes.correct_links(self._registry.find(call.device) if call.device else None)
+                return self._nodes.correct_links(call.device)
             case m.GetVersion():
                 return self._version()
             case m.Reap():

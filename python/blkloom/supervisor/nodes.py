@@ -391,14 +391,20 @@ class Nodes:
             self.look_at(entry)
             self._auto_detach.watch(entry)
 
-    def correct_links(self, entry: Entry | None) -> None:
+    def correct_links(self, device: m.DeviceKey) -> None:
         """Makes missing or wrong stable names, and removes those of devices that are not attached: of one device, or of
-        all. Raises AttachError, OSError.
+        all ("" as device). A name without a device has no stable name either. Raises UsageError, AttachError, OSError.
         """
-        self.make_links(self._registry if entry is None else [entry])
+        try:
+            entries = [self._registry.find(device)] if device else list(self._registry)
+        except NoSuchDevice:
+            entries = []
+        self.make_links(entries)
+        names = {entry.name for entry in entries} or {device}
+        mine = {str(self._run_dir.link(name)) for name in names if isinstance(name, str)}
         nodes = [other.node for other in self._registry if other.node is not None]
         for path in list(stale_links(self._run_dir, {node.link for node in nodes if not node.lazy})):
-            if entry is None or path == str(self._run_dir.link(entry.name)):
+            if not device or path in mine:
                 os.unlink(path)
 
     def make_links(self, entries: Iterable[Entry]) -> None:
