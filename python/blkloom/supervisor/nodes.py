@@ -400,8 +400,8 @@ class Nodes:
         except NoSuchDevice:
             entries = []
         self.make_links(entries)
-        names = {entry.name for entry in entries} or {device}
-        mine = {str(self._run_dir.link(name)) for name in names if isinstance(name, str)}
+        names = [entry.name for entry in entries] or ([device] if isinstance(device, str) else [])
+        mine = [str(self._run_dir.link(name)) for name in names]
         nodes = [other.node for other in self._registry if other.node is not None]
         for path in list(stale_links(self._run_dir, {node.link for node in nodes if not node.lazy})):
             if not device or path in mine:
