@@ -23,6 +23,8 @@ pub use delay::Delay;
 pub use errors::{CERTAIN, Errors, Operations};
 pub use flakey::Flakey;
 pub use switch::{Switch, Treatment};
+#[cfg(all(loom, test))]
+pub(crate) use throttle::Bucket;
 pub use throttle::{Limit, Per, Throttle};
 
 use crate::stats::Op;

@@ -1,11 +1,12 @@
 //! loom models of a few threads. loom runs all interleavings with a limited number of preemptions
 //! (`BLKLOOM_PREEMPTIONS`, default 3), and checks that all accesses to an `UnsafeCell` are ordered. The models use the
-//! engine's own epochs, devices, mailboxes, deferred requests and backend queues.
+//! engine's own epochs, devices, mailboxes, deferred requests, backend queues and throttles.
 //!
 //! `RUSTFLAGS='--cfg loom' cargo test -p blkloom-core --lib --release models`; `make verify` does that.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod backend_queue;
+mod throttle;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};

@@ -78,8 +78,19 @@ mod modelled {
 
         atomic!(AtomicBool, bool, false, swap);
         atomic!(AtomicU8, u8, 0, swap);
-        atomic!(AtomicI64, i64, 0, fetch_add, fetch_sub);
+        atomic!(AtomicI64, i64, 0, fetch_add, fetch_sub, fetch_max);
         atomic!(AtomicU64, u64, 0, fetch_add, fetch_sub);
         atomic!(AtomicUsize, usize, 0, fetch_add, fetch_sub);
+
+        impl AtomicI64 {
+            pub fn fetch_update(
+                &self,
+                set: Ordering,
+                fetch: Ordering,
+                change: impl FnMut(i64) -> Option<i64>,
+            ) -> Result<i64, i64> {
+                self.0.fetch_update(set, fetch, change)
+            }
+        }
     }
 }
