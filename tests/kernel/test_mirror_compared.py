@@ -5,6 +5,7 @@ With `2 handle_errors keep_log`, the kernel goes on without a leg that has faile
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from guest import Guest
 
 import blkloom
 from blkloom.units import Sectors
+from long_runs import only_long
 
 pytestmark = pytest.mark.kernel
 
@@ -109,12 +111,13 @@ def in_blkloom(folder: Path, failing: int) -> tuple[list[str], list[bytes]]:
     return lines, [read, *(file.read_bytes() for file in files)]
 
 
+@pytest.mark.parametrize("series", ["6.12", pytest.param("7.3", marks=only_long)])
 @pytest.mark.parametrize("failing", [0, 1], ids=["the first leg", "the second leg"])
 def test_a_leg_that_fails_is_left_out_and_said_as_in_the_kernel(
-    guest: Guest, program: Callable[[str, str], str], tmp_path: Path, failing: int
+    guest: Guest, program: Callable[[str, str], str], tmp_path: Path, failing: int, series: str
 ) -> None:
     program("dmsetup", "dmsetup")
-    kernel_lines, kernel_contents = in_guest(guest, failing)
+    kernel_lines, kernel_contents = in_guest(dataclasses.replace(guest, series=series), failing)
     lines, contents = in_blkloom(tmp_path / "ours", failing)
     kernel_words = [line.split() for line in kernel_lines]
     words = [line.split() for line in lines]

@@ -216,6 +216,44 @@ def test_a_table_that_is_loaded_again_misses_no_write_of_the_origin(stack: Stack
     assert contents(snapshot) == stack.contents
 
 
+@pytest.mark.parametrize("kind", ["P", "PO", "N"])
+@pytest.mark.parametrize("origin", ["blkloom:real", "{folder}/alone"], ids=["a device", "a file"])
+def test_a_table_that_is_loaded_again_keeps_the_changes_of_the_snapshot(stack: Stack, kind: str, origin: str) -> None:
+    (stack.folder / "alone").write_bytes(stack.contents)
+    place = origin.format(folder=stack.folder)
+    snapshot = stack.open("s", f"snapshot {place} {stack.store('s.cow')} {kind} 8")
+    expected = bytearray(stack.contents)
+    for number in range(3):
+        data = bytes([number + 1]) * CHUNK
+        snapshot.pwrite(data, (9 * number + 3) * CHUNK)
+        expected[(9 * number + 3) * CHUNK : (9 * number + 4) * CHUNK] = data
+        before = status(snapshot)
+        snapshot.load(snapshot.table)
+        snapshot.resume()
+        assert (status(snapshot), contents(snapshot)) == (before, bytes(expected))
+
+
+def test_a_reload_of_an_invalid_transient_snapshot_does_not_make_it_valid(stack: Stack) -> None:
+    origin, snapshot = stack.origin(), stack.snapshot("s", "N", chunks=2)
+    origin.pwrite(b"x" * 3 * CHUNK, 0)
+    assert status(snapshot) == "Invalid"
+    snapshot.load(snapshot.table)
+    snapshot.resume()
+    assert status(snapshot) == "Invalid"
+
+
+@pytest.mark.parametrize(("live", "loaded"), [("N 8", "N 16"), ("N 8", "PO 8"), ("P 8", "N 8")])
+def test_a_reload_that_would_lose_exceptions_in_memory_is_refused(stack: Stack, live: str, loaded: str) -> None:
+    store = stack.store("s.cow")
+    snapshot = stack.open("s", f"snapshot blkloom:real {store} {live}")
+    snapshot.pwrite(b"x" * CHUNK, 3 * CHUNK)
+    expected = contents(snapshot)
+    table = parse_table(f"0 {SECTORS} snapshot blkloom:real {store} {loaded}", targets=builtin_targets())
+    with pytest.raises(TableError, match=rf"would be lost: '{store}' \(write {live}, as in the live table"):
+        snapshot.load(table)
+    assert contents(snapshot) == expected
+
+
 def test_reads_in_flight_see_nothing_of_the_origins_later_writes(stack: Stack) -> None:
     origin, snapshot = stack.origin(), stack.snapshot("s")
     wrong: list[int] = []

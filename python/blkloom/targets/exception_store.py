@@ -35,6 +35,7 @@ MAGIC: Final = 0x70416E53
 VERSION: Final = 1
 _HEADER: Final = struct.Struct("<4I")
 _EXCEPTION: Final = struct.Struct("<QQ")
+_COPY: Final = 1 << 20
 _BLOCK: Final = 4096
 """Exceptions are written in whole blocks of so many bytes, or in a chunk if that is smaller."""
 _LARGEST: Final = Sectors(1 << 21)
@@ -300,6 +301,15 @@ class TransientStore(ExceptionStore):
     def log_size(size: Bytes, chunk: Bytes) -> Bytes:
         """Bytes of the log of a store of `size` bytes."""
         return Bytes((size // chunk + 1) * _EXCEPTION.size)
+
+    def copy_log(self, former: TransientStore) -> None:
+        """Takes the exceptions of another store on the same device, with the same chunk size. Before `begin`. Raises
+        OSError.
+        """
+        end = former._count * _EXCEPTION.size
+        for at in range(0, end, _COPY):
+            count = min(_COPY, end - at)
+            self._log.pwrite(former._log.pread(count, former._start + at), self._start + at)
 
     @override
     def begin(self) -> Iterable[ChunkMove]:

@@ -124,6 +124,10 @@ class LoadContext:
         """
         return SavedState(self._state, self.owner)
 
+    def shared(self, name: str, value: object) -> object:
+        """An object that all tables of the device share: `value`, or what another table has given."""
+        return value if self._above is None else self._above.shared.setdefault(name, value)
+
     def lower(self, extent: Extent, length: Bytes) -> _engine.Device:
         """`extent` as a device of its own, closed with the table: for a backend that uses it (`targets.lower`). Raises
         ResourceError.

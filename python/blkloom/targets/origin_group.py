@@ -39,8 +39,8 @@ class Keeper(Protocol):
     def succeeds(self, former: Keeper) -> bool:
         """Whether this snapshot, which is loaded and not active yet, has the store of `former`."""
 
-    def take_over(self) -> None:
-        """Becomes active in place of a snapshot that has just closed. With the lock of the group; must not raise."""
+    def take_over(self, former: Keeper) -> None:
+        """Becomes active in place of `former`, which is closing. With the lock of the group; must not raise."""
 
 
 class Writer(Protocol):
@@ -71,6 +71,12 @@ class OriginGroup:
         """Whether a writer is loaded."""
         with self.lock:
             return bool(self._writers)
+
+    @property
+    def active(self) -> list[Keeper]:
+        """The snapshots that are active."""
+        with self.lock:
+            return list(self._snapshots)
 
     def announce(self, snapshot: Keeper) -> None:
         """Notes a snapshot that is loaded. If a snapshot with the same store closes, it becomes active at once, so that
@@ -103,7 +109,7 @@ class OriginGroup:
             for successor in [known for known in self._loaded if was_active and known.succeeds(snapshot)]:
                 self._loaded.remove(successor)
                 self._snapshots.append(successor)
-                successor.take_over()
+                successor.take_over(snapshot)
 
     def add_writer(self, writer: Writer) -> None:
         """Adds a writer, once."""
@@ -127,12 +133,13 @@ class OriginGroup:
 
 
 def group_of(origin: DeviceRef, context: LoadContext) -> OriginGroup:
-    """The group of an origin. Only a blkloom device has one that several targets can share: a file that is written to
-    belongs to one device.
+    """The group of an origin. Only a blkloom device has one that targets of several devices can share: a file that is
+    written to belongs to one device, whose tables share its group.
     """
     name = origin.device_name(context.device_folder)
-    if name is None:
-        return OriginGroup()
-    group = context.device(name).shared.setdefault(_SHARED, OriginGroup())
+    if name is not None:
+        group = context.device(name).shared.setdefault(_SHARED, OriginGroup())
+    else:
+        group = context.shared(f"{_SHARED} of {origin.path}", OriginGroup())
     assert isinstance(group, OriginGroup), "no other target shares that"
     return group

@@ -4,6 +4,9 @@ Source: Linux Documentation/admin-guide/device-mapper/snapshot.rst; dm-snap.c fo
 chunks are in the origin, changed ones in the store, see `snapshot_map.py` and `exception_store.py`. The target
 `snapshot-origin` on the same origin copies chunks to the store before it changes them.
 
+If the table is loaded again, the snapshot with the same store takes over the exceptions of the former one, as in the
+kernel: a transient store has them only in memory.
+
 A chunk that cannot be copied makes the snapshot invalid: all its I/O fails, and the origin continues. If a write to the
 snapshot itself finds no space in a PO store, the snapshot has overflowed instead: writes fail, and reads continue.
 """
@@ -62,6 +65,7 @@ class _LoadedSnapshot(LoadedTarget, Keeper):
         passes_discards = spec.discard_passdown_origin and not context.read_only
         self._origin = context.lower(spec.origin.extent(context, length, read_only=not passes_discards), length)
         cow = context.lower(spec.cow.extent(context, size), size)
+        self._check_transient(spec, context)
         self.chunk = spec.chunk_of(cow, context)
         self._notes, store = open_store(spec, context, cow, self.chunk)
         clients_cow = context.lower(Extent.device(cow, 0, read_only=context.read_only), size)
@@ -77,6 +81,16 @@ class _LoadedSnapshot(LoadedTarget, Keeper):
             self._group.add(self)
         else:
             self._group.announce(self)
+
+    def _check_transient(self, spec: Snapshot, context: LoadContext) -> None:
+        """Raises TableError if exceptions of the active table that are only in memory would be lost."""
+        for former in self._group.active:
+            if isinstance(former, _LoadedSnapshot) and former.spec.cow == spec.cow:
+                kinds = {former.spec.kind, spec.kind}
+                if "N" in kinds and (len(kinds) > 1 or former.spec.chunk != spec.chunk):
+                    what = "the exceptions of the snapshot that has this store would be lost"
+                    words = f"{former.spec.kind} {former.spec.chunk}"
+                    raise context.refuse(what, value=spec.cow.path, cure=f"write {words}, as in the live table")
 
     # its life
 
@@ -107,10 +121,15 @@ class _LoadedSnapshot(LoadedTarget, Keeper):
         return isinstance(former, _LoadedSnapshot) and former.spec.cow == self.spec.cow
 
     @override
-    def take_over(self) -> None:
+    def take_over(self, former: Keeper) -> None:
+        assert isinstance(former, _LoadedSnapshot), "`succeeds` says so"
         try:
+            own, store = self._map.store, former._map.store
+            if isinstance(own, TransientStore) and isinstance(store, TransientStore):
+                own.copy_log(store)
+                self._notes.pwrite(former._notes.pread(1, 0), 0)
             self._begin()
-        except BackingError as error:
+        except (BackingError, OSError) as error:
             self._invalidate(str(error))
 
     @override
