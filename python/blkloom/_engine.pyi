@@ -190,14 +190,16 @@ class DelayFilter:
 
 @final
 class FlakeyFilter:
-    """Is up for `up` seconds and down for `down` seconds in turn, beginning now. Whole seconds count, as in the
-    kernel's dm-flakey. up, down: 0 to 2^32 - 1, not both 0 (ValueError).
+    """Is up for `up` seconds and down for `down` seconds in turn, beginning `elapsed` seconds ago. Whole seconds count,
+    as in the kernel's dm-flakey. up, down: 0 to 2^32 - 1, not both 0 (ValueError).
 
     reads, others: what happens to requests while it is down. drop: writes succeed without an effect, reads pass. fail:
     EIO. elsewhere: they go to the extent `elsewhere`.
     """
 
-    def __new__(cls, up: int, down: int, *, reads: _Treatment, others: _Treatment) -> FlakeyFilter: ...
+    def __new__(
+        cls, up: int, down: int, *, reads: _Treatment, others: _Treatment, elapsed: float = 0.0
+    ) -> FlakeyFilter: ...
     @property
     def is_down(self) -> bool: ...
 
@@ -309,6 +311,9 @@ class BackendOperation:
         """Whether the write must be durable when it is done (force unit access)."""
     @property
     def may_unmap(self) -> bool: ...
+    @property
+    def suspending(self) -> bool:
+        """Whether a flush is that of a suspend, not of a client."""
     def payload(self) -> bytes:
         """A write's data (a copy), length bytes."""
     def done(self, data: Buffer | None = None) -> None:

@@ -161,7 +161,8 @@ fn a_read_that_fails_is_read_again_elsewhere() {
 #[test]
 fn a_flush_fails_at_a_filter_of_a_lower_device() {
     for (name, engine) in engines() {
-        let flakey: Arc<dyn Filter> = Arc::new(Flakey::new(0, 1, [Treatment::Pass, Treatment::Fail]).unwrap());
+        let flakey: Arc<dyn Filter> =
+            Arc::new(Flakey::new(0, 1, [Treatment::Pass, Treatment::Fail], Duration::ZERO).unwrap());
         for lower in devices(&flakey) {
             let on = Extent::Device { device: lower, offset: 0, writable: true };
             let top = device(mapping(vec![(SIZE, on)], vec![]));
@@ -169,6 +170,14 @@ fn a_flush_fails_at_a_filter_of_a_lower_device() {
             assert_eq!(read(&engine, &top, 0, &mut [0; 512]), Ok(()), "{name}");
         }
     }
-    assert!(Flakey::new(0, 0, [Treatment::Pass; 2]).is_none());
-    assert!(!Flakey::new(1, 0, [Treatment::Pass; 2]).unwrap().is_down());
+    assert!(Flakey::new(0, 0, [Treatment::Pass; 2], Duration::ZERO).is_none());
+    assert!(!Flakey::new(1, 0, [Treatment::Pass; 2], Duration::ZERO).unwrap().is_down());
+}
+
+#[test]
+fn a_flakey_filter_goes_on_where_another_was_in_its_intervals() {
+    let day = 86400;
+    let is_down =
+        |elapsed| Flakey::new(day, day, [Treatment::Fail; 2], Duration::from_secs(elapsed)).unwrap().is_down();
+    assert_eq!([0, day / 2, day + day / 2, 2 * day + day / 2].map(u64::from).map(is_down), [false, false, true, false]);
 }

@@ -98,6 +98,11 @@ impl BackendOperation {
         self.with(|operation| operation.flags.unmap)
     }
 
+    #[getter]
+    fn suspending(&self) -> bool {
+        self.with(|operation| operation.flags.through_gate)
+    }
+
     fn payload<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         self.with(|operation| PyBytes::new(py, operation.payload()))
     }

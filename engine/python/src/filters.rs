@@ -60,10 +60,10 @@ pub struct FlakeyFilter(Arc<filter::Flakey>);
 #[pymethods]
 impl FlakeyFilter {
     #[new]
-    #[pyo3(signature = (up, down, *, reads, others))]
-    fn new(up: u32, down: u32, reads: &str, others: &str) -> PyResult<FlakeyFilter> {
+    #[pyo3(signature = (up, down, *, reads, others, elapsed = 0.0))]
+    fn new(up: u32, down: u32, reads: &str, others: &str, elapsed: f64) -> PyResult<FlakeyFilter> {
         let when_down = [treatment(reads)?, treatment(others)?];
-        let inner = filter::Flakey::new(up, down, when_down);
+        let inner = filter::Flakey::new(up, down, when_down, seconds(elapsed)?);
         Ok(FlakeyFilter(Arc::new(inner.ok_or_else(|| value_error("up and down are both 0"))?)))
     }
 

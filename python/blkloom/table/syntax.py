@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from blkloom.table.arguments import Arguments
+from blkloom.table.arguments import Arguments, decimal
 from blkloom.units import DEVICE_LIMIT, Bytes, parse_size
 
 if TYPE_CHECKING:
@@ -232,6 +232,22 @@ def size(word: str) -> Option:
         return found
 
     return Option(word, word, "<size>", read)
+
+
+def number(
+    word: str, value: str = "<number>", *, least: int = 0, most: int = DEVICE_LIMIT - 1, among: Sequence[int] = ()
+) -> Option:
+    """`<word>=<value>`, a whole number from `least` to `most`, or one of `among`."""
+
+    def read(text: str) -> int:
+        found = decimal(text)
+        if among and found not in among:
+            raise ValueError(f"must be {', '.join(map(str, among[:-1]))} or {among[-1]}")
+        if found is None or not least <= found <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return found
+
+    return Option(word, word, value, read)
 
 
 def text(word: str, value: str, *, check: Callable[[str], str] = str, many: bool = False) -> Option:

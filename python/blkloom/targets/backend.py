@@ -61,6 +61,10 @@ class Backend(ABC):
         """Makes completed writes durable. Called only if an extent of the backend is writable."""
         return
 
+    async def flush_for_suspend(self) -> None:
+        """The flush of a suspend or of the end of a device. An OSError undoes the suspend. By default `flush`."""
+        await self.flush()
+
     async def close(self) -> None:
         """Releases resources after the last operation. Must end within a few seconds."""
         return

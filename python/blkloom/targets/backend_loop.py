@@ -105,7 +105,7 @@ class BackendLoop:
             case "discard":
                 await backend.discard(offset, length)
             case "flush":
-                await backend.flush()
+                await (backend.flush_for_suspend() if operation.suspending else backend.flush())
             case other:
                 raise FaultError(errno.EOPNOTSUPP, f"no operation {other}")
         return None

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from blkloom._engine import ErrorFilter, Extent
 from blkloom.table.arguments import Arguments, decimal
-from blkloom.table.syntax import Argument, Option, Syntax, options
+from blkloom.table.syntax import Argument, Option, Syntax, number, options
 from blkloom.targets.device_ref import DeviceRef
 from blkloom.targets.load_context import LoadContext
 from blkloom.targets.loaded import LoadedTarget, Mapped
@@ -78,19 +78,12 @@ def _read_range(text: str) -> Range:
     return Range(Sectors(found[0]), Sectors(found[1]))
 
 
-def _read_seed(text: str) -> int:
-    found = decimal(text)
-    if found is None or found >= 1 << 64:
-        raise ValueError(f"must be a whole number below {1 << 64}")
-    return found
-
-
 FEATURES: Final = options(
     _option("probability", "<0 to 1>", _read_probability, _write_probability),
     _option("operations", "<operation>[+<operation>]...", _read_operations, "+".join),
     _option("errno", "<name>", _read_errno, lambda number: errno.errorcode[number]),
     _option("range", "<sector>+<sectors>", _read_range, lambda of: f"{of.start}+{of.length}", many=True),
-    _option("seed", "<number>", _read_seed, str),
+    number("seed", most=(1 << 64) - 1),
 )
 
 

@@ -1,12 +1,14 @@
 """`flakey`: a part of one file or device that is unreliable for some seconds, in turn with seconds in which it is not.
 
 Source: Linux Documentation/admin-guide/device-mapper/dm-flakey.rst; dm-flakey.c for the rules of the features. A *bio*
-of the kernel is a part of a request here: what is contiguous in the lower device, up to 1 MiB.
+of the kernel is a part of a request here: what is contiguous in the lower device, up to 1 MiB. The next process of a
+device goes on where the former one was in the intervals.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from typing import ClassVar, Final, Literal, Self
 
 import msgspec
@@ -203,8 +205,20 @@ class _LoadedFlakey(LoadedTarget):
             spec.down,
             reads="elsewhere" if features.corrupts_reads else reads,
             others="elsewhere" if features.corrupts_writes else others,
+            elapsed=_elapsed(spec, context),
         )
         super().__init__(spec, [(Bytes(0), length, Extent.filtered(filter, lower, elsewhere=elsewhere))])
+
+
+def _elapsed(spec: Flakey, context: LoadContext) -> float:
+    """Seconds since the table was loaded, also by a former process of the device."""
+    if not (spec.up and spec.down):
+        return 0.0  # it never changes
+    saved, now = context.saved_state(), time.monotonic()
+    if (former := saved.read()) is not None:
+        return max(0.0, now - float(former["began"]))
+    saved.save({"began": now})
+    return 0.0
 
 
 class _Corrupting(LowerBackend):

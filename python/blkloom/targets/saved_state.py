@@ -2,13 +2,14 @@
 
 The state of all targets of a table is JSON in one memfd, which the supervisor keeps. A new state is written beside the
 old one, and then the header refers to it. So a process that is killed leaves one of the two. A new table begins without
-state. Used by the device's threads, one at a time.
+state. Any thread may use it.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,7 @@ class TableState:
 
     def __init__(self, descriptors: Descriptors) -> None:
         self._descriptors = descriptors
+        self._lock = threading.Lock()
 
     @cached_property
     def _memory(self) -> int:
@@ -34,18 +36,31 @@ class TableState:
 
     def read(self) -> dict[str, Any]:
         """All states; {} at first. Raises OSError."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> dict[str, Any]:
         header = os.pread(self._memory, _HEADER.size, 0)
         at, length = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, 0)
         return msgspec.json.decode(os.pread(self._memory, length, at), type=dict[str, Any]) if length else {}
 
     def write(self, number: int, value: object) -> None:
         """Replaces the state of one target. Raises OSError."""
-        text = msgspec.json.encode(self.read() | {str(number): value})
-        at, length = _HEADER.unpack(os.pread(self._memory, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
-        first = _HEADER.size
-        place = first if at >= first + len(text) else max(at + length, first)
-        os.pwrite(self._memory, text, place)
-        os.pwrite(self._memory, _HEADER.pack(place, len(text)), 0)
+        with self._lock:
+            text = msgspec.json.encode(self._read() | {str(number): value})
+            at, length = _HEADER.unpack(os.pread(self._memory, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
+            first = _HEADER.size
+            place = first if at >= first + len(text) else max(at + length, first)
+            self._write(text, place)
+            os.pwrite(self._memory, _HEADER.pack(place, len(text)), 0)
+            os.ftruncate(self._memory, place + len(text))
+
+    def _write(self, text: bytes, at: int) -> None:
+        """Writes all of a text: one call may write less."""
+        left = memoryview(text)
+        while left:
+            written = os.pwrite(self._memory, left, at)
+            left, at = left[written:], at + written
 
     def close(self) -> None:
         """Closes the memory, if it was used."""

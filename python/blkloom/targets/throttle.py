@@ -13,17 +13,16 @@ from typing_extensions import override
 
 from blkloom._engine import Extent, ThrottleFilter
 from blkloom.errors import UsageError
-from blkloom.table.arguments import decimal
-from blkloom.table.syntax import Option, Syntax, options
+from blkloom.table.syntax import Option, Syntax, number, options
 from blkloom.targets.device_ref import OnDevice, device_ref
 from blkloom.targets.load_context import LoadContext
 from blkloom.targets.loaded import LoadedTarget
-from blkloom.units import Bytes, parse_size
+from blkloom.units import DEVICE_LIMIT, Bytes, parse_size
 
 if TYPE_CHECKING:
     from blkloom._engine import _Of, _Per
 
-_MOST: Final = (1 << 63) - 1
+_LONGEST_BURST: Final = 1 << 32
 _BURST: Final = 100
 """Milliseconds."""
 _LIMITS: Final[dict[str, tuple[_Per, _Of]]] = {
@@ -37,26 +36,20 @@ _LIMITS: Final[dict[str, tuple[_Per, _Of]]] = {
 
 
 def _rate(word: str) -> Option:
+    if not word.startswith("bps"):
+        return number(word, "<operations>", least=1)
+
     def read(value: str) -> int:
-        found = parse_size(value) if word.startswith("bps") else decimal(value)
-        if found is None or not 1 <= found <= _MOST:
-            raise ValueError("must be a whole number, at least 1")
+        if not 1 <= (found := parse_size(value)) < DEVICE_LIMIT:
+            raise ValueError(f"must be from 1 to {DEVICE_LIMIT - 1} bytes")
         return int(found)
 
-    return Option(word, word, "<bytes>" if word.startswith("bps") else "<operations>", read)
+    return Option(word, word, "<bytes>", read)
 
 
-def _burst() -> Option:
-    def read(value: str) -> int:
-        found = decimal(value)
-        if found is None or found > 1 << 32:
-            raise ValueError("must be milliseconds, a whole number")
-        return found
-
-    return Option("burst", "burst", "<ms>", read)
-
-
-_SETTINGS: Final = {option.word: option for option in (*map(_rate, _LIMITS), _burst())}
+_SETTINGS: Final = {
+    option.word: option for option in (*map(_rate, _LIMITS), number("burst", "<ms>", most=_LONGEST_BURST))
+}
 """Options of the table, and words of the message `set`."""
 _OPTIONS: Final = options(*_SETTINGS.values())
 

@@ -6,29 +6,32 @@ that of any later write to it, and shows the result. A completed flush or FUA wr
 write-zeroes count as writes. A flush that had not completed at the cut may count for some blocks. Blocks are not mixed,
 unless `tear_inside` is given.
 
-If the process is killed, or the table is replaced without a flush, the state is that of the last flush.
+If the process is killed before the cut, or the table is replaced without a flush, the state is that of the last flush.
+From the cut on, the recording is in the memory that the next process of the device gets, which is then cut, too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
 from blkloom._engine import Extent, SwitchFilter
 from blkloom.errors import FaultError, UsageError
 from blkloom.table.arguments import decimal
-from blkloom.table.syntax import Option, Syntax, choice, flag, options, size
+from blkloom.table.syntax import Syntax, choice, flag, number, options, size
 from blkloom.targets.device_ref import OnDevice, device_ref
 from blkloom.targets.limits import BlockLimits
 from blkloom.targets.load_context import LoadContext
 from blkloom.targets.loaded import LoadedTarget
 from blkloom.targets.lower import LowerBackend
+from blkloom.targets.saved_state import SavedState
 from blkloom.units import SECTOR, Bytes
 
 _MEMORY: Final = Bytes(64 << 20)
@@ -37,16 +40,6 @@ _MESSAGES: Final = "cut [<number of writes>], restore [<seed>], states <number> 
 _COPY: Final = 1 << 20
 _TRIES: Final = 32
 """Seeds that are tried for each state that differs from the others."""
-
-
-def _number(word: str, value: str, allowed: Callable[[int], bool], rule: str) -> Option:
-    def read(text: str) -> int:
-        found = decimal(text)
-        if found is None or not allowed(found):
-            raise ValueError(f"must be {rule}")
-        return found
-
-    return Option(word, word, value, read)
 
 
 class Torn(OnDevice):
@@ -64,10 +57,10 @@ class Torn(OnDevice):
     arguments: ClassVar[Syntax] = (
         device_ref("device"),
         options(
-            _number("seed", "<number>", lambda number: number < 1 << 64, "a whole number below 2^64"),
+            number("seed", most=(1 << 64) - 1),
             size("memory"),
             choice("on_full", "wait", "fail"),
-            _number("block", "<bytes>", lambda number: number in _BLOCKS, "512, 1024, 2048 or 4096"),
+            number("block", "<bytes>", among=_BLOCKS),
             flag("tear_inside"),
         ),
     )
@@ -86,9 +79,14 @@ class _LoadedTorn(LoadedTarget):
     def __init__(self, spec: Torn, context: LoadContext, length: Bytes) -> None:
         self._length = length
         self._switch = SwitchFilter()
-        self._seed = spec.seed
         lower = spec.device.extent(context, length)
-        self._cache = VolatileCache(context.lower(lower, length), spec, lambda: self._switch.set("fail", "fail"))
+        saved = context.saved_state()
+        former = saved.read() or {}
+        self._seed = former.get("seed", spec.seed)
+        self._cache = VolatileCache(
+            context.lower(lower, length), spec, lambda: self._switch.set("fail", "fail"), lambda: self._save(saved)
+        )
+        self._cache.go_on(former)
         extent = lower
         if not context.read_only:
             extent = Extent.backend(context.backend(self._cache), 0)
@@ -103,6 +101,14 @@ class _LoadedTorn(LoadedTarget):
     def status(self) -> str:
         state = "cut" if self._cache.is_cut else "running"
         return f"{state} {self._cache.blocks} {self._cache.held} {self._seed}"
+
+    @override
+    def postsuspend(self) -> None:
+        if not (self._read_only or self._cache.is_cut):
+            self._cache.save()  # how many writes are left until the cut
+
+    def _save(self, saved: SavedState) -> None:
+        saved.save({"seed": self._seed, **self._cache.state()})
 
     @override
     def message(self, words: list[str]) -> None:
@@ -120,6 +126,7 @@ class _LoadedTorn(LoadedTarget):
                 self._check_cut("restore")
                 self._cache.run(self._cache.restore(_seed_of(seed[0]) if seed else self._seed))
                 self._seed += not seed
+                self._cache.save()
                 self._switch.set("pass", "pass")
             case ["states", count, prefix]:
                 self._check_cut("states")
@@ -127,6 +134,7 @@ class _LoadedTorn(LoadedTarget):
                 if not number:
                     raise UsageError(f"Invalid argument: '{count}' is no number of states", cure=_MESSAGES)
                 self._seed += self._cache.run(self._cache.copies(self._length, self._seed, number, prefix))
+                self._cache.save()
             case _:
                 raise UsageError(f"Invalid argument: unrecognized message '{' '.join(words)}'", cure=_MESSAGES)
 
@@ -147,11 +155,14 @@ def _seed_of(word: str) -> int:
 class VolatileCache(LowerBackend):
     """Holds what was written since the last flush, in all versions. The lower device has the state of that flush."""
 
-    def __init__(self, lower: LowerBackend.Lower, spec: Torn, power_off: Callable[[], None]) -> None:
-        """power_off: makes all I/O fail from now on."""
+    def __init__(
+        self, lower: LowerBackend.Lower, spec: Torn, power_off: Callable[[], None], save: Callable[[], None]
+    ) -> None:
+        """power_off: makes all I/O fail from now on. save: saves `state` for the next process, and raises OSError."""
         super().__init__(lower)
         self._spec = spec
         self._power_off = power_off
+        self.save = save
         self._writes_left: int | None = None
         """Writes until the cut, if one was asked for."""
         self._versions: dict[int, list[tuple[int, bytes]]] = {}
@@ -161,6 +172,29 @@ class VolatileCache(LowerBackend):
         self._flushing = asyncio.Lock()
         self.held = 0
         self.is_cut = False
+        self._is_saved = False
+        """Whether the next process gets the recording. Only after a cut."""
+
+    def state(self) -> dict[str, Any]:
+        """For the next process, as JSON's types: of a cut device all versions, otherwise what a message has set."""
+        if not self.is_cut:
+            return {"writes_left": self._writes_left}
+        versions = [
+            (block, [base64.b64encode(data).decode("ascii") for _, data in found])
+            for block, found in self._versions.items()
+        ]
+        return {"cut": versions}
+
+    def go_on(self, former: dict[str, Any]) -> None:
+        """Takes over the state of a former process. Before the first request."""
+        self._writes_left = former.get("writes_left")
+        if (versions := former.get("cut")) is None:
+            return
+        for block, found in versions:
+            self._versions[block] = [(0, base64.b64decode(data)) for data in found]
+            self.held += sum(len(data) for _, data in self._versions[block])
+        self._cut()
+        self._is_saved = True
 
     @property
     def blocks(self) -> int:
@@ -229,6 +263,7 @@ class VolatileCache(LowerBackend):
     @override
     async def flush(self) -> None:
         async with self._flushing:
+            self._check()
             number = self._writes
             covered = {}
             for block, versions in self._versions.items():
@@ -240,6 +275,11 @@ class VolatileCache(LowerBackend):
             self._forget(covered, number)
         async with self._room:
             self._room.notify_all()
+
+    @override
+    async def flush_for_suspend(self) -> None:
+        if not self.is_cut:  # otherwise the recording stays as it is
+            await self.flush()
 
     def _range(self, offset: Bytes, length: Bytes) -> range:
         size = self._spec.block
@@ -315,11 +355,15 @@ class VolatileCache(LowerBackend):
         self._writes_left = None
 
     async def end_waiting(self) -> None:
-        """After the cut: writes that wait for room fail, and a flush in flight ends."""
+        """After the cut: writes that wait for room fail, a flush in flight ends, and the recording is saved for the
+        next process. Raises OSError.
+        """
         async with self._room:
             self._room.notify_all()
         async with self._flushing:
-            pass
+            if not self._is_saved:
+                self.save()
+                self._is_saved = True
 
     async def _chosen(self, seed: int) -> dict[int, bytes]:
         """The blocks that are not as the lower device has them, in the state that the seed chooses."""
@@ -344,7 +388,7 @@ class VolatileCache(LowerBackend):
         await self.lower.flush()
         self._versions.clear()
         self.held = 0
-        self.is_cut = False
+        self.is_cut = self._is_saved = False
 
     async def copies(self, length: Bytes, seed: int, number: int, prefix: str) -> int:
         """Writes so many different states, or as many as there are, to new files: `prefix`.1 and so on. Returns the

@@ -1,6 +1,6 @@
 //! Filter that is up for some seconds and down for some, in turn: the arithmetic of the kernel's dm-flakey.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blkloom_io::Errno;
 
@@ -16,10 +16,12 @@ pub struct Flakey {
 }
 
 impl Flakey {
-    /// up, down: seconds. None: both are 0.
-    pub fn new(up: u32, down: u32, when_down: [Treatment; 2]) -> Option<Flakey> {
+    /// up, down: seconds. elapsed: how long ago it began. None: up and down are both 0.
+    pub fn new(up: u32, down: u32, when_down: [Treatment; 2], elapsed: Duration) -> Option<Flakey> {
         let (up, down) = (u64::from(up), u64::from(down));
-        (up + down > 0).then(|| Flakey { began: Instant::now(), up, period: up + down, when_down })
+        let now = Instant::now();
+        let began = now.checked_sub(elapsed).unwrap_or(now);
+        (up + down > 0).then(|| Flakey { began, up, period: up + down, when_down })
     }
 
     /// Whether it is down now: the whole seconds since the start, modulo the period, have reached the up interval.
