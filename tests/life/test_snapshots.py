@@ -12,7 +12,7 @@ import pytest
 
 from blkloom import Fault
 from blkloom.control.client import Client
-from blkloom.errors import BlkloomError, DeviceBusy, DeviceExists, UsageError
+from blkloom.errors import BlkloomError, DeviceBusy, DeviceExists, TableError, UsageError
 from conformance.file_systems import MiB, mounted, run
 from conformance.nbd_client import WRITE, NbdClient
 
@@ -127,6 +127,45 @@ def test_snapshots_and_merges_survive_killed_workers_an_upgrade_and_a_killed_sup
         until(other, "disk", lambda found: found.worker not in (0, before))
         other.finish_merge("disk")
         assert (other.table("disk"), seen(other, "disk")) == (TABLE, "abc.")
+
+
+def test_no_verb_loses_the_exceptions_of_a_transient_snapshot(
+    client: Client, connect: Connect, disk: NbdClient, tmp_path: Path
+) -> None:
+    (tmp_path / "cow").write_bytes(bytes(1 << 20))
+    client.snapshot("disk", "other")  # so that disk-real and an origin are there
+    table = f"0 2048 snapshot blkloom:disk-real {tmp_path}/cow N 8"
+    client.create("transient", table=table)
+    write(disk, b"A", 0)
+    nbd = connect("transient")
+    write(nbd, b"x", 1)
+    nbd.disconnect()
+    until(client, "transient", lambda found: found.connections == 0)
+
+    def kill_worker() -> None:
+        before = info(client, "transient").worker
+        os.kill(before, signal.SIGKILL)
+        until(client, "transient", lambda found: found.worker not in (0, before))
+
+    def reload() -> None:
+        client.load("transient", table=table)
+        client.resume("transient")
+
+    for change in (
+        lambda: client.fault("transient", Fault.slow(0)),
+        kill_worker,
+        lambda: client.fault("transient", None),
+        lambda: client.snapshot("transient", "of"),
+        client.upgrade,
+        lambda: client.delete_snapshot("of"),
+        reload,
+        kill_worker,
+        reload,
+    ):
+        change()
+        assert seen(client, "transient") == "axc."
+    with pytest.raises(TableError, match="would be lost"):
+        client.load("transient", table=table.replace("N 8", "N 16"))
 
 
 def test_nothing_changes_where_a_snapshot_is_refused(client: Client, disk: NbdClient, tmp_path: Path) -> None:
