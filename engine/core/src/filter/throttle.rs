@@ -165,7 +165,11 @@ impl Bucket {
 
     /// Takes operations or bytes. Returns when they begin.
     pub(crate) fn take(&self, amount: u64) -> i64 {
-        let time = nanoseconds(amount, self.rate.load(Ordering::Relaxed).max(1));
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate == 0 {
+            return i64::MIN; // the limit has just been removed
+        }
+        let time = nanoseconds(amount, rate);
         let later = |taken: i64| Some(taken.saturating_add(time));
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later).unwrap_or_else(|unchanged| unchanged)
     }
