@@ -9,6 +9,7 @@ other.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import tempfile
 import time
@@ -40,7 +41,7 @@ from stack_model import (
     runs,
 )
 
-EXAMPLES = 70
+EXAMPLES = int(os.environ.get("BLKLOOM_FUZZ_CASES", "0")) or 70
 MOST_SECTORS = 24
 """Of a segment."""
 LEAST_SECTORS = 32
