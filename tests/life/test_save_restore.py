@@ -7,15 +7,20 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blkloom import Fault
 from blkloom.control.client import Client
+from conformance.nbd_client import WRITE, NbdClient
 
-from .conftest import Life
+from .conftest import Life, until
 
 pytestmark = pytest.mark.timeout(120)
+Connect = Callable[[str], NbdClient]
+CHUNK = 4096
 
 
 class Commands:
@@ -94,6 +99,129 @@ def test_devices_come_back_with_their_tables_options_and_exports(
     files = commands.files()
     assert all(line.endswith(": unchanged") for line in commands.succeed("save"))
     assert commands.files() == files
+
+
+def write(client: Client, connect: Connect, device: str, chunk: int, byte: bytes) -> None:
+    """Fills a chunk, by a client that has left afterwards."""
+    nbd = connect(device)
+    assert nbd.ask(WRITE, chunk * CHUNK, payload=byte * CHUNK).error == 0
+    nbd.disconnect()
+    until(client, device, lambda found: found.connections == 0)
+
+
+def seen(client: Client, device: str) -> str:
+    """The first byte of each of five chunks."""
+    return client.read(device, 0, 5 * CHUNK)[::CHUNK].replace(b"\0", b".").decode()
+
+
+def make_snapshots(client: Client, connect: Connect, folder: Path) -> dict[str, str]:
+    """A disk with two snapshots, of which one has a snapshot and a fault; some of their names are before those of what
+    they need. Returns what each contains.
+    """
+    (folder / "disk.img").write_bytes(bytes(1 << 20))
+    client.create("disk", table=f"0 2048 loop {folder}/disk.img")
+    write(client, connect, "disk", 0, b"a")
+    client.snapshot("disk", "z", file=folder / "z.cow", chunk=CHUNK)
+    write(client, connect, "disk", 1, b"b")
+    client.snapshot("disk", "after", file=folder / "after.cow", chunk=CHUNK)
+    write(client, connect, "disk", 0, b"A")
+    client.snapshot("after", "again", file=folder / "again.cow", chunk=CHUNK)
+    write(client, connect, "after", 2, b"c")
+    client.fault("after", Fault.bad_blocks([(40, 8)]))
+    return {name: seen(client, name) for name in ("disk", "z", "after", "again")}
+
+
+def shapes(client: Client) -> dict[str, tuple[str, str, bool]]:
+    return {info.name: (info.uuid, info.fault, info.autoclear) for info in client.info()}
+
+
+def test_snapshots_layers_and_faults_come_back_as_they_were(
+    commands: Commands, life: Life, client: Client, connect: Connect, tmp_path: Path
+) -> None:
+    contents = make_snapshots(client, connect, tmp_path)
+    assert contents == {"disk": "Ab...", "z": "a....", "after": "abc..", "again": "ab..."}
+    commands.succeed("save")
+    before = tables(client), shapes(client)
+    life.stop()
+    life.start()
+    client = Client(life.run_dir, start=False)
+    out = commands.succeed("restore")
+    assert out.index("disk: made") > max(out.index(f"{name}: made") for name in ("z", "after-real"))
+    assert (tables(client), shapes(client)) == before
+    assert {name: seen(client, name) for name in contents} == contents
+    assert all(line.endswith(": there already") for line in commands.succeed("restore"))
+    assert all(line.endswith(": unchanged") for line in commands.succeed("save"))
+
+    write(client, connect, "disk", 3, b"d")
+    assert {name: seen(client, name) for name in ("z", "again")} == {"z": "a....", "again": "ab..."}
+    with pytest.raises(OSError, match="Input/output"):
+        client.read("after", 40 * 512, 512)
+    client.fault("after", None)
+    assert client.read("after", 40 * 512, 512) == bytes(512)
+    refused = connect("disk-real").ask(WRITE, 0, payload=b"x" * 512).error
+    assert refused, "clients may only read a lower device"
+    client.delete_snapshot("again")
+    client.close()
+
+
+def test_a_merge_goes_on_after_a_restore(commands: Commands, client: Client, connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    client.create("disk", table=f"0 2048 loop {tmp_path}/disk.img")
+    client.snapshot("disk", "before", file=tmp_path / "before.cow", chunk=CHUNK)
+    client.snapshot("disk", "other", file=tmp_path / "other.cow", chunk=CHUNK)
+    write(client, connect, "before", 2, b"c")
+    client.merge_snapshot("before")
+    commands.succeed("save")
+    assert "snapshot-merge" in commands.files()["disk.table"]
+    remove_all(client)
+    commands.succeed("restore")
+    assert (seen(client, "disk"), seen(client, "other")) == ("..c..", ".....")
+    client.finish_merge("disk")
+    assert client.table("disk") == "0 2048 snapshot-origin blkloom:disk-real"
+    assert (seen(client, "disk"), seen(client, "other")) == ("..c..", ".....")
+
+
+def test_an_origin_is_not_written_to_without_its_snapshots(
+    commands: Commands, client: Client, connect: Connect, tmp_path: Path
+) -> None:
+    contents = make_snapshots(client, connect, tmp_path)
+    commands.succeed("save")
+    remove_all(client)
+    (tmp_path / "z.cow").rename(tmp_path / "moved")
+    status, _, err = commands("restore")
+    assert status == 1
+    assert "blkloom: disk: device 'disk' would overwrite what its snapshot 'z' needs, which is not there" in err
+    assert "see its error; to give the snapshot up, delete the file of 'z'" in err
+    assert "disk" not in {info.name for info in client.info()}
+    (tmp_path / "moved").rename(tmp_path / "z.cow")
+    status, _, err = commands("restore", "disk-real", "disk")
+    assert (status, "'z' needs, which is not there" in err, "restore both" in err) == (1, True, True)
+    commands.succeed("restore")
+    assert {name: seen(client, name) for name in contents} == contents
+    client.remove("z", retry=True)
+    write(client, connect, "disk", 0, b"?")
+    status, _, err = commands("restore")
+    assert status == 1
+    assert "z: device 'disk' writes to the origin of 'z', which misses what was overwritten" in err
+    (commands.folder / "z.table").unlink()
+    commands.succeed("restore")
+
+
+def test_a_snapshot_that_is_partly_in_memory_is_not_saved(commands: Commands, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    client.create("disk", table=f"0 2048 loop {tmp_path}/disk.img")
+    client.snapshot("disk", "before")
+    client.create("memory", table="0 2048 ram")
+    client.snapshot("memory", "of-memory", file=tmp_path / "cow")
+    (tmp_path / "n.cow").write_bytes(bytes(1 << 20))
+    client.create("transient", table=f"0 2048 snapshot blkloom:disk-real {tmp_path}/n.cow N 8")
+    status, _, err = commands("save")
+    assert status == 1
+    assert set(commands.files()) == {f"{name}.table" for name in ("disk", "disk-real", "memory", "memory-real")}
+    assert "before: not saved: the snapshot 'before' is only in memory: blkloom:before-cow" in err
+    assert "before-cow: not saved: device 'before-cow' is the store of 'before' in memory" in err
+    assert "of-memory: not saved: the origin of the snapshot 'of-memory' is only in memory" in err
+    assert "transient: not saved: the snapshot 'transient' has the kind N: its exceptions are only in memory" in err
 
 
 def test_a_second_restore_changes_nothing(commands: Commands, client: Client, tmp_path: Path) -> None:

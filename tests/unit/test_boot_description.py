@@ -53,6 +53,7 @@ SOCKETS = st.builds(
 DESCRIPTIONS = st.builds(
     Description,
     table=WORDS.map(lambda path: table(f"0 8 zero\n8 8 loop {escape(path)} 512").table),
+    fault=st.sampled_from(("", "slow 10ms --reads", "bad-blocks 8 100-107")),
     create=st.builds(
         CreateOptions,
         uuid=st.just("") | WORDS,

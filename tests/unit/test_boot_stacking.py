@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blkloom.boot.snapshots import snapshots_first
 from blkloom.boot.stacking import in_order, is_absolute, needs, paths, with_paths
 from blkloom.control.rundir import RunDir
 from blkloom.table import format_table, parse_table
@@ -79,3 +80,17 @@ def test_each_comes_after_what_it_needs_or_is_an_error(needed: dict[str, set[str
     for at, name in enumerate(order):
         assert needed[name] & needed.keys() <= set(order[:at])
     assert all(needed[name] & errors.keys() for name in errors)
+
+
+def test_snapshots_come_before_what_writes_to_their_origin() -> None:
+    lines = {
+        "disk": "snapshot-origin blkloom:real",
+        "a": "snapshot blkloom:real /a.cow P 8",
+        "b": "snapshot /r/blkloom/dev/real /b.cow P 8",
+        "merging": "snapshot-merge blkloom:other /m.cow P 8",
+        "c": "snapshot blkloom:other blkloom:real P 8",
+        "alone": "snapshot /srv/a.img /alone.cow P 8",
+        "real": "loop /srv/b.img",
+    }
+    tables = {name: parse_table(f"0 8 {line}", targets=builtin_targets()) for name, line in lines.items()}
+    assert snapshots_first(tables, "/r/blkloom/dev") == {"disk": {"a", "b"}, "merging": {"c"}}

@@ -79,10 +79,13 @@ class LoopOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """A device: its table and its options. attach: None where it is not attached; loop: None for other devices."""
+    """A device: its table and its options. fault: in the words of `blkloom fault`; "": none. attach: None where it is
+    not attached; loop: None for other devices.
+    """
 
     table: Table
     create: CreateOptions = CreateOptions()
+    fault: str = ""
     attach: AttachOptions | None = None
     exports: tuple[ExportOptions, ...] = ()
     loop: LoopOptions | None = None
@@ -148,11 +151,13 @@ _OPTIONS: Final[dict[str, tuple[type[msgspec.Struct], tuple[_Option, ...]]]] = {
 }
 """Commands, with the type and the options of each."""
 _MOST: Final = (1 << 63) - 1
+_FAULT: Final = "fault"
 
 
 def parse(text: str, *, targets: Targets, source: str) -> Description:
     """The description in a text. source: for errors. Raises TableError."""
     options: dict[str, list[msgspec.Struct]] = {}
+    fault = ""
     table: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
         first = line[skip_blanks(line, 0, len(line)) :][:1]
@@ -162,9 +167,14 @@ def parse(text: str, *, targets: Targets, source: str) -> Description:
         table.append("")  # places in the table stay those of the file
         words, _ = split_words(line, 0, len(line), _places(source, number))
         command = words[0]
+        if command.text == _FAULT and not fault:
+            fault = " ".join(word.text for word in words[1:])
+            if not fault:
+                raise _error(command, "a fault without words", "write what `blkloom fault` prints: slow 10ms")
+            continue
         if command.text not in _OPTIONS:
             what = "neither a line of a table nor of options"
-            raise _error(command, what, f"options begin with {', '.join(_OPTIONS)}; tables with a number")
+            raise _error(command, what, f"options begin with {', '.join((*_OPTIONS, _FAULT))}; tables with a number")
         if command.text in options and command.text != "export":
             raise _error(command, "a second line of the same command", "write its options in one line")
         options.setdefault(command.text, []).append(_parse_options(command.text, words[1:]))
@@ -172,6 +182,7 @@ def parse(text: str, *, targets: Targets, source: str) -> Description:
     return Description(
         table=found,
         create=cast("CreateOptions", next(iter(options.get("create", ())), CreateOptions())),
+        fault=fault,
         attach=cast("AttachOptions | None", next(iter(options.get("attach", ())), None)),
         exports=cast("tuple[ExportOptions, ...]", tuple(options.get("export", ()))),
         loop=cast("LoopOptions | None", next(iter(options.get("loop", ())), None)),
@@ -183,6 +194,8 @@ def format(description: Description, *, comments: Sequence[str] = ()) -> str:
     lines = [f"# {comment}" for comment in comments]
     if description.create != CreateOptions():
         lines.append(_format_options("create", description.create))
+    if description.fault:
+        lines.append(join_words([_FAULT, *description.fault.split()], Place()))
     if description.loop is not None:
         lines.append(_format_options("loop", description.loop))
     lines += [_format_options("export", export) for export in description.exports]

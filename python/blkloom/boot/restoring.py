@@ -6,20 +6,23 @@ error. An error concerns one device, and those that need it; the others are made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import msgspec
 
 from blkloom.boot.description import AttachOptions, CreateOptions, Description, ExportOptions, parse
 from blkloom.boot.directory import Directory
-from blkloom.boot.saving import describe, has_memory, stable_names
+from blkloom.boot.saving import describe, stable_names
+from blkloom.boot.snapshots import Use, has_memory, snapshots_first, use_of
 from blkloom.boot.stacking import in_order, is_absolute, needs, paths
 from blkloom.control.client import Client
+from blkloom.control.faults import messages_of
 from blkloom.control.states import DeviceInfo, LoopNotes, NodeOptions
 from blkloom.device_names import check_new_name
 from blkloom.errors import BlkloomError, DeviceExists, UsageError
 from blkloom.printing import described
+from blkloom.table import parse_table
 from blkloom.table.printing import format_table
 from blkloom.targets.registry import Targets
 
@@ -55,9 +58,12 @@ def read_all(
 class Restore:
     """Makes devices by one client."""
 
-    def __init__(self, client: Client, *, targets: Targets) -> None:
+    def __init__(self, client: Client, *, targets: Targets, known: Mapping[str, Description]) -> None:
+        """known: what all files describe, also those of devices that are not wanted."""
         self._client = client
         self._targets = targets
+        self._known = known
+        self._folder = str(client.run_dir.devices)
         self._failed: set[str] = set()
 
     def run(self, wanted: Mapping[str, Description], report: Callable[[Report], None]) -> bool:
@@ -65,18 +71,49 @@ class Restore:
         infos = {info.name: info for info in self._client.info()}
         nodes = {path: info.name for info in infos.values() if info.node and (path := info.node.path)}
         needed = {name: needs(one.table, self._client.run_dir, nodes) for name, one in wanted.items()}
-        order, cycles = in_order(needed)
+        tables = {name: one.table for name, one in wanted.items()}
+        kept = snapshots_first({name: one.table for name, one in self._known.items()} | tables, self._folder)
+        before = {name: lowers | kept.get(name, set()) for name, lowers in needed.items()}
+        order, cycles = in_order(before)
+        self._failed |= cycles.keys()
         for name in order:
             try:
                 for lower in sorted(needed[name] & self._failed):
                     raise UsageError(f"device '{name}' needs '{lower}', which could not be made", cure="see its error")
+                if name not in infos:
+                    self._check_snapshots(name, kept.get(name, set()), infos.keys() | wanted.keys())
+                    self._check_origin(name, wanted[name], infos)
                 report(Report(name, done=self._make(name, wanted[name], infos.get(name))))
             except (BlkloomError, OSError) as error:
                 self._failed.add(name)
                 report(Report(name, error=described(error)))
         for name, cycle in cycles.items():
             report(Report(name, error=described(cycle)))
-        return not (self._failed or cycles)
+        return not self._failed
+
+    def _check_snapshots(self, name: str, snapshots: Set[str], there: Set[str]) -> None:
+        """Raises UsageError if a device would write to an origin without one of the snapshots. there: devices that
+        exist or are wanted.
+        """
+        for snapshot in sorted(snapshots):
+            if snapshot in there and snapshot not in self._failed:
+                continue
+            what = f"device '{name}' would overwrite what its snapshot '{snapshot}' needs, which is not there"
+            cure = "see its error" if snapshot in self._failed else "restore both"
+            raise UsageError(what, cure=f"{cure}; to give the snapshot up, delete the file of '{snapshot}'")
+
+    def _check_origin(self, name: str, wanted: Description, infos: Mapping[str, DeviceInfo]) -> None:
+        """Raises UsageError if a snapshot comes after a device that writes to its origin."""
+        use = use_of(wanted.table, self._folder)
+        if use is None or use.writes:
+            return
+        for info in infos.values():
+            if info.types not in (["snapshot-origin"], ["snapshot-merge"]) or not info.live:
+                continue
+            there = parse_table(self._client.table(info.name), targets=self._targets, source=f"table of {info.name}")
+            if use_of(there, self._folder) == Use(use.origin, writes=True):
+                what = f"device '{info.name}' writes to the origin of '{name}', which misses what was overwritten"
+                raise UsageError(what, cure="delete its file, and take another snapshot")
 
     def _make(self, name: str, wanted: Description, info: DeviceInfo | None) -> str:
         done = []
@@ -106,7 +143,10 @@ class Restore:
             autoclear=create.autoclear,
             loop=None if loop is None else LoopNotes(**msgspec.structs.asdict(loop)),
             node=NodeOptions(mode=create.mode, uid=create.uid, gid=create.gid, scan=not create.no_scan),
+            fault=wanted.fault,
         )
+        for text in messages_of(wanted.fault):
+            self._client.message(name, 0, text)
 
     def _compare(self, name: str, wanted: Description, info: DeviceInfo) -> Description:
         """The description of a device that exists. Raises DeviceExists if its file describes another one."""
@@ -115,6 +155,8 @@ class Restore:
         differing = []
         if format_table(there.table) != format_table(wanted.table):
             differing.append("table")
+        if there.fault != wanted.fault:
+            differing.append("fault")
         differing += [
             field for field in CreateOptions.__struct_fields__ if _differs(there.create, wanted.create, field)
         ]

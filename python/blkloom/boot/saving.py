@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from blkloom.boot.description import AttachOptions, CreateOptions, Description, ExportOptions, LoopOptions
+from blkloom.boot.snapshots import check_store, has_memory, store_of
 from blkloom.boot.stacking import is_absolute, is_device, paths, with_paths
 from blkloom.control.client import Client
 from blkloom.control.states import DeviceInfo, ExportState, NodeState, OpenedFile
@@ -23,8 +24,6 @@ from blkloom.export.ublk.state import UblkDetails, UblkOptions
 from blkloom.table import Table, parse_table
 from blkloom.targets.registry import Targets
 
-MEMORY: Final = "ram"
-"""The target whose contents are lost at a reboot."""
 _DELETED: Final = " (deleted)"
 """End of the name of a deleted file in /proc."""
 _LOAD_AGAIN: Final = "load it by its present path"
@@ -44,9 +43,12 @@ def describe(client: Client, info: DeviceInfo, *, targets: Targets, links: Mappi
         raise DeviceFailed(f"device '{info.name}' has failed: {info.reason}", cure=cure)
     if not info.live:
         raise UsageError(f"device '{info.name}' has no table", cure="load one, and resume it")
+    table = live_table(client, info, targets=targets, links=links)
+    _check_snapshots(client, info, table, targets)
     return Description(
-        table=live_table(client, info, targets=targets, links=links),
+        table=table,
         create=_create_options(info),
+        fault=info.fault,
         attach=_attach_options(info),
         exports=tuple(_export_options(info, export) for export in info.exports if _is_own(info, export)),
         loop=_loop_options(info),
@@ -81,9 +83,18 @@ def live_table(client: Client, info: DeviceInfo, *, targets: Targets, links: Map
     return table
 
 
-def has_memory(table: Table) -> bool:
-    """Whether the device is memory, which is empty after a reboot."""
-    return any(segment.target.name == MEMORY for segment in table.segments)
+def _check_snapshots(client: Client, info: DeviceInfo, table: Table, targets: Targets) -> None:
+    """Raises UsageError for a snapshot that is partly in memory, and for the memory of one."""
+    folder = str(client.run_dir.devices)
+
+    def lower(name: str) -> Table:
+        return parse_table(client.table(name), targets=targets, source=f"table of {name}")
+
+    check_store(info.name, table, lower, folder)
+    for holder in info.holders if has_memory(table) else ():
+        if store_of(lower(holder), folder) == info.name:
+            what = f"device '{info.name}' is the store of '{holder}' in memory"
+            raise UsageError(what, cure="take snapshots with --file")
 
 
 def _check_same(path: str, opened: OpenedFile) -> None:

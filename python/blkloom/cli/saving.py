@@ -36,7 +36,8 @@ def save(session: Session, operands: tuple[str, ...], directory: str | None) -> 
     """
     from blkloom.boot.description import format, parse
     from blkloom.boot.directory import Directory
-    from blkloom.boot.saving import describe, has_memory, stable_names
+    from blkloom.boot.saving import describe, stable_names
+    from blkloom.boot.snapshots import has_memory
     from blkloom.targets.registry import all_targets
 
     everything = session.everything()
@@ -89,6 +90,7 @@ def restore(session: Session, operands: tuple[str, ...], directory: str | None) 
     try:
         with Directory(_path(directory)) as files:
             found, errors = read_all(files, [session.name(text) for text in operands], targets=targets)
+            known = read_all(files, [], targets=targets)[0] if operands else found
     except FileNotFoundError:
         if directory is not None or operands:
             raise
@@ -103,7 +105,7 @@ def restore(session: Session, operands: tuple[str, ...], directory: str | None) 
 
     for error in errors:
         report(error)
-    complete = not found or Restore(session.start(), targets=targets).run(found, report)
+    complete = not found or Restore(session.start(), targets=targets, known=known).run(found, report)
     if errors or not complete:
         raise VerbFailed()
 

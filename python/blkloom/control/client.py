@@ -124,9 +124,11 @@ class Client:
         autoclear: bool = False,
         loop: LoopNotes | None = None,
         node: NodeOptions | None = None,
+        fault: str = "",
     ) -> DeviceInfo:
         """Makes a device, loads its table and resumes it; without a table, only makes it. autoclear: remove it after
-        its last user has left. node: owner, permissions and other options of its nodes, which are made later.
+        its last user has left. node: owner, permissions and other options of its nodes, which are made later. fault:
+        what `blkloom fault` had made of it, if the table is that of a fault.
         """
         call = m.Create(
             name=name,
@@ -140,6 +142,7 @@ class Client:
             autoclear=autoclear,
             loop=loop,
             node=node or NodeOptions(),
+            fault=fault,
         )
         return msgspec.convert(self.call(call), DeviceInfo)
 

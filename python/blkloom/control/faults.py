@@ -118,6 +118,20 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+def messages_of(words: str) -> tuple[str, ...]:
+    """The messages of a fault with these words, for a target that was loaded again. Raises UsageError."""
+    kind, *sectors = words.split() or [""]
+    if kind != "bad-blocks":
+        return ()
+    ranges = []
+    for text in sectors:
+        first, _, last = text.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(last or first) >= int(first)):
+            raise UsageError(f"'{text}' are no sectors", cure="write bad-blocks 8 100-107")
+        ranges.append((int(first), int(last or first) - int(first) + 1))
+    return Fault.bad_blocks(ranges).messages
+
+
 def _chosen(requests: Iterable[Requests]) -> list[Requests]:
     """In the usual order; [] if all are meant. Raises UsageError."""
     given = set(requests)

@@ -191,6 +191,8 @@ class Create(_Call, tag="create"):
     loop: LoopNotes | None = None
     node: NodeOptions = NodeOptions()
     """For each attach of the device."""
+    fault: str = ""
+    """See `DeviceInfo.fault`; for a device that is made again."""
 
 
 class Load(_Call, tag="load"):

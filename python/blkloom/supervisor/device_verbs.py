@@ -18,6 +18,7 @@ from blkloom.control.states import DeviceInfo
 from blkloom.errors import ResourceError, UsageError
 from blkloom.supervisor import exporting
 from blkloom.supervisor.devices import Devices, check_descriptors
+from blkloom.supervisor.layers import is_layer
 from blkloom.supervisor.nodes import Nodes
 from blkloom.supervisor.registry import Entry, Registry
 from blkloom.supervisor.removal import Removal
@@ -103,6 +104,7 @@ class DeviceVerbs:
 
     async def _make(self, entry: Entry, call: m.Create, found: Read | None, opener: Opener) -> None:
         export = exporting.automatic(self._run_dir, entry.name)
+        export.read_only = is_layer(entry.uuid)  # of a layer that was saved
         await exporting.open_endpoint(self._store, entry, export, allow_remote=False)
         entry.exports.append(export)
         self._writers.begin(entry, self._table_verbs.lowers(found) if found else [])

@@ -218,6 +218,11 @@ class Layers:
             self._changes.changed(entry)
 
 
+def is_layer(uuid: str) -> bool:
+    """Whether a device with this uuid is the lower device of a layer. Clients may only read it."""
+    return uuid.startswith(f"{_UUID}-")
+
+
 def linear_over(lower: Entry) -> str:
     """A table of all of a device."""
     return whole_table(lower, ["linear", f"blkloom:{lower.name}", "0"])

@@ -92,13 +92,12 @@ class TableVerbs:
     def new_load(self, call: m.Load | m.Create) -> Loaded:
         """The table of `call`, with a new load number."""
         assert call.table is not None, "the caller has looked"
-        fault = call.fault if isinstance(call, m.Load) else ""
         return Loaded(
             load=self._registry.new_load(),
             table=call.table,
             read_only=call.read_only,
             shared=call.shared,
-            fault=fault,
+            fault=call.fault,
         )
 
     async def fill_inactive(
