@@ -70,6 +70,13 @@ FAULTS = (
         "fuzzer ublk_descriptors",
     ),
     Fault(
+        "virtio: one buffer to read may follow one to write",
+        "engine/virtio-wire/src/split.rs",
+        "if self.pieces.len() > self.readable {",
+        "if self.pieces.len() > self.readable + 1 {",
+        "fuzzer virtio_requests",
+    ),
+    Fault(
         "handshake: an option's header is read one byte early",
         "python/blkloom/export/nbd/handshake.py",
         "if len(self._buffer) < OPTION_HEADER:",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "engine"
 TARGETS = ENGINE / "target" / "verify"
 FINDINGS = ROOT / "fuzz" / "findings"
-FUZZERS = ("nbd_requests", "nbd_connection", "fuse_messages", "ublk_descriptors")
+FUZZERS = ("nbd_requests", "nbd_connection", "fuse_messages", "ublk_descriptors", "virtio_requests")
 NIGHTLY = "nightly"
 INSTALL_MIRI = f"rustup toolchain install {NIGHTLY} --component miri,rust-src"
 LONGEST_INPUT = 2048
@@ -44,7 +44,7 @@ COVERAGE = (
     "-Cllvm-args=-simplifycfg-branch-fold-threshold=0",
     "--cfg=fuzzing",
 )
-PURE = ("blkloom-map", "blkloom-wire", "blkloom-fuse-wire", "blkloom-ublk-wire")
+PURE = ("blkloom-map", "blkloom-wire", "blkloom-fuse-wire", "blkloom-ublk-wire", "blkloom-virtio-wire")
 SANITIZED = (*PURE, "blkloom-io", "blkloom-core")
 
 

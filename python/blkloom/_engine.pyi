@@ -22,6 +22,7 @@ __all__ = [
     "DelayFilter",
     "Detached",
     "DetachedFuse",
+    "DetachedVhostUser",
     "Device",
     "Engine",
     "ErrorFilter",
@@ -31,13 +32,17 @@ __all__ = [
     "File",
     "FlakeyFilter",
     "FuseFile",
+    "GuestMemory",
     "Map",
     "Notices",
     "Region",
+    "SharedMemory",
     "SwitchFilter",
     "ThrottleFilter",
     "Transport",
     "UblkNode",
+    "VhostUserCall",
+    "VhostUserDisk",
     "end_log",
     "fuse_can_resend",
     "fuse_init",
@@ -50,8 +55,10 @@ __all__ = [
     "serve_fuse",
     "serve_nbd",
     "serve_ublk",
+    "serve_vhost_user",
     "ublk_control",
     "unmount",
+    "vhost_user_inflight_length",
 ]
 
 _Operation: TypeAlias = Literal["read", "write", "flush", "discard", "write_zeroes", "extents"]
@@ -615,9 +622,9 @@ class Notices:
     def take(self) -> list[tuple[int, Any, int]]:
         """Take all notices: (token, result, errno). The token is that of `Device.submit`, `serve_nbd` or `serve_fuse`.
 
-        result: None or the extents, if I/O has ended. A str (the reason), if a transport has closed. A `Detached` or
-        `DetachedFuse`, if a transport was detached. An int (`FuseFile.users`), if the open count of a FUSE file has
-        changed.
+        result: None or the extents, if I/O has ended. A str (the reason), if a transport has closed. A `Detached`,
+        `DetachedFuse` or `DetachedVhostUser`, if a transport was detached. An int (`FuseFile.users`), if the open count
+        of a FUSE file has changed.
         """
 
 @final
@@ -813,6 +820,78 @@ def serve_ublk(
     descriptor of /dev/ublkcN, which the engine keeps open in other ways until the queue has ended. queue: its number.
     depth: its number of requests. payload: most bytes of a read or write. The transport's end is "removed" when the
     block device was removed. OSError: io_uring is not permitted, or not to be had.
+    """
+
+@final
+class GuestMemory:
+    """The memory of a virtual machine, which another program shares. Forks do not have it."""
+
+    def __new__(cls, regions: Sequence[tuple[int, int, int, int, int]]) -> GuestMemory:
+        """regions: (descriptor, offset in its file, bytes, address in the machine, address in the other program).
+        ValueError: the other program could take the memory away (a file that can shrink or has huge pages), or a region
+        is beyond the end of its file, or two have the same address in the machine.
+        """
+
+@final
+class SharedMemory:
+    """Memory that another program shares, as in `GuestMemory`."""
+
+    def __new__(cls, fd: int, offset: int, size: int) -> SharedMemory:
+        """ValueError: see `GuestMemory`."""
+
+@final
+class VhostUserDisk:
+    """A device as a virtio block device: what all of its queues share. serial: its first 20 bytes are used."""
+
+    def __new__(cls, export: Export, serial: bytes) -> VhostUserDisk: ...
+    @property
+    def export(self) -> Export: ...
+
+@final
+class VhostUserCall:
+    """Where the driver of a queue is told that requests are answered. It may change while the queue is served."""
+
+    def __new__(cls) -> VhostUserCall: ...
+    def replace(self, fd: int | None) -> None:
+        """fd: a non-blocking eventfd, of which a duplicate is kept. None: the driver polls."""
+
+@final
+class DetachedVhostUser:
+    """A queue of a virtio block device that was detached."""
+
+    @property
+    def next(self) -> int:
+        """Index in the available ring of the first request that was not taken."""
+
+def vhost_user_inflight_length(size: int) -> int:
+    """Bytes for the requests in flight of a queue with so many descriptors."""
+
+def serve_vhost_user(
+    engine: Engine,
+    disk: VhostUserDisk,
+    guest: GuestMemory,
+    notices: Notices,
+    token: int,
+    *,
+    inflight: tuple[SharedMemory, int],
+    kick: int,
+    call: VhostUserCall,
+    size: int,
+    descriptors: int,
+    available: int,
+    used: int,
+    next: int,
+    event_idx: bool,
+    indirect: bool,
+    write_through: bool,
+) -> Transport:
+    """Serve a queue of a virtio block device. inflight: memory for its requests in flight, and the offset in it; those
+    that are there are served again. kick: an eventfd of the driver; a duplicate is kept, and never read. size: number
+    of descriptors. descriptors, available, used: addresses in the other program. next: index in the available ring of
+    the first request, if none is in flight. event_idx, indirect: features. write_through: each write is durable before
+    it is answered. The transport's end is a `DetachedVhostUser` after `detach`. With `drain`, all requests that were
+    taken are answered before that; otherwise those that wait are left in flight. ValueError: the rings are not in the
+    memory, or break the rules.
     """
 
 @final

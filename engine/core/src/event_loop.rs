@@ -287,8 +287,10 @@ impl Loop {
 
     /// Stops polling transports, except those that have unprocessed input: epoll does not report that input.
     fn forget_waiting(&mut self) {
-        let members = &self.members;
-        self.active.retain(|&slot| members.get(slot).is_some_and(|member| member.transport.status().ready));
+        let members = &mut self.members;
+        self.active.retain(|&slot| {
+            members.get_mut(slot).is_some_and(|member| member.transport.status().ready || member.transport.rest())
+        });
     }
 
     /// Waits in epoll for up to `timeout` and activates the transports that are ready.

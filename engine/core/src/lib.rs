@@ -55,7 +55,7 @@ pub use operation::{Context, Flags, Found, context};
 pub use queue::Ended;
 pub use request::{Memory, OwnedBuffer, Owner, Request, TransportId, Waiter};
 pub use stats::{Op, Shard, Stats, Totals};
-pub use transport::{Arena, LoopContext, Status, Transport, fuse, nbd, ublk};
+pub use transport::{Arena, LoopContext, Status, Transport, fuse, nbd, ublk, vhost_user};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

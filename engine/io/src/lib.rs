@@ -3,7 +3,8 @@
 //! `Slice` and `Source` point to memory that is borrowed, or that the caller promises to keep. `Buffer`, `Region` and
 //! `BounceBuffer` own memory. `Registered` is a buffer that only a ring can access. `File` moves bytes between memory
 //! and a file descriptor, without waiting or blocking. `Ring` moves bytes asynchronously. `CommandRing` sends commands
-//! to a driver, which fills and empties memory. `Process` detects a fork.
+//! to a driver, which fills and empties memory. `GuestMemory` and `SharedMemory` are memory of other programs. `Process`
+//! detects a fork.
 //!
 //! This crate starts no threads and does not know devices or requests. Errors are errnos. Errors without a caller to
 //! return to are `tracing` events.
@@ -14,6 +15,7 @@ mod command_ring;
 mod durability;
 mod file;
 mod fork;
+mod guest_memory;
 mod mapping;
 mod memory;
 mod range_lock;
@@ -27,6 +29,7 @@ pub use command_ring::{Arrival, CommandRing};
 pub use durability::Syncing;
 pub use file::{Busy, File, FileError, FileExtent, Inline, InlinePolicy, Scratch};
 pub use fork::Process;
+pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion, SharedMemory};
 pub use mapping::ReadOnlyMapping;
 pub use memory::{Ahead, Slice, Source};
 pub use range_lock::{RangeGuard, RangeLock};

@@ -83,7 +83,7 @@ impl Drop for ReadOnlyMapping {
 
 /// # Safety
 /// The memory is a mapping that is not used any more.
-unsafe fn unmap(memory: Slice<'static>) {
+pub(crate) unsafe fn unmap(memory: Slice<'static>) {
     // SAFETY: promised by the caller.
     if let Err(error) = unsafe { munmap(memory.as_ptr().cast(), memory.len()) } {
         tracing::error!(%error, bytes = memory.len(), "munmap failed; the addresses stay taken");

@@ -30,6 +30,7 @@
 //! promises that it stays valid.
 
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 const CACHE_LINE: usize = 64;
@@ -120,6 +121,32 @@ impl<'m> Slice<'m> {
 
     pub fn to_vec(&self) -> Vec<u8> {
         self.source().to_vec()
+    }
+
+    /// Reads a little-endian number that another program stores. What it has stored before is visible after this.
+    pub fn load_u16(&self, at: usize) -> u16 {
+        u16::from_le(self.shared_u16(at).load(Ordering::Acquire))
+    }
+
+    /// Stores a little-endian number that another program loads. What was stored before is visible to it then.
+    pub fn store_u16(&self, at: usize, value: u16) {
+        self.shared_u16(at).store(value.to_le(), Ordering::Release);
+    }
+
+    /// Stores a byte, as `store_u16` does.
+    pub fn store_u8(&self, at: usize, value: u8) {
+        let part = self.part(at, 1);
+        // SAFETY: mapped and writable during `'m`. As in `shared_u16`.
+        unsafe { AtomicU8::from_ptr(part.ptr) }.store(value, Ordering::Release);
+    }
+
+    /// Panics when out of bounds, as slicing does, or when it is not aligned.
+    fn shared_u16(&self, at: usize) -> &AtomicU16 {
+        let part = self.part(at, size_of::<u16>());
+        assert!(part.ptr.cast::<AtomicU16>().is_aligned(), "shared numbers are aligned");
+        // SAFETY: mapped and writable during `'m`, which self outlives no borrow of, and aligned. Other accesses by
+        // this process are atomic, too; those of other programs are outside of Rust's memory model, as all here.
+        unsafe { AtomicU16::from_ptr(part.ptr.cast()) }
     }
 }
 

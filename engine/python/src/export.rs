@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use blkloom_core::{Outcome, TransportHandle, fuse, nbd};
+use blkloom_core::{Outcome, TransportHandle, fuse, nbd, vhost_user};
 use blkloom_io::Errno;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use crate::border::{Bytes, number, os_error, stats, value_error};
 use crate::device::Device;
 use crate::fuse::DetachedFuse;
 use crate::nbd::Detached;
+use crate::vhost_user::DetachedVhostUser;
 
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Notices {
@@ -86,8 +87,12 @@ fn detached<'py>(py: Python<'py>, left: Box<dyn Any + Send>) -> PyResult<Bound<'
         Ok(left) => return Ok(Bound::new(py, Detached::new(py, *left))?.into_any()),
         Err(left) => left,
     };
-    match left.downcast::<fuse::Detached>() {
-        Ok(left) => Ok(Bound::new(py, DetachedFuse::new(py, *left))?.into_any()),
+    let left = match left.downcast::<fuse::Detached>() {
+        Ok(left) => return Ok(Bound::new(py, DetachedFuse::new(py, *left))?.into_any()),
+        Err(left) => left,
+    };
+    match left.downcast::<vhost_user::Detached>() {
+        Ok(left) => Ok(Bound::new(py, DetachedVhostUser::new(*left))?.into_any()),
         Err(_) => Err(PyRuntimeError::new_err("a transport of a kind that has no name in Python was detached")),
     }
 }

@@ -15,6 +15,7 @@ mod maps;
 mod mount;
 mod nbd;
 mod ublk;
+mod vhost_user;
 
 use pyo3::prelude::*;
 
@@ -47,6 +48,11 @@ mod _engine {
     use crate::nbd::{Detached, serve_nbd};
     #[pymodule_export]
     use crate::ublk::{UblkNode, serve_ublk, ublk_control};
+    #[pymodule_export]
+    use crate::vhost_user::{
+        DetachedVhostUser, GuestMemory, SharedMemory, VhostUserCall, VhostUserDisk, serve_vhost_user,
+        vhost_user_inflight_length,
+    };
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -34,6 +34,7 @@ from blkloom.errors import BackingError, BlkloomError, TableError
 @click.option("--shared", is_flag=True, help="Do not lock the files: other programs may write to them.")
 @partscan_option
 @click.option("--attach", is_flag=True, help="Attach it as well, and print the node.")
+@click.option("--vhost-user", is_flag=True, help="Export it for virtual machines as well, and print the socket.")
 @click.option("--addnodeoncreate", is_flag=True, help="Attach it as well, and print nothing.")
 @click.option("--addnodeonresume", is_flag=True, help="Attach it when it has a table: now, or at its next resume.")
 @click.option("-M", "--mode", type=permission_bits, metavar="MODE", help="Permissions of its nodes, octal.")
@@ -56,6 +57,7 @@ def create(
     shared: bool,
     partscan: bool,
     attach: bool,
+    vhost_user: bool,
     addnodeoncreate: bool,
     addnodeonresume: bool,
     mode: int | None,
@@ -73,13 +75,14 @@ def create(
     blkloom create disk disk.table
     blkloom create disk disk.qcow2
     mount $(blkloom create disk disk.qcow2 --attach) /mnt
+    blkloom create disk disk.qcow2 --vhost-user
     blkloom create disk disk.img --format raw
     echo '0 2097152 ram' | blkloom create memory
     blkloom create late --notable && blkloom load late --table '0 8 zero' && blkloom resume late
     blkloom create --concise 'a,,,rw,0 8 zero;b,,,ro,0 8 linear blkloom:a 0'
 
     NBD clients can connect to the socket DIR/dev/NAME in the run directory. If the table cannot be loaded,
-    no device is made; nor if --attach fails.
+    no device is made; nor if --attach or --vhost-user fails.
     """
     if partscan and no_scan:
         raise VerbFailed("-P is incompatible with --no-scan.")
@@ -87,6 +90,8 @@ def create(
         what = "a node needs a size, and so a table: --addnodeonresume makes the node at the next resume"
         raise VerbFailed("--addnodeoncreate is incompatible with --notable.", what=what)
     nodes = _Nodes(via or (AUTO if attach else ""), addnodeoncreate, addnodeonresume, partscan)
+    if concise and vhost_user:
+        raise VerbFailed("--vhost-user is incompatible with --concise.", what="blkloom export NAME --vhost-user")
     nodes.options = {"mode": mode, "uid": uid, "gid": gid, "scan": not no_scan}
     if concise:
         if table is not None or minor is not None or uuid is not None or notable:
@@ -101,7 +106,7 @@ def create(
     device.nodes = nodes
     file = operands[1] if len(operands) == 2 else None
     text = None if notable else read_table(table, file, image_format=image_format, allow_backing=allow_backing)
-    device.make(text)
+    device.make(text, vhost_user=vhost_user)
 
 
 class _Nodes:
@@ -134,8 +139,10 @@ class _New:
         self._uuid = session.new_uuid(uuid) if uuid else ""
         self._minor, self._read_only, self._shared = minor, read_only, shared
 
-    def make(self, table: TableText | None) -> None:
-        """Makes the device. Raises VerbFailed, which names the ioctl that fails in dmsetup."""
+    def make(self, table: TableText | None, *, vhost_user: bool = False) -> None:
+        """Makes the device. vhost_user: also its export for virtual machines, whose socket is printed. Raises
+        VerbFailed, which names the ioctl that fails in dmsetup.
+        """
         create, load = Named(self._name, name=self._name, uuid=self._uuid), Named(self._name, name=self._name)
         client = self._session.start()
         has_table = table is not None and not table.empty
@@ -156,6 +163,8 @@ class _New:
         except (BlkloomError, OSError) as error:
             with self._session.ioctl(create, "create"):
                 raise error from None
+        if vhost_user:
+            self._export()
         nodes = self.nodes
         if nodes.via or nodes.on_create or (nodes.on_resume and has_table):
             via = nodes.via or AUTO
@@ -163,6 +172,15 @@ class _New:
         if nodes.partscan:
             add_to_new(self._session, self._name)
         self._session.tell(load)
+
+    def _export(self) -> None:
+        """Exports the new device for virtual machines; removes the device if that fails."""
+        try:
+            made = self._session.client.export(self._name, kind="vhost-user")
+        except BaseException:
+            self._session.client.remove(self._name, force=True)
+            raise
+        click.echo(made.path)
 
 
 def _create_concise(session: Session, operands: tuple[str, ...], shared: bool, nodes: _Nodes) -> None:

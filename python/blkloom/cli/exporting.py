@@ -23,6 +23,7 @@ from blkloom.metrics.addresses import uri_of
 @click.option("--uid", type=int, metavar="N", help="With --fuse: the file's owner.")
 @click.option("--gid", type=int, metavar="N", help="With --fuse: its group.")
 @click.option("--mode", type=permission_bits, metavar="MODE", help="With --fuse: its permissions, octal (600).")
+@click.option("--vhost-user", is_flag=True, help="For virtual machines: a socket at PATH, or in the run directory.")
 @click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket (mode 0600).")
 @listen_option
 @allow_remote_option
@@ -39,6 +40,7 @@ def export(
     uid: int | None,
     gid: int | None,
     mode: int | None,
+    vhost_user: bool,
     socket: str | None,
     listen: tuple[str, int] | None,
     allow_remote: bool,
@@ -47,35 +49,43 @@ def export(
     shared: bool,
     listed: bool,
 ) -> None:
-    """Add an NBD export, or a file, and print where it is.
+    """Add an NBD export, a file, or a disk of a virtual machine, and print where it is.
 
     \b
     blkloom export disk --listen localhost:10809
     blkloom export disk --socket /srv/disk.sock --read-only
     blkloom export disk --fuse
     blkloom export disk --fuse /srv/disk.img --allow-other --mode 660 --gid 106
+    blkloom export disk --vhost-user /run/vm/disk.sock
     blkloom export --list
 
     Every device has a socket of its own in the run directory; after unexport, export without an
     address opens it again. A file (FUSE) is for programs that open one: mkfs, mount -o loop, qemu-img, dd.
+    With --vhost-user, a virtual machine has the device as its virtio disk (QEMU: vhost-user-blk-pci).
     """
-    before = 0 if session.elsewhere and fuse else 1
+    has_path = fuse or vhost_user
+    before = 0 if session.elsewhere and has_path else 1
     paths = operands[before:]
-    if len(paths) > 1 or (paths and not fuse):
-        raise VerbFailed(f"unexpected argument: {paths[-1]}", what="only --fuse takes a PATH")
+    if len(paths) > 1 or (paths and not has_path):
+        raise VerbFailed(f"unexpected argument: {paths[-1]}", what="only --fuse and --vhost-user take a PATH")
     if listed:
         _print_exports(session, operands[:1])
         return
     named = session.named(operands[0] if before and operands else None)
     if socket is not None and listen is not None:
         raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
-    if fuse:
+    path = os.path.abspath(paths[0]) if paths else ""
+    if has_path:
+        what = "call export twice for both"
         if socket is not None or listen is not None or allow_remote or export_name is not None:
-            raise VerbFailed("--fuse is incompatible with options of NBD exports.", what="call export twice for both")
+            kind = "--fuse" if fuse else "--vhost-user"
+            raise VerbFailed(f"{kind} is incompatible with options of NBD exports.", what=what)
+        if fuse and vhost_user:
+            raise VerbFailed("--fuse and --vhost-user are incompatible.", what=what)
+    if fuse:
         wished: dict[str, Any] = {"user": uid, "group": gid, "mode": mode, "allow_other": allow_other}
         if fuse_uring:
             wished["uring"] = True
-        path = os.path.abspath(paths[0]) if paths else ""
         made = session.client.export(
             named.wire, kind="fuse", path=path, read_only=readonly, shared=shared, options=wished
         )
@@ -87,6 +97,10 @@ def export(
         raise VerbFailed("--fuse-uring needs --fuse.", what="blkloom export DEVICE --fuse --fuse-uring")
     if allow_other or uid is not None or gid is not None or mode is not None:
         raise VerbFailed("--allow-other, --uid, --gid and --mode need --fuse.", what="only this user can use a socket")
+    if vhost_user:
+        added = session.client.export(named.wire, kind="vhost-user", path=path, read_only=readonly, shared=shared)
+        click.echo(added.path)
+        return
     if allow_remote and listen is None:
         raise VerbFailed("--allow-remote needs --listen.", what="only this user can use a Unix socket")
     host, port = listen or ("", 0)

@@ -1,4 +1,4 @@
-"""`blkloom serve`: serves devices in the foreground, over NBD or as files (FUSE)."""
+"""`blkloom serve`: serves devices in the foreground, over NBD, as files (FUSE) or for virtual machines."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ def _budget(text: str) -> int:
 @click.option("--uid", type=int, metavar="N", help="With --fuse: the file's owner.")
 @click.option("--gid", type=int, metavar="N", help="With --fuse: its group.")
 @click.option("--mode", type=permission_bits, metavar="MODE", help="With --fuse: its permissions, octal (600).")
+@click.option(
+    "--vhost-user", type=click.Path(readable=False), metavar="PATH", help="For a virtual machine: a socket at PATH."
+)
 @click.option("--attach", is_flag=True, help="As nodes: block devices (root), or files.")
 @no_scan_option
 @click.option("-P", "--partscan", is_flag=True, help="The partitions, too: exports NAMEp1, ..., nodes or files.")
@@ -122,6 +125,7 @@ def serve(
     uid: int | None,
     gid: int | None,
     mode: int | None,
+    vhost_user: str | None,
     attach: bool,
     no_scan: bool,
     partscan: bool,
@@ -140,23 +144,26 @@ def serve(
     fault_timeout: float,
     stall_timeout: float,
 ) -> None:
-    """Serve block devices over NBD, or as files, until interrupted.
+    """Serve block devices over NBD, as files, or as disks of virtual machines, until interrupted.
 
     Prints one URI for each export when clients can connect. On SIGTERM or SIGINT it accepts no more
-    clients, finishes requests in flight, flushes, and exits. Without --socket, --listen, --fuse and
-    --attach it listens on a Unix socket in a private directory, or on the sockets that systemd has passed.
+    clients, finishes requests in flight, flushes, and exits. Without --socket, --listen, --fuse,
+    --vhost-user and --attach it listens on a Unix socket in a private directory, or on the sockets that
+    systemd has passed.
 
     \b
     blkloom serve disk.img
     blkloom serve disk.qcow2
     blkloom serve --ram 1G --listen localhost:10809
     blkloom serve disk.qcow2 --fuse disk.img
+    blkloom serve disk.qcow2 --vhost-user /run/vm/disk.sock
     blkloom serve disk.qcow2 --attach
     blkloom serve --table '0 2048 loop a.img
     2048 4096 loop b.img 1048576' --socket /tmp/d.sock
     blkloom serve --device a='0 2048 loop a.img' --device b='0 2048 linear blkloom:a 0'
 
-    Each FILE becomes one export with the name of the file; for several FILEs, --fuse names a directory.
+    Each FILE becomes one export with the name of the file; for several FILEs, --fuse and --vhost-user
+    name a directory.
     A table may refer to an earlier device as blkloom:NAME.
     """
     open_files.raise_limit()
@@ -189,8 +196,9 @@ def serve(
     if no_scan and (partscan or not attach):
         why = "-P is a scan" if partscan else "udev looks at nodes only"
         raise UsageError(f"--no-scan is of nodes that are not scanned, and {why}", cure="leave it out")
-    if once and (attach or fuse is not None):
-        raise UsageError("--once is for NBD clients", cure="a program may open a file or node many times")
+    if once and (attach or fuse is not None or vhost_user is not None):
+        cure = "a program may open a file or node many times, and a virtual machine may connect again"
+        raise UsageError("--once is for NBD clients", cure=cure)
     file_request = None if fuse is None else FileRequest(fuse, wished | {"uring": fuse_uring})
     if file_request is not None or attach:
         from blkloom.export.memory_pressure import become_io_flusher
@@ -212,7 +220,16 @@ def serve(
             report = Report(stats, engine)
             nodes = NodeRequest(AUTO, scan=not no_scan) if attach else None
             serving = run(
-                opened, engine, listening, limits, description, report, once=once, files=file_request, nodes=nodes
+                opened,
+                engine,
+                listening,
+                limits,
+                description,
+                report,
+                once=once,
+                files=file_request,
+                nodes=nodes,
+                vhost_user=vhost_user,
             )
             asyncio.run(serving)
     except BusyError as error:

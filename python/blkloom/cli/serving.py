@@ -124,14 +124,16 @@ async def run(
     once: bool,
     files: FileRequest | None = None,
     nodes: NodeRequest | None = None,
+    vhost_user: str | None = None,
 ) -> None:
     """Serves until a signal (or, for `once`, until the last client has left), then stops cleanly. files: also serve as
-    files. nodes: also as nodes. With either, over NBD only if an address to listen on was given.
+    files. nodes: also as nodes. vhost_user: also for virtual machines, at this path. With any of these, over NBD only
+    if an address to listen on was given.
 
     Raises ListenError, MountError.
     """
     devices = served.devices
-    over_nbd = (files is None and nodes is None) or listening.is_wanted
+    over_nbd = (files is None and nodes is None and vhost_user is None) or listening.is_wanted
     exports = {
         name: NbdExport(name, _engine.Export(device, name=name, read_only=device.read_only), description)
         for name, device in (devices if over_nbd else {}).items()
@@ -161,6 +163,13 @@ async def run(
 
             made = await stack.enter_async_context(ServedNodes(engine, served, nodes))
             for path, export in made.exports.items():
+                click.echo(path)
+                counted[path] = export
+        if vhost_user is not None:
+            from blkloom.cli.serving_machines import ServedMachines  # imported only by servers of virtual machines
+
+            machines = await stack.enter_async_context(ServedMachines(engine, served, vhost_user))
+            for path, export in machines.exports.items():
                 click.echo(path)
                 counted[path] = export
         notifier.ready(f"serving {len(counted)} exports")

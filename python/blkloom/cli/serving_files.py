@@ -35,7 +35,7 @@ _NO_SCAN = ".no-scan"
 """End of the path of a file whose loop device udev does not scan; `udev/60-blkloom.rules` has it, too."""
 
 
-class _Served(ABC):
+class ServedEach(ABC):
     """What is made for each device in `__aenter__`, all or nothing, and removed in `__aexit__`."""
 
     def __init__(self, served: Served) -> None:
@@ -66,7 +66,7 @@ class _Served(ABC):
         """Removes all that was made."""
 
 
-class ServedFiles(_Served):
+class ServedFiles(ServedEach):
     """Serves the files from `__aenter__` to `__aexit__`, which unmounts them. It unmounts open files too, and logs
     this.
     """
@@ -105,7 +105,7 @@ class ServedFiles(_Served):
             await _end_file(server)
 
 
-class ServedNodes(_Served):
+class ServedNodes(ServedEach):
     """Serves nodes from `__aenter__` to `__aexit__`, which removes them, also those in use, and logs this. They are
     made in a private directory, as in a supervisor's run directory.
     """

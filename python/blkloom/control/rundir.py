@@ -4,7 +4,7 @@ A run directory has one supervisor. Only its owner may enter it (0700, and `open
 to the control socket can do everything that the supervisor can, and a client opens files for the supervisor behind it.
 
 The path of a socket has at most 107 bytes. If the path of the run directory is too long for that, the sockets are in
-another directory, whose short name is computed from the long one (`sockets`). The link `dev` leads there.
+another directory, whose short name is computed from the long one (`sockets`). The links `dev` and `vhost` lead there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RunDir(msgspec.Struct, frozen=True):
         os.close(open_private(self.path, make=True))
         folders = [self.states, self.files, self.mounts, self.kernel_nodes]
         if self.sockets == self.path:
-            folders += [self.devices, self.workers]
+            folders += self._of_sockets
         for folder in folders:
             folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -83,22 +83,24 @@ class RunDir(msgspec.Struct, frozen=True):
         if self.sockets == self.path:
             return
         os.close(open_private(self.sockets, make=True))
-        for folder in (self.devices, self.workers):
+        for folder in self._of_sockets:
             folder.mkdir(mode=0o700, exist_ok=True)
-        link = self.path / self.devices.name
-        if not link.is_symlink():
-            with suppress(FileNotFoundError):
-                link.rmdir()  # made when the path was shorter
-            link.symlink_to(self.devices)
+        for to in (self.devices, self.vhost_sockets):
+            link = self.path / to.name
+            if not link.is_symlink():
+                with suppress(FileNotFoundError):
+                    link.rmdir()  # made when the path was shorter
+                link.symlink_to(to)
 
     def remove_sockets(self) -> None:
         """Removes the directory that `make_sockets` made, if it is empty. The caller holds `lock`."""
         if self.sockets == self.path:
             return
         with suppress(OSError):  # a killed worker has left its socket; a supervisor removes it
-            for folder in (self.devices, self.workers, self.sockets):
+            for folder in (*self._of_sockets, self.sockets):
                 folder.rmdir()
-            (self.path / self.devices.name).unlink(missing_ok=True)
+            for to in (self.devices, self.vhost_sockets):
+                (self.path / to.name).unlink(missing_ok=True)
 
     def open_sockets(self) -> int:
         """Opens the directory of the sockets (O_PATH), with the checks of `open_private`. Raises UsageError,
@@ -149,6 +151,16 @@ class RunDir(msgspec.Struct, frozen=True):
         return self.sockets / "dev"
 
     @property
+    def vhost_sockets(self) -> Path:
+        """Sockets over vhost-user, by mangled device name."""
+        return self.sockets / "vhost"
+
+    @property
+    def _of_sockets(self) -> tuple[Path, ...]:
+        """Directories with sockets."""
+        return self.devices, self.vhost_sockets, self.workers
+
+    @property
     def workers(self) -> Path:
         """Workers' own sockets."""
         return self.sockets / "workers"
@@ -182,8 +194,11 @@ class RunDir(msgspec.Struct, frozen=True):
         """The automatic socket of a device. If the path is too long for a socket, the name is cut and ends in `~` and a
         digest. No mangled name has a `~`.
         """
-        path = self.devices / mangle(name)
-        return self.devices / _shortened(mangle(name), len(os.fsencode(path)) - _LONGEST_SOCKET_PATH)
+        return _socket(self.devices, name)
+
+    def vhost_socket(self, name: str) -> Path:
+        """The socket of a device over vhost-user; a long name is cut in the same way."""
+        return _socket(self.vhost_sockets, name)
 
     def file(self, name: str) -> Path:
         """The link to the FUSE file of a device; a long name is cut in the same way."""
@@ -200,6 +215,12 @@ class RunDir(msgspec.Struct, frozen=True):
     def state(self, minor: int) -> Path:
         """A device's state file."""
         return self.states / f"{minor}.json"
+
+
+def _socket(folder: Path, name: str) -> Path:
+    """The socket of a device in a directory; see `RunDir.device`."""
+    path = folder / mangle(name)
+    return folder / _shortened(mangle(name), len(os.fsencode(path)) - _LONGEST_SOCKET_PATH)
 
 
 def _shortened(mangled: str, over: int) -> str:

@@ -29,6 +29,10 @@ _KINDS: Final = {
     "fuse": _Kind(
         ("blkloom.export.fuse.endpoints", "FuseEndpoints"), ("blkloom.export.fuse.export_server", "FuseExportServer")
     ),
+    "vhost-user": _Kind(
+        ("blkloom.export.vhost_user.endpoints", "VhostUserEndpoints"),
+        ("blkloom.export.vhost_user.export_server", "VhostUserExportServer"),
+    ),
     "ublk": _Kind(
         ("blkloom.export.ublk.endpoints", "UblkEndpoints"), ("blkloom.export.ublk.export_server", "UblkExportServer")
     ),

@@ -24,6 +24,7 @@ pub mod fuse;
 pub mod nbd;
 mod next_memory;
 pub mod ublk;
+pub mod vhost_user;
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -75,6 +76,12 @@ pub trait Transport: Send {
     /// Receives and serves requests, and sends waiting replies. Returns whether there was any work. input: memory to
     /// receive into, valid during the call only.
     fn poll(&mut self, input: &mut Buffer, cx: &mut LoopContext) -> bool;
+
+    /// Called when the loop stops polling the transport until the next event. Returns whether input has arrived: then
+    /// the loop goes on polling it. Needed where a peer is told that it need not raise events while it is polled.
+    fn rest(&mut self) -> bool {
+        false
+    }
 
     /// Processes the result of a request that went through the queue. `send` follows.
     fn complete(&mut self, token: u64, ended: Ended, cx: &mut LoopContext);

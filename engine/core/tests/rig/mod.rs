@@ -3,6 +3,7 @@
 
 pub mod fuse_kernel;
 pub mod hosts;
+pub mod virtio_driver;
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};

@@ -1,0 +1,1 @@
+"""Devices as virtio block devices of virtual machines, over vhost-user."""

@@ -1,0 +1,221 @@
+"""One export of a device over vhost-user in a worker: one virtual machine at a time.
+
+The supervisor has made the listening socket and keeps it: a virtual machine that connects while there is no worker, or
+while another one is connected, waits in its backlog. The next virtual machine is accepted only when all requests of the
+one before have ended, because it may be the same one, which sends them again. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from blkloom import _engine
+from blkloom.control.rundir import RunDir
+from blkloom.control.states import ConnectionState, ExportState
+from blkloom.errors import BlkloomError, ListenError
+from blkloom.export.exporter import Client, Unfinished
+from blkloom.export.vhost_user import parcel
+from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
+from blkloom.export.vhost_user.connection import Connection, readable
+from blkloom.export.vhost_user.session import Session
+from blkloom.printing import described
+
+_log = logging.getLogger(__name__)
+
+_LAST_REPLIES: Final = 5.0
+"""Seconds for requests in flight to end when the export is removed."""
+_RETRY: Final = 1.0
+"""Seconds before accept is tried again with no descriptor free: there is no event for that."""
+
+
+class VhostUserExportServer:
+    """See `export.exporter.ExportServer`."""
+
+    def __init__(
+        self,
+        state: ExportState,
+        device: _engine.Device,
+        engine: _engine.Engine,
+        descriptors: Mapping[str, int],
+        on_change: Callable[[], None],
+        *,
+        paused: bool = False,
+    ) -> None:
+        """Raises ListenError if the socket is missing."""
+        if "" not in descriptors:
+            raise ListenError(f"the socket {state.address} was lost", cure="add the export again", errno=errno.EBADF)
+        self._state = state
+        self._device = device
+        self._engine = engine
+        self._on_change = on_change
+        self._listening = socket.socket(fileno=descriptors[""])
+        try:
+            self._listening.setblocking(False)
+            self._export = _engine.Export(device, name=state.name, read_only=state.read_only)
+            self._engine_disk = _engine.VhostUserDisk(self._export, os.fsencode(state.name))
+        except BaseException:
+            self._listening.close()
+            raise
+        self._session: Session | None = None
+        self._task: asyncio.Task[None] | None = None
+        """Accepts and serves virtual machines."""
+        if not paused:
+            self._begin()
+
+    @property
+    def state(self) -> ExportState:
+        """The state of the export."""
+        return self._state
+
+    @property
+    def export(self) -> _engine.Export:
+        """The engine's."""
+        return self._export
+
+    @property
+    def connections(self) -> int:
+        """1 while a virtual machine is connected."""
+        return int(self._session is not None)
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """The listening socket."""
+        return {"": self._listening.fileno()}
+
+    @property
+    def gone(self) -> bool:
+        """False: users cannot remove a listening socket."""
+        return False
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since its start."""
+        return self._export.stats()
+
+    def rename(self, name: str) -> None:
+        """Follows the new name of the device if the socket is in the run directory."""
+        if self._state.automatic:
+            self._state.name = name
+            self._state.path = str(RunDir(Path(self._state.path).parents[1]).vhost_socket(name))
+
+    def device_changed(self) -> None:
+        """Tells the virtual machine to read size and limits again."""
+        if self._session is not None:
+            self._session.configuration_changed()
+
+    async def ready(self) -> None:
+        """It is from the start."""
+
+    async def end_handshakes(self) -> None:
+        """There are none."""
+
+    # moving to another worker
+
+    async def pause(self, timeout: float | None) -> list[Client]:
+        """Takes the virtual machine out of the engine; it does not notice. Requests that wait stay in flight."""
+        await self._stop()
+        if self._session is None:
+            return []
+        try:
+            await self._session.pause(timeout)
+        except TimeoutError as error:
+            raise TimeoutError(errno.ETIMEDOUT, self._state.path) from error
+        session, self._session = self._session, None
+        try:
+            descriptor, data = parcel.pack(session)
+        except BaseException:
+            self._session = session
+            raise
+        return [(ConnectionState(export=self._state.id, number=0), descriptor, Unfinished(initial=data))]
+
+    def go_on(self, clients: Iterable[Client] = ()) -> None:
+        """Serves a virtual machine that was paused, here or in another worker, and accepts others after it."""
+        try:
+            if self._session is not None:
+                self._session.resume()
+            for _, descriptor, unfinished in clients:
+                self._session = parcel.unpack(descriptor, unfinished.initial, self._new_session)
+                self._session.adopt()
+        except (BlkloomError, OSError) as error:
+            _log.error("%s: its virtual machine is disconnected: %s", self._state.path, described(error))
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+        self._begin()
+
+    async def end(self) -> None:
+        """Disconnects the virtual machine, after its requests in flight, and accepts no more."""
+        await self._stop()
+        self._listening.close()
+        if self._session is not None and not await self._session.end(drain=_LAST_REPLIES):
+            _log.error("%s: requests in flight had not ended after %g s", self._state.path, _LAST_REPLIES)
+        self._session = None
+
+    # serving
+
+    def _begin(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._serve(), name=f"vhost-user {self._state.path}")
+            self._task.add_done_callback(self._served)
+
+    async def _stop(self) -> None:
+        """Accepts no virtual machine, and handles no request of the present one."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("%s: serves no virtual machine any more", self._state.path, exc_info=error)
+
+    async def _serve(self) -> None:
+        while True:
+            if self._session is None:
+                self._session = self._new_session(Connection(await self._accepted()))
+                self._on_change()
+            reason = await self._session.run()
+            level = logging.INFO if reason == "left" else logging.ERROR
+            _log.log(level, "%s: the front-end has %s", self._state.path, _past(reason))
+            await self._session.end(drain=0)
+            self._session = None
+            self._on_change()
+
+    async def _accepted(self) -> socket.socket:
+        while True:
+            try:
+                return self._listening.accept()[0]
+            except BlockingIOError:
+                await readable(self._listening)
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                _log.error("%s: cannot accept: %s", self._state.path, described(error))
+                await asyncio.sleep(_RETRY)
+
+    def _new_session(self, connection: Connection) -> Session:
+        return Session(connection, self._disk, self._engine, self._engine_disk, self._state.path)
+
+    def _disk(self) -> Disk:
+        limits = getattr(self._device, "limits", None)
+        read_only = self._state.read_only or bool(getattr(self._device, "read_only", False))
+        if limits is None:
+            return Disk(size=self._device.size, read_only=read_only)
+        logical = min(limits.logical, LARGEST_BLOCK)  # drivers know no larger blocks; the engine needs no alignment
+        return Disk(
+            size=self._device.size,
+            logical=logical,
+            optimal=limits.optimal,
+            discard=limits.discard,
+            read_only=read_only,
+        )
+
+
+def _past(reason: str) -> str:
+    return reason if reason == "left" else f"been {reason}"

@@ -1,0 +1,515 @@
+"""`Session`: the control protocol of one front-end, and the queues of its device.
+
+Requests are handled one after the other. Before memory, features or anything of a vring changes, its queue is detached
+from the engine, which leaves waiting requests in the region of the requests in flight; then the queue is served again.
+A vring that the front-end stops (GET_VRING_BASE) is drained first: all requests that were taken are answered.
+
+A session is paused between two requests for another worker. A request whose handling waits (for a queue to be drained)
+is not handled then, and the other worker handles it. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, Final
+
+import msgspec
+
+from blkloom import _engine
+from blkloom.export.vhost_user.configuration import MOST_DESCRIPTORS, MOST_QUEUES, PROTOCOL_FEATURES, Disk
+from blkloom.export.vhost_user.connection import Connection, Message
+from blkloom.export.vhost_user.messages import (
+    CONFIGURATION_CHANGED,
+    MOST_CONFIGURATION,
+    Configuration,
+    Feature,
+    Inflight,
+    ProtocolError,
+    ProtocolFeature,
+    Region,
+    Request,
+    VringAddresses,
+    VringEvent,
+    VringValue,
+    number,
+    parse_number,
+    parse_regions,
+    reply,
+    request,
+)
+from blkloom.export.vhost_user.vring import Vring, VringState
+from blkloom.printing import described
+
+_log = logging.getLogger(__name__)
+
+_EVENT: Final = "anon_inode:[eventfd]"
+_PAGE: Final = 4096
+
+
+class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The part of a session that is no descriptor."""
+
+    features: int = 0
+    protocol_features: int = 0
+    regions: list[Region] = []
+    inflight: Inflight | None = None
+    vrings: dict[int, VringState] = {}
+
+
+class Session:
+    """A front-end. disk: its configuration at present. engine, engine_disk, notices: of the engine. Each transport has
+    a token of `tokens`. name: for the log.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        disk: Callable[[], Disk],
+        engine: _engine.Engine,
+        engine_disk: _engine.VhostUserDisk,
+        name: str,
+    ) -> None:
+        self._connection = connection
+        self._disk = disk
+        self._engine = engine
+        self._engine_disk = engine_disk
+        self._name = name
+        self._notices = _engine.Notices()
+        self._tokens = itertools.count(1)
+        self._served: dict[int, Vring] = {}
+        """Vrings with a transport, by its token."""
+        self._changed = asyncio.Event()
+        """A transport has ended."""
+        self.state = SessionState()
+        self.vrings: dict[int, Vring] = {}
+        self.files: list[int] = []
+        """Descriptors of the regions of memory."""
+        self.inflight_file = -1
+        self.backend: socket.socket | None = None
+        """For requests to the front-end."""
+        self._memory: _engine.GuestMemory | None = None
+        self._inflight: _engine.SharedMemory | None = None
+        self._handled: Message | None = None
+        """The request that is being handled."""
+        asyncio.get_running_loop().add_reader(self._notices.fileno(), self._take_notices)
+
+    # life
+
+    async def run(self) -> str:
+        """Handles requests until the front-end leaves. Returns why it has ended; the queues are served on."""
+        try:
+            while (message := await self._connection.receive()) is not None:
+                self._handled = message
+                await self._handle(message)
+                self._handled = None
+                message.close()
+        except ProtocolError as error:
+            return f"dropped, it broke the protocol: {error}"
+        except OSError as error:
+            return f"lost: {described(error)}"
+        return "left"
+
+    async def pause(self, timeout: float | None) -> None:
+        """Detaches all queues; requests that wait stay in flight. `run` was cancelled. Raises TimeoutError."""
+        if self._handled is not None:
+            self._connection.put_back(self._handled)
+            self._handled = None
+        await self._detach(self.vrings.values(), drain=False, timeout=timeout)
+
+    def resume(self) -> None:
+        """Serves the queues again after `pause`. Raises ProtocolError."""
+        self._start_all()
+
+    async def end(self, *, drain: float) -> bool:
+        """Ends the queues and closes everything. drain: seconds for requests in flight to be answered. Returns whether
+        that was enough; otherwise requests are left in flight.
+        """
+        drained = True
+        if drain:
+            try:
+                await self._detach(self.vrings.values(), drain=True, timeout=drain)
+            except TimeoutError:
+                drained = False
+        await self._detach(self.vrings.values(), drain=False, timeout=None)
+        self.close()
+        return drained
+
+    def close(self) -> None:
+        """Closes everything, also the queues."""
+        asyncio.get_running_loop().remove_reader(self._notices.fileno())
+        for vring in self.vrings.values():
+            vring.close()
+        if self._handled is not None:
+            self._handled.close()
+        self._set_files([])
+        self._set_inflight_file(-1)
+        if self.backend is not None:
+            self.backend.close()
+        self._connection.close()
+
+    @property
+    def connected(self) -> int:
+        """Descriptor of the connection."""
+        return self._connection.socket.fileno()
+
+    @property
+    def unhandled(self) -> tuple[bytes, list[int]]:
+        """See `Connection.unhandled`."""
+        return self._connection.unhandled
+
+    def adopt(self) -> None:
+        """Serves the queues of a session that another worker has paused; state, vrings and descriptors are set. Raises
+        ProtocolError.
+        """
+        self._map_memory()
+        self._map_inflight()
+        self._start_all()
+
+    def configuration_changed(self) -> None:
+        """Tells the front-end to read the configuration again, where it wants to know."""
+        if self.backend is None or not ProtocolFeature.CONFIGURATION & self.state.protocol_features:
+            return
+        try:
+            self.backend.send(request(CONFIGURATION_CHANGED))
+        except OSError as error:
+            _log.error("%s: the front-end could not be told of a new size: %s", self._name, described(error))
+
+    # requests
+
+    async def _handle(self, message: Message) -> None:
+        header = message.header
+        try:
+            known = Request(header.request)
+        except ValueError:
+            raise ProtocolError(f"request {header.request} is not known") from None
+        if known in _ANSWERED:
+            payload, descriptors = await _ANSWERED[known](self, message)
+            try:
+                self._connection.send(reply(known, payload), descriptors)
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            return
+        confirms = header.needs_reply and bool(ProtocolFeature.REPLY_ACK & self.state.protocol_features)
+        try:
+            await _OTHERS[known](self, message)
+        except ProtocolError as error:
+            if not confirms:
+                raise
+            _log.error("%s: %s of the front-end is refused: %s", self._name, known.name, error)
+            self._connection.send(reply(known, number(1)))
+        else:
+            if confirms:
+                self._connection.send(reply(known, number(0)))
+
+    async def _get_features(self, _: Message) -> tuple[bytes, list[int]]:
+        return number(self._disk().features()), []
+
+    async def _get_protocol_features(self, _: Message) -> tuple[bytes, list[int]]:
+        return number(PROTOCOL_FEATURES), []
+
+    async def _get_queue_num(self, _: Message) -> tuple[bytes, list[int]]:
+        return number(MOST_QUEUES), []
+
+    async def _get_config(self, message: Message) -> tuple[bytes, list[int]]:
+        wanted = Configuration.parse(message.payload)
+        end = wanted.offset + wanted.size
+        if end > MOST_CONFIGURATION:
+            return b"", []  # the protocol's sign for an error
+        data = self._disk().space()[wanted.offset : end]
+        return Configuration(wanted.offset, wanted.size, wanted.flags, data).format(), []
+
+    async def _get_vring_base(self, message: Message) -> tuple[bytes, list[int]]:
+        index = VringValue.parse(message.payload).vring
+        vring = self._vring(index)
+        await self._detach([vring], drain=True, timeout=None)
+        vring.set_kick(-1)
+        if self.state.inflight is None and self._inflight is not None:
+            self._forget_inflight(index)
+        return VringValue(index, vring.state.base).format(), []
+
+    async def _get_inflight_fd(self, message: Message) -> tuple[bytes, list[int]]:
+        wanted = Inflight.parse(message.payload)
+        if not (0 < wanted.queues <= MOST_QUEUES and 0 < wanted.queue_size <= MOST_DESCRIPTORS):
+            what = f"{wanted.queues} queues of {wanted.queue_size} descriptors"
+            raise ProtocolError(f"{what}; {MOST_QUEUES} of {MOST_DESCRIPTORS} are possible")
+        size = wanted.queues * _engine.vhost_user_inflight_length(wanted.queue_size)
+        return Inflight(size, 0, wanted.queues, wanted.queue_size).format(), [_shared_file(size)]
+
+    async def _set_features(self, message: Message) -> None:
+        features = parse_number(message.payload)
+        if other := features & ~int(self._disk().features()):
+            raise ProtocolError(f"features {other:#x} were not offered")
+        async with self._stopped(self.vrings.values()):
+            self.state.features = features
+
+    async def _set_protocol_features(self, message: Message) -> None:
+        features = parse_number(message.payload)
+        if other := features & ~int(PROTOCOL_FEATURES):
+            raise ProtocolError(f"protocol features {other:#x} were not offered")
+        self.state.protocol_features = features
+
+    async def _nothing(self, _: Message) -> None:
+        """SET_OWNER, RESET_OWNER: the first begins a session, the second is deprecated and may be ignored. SET_CONFIG:
+        no field can be changed.
+        """
+
+    async def _set_config(self, message: Message) -> None:
+        Configuration.parse(message.payload)
+        raise ProtocolError("no field of the configuration can be changed")
+
+    async def _set_mem_table(self, message: Message) -> None:
+        regions = parse_regions(message.payload)
+        if len(message.descriptors) != len(regions):
+            raise ProtocolError(f"{len(regions)} regions of memory with {len(message.descriptors)} descriptors")
+        async with self._stopped(self.vrings.values()):
+            self.state.regions = regions
+            self._set_files(message.descriptors)
+            message.descriptors = []
+            self._map_memory()
+
+    async def _set_vring_num(self, message: Message) -> None:
+        value = VringValue.parse(message.payload)
+        vring = self._vring(value.vring)
+        async with self._stopped([vring]):
+            vring.set_size(value.value)
+
+    async def _set_vring_addr(self, message: Message) -> None:
+        addresses = VringAddresses.parse(message.payload)
+        vring = self._vring(addresses.vring)
+        async with self._stopped([vring]):
+            vring.set_addresses(addresses)
+
+    async def _set_vring_base(self, message: Message) -> None:
+        value = VringValue.parse(message.payload)
+        vring = self._vring(value.vring)
+        async with self._stopped([vring]):
+            vring.state.base = value.value & 0xFFFF
+
+    async def _set_vring_kick(self, message: Message) -> None:
+        event = VringEvent.parse(message.payload)
+        vring = self._vring(event.vring)
+        if not event.present:
+            raise ProtocolError("a queue without an eventfd for kicks is not served: the worker would always poll it")
+        async with self._stopped([vring]):
+            vring.set_kick(self._event(message))
+            if not Feature.PROTOCOL & self.state.features:
+                vring.state.enabled = True
+
+    async def _set_vring_call(self, message: Message) -> None:
+        self._vring(VringEvent.parse(message.payload).vring).set_call(self._event(message))
+
+    async def _set_vring_err(self, message: Message) -> None:
+        self._vring(VringEvent.parse(message.payload).vring).set_error(self._event(message))
+
+    async def _set_vring_enable(self, message: Message) -> None:
+        value = VringValue.parse(message.payload)
+        vring = self._vring(value.vring)
+        if not value.value:  # often followed by GET_VRING_BASE, after which the front-end expects no more answers
+            await self._detach([vring], drain=True, timeout=None)
+        vring.state.enabled = bool(value.value)
+        self._start_all()
+
+    async def _set_backend_req_fd(self, message: Message) -> None:
+        descriptor = message.take()
+        try:
+            backend = socket.socket(fileno=descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise ProtocolError(f"the channel for requests to the front-end is no socket: {error.strerror}") from error
+        backend.setblocking(False)
+        if self.backend is not None:
+            self.backend.close()
+        self.backend = backend
+
+    async def _set_inflight_fd(self, message: Message) -> None:
+        inflight = Inflight.parse(message.payload)
+        if not 0 < inflight.queue_size <= MOST_DESCRIPTORS:
+            raise ProtocolError(f"requests in flight of queues of {inflight.queue_size} descriptors")
+        async with self._stopped(self.vrings.values()):
+            self._set_inflight_file(message.take())
+            self.state.inflight = inflight
+            self._map_inflight()
+
+    # parts
+
+    def _vring(self, index: int) -> Vring:
+        if not 0 <= index < MOST_QUEUES:
+            raise ProtocolError(f"vring {index}; there are {MOST_QUEUES}")
+        return self.vrings.setdefault(index, Vring())
+
+    def _event(self, message: Message) -> int:
+        """The eventfd of a message, non-blocking; -1: none. Raises ProtocolError."""
+        if not VringEvent.parse(message.payload).present:
+            return -1
+        descriptor = message.take()
+        # Any other file might make the event loop of the engine wait.
+        if os.readlink(f"/proc/self/fd/{descriptor}") != _EVENT:
+            os.close(descriptor)
+            raise ProtocolError("a descriptor for kicks, calls or errors is no eventfd")
+        os.set_blocking(descriptor, False)
+        return descriptor
+
+    def _set_files(self, files: list[int]) -> None:
+        for descriptor in self.files:
+            os.close(descriptor)
+        self.files, self._memory = files, None
+
+    def _map_memory(self) -> None:
+        """Raises ProtocolError."""
+        regions = [
+            (descriptor, region.offset, region.size, region.guest, region.user)
+            for descriptor, region in zip(self.files, self.state.regions, strict=True)
+        ]
+        try:
+            self._memory = _engine.GuestMemory(regions) if regions else None
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"memory of the virtual machine cannot be used: {error}") from error
+
+    def _set_inflight_file(self, descriptor: int) -> None:
+        if self.inflight_file >= 0:
+            os.close(self.inflight_file)
+        self.inflight_file, self._inflight = descriptor, None
+
+    def _map_inflight(self) -> None:
+        """Maps the memory for requests in flight; makes some, if the front-end has none. Raises ProtocolError."""
+        size, offset = _OWN_INFLIGHT, 0
+        if self.state.inflight is not None:
+            size, offset = self.state.inflight.size, self.state.inflight.offset
+        elif self.inflight_file < 0:
+            self.inflight_file = _shared_file(_OWN_INFLIGHT)
+        try:
+            self._inflight = _engine.SharedMemory(self.inflight_file, offset, size)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"memory for requests in flight cannot be used: {error}") from error
+
+    def _inflight_stride(self) -> int:
+        inflight = self.state.inflight
+        return _engine.vhost_user_inflight_length(inflight.queue_size if inflight else MOST_DESCRIPTORS)
+
+    def _forget_inflight(self, index: int) -> None:
+        """Makes the region of a drained vring a new one: the front-end may start the vring with other indices."""
+        stride = self._inflight_stride()
+        os.pwrite(self.inflight_file, bytes(stride), index * stride)
+
+    # queues
+
+    @contextlib.asynccontextmanager
+    async def _stopped(self, vrings: Iterable[Vring]) -> AsyncIterator[None]:
+        """Serves none of the vrings meanwhile; afterwards those that are wanted, also if the change is refused. Raises
+        ProtocolError.
+        """
+        await self._detach(vrings, drain=False, timeout=None)
+        try:
+            yield
+        except ProtocolError:
+            with contextlib.suppress(ProtocolError):  # the reason is the first error
+                self._start_all()
+            raise
+        self._start_all()
+
+    def _start_all(self) -> None:
+        for index, vring in self.vrings.items():
+            if vring.is_wanted and vring.transport is None:
+                self._start(index, vring)
+
+    def _start(self, index: int, vring: Vring) -> None:
+        """Raises ProtocolError."""
+        if self._memory is None:
+            raise ProtocolError("a queue is started without memory of the virtual machine")
+        if self._inflight is None:
+            self._map_inflight()
+        assert self._inflight is not None
+        features = Feature(self.state.features)
+        token = next(self._tokens)
+        try:
+            vring.transport = _engine.serve_vhost_user(
+                self._engine,
+                self._engine_disk,
+                self._memory,
+                self._notices,
+                token,
+                inflight=(self._inflight, index * self._inflight_stride()),
+                event_idx=bool(Feature.EVENT_IDX & features),
+                indirect=bool(Feature.INDIRECT & features),
+                write_through=not Feature.FLUSH & features,
+                **vring.arguments(),
+            )
+        except (OSError, ValueError, OverflowError) as error:
+            vring.failed = True
+            raise ProtocolError(f"queue {index} cannot be served: {error}") from error
+        self._served[token] = vring
+
+    async def _detach(self, vrings: Iterable[Vring], *, drain: bool, timeout: float | None) -> None:
+        """Takes vrings out of the engine. drain: after all of their requests. Raises TimeoutError."""
+        vrings = list(vrings)
+        for vring in vrings:
+            if vring.transport is not None:
+                vring.transport.detach(drain=drain)
+        async with asyncio.timeout(timeout):
+            while any(vring.transport is not None for vring in vrings):
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _take_notices(self) -> None:
+        for token, result, error in self._notices.take():
+            vring = self._served.pop(token)
+            vring.transport = None
+            if isinstance(result, _engine.DetachedVhostUser):
+                vring.state.base = result.next
+            else:
+                _log.error("%s: a queue has ended: %s", self._name, result or os.strerror(error))
+                vring.report_failure()
+        self._changed.set()
+
+
+_OWN_INFLIGHT: Final = MOST_QUEUES * _engine.vhost_user_inflight_length(MOST_DESCRIPTORS)
+
+
+def _shared_file(size: int) -> int:
+    """A memfd that cannot shrink. Raises ProtocolError."""
+    import fcntl
+
+    try:
+        made = os.memfd_create("blkloom-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(made, -(-size // _PAGE) * _PAGE)
+        fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        raise ProtocolError(f"no memory for requests in flight: {os.strerror(error.errno or errno.EIO)}") from error
+    return made
+
+
+_Answering = Callable[[Session, Message], Coroutine[Any, Any, tuple[bytes, list[int]]]]
+_Handling = Callable[[Session, Message], Coroutine[Any, Any, None]]
+_ANSWERED: Final[dict[Request, _Answering]] = {
+    Request.GET_FEATURES: Session._get_features,
+    Request.GET_PROTOCOL_FEATURES: Session._get_protocol_features,
+    Request.GET_QUEUE_NUM: Session._get_queue_num,
+    Request.GET_CONFIG: Session._get_config,
+    Request.GET_VRING_BASE: Session._get_vring_base,
+    Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
+}
+_OTHERS: Final[dict[Request, _Handling]] = {
+    Request.SET_OWNER: Session._nothing,
+    Request.RESET_OWNER: Session._nothing,
+    Request.SET_FEATURES: Session._set_features,
+    Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
+    Request.SET_MEM_TABLE: Session._set_mem_table,
+    Request.SET_VRING_NUM: Session._set_vring_num,
+    Request.SET_VRING_ADDR: Session._set_vring_addr,
+    Request.SET_VRING_BASE: Session._set_vring_base,
+    Request.SET_VRING_KICK: Session._set_vring_kick,
+    Request.SET_VRING_CALL: Session._set_vring_call,
+    Request.SET_VRING_ERR: Session._set_vring_err,
+    Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.SET_BACKEND_REQ_FD: Session._set_backend_req_fd,
+    Request.SET_CONFIG: Session._set_config,
+    Request.SET_INFLIGHT_FD: Session._set_inflight_fd,
+}

@@ -1,0 +1,223 @@
+"""Disks of virtual machines: deaths and upgrades of workers under load, suspend, resize, rename. The virtual machine
+is a front-end and driver of these tests (`vhost_user_driver`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from blkloom.errors import UsageError
+from vhost_user_driver import READ, SECTOR, WRITE, FrontEndError, Machine
+
+from .conftest import Life, info, until
+
+KILLS = int(os.environ.get("BLKLOOM_KILLS", "8"))
+UPGRADES = int(os.environ.get("BLKLOOM_UPGRADES", "5"))
+SECTORS = 32768
+BLOCK = 4096
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture
+def disk(client: Client, tmp_path: Path) -> Path:
+    """The socket of a device on a file and memory."""
+    (tmp_path / "disk.img").write_bytes(bytes(SECTORS * SECTOR // 2))
+    client.create("memory", table=f"0 {SECTORS} ram")
+    half = SECTORS // 2
+    table = f"0 {half} loop {tmp_path}/disk.img\n{half} {half} linear blkloom:memory 0\n"
+    client.create("disk", table=table)
+    return Path(client.export("disk", kind="vhost-user").path)
+
+
+class Load:
+    """Writes and reads of a machine, and its monitor, which connects again when the back-end has hung up. Each request
+    has a block of its own, whose contents are known. hang_ups: how often it has connected again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.machine = Machine.connected(path, queues=2)
+        self.hang_ups = self.requests = 0
+        self._blocks = [bytes(BLOCK)] * (SECTORS * SECTOR // BLOCK)
+        self._ends = threading.Event()
+        self._failed: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._checked, args=(self._watch,), name="monitor")]
+        for index in range(2):
+            self._threads.append(threading.Thread(target=self._checked, args=(self._drive, index), name="driver"))
+        for thread in self._threads:
+            thread.start()
+
+    def _checked(self, function: Callable[..., None], *arguments: int) -> None:
+        try:
+            function(*arguments)
+        except BaseException as error:
+            self._failed.append(error)
+
+    def _watch(self) -> None:
+        while not self._ends.is_set():
+            control = self.machine.control.socket
+            if select.select([control], [], [], 0.05)[0]:
+                self.machine.hang_up()
+                self.hang_ups += 1
+                while not self._ends.is_set():
+                    # The worker may be killed during the start of the queues, too.
+                    with suppress(FrontEndError, ConnectionError):
+                        self.machine.connect(self.path)
+                        break
+
+    def _drive(self, index: int) -> None:
+        queue, chosen = self.machine.queues[index], random.Random(index)
+        flying: dict[int, tuple[int, bytes | None]] = {}
+        used: set[int] = set()
+        while not self._ends.is_set() or flying:
+            while len(flying) < Machine.SLOTS and not self._ends.is_set():
+                block = chosen.randrange(index, len(self._blocks), 2)
+                if block in used:
+                    continue
+                used.add(block)
+                data = None if chosen.random() < 0.4 else chosen.randbytes(8) * (BLOCK // 8)
+                sector = block * BLOCK // SECTOR
+                asked = (READ, sector, BLOCK) if data is None else (WRITE, sector, 0, data)
+                slot = queue.submit(*asked)
+                flying[slot] = (block, data)
+            slot, status, _ = queue.wait()
+            block, data = flying.pop(slot)
+            assert status == 0, f"block {block} has status {status}"
+            if data is None:
+                assert queue.data_of(slot, BLOCK) == self._blocks[block], f"block {block}"
+            else:
+                self._blocks[block] = data
+            used.remove(block)
+            self.requests += 1
+
+    def finish(self) -> None:
+        """Ends the load, and compares all blocks."""
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a request was lost"
+        if self._failed:
+            raise self._failed[0]
+        for block, expected in enumerate(self._blocks):
+            assert self.machine.read(block * BLOCK, BLOCK) == expected, f"block {block}"
+        self.machine.close()
+
+    def wait_for(self, requests: int) -> None:
+        """Waits for so many more requests."""
+        end = self.requests + requests
+        while self.requests < end and not self._failed:
+            self._threads[1].join(0.01)
+
+
+def test_a_device_is_exported_as_a_socket_for_one_virtual_machine(client: Client, life: Life, disk: Path) -> None:
+    assert disk == life.run_dir / "vhost" / "disk"
+    assert stat.S_IMODE(disk.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="is exported at"):
+        client.export("disk", kind="vhost-user")
+    with pytest.raises(UsageError, match="absolute"):
+        client.export("disk", kind="vhost-user", path="disk.sock")
+    with pytest.raises(UsageError, match="options"):
+        client.export("disk", kind="vhost-user", options={"mode": 0o600})
+    with Machine.connected(disk) as machine:
+        assert machine.capacity == SECTORS * SECTOR
+        machine.write(0, b"m" * BLOCK)
+        assert until(client, "disk", lambda found: found.connections == 1).open_count == 1
+    until(client, "disk", lambda found: found.connections == 0)
+    with Machine.connected(disk) as machine:
+        assert machine.read(0, BLOCK) == b"m" * BLOCK
+    client.unexport("disk", "auto-vhost-user")
+    assert not disk.exists()
+
+
+def test_no_request_is_lost_when_workers_are_killed(client: Client, disk: Path) -> None:
+    load = Load(disk)
+    for _ in range(KILLS):
+        load.wait_for(300)
+        worker = until(client, "disk", lambda found: found.worker > 0).worker
+        os.kill(worker, signal.SIGKILL)
+        until(client, "disk", lambda found, former=worker: found.worker not in {0, former})
+    load.wait_for(300)
+    load.finish()
+    assert load.hang_ups >= KILLS
+
+
+def test_an_upgrade_does_not_disconnect_a_virtual_machine(client: Client, disk: Path) -> None:
+    load = Load(disk)
+    for _ in range(UPGRADES):
+        load.wait_for(300)
+        client.upgrade()
+    load.wait_for(300)
+    load.finish()
+    assert load.hang_ups == 0
+
+
+def test_requests_wait_while_the_device_is_suspended_also_during_an_upgrade(client: Client, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        client.suspend("disk")
+        slots = {machine.queues[0].submit(WRITE, 8 * at, 0, b"s" * BLOCK) for at in range(4)}
+        with pytest.raises(TimeoutError):
+            machine.queues[0].wait(0.2)
+        client.upgrade()
+        with pytest.raises(TimeoutError):
+            machine.queues[0].wait(0.2)
+        client.resume("disk")
+        assert {machine.queues[0].wait()[:2] for _ in slots} == {(slot, 0) for slot in slots}
+        assert machine.read(0, 4 * BLOCK) == b"s" * 4 * BLOCK
+
+
+def test_a_virtual_machine_learns_of_a_new_size(client: Client, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        machine.write(0, b"k" * BLOCK)
+        client.load("disk", table=f"0 {SECTORS} linear blkloom:memory 0\n{SECTORS} {SECTORS} zero\n")
+        client.resume("disk")
+        assert machine.backend is not None
+        assert machine.backend.recv(100) == bytes([2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+        assert machine.capacity == 2 * SECTORS * SECTOR
+        assert machine.read(2 * SECTORS * SECTOR - BLOCK, BLOCK) == bytes(BLOCK)
+
+
+def test_the_socket_is_renamed_with_its_device(client: Client, life: Life, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        client.rename("disk", name="other")
+        assert [export.path for export in info(client, "other").exports][1] == str(life.run_dir / "vhost" / "other")
+        machine.write(0, b"r" * BLOCK)
+    with Machine.connected(life.run_dir / "vhost" / "other") as machine:
+        assert machine.read(0, BLOCK) == b"r" * BLOCK
+
+
+def test_workers_serve_on_while_there_is_no_supervisor(client: Client, life: Life, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        machine.write(0, b"1" * BLOCK)
+        life.kill()
+        machine.write(BLOCK, b"2" * BLOCK)
+        life.start()
+        with life.client() as again:
+            again.upgrade()
+            assert machine.read(0, 2 * BLOCK) == b"1" * BLOCK + b"2" * BLOCK
+            machine.write(0, b"3" * BLOCK)
+            assert until(again, "disk", lambda found: found.connections == 1).state == "ACTIVE"
+
+
+def test_a_removed_export_hangs_up_after_the_answers(client: Client, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        queue = machine.queues[0]
+        slots = [queue.submit(WRITE, 8 * at, 0, b"u" * BLOCK) for at in range(4)]
+        answers = [queue.wait()]
+        client.unexport("disk", str(disk))
+        assert machine.control.socket.recv(1) == b""
+        with suppress(TimeoutError):  # those that were not taken from the ring
+            while len(answers) < len(slots):
+                answers.append(queue.wait(0))
+    assert all(status == 0 for _, status, _ in answers)
+    client.remove("disk")

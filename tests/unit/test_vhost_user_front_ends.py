@@ -1,0 +1,297 @@
+"""Front-ends that break the protocol, and what they may change at any time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import blkloom
+from vhost_user_driver import (
+    GUEST,
+    READ,
+    USER,
+    WRITE,
+    FrontEnd,
+    FrontEndError,
+    Machine,
+    shared_memory,
+)
+from vhost_user_served import VhostUserServed
+
+SECTORS = 2048
+BLOCK = 4096
+pytestmark = pytest.mark.timeout(120)
+Send = Callable[[Machine], None]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[VhostUserServed]:
+    """A device in memory."""
+    with blkloom.open(f"0 {SECTORS} ram") as device, VhostUserServed(tmp_path / "socket", device) as served:
+        yield served
+
+
+def _u64(value: int) -> bytes:
+    return struct.pack("=Q", value)
+
+
+def _regions(*regions: tuple[int, int, int, int]) -> bytes:
+    return struct.pack("=II", len(regions), 0) + b"".join(struct.pack("=QQQQ", *region) for region in regions)
+
+
+def _with_file(send: Callable[[Machine, int], None], make: Callable[[], int]) -> Send:
+    def sent(machine: Machine) -> None:
+        file = make()
+        try:
+            send(machine, file)
+        finally:
+            os.close(file)
+
+    return sent
+
+
+BROKEN: dict[str, tuple[Send, str]] = {
+    "no request": (lambda machine: machine.control.send(5000), "request 5000 is not known"),
+    "an answer": (lambda machine: machine.control.send(1, flags=5), "flags 0x5"),
+    "long": (lambda machine: machine.control.socket.sendall(struct.pack("=III", 5, 1, 1 << 30)), "bytes for request 5"),
+    "short": (lambda machine: machine.control.send(8, b"1234"), "4 bytes in place of 8"),
+    "features": (lambda machine: machine.control.send(2, _u64(1 << 26)), "0x4000000 were not offered"),
+    "protocol features": (lambda machine: machine.control.send(16, _u64(1 << 63)), "were not offered"),
+    "a vring": (lambda machine: machine.control.send(8, struct.pack("=II", 64, 64)), "vring 64"),
+    "a size": (lambda machine: machine.control.send(8, struct.pack("=II", 0, 48)), "48 descriptors"),
+    "a large size": (lambda machine: machine.control.send(8, struct.pack("=II", 0, 2048)), "2048 descriptors"),
+    "no eventfd": (lambda machine: machine.control.send(12, _u64(0x100)), "without an eventfd"),
+    "no descriptor": (lambda machine: machine.control.send(12, _u64(0)), "0 descriptors"),
+    "two descriptors": (
+        lambda machine: machine.control.send(12, _u64(0), [machine.queues[0].kick, machine.queues[0].call]),
+        "2 descriptors",
+    ),
+    "many descriptors": (
+        lambda machine: machine.control.send(12, _u64(0), [machine.queues[0].kick] * 30),
+        "more than 8 descriptors",
+    ),
+    "a pipe for kicks": (
+        _with_file(lambda machine, file: machine.control.send(12, _u64(0), [file]), lambda: os.open("/dev/null", 2)),
+        "is no eventfd",
+    ),
+    "a file for calls": (
+        _with_file(lambda machine, file: machine.control.send(13, _u64(0), [file]), lambda: os.open("/dev/zero", 2)),
+        "is no eventfd",
+    ),
+    "a file for requests": (
+        _with_file(lambda machine, file: machine.control.send(21, b"", [file]), lambda: os.open("/dev/null", 2)),
+        "is no socket",
+    ),
+    "memory that can shrink": (
+        _with_file(
+            lambda machine, file: machine.control.send(5, _regions((GUEST, 4096, USER, 0)), [file]),
+            lambda: shared_memory(4096, sealed=False),
+        ),
+        "can shrink",
+    ),
+    "memory of a device": (
+        _with_file(
+            lambda machine, file: machine.control.send(5, _regions((GUEST, 4096, USER, 0)), [file]),
+            lambda: os.open("/dev/zero", os.O_RDWR),
+        ),
+        "can shrink",
+    ),
+    "memory past its end": (
+        lambda machine: machine.control.send(5, _regions((GUEST, machine.length + 1, USER, 0)), [machine.file]),
+        "it ends at",
+    ),
+    "memory without end": (
+        lambda machine: machine.control.send(5, _regions(((1 << 64) - 1, 4096, USER, 0)), [machine.file]),
+        "are no range",
+    ),
+    "memory twice": (
+        lambda machine: machine.control.send(
+            5, _regions((GUEST, 8192, USER, 0), (GUEST + 4096, 4096, USER, 0)), [machine.file] * 2
+        ),
+        "two regions",
+    ),
+    "memory without a file": (lambda machine: machine.control.send(5, _regions((GUEST, 1, USER, 0))), "0 descriptors"),
+    "many regions": (lambda machine: machine.control.send(5, struct.pack("=II", 9, 0)), "9 regions"),
+    "inflight": (
+        lambda machine: machine.control.send(32, struct.pack("=QQHHI", 1 << 40, 0, 1, 64, 0), [machine.file]),
+        "requests in flight cannot be used",
+    ),
+    "small inflight": (
+        lambda machine: machine.control.send(32, struct.pack("=QQHHI", 64, 0, 1, 64, 0), [machine.file]),
+        "for requests in flight, of 64",
+    ),
+    "many in flight": (
+        lambda machine: machine.control.send(31, struct.pack("=QQHHI", 0, 0, 1000, 64, 0)),
+        "1000 queues of 64",
+    ),
+    "a ring elsewhere": (
+        lambda machine: machine.control.send(9, struct.pack("=IIQQQQ", 0, 0, 16, USER, USER, 0)),
+        "a ring of 1024 bytes at 0x10",
+    ),
+    "configuration": (
+        lambda machine: machine.control.send(25, struct.pack("=III", 32, 1, 0) + b"\0"),
+        "no field of the configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_front_end_that_breaks_the_protocol_is_disconnected(
+    served: VhostUserServed, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    send, reason = BROKEN[what]
+    with Machine.connected(served.path) as machine:
+        machine.write(0, b"b" * BLOCK)
+        send(machine)
+        with suppress(ConnectionResetError):  # the rest of the message was not received
+            while machine.control.socket.recv(4096):
+                pass
+    with Machine.connected(served.path) as machine:
+        assert machine.read(0, BLOCK) == b"b" * BLOCK
+    assert reason in caplog.text
+
+
+def test_a_refused_message_is_acknowledged_as_such(served: VhostUserServed, caplog: pytest.LogCaptureFixture) -> None:
+    with Machine.connected(served.path) as machine:
+        with pytest.raises(FrontEndError, match="message 8 was refused"):
+            machine.control.tell(8, struct.pack("=II", 0, 3))
+        machine.write(0, b"a" * BLOCK)
+    assert "SET_VRING_NUM of the front-end is refused: a queue of 3 descriptors" in caplog.text
+
+
+def test_a_part_of_the_configuration_that_does_not_exist_is_empty(served: VhostUserServed) -> None:
+    with Machine.connected(served.path) as machine:
+        assert len(machine.configuration(0, 256)) == 256
+        payload, _ = machine.control.ask(24, struct.pack("=III", 200, 57, 0) + bytes(57))
+        assert payload == b""
+        payload, _ = machine.control.ask(24, struct.pack("=III", 0xFFFF_FFFF, 0xFFFF_FFFF, 0))
+        assert payload == b""
+
+
+def test_a_message_may_come_in_parts(served: VhostUserServed) -> None:
+    with Machine.connected(served.path) as machine:
+        message = struct.pack("=III", 17, 1, 0)
+        for byte in message:
+            machine.control.socket.sendall(bytes([byte]))
+        assert machine.control.answer(17)[0] == _u64(64)
+
+
+def test_a_front_end_without_the_features_of_the_protocol_is_served(served: VhostUserServed) -> None:
+    with Machine(wanted=0) as machine:
+        machine.control = control = FrontEnd(served.path)
+        control.tell(2, _u64(1 << 32))
+        control.tell(5, _regions((GUEST, machine.length, USER, 0)), [machine.file])
+        queue = machine.queues[0]
+        control.tell(8, struct.pack("=II", 0, machine.size))
+        places = (USER + queue.descriptors, USER + queue.used, USER + queue.available, 0)
+        control.tell(9, struct.pack("=IIQQQQ", 0, 0, *places))
+        control.tell(13, _u64(0), [queue.call])
+        control.tell(12, _u64(0), [queue.kick])
+        machine.write(0, b"o" * BLOCK)
+        assert machine.read(0, BLOCK) == b"o" * BLOCK
+        assert machine.stop() == 2
+        queue.submit(READ, 0, BLOCK)
+        with pytest.raises(TimeoutError):
+            queue.wait(0.1)
+        # Again with rings that begin anew, as after a reset of the driver.
+        machine.memory[queue.used : queue.used + 4] = bytes(4)
+        machine.memory[queue.available : queue.available + 4] = bytes(4)
+        queue.next = queue.seen = 0
+        queue.free = list(range(machine.SLOTS))
+        control.tell(10, struct.pack("=II", 0, 0))
+        control.tell(12, _u64(0), [queue.kick])
+        assert machine.read(0, BLOCK) == b"o" * BLOCK
+
+
+def test_memory_and_eventfds_may_change_while_requests_are_served(served: VhostUserServed) -> None:
+    with Machine.connected(served.path) as machine:
+        queue = machine.queues[0]
+        for _ in range(20):
+            slot = queue.submit(WRITE, 0, 0, b"c" * BLOCK)
+            regions = _regions((GUEST, machine.length, USER, 0))
+            machine.control.tell(5, regions, [machine.file])
+            os.close(queue.call)
+            queue.call = os.eventfd(0, os.EFD_NONBLOCK)
+            machine.control.tell(13, _u64(0), [queue.call])
+            assert queue.wait()[:2] == (slot, 0)
+
+
+def test_a_disabled_queue_is_not_served(served: VhostUserServed) -> None:
+    with Machine.connected(served.path, queues=2) as machine:
+        machine.control.tell(18, struct.pack("=II", 1, 0))
+        machine.queues[1].submit(READ, 0, BLOCK)
+        with pytest.raises(TimeoutError):
+            machine.queues[1].wait(0.1)
+        machine.write(0, b"d" * BLOCK)
+        machine.control.tell(18, struct.pack("=II", 1, 1))
+        slot, status, _ = machine.queues[1].wait()
+        assert status == 0
+        assert machine.queues[1].data_of(slot, BLOCK) == b"d" * BLOCK
+
+
+def test_the_driver_of_a_broken_queue_is_told_and_may_start_it_again(
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Machine.connected(served.path, queues=2) as machine:
+        queue = machine.queues[0]
+        queue._put_half(queue.available + 2, 1000)
+        os.eventfd_write(queue.kick, 1)
+        import select
+
+        assert select.select([queue.error], [], [], 60)[0]
+        machine.write(0, b"q" * BLOCK, queue=1)
+        queue._put_half(queue.available + 2, queue.next)
+        machine.stop()
+        machine.control.tell(10, struct.pack("=II", 0, queue.seen))
+        machine.control.tell(12, _u64(0), [queue.kick])
+        assert machine.read(0, BLOCK) == b"q" * BLOCK
+    assert "the available index 1000" in caplog.text
+
+
+def test_a_virtual_machine_is_accepted_after_the_requests_of_the_one_before(served: VhostUserServed) -> None:
+    with Machine.connected(served.path) as first, socket.socket(socket.AF_UNIX) as second:
+        second.connect(os.fspath(served.path))
+        second.sendall(struct.pack("=III", 1, 1, 0))
+        second.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            second.recv(1)
+        first.write(0, b"1" * BLOCK)
+        first.hang_up()
+        second.settimeout(60)
+        assert len(second.recv(20)) == 20
+
+
+def test_front_ends_of_random_messages_hurt_nobody_else(
+    served: VhostUserServed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import random
+
+    caplog.set_level(logging.CRITICAL)
+    chosen = random.Random(5)
+    for _ in range(150):
+        with Machine(queues=2) as machine:
+            machine.connect(served.path, start=chosen.random() < 0.7)
+            files = [machine.file, *(descriptor for queue in machine.queues for descriptor in (queue.kick, queue.call))]
+            try:
+                for _ in range(chosen.randrange(12)):
+                    number = chosen.choice([2, 5, 8, 9, 10, 11, 12, 13, 14, 16, 18, 21, 24, 25, 31, 32])
+                    sizes = [0, 8, 8, 8, 20, 24, 40, 40, chosen.randrange(300)]
+                    payload = bytearray(chosen.choice(sizes))
+                    for _ in range(chosen.randrange(6)):
+                        if payload:
+                            payload[chosen.randrange(len(payload))] = chosen.choice([0, 1, 1, 2, 64, 255])
+                    some = chosen.sample(files, chosen.choice([0, 0, 1, 1, 2]))
+                    machine.control.send(number, bytes(payload), some, flags=chosen.choice([1, 1, 9]))
+            except (BrokenPipeError, ConnectionResetError):
+                continue
+    with Machine.connected(served.path) as machine:
+        machine.write(0, b"g" * BLOCK)
+        served.hand_over()
+        assert machine.read(0, BLOCK) == b"g" * BLOCK

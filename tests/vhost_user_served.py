@@ -1,0 +1,79 @@
+"""`VhostUserServed`: a device of this process as a socket over vhost-user, served on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from blkloom import _engine
+from blkloom.control.states import ExportState
+from blkloom.export.nbd.listening import listen_unix
+from blkloom.export.vhost_user.export_server import VhostUserExportServer
+
+T = TypeVar("T")
+
+
+class VhostUserServed:
+    """Served from `__enter__` to `__exit__`."""
+
+    def __init__(self, path: Path, device: _engine.Device, *, read_only: bool = False, loops: int = 1) -> None:
+        self.path = path
+        self._device = device
+        self._engine = _engine.Engine(loops=loops)
+        self._read_only = read_only
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vhost-user")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = self.run(self._start())
+        return self
+
+    async def _start(self, *, paused: bool = False, listening: int = -1) -> VhostUserExportServer:
+        state = ExportState(id="e1", name="disk", kind="vhost-user", path=str(self.path), read_only=self._read_only)
+        descriptor = listen_unix(self.path).socket.detach() if listening < 0 else listening
+        return VhostUserExportServer(state, self._device, self._engine, {"": descriptor}, lambda: None, paused=paused)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine there."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls a function there."""
+
+        async def called() -> T:
+            return function()
+
+        return self.run(called())
+
+    @property
+    def server(self) -> VhostUserExportServer:
+        """What serves at present."""
+        return self._server
+
+    def hand_over(self) -> None:
+        """Another server with another engine takes over, as another worker does."""
+        import os
+
+        clients = self.run(self._server.pause(60))
+        listening = os.dup(self._server.descriptors[""])
+        former, engine = self._server, self._engine
+        self._engine = _engine.Engine(loops=1)
+        self._server = self.run(self._start(paused=True, listening=listening))
+        self.call(lambda: self._server.go_on(clients))
+        self.run(former.end())
+        engine.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.run(self._server.end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._engine.close()
+        self.path.unlink(missing_ok=True)
