@@ -1,12 +1,12 @@
 """Virtual machine that boots a given kernel on the host's files, for one script.
 
 virtme-ng boots the kernel in QEMU with the host's root as a read-only root, so that the guest runs the host's programs
-and this environment's blkloom. Only the guest's `directory` is writable. The script uses that root through a mount with
-a cache, because virtme-ng's own mount asks the host for every page of every program that starts. Without KVM, a boot
-takes about ten seconds, and a start of Python some more.
+and this environment's blkloom. Only the guest's `directory` is writable. guest_init.sh, which runs first, gives that
+root a cache, because virtme-ng's own mount asks the host for every page of every program that starts. Without KVM, a
+boot takes about ten seconds, and a start of Python some more.
 
 The programs that start in the guest do not depend on the host's packages. virtme-ng's init would start the host's
-systemd-udevd and apply its tmpfiles.d, so guest_init.sh runs before that init and hides them. A guest with udev uses
+systemd-udevd and apply its tmpfiles.d, so guest_init.sh hides them. A guest with udev uses
 the one that scripts/guest_kernel.py unpacked.
 
 The guest has no network and shares only files with the host: it cannot connect to a Unix socket of the host, so servers
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,25 +32,9 @@ _BOOT = 75.0
 
 _HERE = Path(__file__).parent
 
-_ENTER = """\
-source {hide}
-root=/run/root
-mkdir $root
-mount -t 9p -o ro,version=9p2000.L,trans=virtio,access=any,msize=512000,cache=loose kept $root
-{udev_rules}
-hide $root
-for shared in /dev /proc /sys /run {directory}; do mount --rbind "$shared" "$root$shared"; done
-exec chroot $root bash -euo pipefail {script}
-"""
-
-# dmsetup's own rules belong to its version.
-_UDEV_RULES = """\
-mkdir -p /run/udev/rules.d
-cp {udev}/rules.d/* $root/usr/lib/udev/rules.d/{{55-dm,60-persistent-storage-dm,95-dm-notify}}.rules \
-    /run/udev/rules.d
-"""
-
 _UDEV_START = """\
+mkdir -p /run/udev/rules.d
+cp {udev}/rules.d/* {rules}/* /run/udev/rules.d
 PATH={udev}:$PATH
 export SYSTEMD_IGNORE_CHROOT=1
 (exec -a systemd-udevd udevadm --daemon) >/run/udevd.log 2>&1
@@ -117,14 +102,15 @@ class Guest:
         """
         work = self.directory / ".guest"
         work.mkdir(exist_ok=True)
-        files = {name: work / name for name in ("enter", "script", "output", "status", "console")}
+        files = {name: work / name for name in ("script", "output", "status", "console")}
         quoted = {name: shlex.quote(str(path)) for name, path in files.items()}
-        files["enter"].write_text(self._enter(quoted["script"]))
+        if self.udev:
+            self._copy_rules()
         files["script"].write_text(self._script(script, modules))
         if self.disk:
             with self._disk.open("wb") as file:
                 file.truncate(self.disk)
-        inside = f"bash -euo pipefail {quoted['enter']} >{quoted['output']} 2>&1; echo $? >{quoted['status']}"
+        inside = f"bash -euo pipefail {quoted['script']} >{quoted['output']} 2>&1; echo $? >{quoted['status']}"
         if not any(self._begins(inside, files, timeout) for _ in range(2)):
             raise GuestError(f"the guest did not come up, twice\n{_printed(files)}")
         if not files["status"].exists():
@@ -178,13 +164,15 @@ class Guest:
         """Its folder, as a shell has it."""
         return shlex.quote(str(self.kernels / "udev"))
 
-    def _enter(self, script: str) -> str:
-        return _ENTER.format(
-            hide=shlex.quote(str(_HERE / "guest_hide.sh")),
-            udev_rules=_UDEV_RULES.format(udev=self._udev) if self.udev else "",
-            directory=shlex.quote(str(self.directory)),
-            script=script,
-        )
+    @property
+    def _rules(self) -> Path:
+        """A folder for the rules of dmsetup, which belong to its version; what the host has is hidden in the guest."""
+        return self.directory / ".guest" / "rules"
+
+    def _copy_rules(self) -> None:
+        self._rules.mkdir(exist_ok=True)
+        for name in ("55-dm", "60-persistent-storage-dm", "95-dm-notify"):
+            shutil.copy(f"/usr/lib/udev/rules.d/{name}.rules", self._rules)
 
     def _script(self, script: str, modules: Sequence[str]) -> str:
         path = [str(Path(sys.executable).parent), "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"]
@@ -193,7 +181,7 @@ class Guest:
             path=shlex.quote(":".join([*path, "/sbin", "/bin"])),
             directory=shlex.quote(str(self.directory)),
             modprobe=shlex.join(modprobe),
-            udev=_UDEV_START.format(udev=self._udev) if self.udev else _NO_UDEV,
+            udev=_UDEV_START.format(udev=self._udev, rules=shlex.quote(str(self._rules))) if self.udev else _NO_UDEV,
             script=script,
         )
 

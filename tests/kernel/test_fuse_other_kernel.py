@@ -93,15 +93,33 @@ cmp /run/data /run/mounted/2
 echo whole
 """
 
+NODE_WITHOUT_RESEND = """
+umount /run/mounted
+blkloom stop
+unset BLKLOOM_RUN_DIR
+blkloom create disk --table '0 65536 ram' --attach > first 2> node_warned
+mkfs.ext4 -q /dev/blkloom/disk
+mkdir -p m
+mount /dev/blkloom/disk m
+pkill -9 -f blkloom.worker
+until [ "$(readlink /dev/blkloom/disk)" != "$(cat first)" ] && [ -b /dev/blkloom/disk ]; do blkloom ls > listed; done
+umount m
+e2fsck -fp /dev/blkloom/disk > checked || [ $? = 1 ]
+mount /dev/blkloom/disk m && echo again
+umount m
+blkloom stop
+[ ! -e /dev/blkloom/disk ] && [ -z "$(losetup --all)" ] && echo gone
+"""
+
 
 @pytest.mark.timeout(600)
-def test_without_resend_an_upgrade_goes_on_and_after_a_kill_there_is_a_new_file(
+def test_without_resend_an_upgrade_goes_on_and_after_a_kill_there_is_a_new_file_or_node(
     guest: Guest, program: Callable[[str, str], str]
 ) -> None:
     program("mkfs.ext4", "e2fsprogs")
     older = dataclasses.replace(guest, series="6.1")
-    printed = older.run(NO_RESEND, modules=["fuse", "ext4", "loop"], timeout=300)
-    assert printed.endswith("whole\n")
+    printed = older.run(NO_RESEND + NODE_WITHOUT_RESEND, modules=["fuse", "ext4", "loop"], timeout=500)
+    assert [line for line in printed.splitlines() if line in ("whole", "again", "gone")] == ["whole", "again", "gone"]
     flags, locked, warned, refused = (
         (guest.directory / name).read_text() for name in ("flags", "locked", "warned", "refused")
     )
@@ -109,4 +127,5 @@ def test_without_resend_an_upgrade_goes_on_and_after_a_kill_there_is_a_new_file(
     assert all(int(of_thread) & IO_FLUSHER == IO_FLUSHER for of_thread in flags.split())
     assert int(locked) > 0
     assert "users of the file get errors if its worker dies (before Linux 6.9)" in warned
+    assert "WARNING: users of the file get errors if its worker dies" in (guest.directory / "node_warned").read_text()
     assert "Software caused connection abort" in refused or "Transport endpoint is not connected" in refused

@@ -91,6 +91,7 @@ blkloom stop
 """
 
 
+@only_long
 def test_the_names_of_a_device_and_of_its_partition(guest: Guest) -> None:
     assert guest.run(NAMES, modules=MODULES, timeout=300).splitlines() == names_in(guest)
 
@@ -113,25 +114,3 @@ def names_in(guest: Guest, *of_udev: str) -> list[str]:
 @only_long
 def test_a_mounted_ext4_grows_with_its_device(guest: Guest) -> None:
     assert guest.run(GROWTH, modules=MODULES, timeout=300).splitlines() == ["grown", "gone"]
-
-
-NO_RESEND = """
-blkloom create disk --table '0 65536 ram' --attach > first 2> warned
-mkfs.ext4 -q /dev/blkloom/disk
-mkdir -p m
-mount /dev/blkloom/disk m
-pkill -9 -f blkloom.worker
-until [ "$(readlink /dev/blkloom/disk)" != "$(cat first)" ] && [ -b /dev/blkloom/disk ]; do blkloom ls > listed; done
-umount m
-e2fsck -fp /dev/blkloom/disk > checked || [ $? = 1 ]
-mount /dev/blkloom/disk m && echo again
-umount m
-blkloom stop
-[ ! -e /dev/blkloom/disk ] && [ -z "$(losetup --all)" ] && echo gone
-"""
-
-
-def test_a_kernel_that_sends_nothing_again_gives_another_node_after_a_kill(guest: Guest) -> None:
-    older = dataclasses.replace(guest, series="6.1")
-    assert older.run(NO_RESEND, modules=MODULES, timeout=300).splitlines() == ["again", "gone"]
-    assert "WARNING: users of the file get errors if its worker dies" in (guest.directory / "warned").read_text()
