@@ -74,6 +74,7 @@ DESCRIPTIONS = st.builds(
         shared=FLAGS,
         on_failure=st.just("") | WORDS,
         timeout=st.none() | st.integers(1, 3600),
+        connections=st.none() | st.integers(1, 8),
     ),
     exports=st.lists(FILES | SOCKETS, max_size=4).map(tuple),
     loop=st.none() | st.builds(LoopOptions, sizelimit=st.integers(0, 1 << 40), partscan=FLAGS, shared=FLAGS),

@@ -39,7 +39,7 @@ class CreateOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttachOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of `attach`. on_failure, timeout: "" and None for the default."""
+    """Options of `attach`. on_failure, timeout, connections: "" and None for the default."""
 
     via: str = "auto"
     read_only: bool = False
@@ -47,6 +47,7 @@ class AttachOptions(msgspec.Struct, frozen=True, kw_only=True):
     shared: bool = False
     on_failure: str = ""
     timeout: int | None = None
+    connections: int | None = None
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +127,7 @@ _OPTIONS: Final[dict[str, tuple[type[msgspec.Struct], tuple[_Option, ...]]]] = {
             _SHARED,
             _Option("on_failure", "text"),
             _Option("timeout", "number"),
+            _Option("connections", "number"),
         ),
     ),
     "export": (

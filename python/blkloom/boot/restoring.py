@@ -193,8 +193,8 @@ class Restore:
 
     def _attach(self, name: str, attach: AttachOptions) -> str:
         options: dict[str, Any] = {"on_failure": attach.on_failure} if attach.on_failure else {}
-        if attach.timeout is not None:
-            options["timeout"] = attach.timeout
+        of_nbd = {"timeout": attach.timeout, "connections": attach.connections}
+        options |= {field: value for field, value in of_nbd.items() if value is not None}
         made = self._client.attach(
             name,
             via=attach.via,

@@ -19,7 +19,7 @@ from blkloom.control.client import Client
 from blkloom.control.states import DeviceInfo, ExportState, NodeState, OpenedFile
 from blkloom.errors import BackingError, DeviceFailed, UsageError
 from blkloom.export.fuse.state import FuseDetails
-from blkloom.export.kernel_nbd.state import KernelNbdDetails, KernelNbdOptions
+from blkloom.export.kernel_nbd.state import KernelNbdDetails, KernelNbdOptions, usual_connections
 from blkloom.export.ublk.state import UblkDetails, UblkOptions
 from blkloom.table import Table, parse_table
 from blkloom.targets.registry import Targets
@@ -132,14 +132,15 @@ def _attach_options(info: DeviceInfo) -> AttachOptions | None:
         return None
     export = next(export for export in info.exports if export.id == node.export)
     on_failure = UblkDetails.of(export).on_failure if export.kind == "ublk" else _ON_FAILURE
-    timeout = KernelNbdDetails.of(export).timeout if export.kind == "kernel-nbd" else _TIMEOUT
+    of_nbd = KernelNbdDetails.of(export) if export.kind == "kernel-nbd" else None
     return AttachOptions(
         via=node.via,
         read_only=node.read_only,
         partscan=node.partitions,
         shared=_is_shared(info, node),
         on_failure="" if on_failure == _ON_FAILURE else on_failure,
-        timeout=None if timeout == _TIMEOUT else timeout,
+        timeout=None if of_nbd is None or of_nbd.timeout == _TIMEOUT else of_nbd.timeout,
+        connections=None if of_nbd is None or of_nbd.connections == usual_connections() else of_nbd.connections,
     )
 
 

@@ -39,6 +39,12 @@ via_option = click.option(
     metavar="SECONDS",
     help="Seconds until the kernel repeats a request that is not answered (with --via nbd).  [default: 30]",
 )
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 8),
+    metavar="N",
+    help="Connections of the kernel to the worker (with --via nbd).  [default: one for each CPU, at most 8]",
+)
 def attach(
     session: Session,
     operands: tuple[str, ...],
@@ -49,6 +55,7 @@ def attach(
     shared: bool,
     on_failure: str | None,
     timeout: int | None,
+    connections: int | None,
 ) -> None:
     """Make a node of a device, and print its path.
 
@@ -61,11 +68,12 @@ def attach(
     A file system that is mounted from it goes on when a worker is killed or upgraded, and when another table
     becomes active. /dev/blkloom/DEVICE is its stable name (in a run directory of your own: nodes/DEVICE).
     """
-    if on_failure is not None and timeout is not None:
-        raise VerbFailed("--on-failure is incompatible with --timeout.", what="one is of ublk, the other of nbd")
+    of_nbd = "timeout" if timeout is not None else "connections" if connections is not None else ""
+    if on_failure is not None and of_nbd:
+        raise VerbFailed(f"--on-failure is incompatible with --{of_nbd}.", what="one is of ublk, the other of nbd")
     named = session.named(operands[0] if operands else None)
-    options = {"on_failure": on_failure, "timeout": timeout}
-    implied = "ublk" if on_failure is not None else "nbd" if timeout is not None else AUTO
+    options = {"on_failure": on_failure, "timeout": timeout, "connections": connections}
+    implied = "ublk" if on_failure is not None else "nbd" if of_nbd else AUTO
     scan = False if no_scan else None  # None: as `create` was told
     made = session.client.attach(
         named.wire,

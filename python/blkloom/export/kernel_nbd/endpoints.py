@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import socket
 import threading
 from collections.abc import Collection, Iterator
@@ -25,12 +24,12 @@ from blkloom.errors import BlkloomError, UsageError
 from blkloom.export import block_device
 from blkloom.export.fuse.users import users_of
 from blkloom.export.kernel_nbd.state import (
-    MOST_CONNECTIONS,
     KernelNbdDetails,
     KernelNbdOptions,
     another_tag,
     is_of,
     new_tag,
+    usual_connections,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class KernelNbdEndpoints:
             cure = "see blkloom.export.kernel_nbd.state"
             raise UsageError(f"options of a kernel NBD device: {error}", cure=cure) from error
         state = ExportState(id="", name=device, kind="kernel-nbd", read_only=call.read_only)
-        connections = options.connections or min(len(os.sched_getaffinity(0)), MOST_CONNECTIONS)
+        connections = options.connections or usual_connections()
         KernelNbdDetails(tag=new_tag(run_dir), timeout=options.timeout, connections=connections).put(state)
         return state
 

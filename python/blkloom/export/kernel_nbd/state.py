@@ -15,8 +15,13 @@ MOST_CONNECTIONS: Final = 8
 _PREFIX: Final = "blkloom"
 
 
+def usual_connections() -> int:
+    """One for each CPU of this process, at most `MOST_CONNECTIONS`."""
+    return min(len(os.sched_getaffinity(0)), MOST_CONNECTIONS)
+
+
 class KernelNbdOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`AddExport.options`. timeout: see `timeouts`. connections: 0 for one for each CPU, at most 8."""
+    """`AddExport.options`. timeout: see `timeouts`. connections: 0 for `usual_connections`."""
 
     timeout: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 30
     connections: Annotated[int, msgspec.Meta(ge=0, le=MOST_CONNECTIONS)] = 0
