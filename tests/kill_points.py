@@ -1,9 +1,9 @@
 """Kill points: processes of blkloom are killed just before a certain step of one of them.
 
 A step is an audit event of Python (PEP 578) that changes something outside of the process: a file made, renamed or
-removed, an ioctl, a message or descriptors sent, a process started. So no code of blkloom knows of kill points. Python
-imports this module in every process with `KillPoints.environment`. A test arms a `Plan`: from then on the steps of the
-processes with its role are counted.
+removed, an ioctl, a message or descriptors sent, a process started, commands to a driver of the kernel that follow. So
+no code of blkloom knows of kill points. Python imports this module in every process with `KillPoints.environment`. A
+test arms a `Plan`: from then on the steps of the processes with its role are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,9 @@ def begin() -> None:
 
 
 def _role(words: list[str]) -> str:
-    """The module that was run, and the task of a task process; "blkloom" and the verb of a command."""
+    """The module that was run, and the task of a task process; "blkloom" and the verb of a command. The hook calls a
+    worker "fork of" its module.
+    """
     if len(words) > 2 and os.path.basename(words[1]) == "blkloom":
         return f"blkloom {words[2]}"
     module = words[words.index("-m") + 1] if "-m" in words else ""
@@ -82,13 +85,14 @@ def _hook(path: str, role: str, process: int) -> Callable[[str, tuple[Any, ...]]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen, number, busy
-        if busy or os.getpid() != process or not _is_step(event, arguments):
+        if busy or not _is_step(event, arguments):
             return
+        mine = role if os.getpid() == process else f"fork of {role}"
         busy = True
         try:
             with contextlib.suppress(FileNotFoundError):
                 plan = Plan(*json.loads(_read(path)))
-                if plan.role == role:
+                if plan.role == mine:
                     seen, number = seen + 1 if number == plan.number else 1, plan.number
                     if seen == plan.step:
                         _write(f"{path}.reached", f"{event} {arguments}")
@@ -101,11 +105,15 @@ def _hook(path: str, role: str, process: int) -> Callable[[str, tuple[Any, ...]]
 
 def _is_step(event: str, arguments: tuple[Any, ...]) -> bool:
     """Whether something outside of the process changes, or has just changed by a call that is no event."""
+    if event == "socket.__new__":
+        return bool(arguments[1] == socket.AF_NETLINK)
     if event != "open":
         return event in STEPS
     path, _, flags = arguments
     changes = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_PATH | os.O_CREAT))
-    return path in AFTER_A_STEP or (changes and isinstance(path, str) and path.startswith(("/dev/loop", "/tmp/")))
+    return path in AFTER_A_STEP or (
+        changes and isinstance(path, str) and path.startswith(("/dev/loop", "/dev/ublk", "/tmp/"))
+    )
 
 
 def _kill(victims: list[int]) -> None:

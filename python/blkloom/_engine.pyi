@@ -815,11 +815,13 @@ def serve_ublk(
     queue: int,
     depth: int,
     payload: int,
+    privileged: bool,
 ) -> Transport:
     """Serve a queue of /dev/ublkcN. To be called for each queue; then the driver can start the block device. fd: a
     descriptor of /dev/ublkcN, which the engine keeps open in other ways until the queue has ended. queue: its number.
-    depth: its number of requests. payload: most bytes of a read or write. The transport's end is "removed" when the
-    block device was removed. OSError: io_uring is not permitted, or not to be had.
+    depth: its number of requests. payload: most bytes of a read or write. privileged: False keeps the driver from
+    reading the partition table when it starts the block device, and from BLKRRPART afterwards. The transport's end is
+    "removed" when the block device was removed. OSError: io_uring is not permitted, or not to be had.
     """
 
 @final

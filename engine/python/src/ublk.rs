@@ -64,7 +64,7 @@ impl UblkNode {
 }
 
 #[pyfunction]
-#[pyo3(signature = (engine, node, fd, notices, token, *, queue, depth, payload))]
+#[pyo3(signature = (engine, node, fd, notices, token, *, queue, depth, payload, privileged))]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_ublk(
     py: Python<'_>,
@@ -76,12 +76,13 @@ pub fn serve_ublk(
     queue: u16,
     depth: u16,
     payload: usize,
+    privileged: bool,
 ) -> PyResult<Transport> {
     if !engine.0.is_here() {
         return Err(forked_error(py, "the engine"));
     }
     let (fd, recipient) = (duplicate(fd)?, Recipient { notices: notices.inner.clone(), token });
-    let settings = QueueSettings { number: queue, depth, payload };
+    let settings = QueueSettings { number: queue, depth, payload, privileged };
     let served = py.detach(|| ublk::serve(&engine.0, &node.inner, fd.as_fd(), settings, recipient));
     served.map(Transport).map_err(|error| match error {
         EngineError::Os(what, error) => os_error(errno_of(&error), what),

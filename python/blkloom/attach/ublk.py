@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class UblkWay(BlockExportWay):
-    """See `way.Way`. The driver makes the nodes of partitions."""
+    """See `way.Way`."""
 
     name: ClassVar[str] = "ublk"
     summary: ClassVar[str] = "a block device of the kernel's ublk driver"
@@ -37,9 +37,7 @@ class UblkWay(BlockExportWay):
         return ""
 
     async def attach(self, run_dir: RunDir, node: NodeState, export: ExportState, spec: NodeSpec) -> None:
-        """The block device is there already. Before Linux 7.0 the driver has read its partition table, wanted or not.
-        Raises AttachError.
-        """
+        """The block device is there already, without partitions. Raises AttachError."""
         await super().attach(run_dir, node, export, spec)
         if not await asyncio.to_thread(_can_grow):
             node.fixed_size = await asyncio.to_thread(_size_of, node)

@@ -1,8 +1,8 @@
 """Commands to the kernel's ublk driver, each a method.
 
-A command may wait: those about one device for each other, `start` for the partition table to be read, `stop` and
-`delete` for the device's I/O. They are called on threads that serve nothing. A command that has not ended in time goes
-on in the kernel.
+A command may wait: those about one device for each other, `stop` and `delete` for the device's I/O, and `start` for the
+partition table to be read, if the driver is let (`_engine.serve_ublk`). They are called on threads that serve nothing.
+A command that has not ended in time goes on in the kernel.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Driver:
         self._send("set-parameters", number, buffer=parameters.format())
 
     def start(self, number: int) -> None:
-        """The block device appears, served by this process. Returns when the kernel has read its partition table."""
+        """The block device appears, served by this process."""
         self._send("start", number, data=os.getpid())
 
     def stop(self, number: int, *, timeout: float = SECONDS) -> None:

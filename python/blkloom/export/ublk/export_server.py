@@ -98,10 +98,11 @@ class UblkExportServer(BlockDeviceServer):
             raise AttachError("was removed", path=self._state.path, errno=errno.ENODEV)
         if found.state == State.DEAD:
             if self._device.suspended:
-                what = "a suspended device cannot become a block device, which the kernel reads first"
+                what = "a suspended device cannot become a block device, which udev reads at once"
                 raise AttachError(what, path=self._state.path, errno=errno.EBUSY, cure="resume it first")
             await asyncio.to_thread(self._driver.set_parameters, number, self._parameters())
-            self._serve()
+            # A death of this process while the driver reads the partition table would block the driver for ever.
+            self._serve(privileged=Feature.NO_AUTO_PART_SCAN in Feature(found.flags))
             await asyncio.to_thread(self._driver.start, number)
             return
         await self._wait_for_former(found)
@@ -144,8 +145,10 @@ class UblkExportServer(BlockDeviceServer):
             what = f"its former server, process {found.server}, has not ended for {self._state.recovery_timeout:g} s"
             raise AttachError(what, path=self._state.path, errno=errno.ETIMEDOUT) from error
 
-    def _serve(self) -> None:
-        """Serves the queues. Only the engine has them open from then on. Raises ListenError."""
+    def _serve(self, *, privileged: bool = True) -> None:
+        """Serves the queues. Only the engine has them open from then on. privileged: see `_engine.serve_ublk`. Raises
+        ListenError.
+        """
         path = queues_path_of(self._details.number)
         try:
             device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -161,6 +164,7 @@ class UblkExportServer(BlockDeviceServer):
                         queue=queue,
                         depth=self._details.depth,
                         payload=self._details.most_bytes,
+                        privileged=privileged,
                     )
             finally:
                 os.close(device)

@@ -1,7 +1,8 @@
 //! ublk transport: serves a device as the kernel's block device /dev/ublkbN.
 //!
 //! `node`: state of the block device that its queues share. `queue`: serves the requests of one of the driver's queues
-//! on a ring of its own. `control`: commands to /dev/ublk-control.
+//! on a ring of its own. `control`: commands to /dev/ublk-control. `unprivileged`: keeps the driver from reading a partition
+//! table.
 //!
 //! One transport serves one queue, and the thread of its loop sends all commands of that queue. The kernel copies the
 //! data of a request between its own pages and the buffer of the request's tag, which is the memory of the request in the
@@ -14,6 +15,7 @@
 mod control;
 mod node;
 mod queue;
+mod unprivileged;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -25,12 +27,14 @@ use self::queue::Queue;
 use crate::engine::{Engine, EngineError, TransportHandle};
 use crate::notice::Recipient;
 
-/// Which of the driver's queues to serve. depth: its number of tags. payload: most bytes of a read or write.
+/// Which of the driver's queues to serve. depth: its number of tags. payload: most bytes of a read or write. privileged:
+/// the driver may read the partition table when it starts the block device (`unprivileged`).
 #[derive(Clone, Copy, Debug)]
 pub struct QueueSettings {
     pub number: u16,
     pub depth: u16,
     pub payload: usize,
+    pub privileged: bool,
 }
 
 /// Serves a queue of /dev/ublkcN, which `device` is. The queue keeps the device open until it has ended. The block device

@@ -26,6 +26,7 @@ use rustix::param::page_size;
 
 use super::QueueSettings;
 use super::node::Node;
+use super::unprivileged::without_admin;
 use crate::budget::{Account, Budget, Need, Reservation};
 use crate::clock::nanoseconds;
 use crate::fast_path::{self, Besides, Patience, Progress};
@@ -60,6 +61,7 @@ pub(super) struct Queue {
     ring: CommandRing,
     descriptors: ReadOnlyMapping,
     payload: usize,
+    privileged: bool,
     /// All tags were passed to the driver once.
     is_fetched: bool,
     /// Tags with requests that were not begun.
@@ -79,7 +81,7 @@ impl Queue {
     pub fn new(
         node: Arc<Node>,
         device: BorrowedFd<'_>,
-        QueueSettings { number, depth, payload }: QueueSettings,
+        QueueSettings { number, depth, payload, privileged }: QueueSettings,
         budget: Arc<Budget>,
     ) -> std::io::Result<Queue> {
         let (page, depth) = (page_size(), usize::from(depth));
@@ -93,6 +95,7 @@ impl Queue {
             ring,
             descriptors,
             payload,
+            privileged,
             is_fetched: false,
             arrived: VecDeque::with_capacity(depth),
             tickets: std::iter::repeat_with(|| None).take(depth).collect(),
@@ -144,7 +147,7 @@ impl Queue {
             let number = self.number;
             self.ring.command_with_payload(tag, FETCH, |buffer| command(number, tag as u16, 0, buffer))?;
         }
-        self.ring.submit()
+        if self.privileged { self.ring.submit() } else { without_admin(|| self.ring.submit()) }
     }
 
     /// Answers the request of a tag. result: bytes, or a negative errno.
