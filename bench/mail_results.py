@@ -22,11 +22,13 @@ _OURS: Final = "blkloom"
 _PEERS: Final = {
     _DRIVER: "the loop driver",
     "dm-linear": "dm-linear",
+    "dm-snapshot": "dm-snapshot",
     "qemu-nbd": "qemu-nbd -c",
     _NULL: "null",
 }
 _SCRIPTS: Final = {
     "goals": "goals",
+    "snapshot": "snapshot",
     "2018": "dm-loop and dm-ram, 2018",
     "2025": "dm-loop, 2025",
     "2015": "loop driver, 2015",
@@ -156,7 +158,8 @@ _INTRODUCTION: Final = (
     "`bench/mails` has the test scripts of the mails from which blkloom descends, with their commands, but `blkloom` "
     "for `dmsetup` or `losetup`. The devices are nodes that `blkloom attach` made. Each script also runs alone "
     "(`sudo bench/mails/2018.sh`); its first lines explain its settings. `bench/mail_scripts.py` runs them all. "
-    "`goals` (4K randrw, qd 16, on one file) is not from a mail.\n\n"
+    "`goals` (4K randrw, qd 16, on one file) and `snapshot` "
+    "are not from a mail.\n\n"
     "Rates of many jobs are the I/Os of all jobs divided by the time from the start of the first to the end of the "
     "last. *null* is a device with the target `zero`, attached in the same way, which moves no data. It is served by "
     "the same event loops, so it is a floor of the target, not of the way to attach. Columns with `/` are ratios "

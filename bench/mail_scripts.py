@@ -42,6 +42,7 @@ Settings = dict[str, dict[str, str]]
 
 HOST: Final[Settings] = {
     "goals": {"SIZE": f"{256 * _MIB}", "RUNTIME": "500ms", "WAYS": "losetup blkloom qcow2 zero", "ROUNDS": "5"},
+    "snapshot": {"SIZE": f"{256 * _MIB}", "RUNTIME": "500ms", "WAYS": "blkloom"},
     "2018": {"SIZE": f"{512 * _MIB}", "JOBS": "99", "RUNTIME": "2", "ALSO": "zero"},
     "2025": {"SIZE": f"{512 * _MIB}", "DATA": f"{256 * _MIB}", "JOBS": "12", "RUNTIME": "2"},
     "2015": {"SIZE": f"{1024 * _MIB}", "DATA": "150M", "JOBS": "4", "RUNTIME": "2"},
@@ -54,13 +55,14 @@ GUEST: Final[Settings] = {
         "RUNTIME": "150ms",
         "WAYS": "losetup dm-linear blkloom qcow2 zero qemu-nbd qemu-nbd-qcow2",
     },
+    "snapshot": {"SIZE": f"{16 * _MIB}", "RUNTIME": "150ms"},
     "2018": {"SIZE": f"{32 * _MIB}", "JOBS": "8", "RUNTIME": "150ms", "ALSO": "zero dm-linear qemu-nbd"},
     "2020": {"SIZE": f"{16 * _MIB}", "JOBS": "2", "RUNTIME": "150ms", "BS": "4K"},
     "2015": {"SIZE": f"{64 * _MIB}", "DATA": "2M", "JOBS": "4", "RUNTIME": "150ms"},
     "2025": {"SIZE": f"{112 * _MIB}", "DATA": f"{16 * _MIB}", "JOBS": "12", "RUNTIME": "150ms", "DISK": "/dev/ram0"},
 }
 """The same where an emulated processor executes a hundred million instructions per second."""
-_MODULES: Final = ("ublk_drv", "loop", "nbd", "dm_mod", "fuse", "ext4", "xfs")
+_MODULES: Final = ("ublk_drv", "loop", "nbd", "dm_mod", "dm_snapshot", "fuse", "ext4", "xfs")
 _DISK_KIB: Final = 192 << 10
 """Size of the RAM disk with the outer file system of `2025`."""
 _BOOT_SECONDS: Final = 400.0
