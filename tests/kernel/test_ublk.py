@@ -110,7 +110,7 @@ blkloom unexport disk e1 --force
 blkloom resume disk
 echo removed
 
-# What nobody serves any more is reaped.
+# What is not served any more is reaped.
 node=$(export_ublk disk '{"read_only": true}')
 [ "$(cat /sys/block/"${node#/dev/}"/ro)" = 1 ]
 pkill -9 -f 'blkloom.(supervisor|worker)'

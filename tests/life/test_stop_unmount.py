@@ -63,7 +63,7 @@ def test_what_is_in_use_stays_and_works(
 
 
 def test_nothing_connects_where_there_is_no_supervisor(blkloom: str, tmp_path: Path) -> None:
-    """A socket that systemd listens on at shutdown answers nobody."""
+    """A socket that systemd listens on at shutdown is not served."""
     run_dir = tmp_path / "run"
     run_dir.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as control:

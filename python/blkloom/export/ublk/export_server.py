@@ -29,7 +29,7 @@ from blkloom.units import SECTOR
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS: Final = 0.05
-"""Between two questions whether the driver has noticed that the former worker has ended: it tells nobody."""
+"""Between two questions whether the driver has noticed that the former worker has ended: it sends no message."""
 _LAST_REPLIES: Final = 5.0
 """Seconds in which requests in flight may end when an export is taken away."""
 _QUIESCE_SECONDS: Final = 1.0
