@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from blkloom import _engine
+from blkloom import Device
 from blkloom.control.states import ExportState
 from blkloom.export.nbd.listening import listen_unix
 from blkloom.export.vhost_user.export_server import VhostUserExportServer
@@ -18,12 +19,11 @@ T = TypeVar("T")
 
 
 class VhostUserServed:
-    """Served from `__enter__` to `__exit__`."""
+    """Served from `__enter__` to `__exit__`, by the engine of the device."""
 
-    def __init__(self, path: Path, device: _engine.Device, *, read_only: bool = False, loops: int = 1) -> None:
+    def __init__(self, path: Path, device: Device, *, read_only: bool = False) -> None:
         self.path = path
         self._device = device
-        self._engine = _engine.Engine(loops=loops)
         self._read_only = read_only
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vhost-user")
@@ -36,7 +36,9 @@ class VhostUserServed:
     async def _start(self, *, paused: bool = False, listening: int = -1) -> VhostUserExportServer:
         state = ExportState(id="e1", name="disk", kind="vhost-user", path=str(self.path), read_only=self._read_only)
         descriptor = listen_unix(self.path).socket.detach() if listening < 0 else listening
-        return VhostUserExportServer(state, self._device, self._engine, {"": descriptor}, lambda: None, paused=paused)
+        return VhostUserExportServer(
+            state, self._device, self._device.engine, {"": descriptor}, lambda: None, paused=paused
+        )
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine there."""
@@ -56,17 +58,13 @@ class VhostUserServed:
         return self._server
 
     def hand_over(self) -> None:
-        """Another server with another engine takes over, as another worker does."""
-        import os
-
+        """Another server takes over, as another worker does."""
         clients = self.run(self._server.pause(60))
         listening = os.dup(self._server.descriptors[""])
-        former, engine = self._server, self._engine
-        self._engine = _engine.Engine(loops=1)
+        former = self._server
         self._server = self.run(self._start(paused=True, listening=listening))
         self.call(lambda: self._server.go_on(clients))
         self.run(former.end())
-        engine.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -75,5 +73,4 @@ class VhostUserServed:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._engine.close()
         self.path.unlink(missing_ok=True)

@@ -18,9 +18,11 @@ from typing import Any, Protocol, TypeVar
 from blkloom import Device
 from blkloom.testing import NbdThread
 from fuse_served import FuseServed
+from vhost_user_served import VhostUserServed
 
 from . import nbd_client as nbd
 from .fuse_way import FuseWay
+from .vhost_user_way import VhostUserWay
 
 T = TypeVar("T")
 Extents = list[tuple[int, int, int]]
@@ -264,6 +266,19 @@ def _as_a_file(*, moves: bool = False, uring: bool = False) -> Enter:
     return enter
 
 
+def _as_a_disk(*, moves: bool = False) -> Enter:
+    @contextmanager
+    def enter(device: Device, host: NbdThread) -> Iterator[WayIn]:
+        with (
+            tempfile.TemporaryDirectory(dir=host.path.parent) as folder,
+            VhostUserServed(Path(folder) / "socket", device, read_only=device.read_only) as served,
+            closing(VhostUserWay(served, moves=moves)) as way,
+        ):
+            yield way
+
+    return enter
+
+
 WAYS_IN: dict[str, Enter] = {
     "in-process": _directly(InProcess),
     "batch": _directly(Batch),
@@ -274,4 +289,6 @@ WAYS_IN: dict[str, Enter] = {
     "fuse": _as_a_file(),
     "fuse-handed-over": _as_a_file(moves=True),
     "fuse-uring": _as_a_file(uring=True),
+    "vhost-user": _as_a_disk(),
+    "vhost-user-handed-over": _as_a_disk(moves=True),
 }

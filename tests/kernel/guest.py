@@ -82,7 +82,7 @@ class Guest:
     """How to boot. kernels: a folder made by scripts/guest_kernel.py. directory: shared, and where scripts run.
     series: which kernel. udev: whether udev runs in it. counts: one processor, whose clock advances by a nanosecond for
     each instruction: times in the guest are numbers of instructions. boot: seconds for a boot. disk: bytes of its disk
-    /dev/vda, which begins as zeros; 0 for none (needs the module virtio_blk).
+    /dev/vda, which begins as zeros; 0 for none (needs the module virtio_blk). options: further ones of QEMU.
     """
 
     virtme_run: Path
@@ -94,6 +94,7 @@ class Guest:
     counts: bool = False
     boot: float = _BOOT
     disk: int = 0
+    options: Sequence[str] = ()
 
     def run(self, script: str, *, modules: Sequence[str] = (), timeout: float = 150.0) -> str:
         """Boots, loads modules, runs the bash script as root with `-euo pipefail`, and powers off.
@@ -201,6 +202,7 @@ class Guest:
             *("-fsdev", "local,id=kept,path=/,security_model=none,readonly=on,multidevs=remap"),
             *("-device", "virtio-9p-pci,fsdev=kept,mount_tag=kept"),
             *(("-drive", f"file={self._disk},if=virtio,format=raw,cache=unsafe,discard=unmap") if self.disk else ()),
+            *self.options,
         ]
 
 

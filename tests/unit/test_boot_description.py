@@ -47,8 +47,25 @@ FILES = st.builds(
     read_only=FLAGS,
     shared=FLAGS,
 )
+OCTALS = st.none() | st.integers(0, 0o777)
+MACHINES = st.builds(
+    ExportOptions,
+    vhost_user=st.just(True),
+    path=st.just("") | WORDS.map(lambda word: f"/{word}"),
+    socket_mode=OCTALS,
+    socket_owner=NUMBERS,
+    socket_group=NUMBERS,
+    read_only=FLAGS,
+)
 SOCKETS = st.builds(
-    ExportOptions, socket=WORDS, name=st.just("") | WORDS, allow_remote=FLAGS, read_only=FLAGS, shared=FLAGS
+    ExportOptions,
+    socket=WORDS,
+    socket_mode=OCTALS,
+    socket_group=NUMBERS,
+    name=st.just("") | WORDS,
+    allow_remote=FLAGS,
+    read_only=FLAGS,
+    shared=FLAGS,
 ) | st.builds(ExportOptions, listen=WORDS, name=st.just("") | WORDS, allow_remote=FLAGS)
 DESCRIPTIONS = st.builds(
     Description,
@@ -76,7 +93,7 @@ DESCRIPTIONS = st.builds(
         timeout=st.none() | st.integers(1, 3600),
         connections=st.none() | st.integers(1, 8),
     ),
-    exports=st.lists(FILES | SOCKETS, max_size=4).map(tuple),
+    exports=st.lists(FILES | MACHINES | SOCKETS, max_size=4).map(tuple),
     loop=st.none() | st.builds(LoopOptions, sizelimit=st.integers(0, 1 << 40), partscan=FLAGS, shared=FLAGS),
 )
 
@@ -124,6 +141,9 @@ def test_options_are_those_of_the_commands() -> None:
         ("export\n0 8 zero", "an export without an address"),
         ("export --fuse --listen a:1\n0 8 zero", "disk.table:1:8: options of a file and of an NBD export"),
         ("export --mode 640 --socket /s\n0 8 zero", "disk.table:1:8: these options are of a file"),
+        ("export --vhost-user --name n\n0 8 zero", "options of --vhost-user and of another export"),
+        ("export --listen a:1 --socket-mode 660\n0 8 zero", "these options are of a Unix socket"),
+        ("export /srv/vm.sock\n0 8 zero", "a path without a kind of export"),
         ("export --fuse --mode 888\n0 8 zero", "disk.table:1:22: --mode is no number: '888'"),
         ("export --fuse --uid x\n0 8 zero", "--uid is no number: 'x'"),
         ("attach\n\n0 8 nothing\n", "disk.table:3:5"),

@@ -52,7 +52,7 @@ class AttachOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of one `export`. listen: host and port as one word. fuse: as a file, at `path`, or in the run
-    directory.
+    directory. vhost_user: as a socket there.
     """
 
     fuse: bool = False
@@ -62,7 +62,11 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     uid: int | None = None
     gid: int | None = None
     mode: int | None = None
+    vhost_user: bool = False
     socket: str = ""
+    socket_mode: int | None = None
+    socket_owner: int | None = None
+    socket_group: int | None = None
     listen: str = ""
     allow_remote: bool = False
     name: str = ""
@@ -138,7 +142,11 @@ _OPTIONS: Final[dict[str, tuple[type[msgspec.Struct], tuple[_Option, ...]]]] = {
             _Option("fuse_uring", "flag"),
             _Option("allow_other", "flag"),
             *_PERMISSIONS,
+            _Option("vhost_user", "flag"),
             _Option("socket", "text"),
+            _Option("socket_mode", "octal"),
+            _Option("socket_owner", "number"),
+            _Option("socket_group", "number"),
             _Option("listen", "text"),
             _Option("allow_remote", "flag"),
             _Option("name", "text"),
@@ -257,17 +265,25 @@ def _read(option: _Option, word: Word, value: str) -> Any:
 
 
 def _check_export(export: ExportOptions, words: Sequence[Word]) -> None:
-    of_file = export.path or export.fuse_uring or export.allow_other
+    of_file = export.fuse_uring or export.allow_other
     of_file = of_file or any(value is not None for value in (export.uid, export.gid, export.mode))
-    of_socket = export.socket or export.listen or export.allow_remote or export.name
+    of_nbd = export.socket or export.listen or export.allow_remote or export.name
+    of_socket = any(value is not None for value in (export.socket_mode, export.socket_owner, export.socket_group))
+    if export.path and not (export.fuse or export.vhost_user):
+        raise _error(words[0], "a path without a kind of export", "add --fuse or --vhost-user")
     if of_file and not export.fuse:
         raise _error(words[0], "these options are of a file", "add --fuse")
-    if of_socket and export.fuse:
+    if of_nbd and export.fuse:
         raise _error(words[0], "options of a file and of an NBD export", "write a line for each")
+    if export.vhost_user and (of_nbd or export.fuse):
+        raise _error(words[0], "options of --vhost-user and of another export", "write a line for each")
     if export.socket and export.listen:
         raise _error(words[0], "a socket and an address", "write a line for each")
-    if not (export.fuse or export.socket or export.listen):
-        raise TableError("an export without an address", cure="add --socket PATH, --listen HOST:PORT or --fuse")
+    if of_socket and not (export.socket or export.vhost_user):
+        raise _error(words[0], "these options are of a Unix socket", "add --socket PATH or --vhost-user")
+    if not (export.fuse or export.vhost_user or export.socket or export.listen):
+        cure = "add --socket PATH, --listen HOST:PORT, --fuse or --vhost-user"
+        raise TableError("an export without an address", cure=cure)
 
 
 def _format_options(command: str, value: msgspec.Struct) -> str:

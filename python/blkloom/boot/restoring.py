@@ -18,7 +18,7 @@ from blkloom.boot.snapshots import Use, has_memory, snapshots_first, use_of
 from blkloom.boot.stacking import in_order, is_absolute, needs, paths
 from blkloom.control.client import Client
 from blkloom.control.faults import messages_of
-from blkloom.control.states import DeviceInfo, LoopNotes, NodeOptions
+from blkloom.control.states import DeviceInfo, LoopNotes, NodeOptions, SocketPermissions
 from blkloom.device_names import check_new_name
 from blkloom.errors import BlkloomError, DeviceExists, UsageError
 from blkloom.printing import described
@@ -178,7 +178,7 @@ class Restore:
         host, port = _host_port(export.listen)
         made = self._client.export(
             name,
-            kind="fuse" if export.fuse else "nbd",
+            kind="fuse" if export.fuse else "vhost-user" if export.vhost_user else "nbd",
             name=export.name,
             unix=export.socket,
             host=host,
@@ -187,6 +187,7 @@ class Restore:
             read_only=export.read_only,
             allow_remote=export.allow_remote,
             shared=export.shared,
+            socket=SocketPermissions(mode=export.socket_mode, uid=export.socket_owner, gid=export.socket_group),
             options=options if export.fuse else None,
         )
         return made.address
@@ -214,6 +215,8 @@ def _shape(export: ExportOptions) -> tuple[str, ...]:
     """Where clients find an export: two with the same address are the same."""
     if export.fuse:
         return ("fuse", export.path)
+    if export.vhost_user:
+        return ("vhost-user", export.path)
     return ("nbd", export.socket, export.listen)
 
 

@@ -28,6 +28,7 @@ _DELETED: Final = " (deleted)"
 """End of the name of a deleted file in /proc."""
 _LOAD_AGAIN: Final = "load it by its present path"
 _WITH_FILE: Final = "fuse"
+_OF_MACHINES: Final = "vhost-user"
 _ON_FAILURE: Final = UblkOptions().on_failure
 _TIMEOUT: Final = KernelNbdOptions().timeout
 _FILE_MODE: Final = 0o600
@@ -153,7 +154,7 @@ def _is_own(info: DeviceInfo, export: ExportState) -> bool:
     """Whether a user has added the export: not the socket that every device has, nor what a node uses."""
     if info.node is not None and export.id == info.node.export:
         return False
-    return export.kind == _WITH_FILE or (export.kind == "nbd" and not export.automatic)
+    return export.kind in {_WITH_FILE, _OF_MACHINES} or (export.kind == "nbd" and not export.automatic)
 
 
 def _export_options(info: DeviceInfo, export: ExportState) -> ExportOptions:
@@ -172,8 +173,21 @@ def _export_options(info: DeviceInfo, export: ExportState) -> ExportOptions:
             read_only=export.read_only,
             shared=shared,
         )
+    if export.kind == _OF_MACHINES:
+        return ExportOptions(
+            vhost_user=True,
+            path="" if export.automatic else export.path,
+            socket_mode=export.socket.mode,
+            socket_owner=export.socket.uid,
+            socket_group=export.socket.gid,
+            read_only=export.read_only,
+            shared=shared,
+        )
     host = f"[{export.host}]" if ":" in export.host else export.host
     return ExportOptions(
+        socket_mode=export.socket.mode,
+        socket_owner=export.socket.uid,
+        socket_group=export.socket.gid,
         socket=export.unix,
         listen="" if export.unix else f"{host}:{export.port}",
         allow_remote=not export.unix and not _is_loopback(export.host),

@@ -12,6 +12,7 @@ from blkloom.cli.attaching import NO_SURVIVAL
 from blkloom.cli.dm_verb import ONE, verb
 from blkloom.cli.permissions import permission_bits
 from blkloom.cli.session import Session
+from blkloom.cli.socket_options import permissions, socket_options
 from blkloom.dm.failing import VerbFailed
 from blkloom.metrics.addresses import uri_of
 
@@ -24,7 +25,8 @@ from blkloom.metrics.addresses import uri_of
 @click.option("--gid", type=int, metavar="N", help="With --fuse: its group.")
 @click.option("--mode", type=permission_bits, metavar="MODE", help="With --fuse: its permissions, octal (600).")
 @click.option("--vhost-user", is_flag=True, help="For virtual machines: a socket at PATH, or in the run directory.")
-@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket (mode 0600).")
+@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="A Unix socket at PATH.")
+@socket_options
 @listen_option
 @allow_remote_option
 @click.option("--name", "export_name", metavar="NAME", help="What clients ask for; the device's name if not given.")
@@ -42,6 +44,9 @@ def export(
     mode: int | None,
     vhost_user: bool,
     socket: str | None,
+    socket_mode: int | None,
+    socket_owner: int | None,
+    socket_group: int | None,
     listen: tuple[str, int] | None,
     allow_remote: bool,
     export_name: str | None,
@@ -82,6 +87,10 @@ def export(
             raise VerbFailed(f"{kind} is incompatible with options of NBD exports.", what=what)
         if fuse and vhost_user:
             raise VerbFailed("--fuse and --vhost-user are incompatible.", what=what)
+    who = permissions(socket_mode, socket_owner, socket_group)
+    if not who.is_default and (fuse or listen is not None):
+        what = "--mode, --uid and --gid are those of a file" if fuse else "a TCP socket has no permissions"
+        raise VerbFailed("--socket-mode, --socket-owner and --socket-group are of Unix sockets.", what=what)
     if fuse:
         wished: dict[str, Any] = {"user": uid, "group": gid, "mode": mode, "allow_other": allow_other}
         if fuse_uring:
@@ -96,9 +105,14 @@ def export(
     if fuse_uring:
         raise VerbFailed("--fuse-uring needs --fuse.", what="blkloom export DEVICE --fuse --fuse-uring")
     if allow_other or uid is not None or gid is not None or mode is not None:
-        raise VerbFailed("--allow-other, --uid, --gid and --mode need --fuse.", what="only this user can use a socket")
+        raise VerbFailed(
+            "--allow-other, --uid, --gid and --mode need --fuse.",
+            what="for sockets: --socket-mode, --socket-owner and --socket-group",
+        )
     if vhost_user:
-        added = session.client.export(named.wire, kind="vhost-user", path=path, read_only=readonly, shared=shared)
+        added = session.client.export(
+            named.wire, kind="vhost-user", path=path, read_only=readonly, shared=shared, socket=who
+        )
         click.echo(added.path)
         return
     if allow_remote and listen is None:
@@ -113,6 +127,7 @@ def export(
         read_only=readonly,
         allow_remote=allow_remote,
         shared=shared,
+        socket=who,
     )
     click.echo(uri_of(state))
 

@@ -17,6 +17,7 @@ from blkloom.cli.node_options import no_scan_option
 from blkloom.cli.permissions import permission_bits
 from blkloom.cli.serving import FileRequest, Listening, NodeRequest, Report, run
 from blkloom.cli.session import RUN_DIR
+from blkloom.cli.socket_options import permissions, socket_options
 from blkloom.cli.table_completion import complete_table
 from blkloom.cli.tables import allow_backing_option
 from blkloom.errors import BusyError, ResourceError, UsageError
@@ -58,7 +59,8 @@ def _budget(text: str) -> int:
 @click.option("--concise", metavar="TEXT", help="Devices in dmsetup's concise form: name,uuid,minor,flags,table;...")
 @click.option("--export", "export_name", metavar="NAME", help="Name of the export (of a single device).")
 @click.option("--description", default="", help="Description that clients can show.")
-@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket (mode 0600).")
+@click.option("--socket", type=click.Path(readable=False), metavar="PATH", help="Listen on a Unix socket at PATH.")
+@socket_options
 @listen_option
 @allow_remote_option
 @click.option("--fuse", type=click.Path(readable=False), metavar="PATH", help="As a file at PATH (FUSE).")
@@ -117,6 +119,9 @@ def serve(
     export_name: str | None,
     description: str,
     socket: str | None,
+    socket_mode: int | None,
+    socket_owner: int | None,
+    socket_group: int | None,
     listen: tuple[str, int] | None,
     allow_remote: bool,
     fuse: str | None,
@@ -204,7 +209,11 @@ def serve(
         from blkloom.export.memory_pressure import become_io_flusher
 
         become_io_flusher()  # before the engine has threads
-    listening = Listening(socket, listen, allow_remote, os.environ, os.getpid())
+    who = permissions(socket_mode, socket_owner, socket_group)
+    if not who.is_default and socket is None and vhost_user is None:
+        cure = "blkloom serve --socket PATH --socket-mode 660 --socket-group GROUP FILE"
+        raise UsageError("--socket-mode, --socket-owner and --socket-group need --socket or --vhost-user", cure=cure)
+    listening = Listening(socket, who, listen, allow_remote, os.environ, os.getpid())
     limits = ServerLimits(connections=max_connections, stall=stall_timeout)
     engine = _make_engine(io, loops, spin, client_memory or default_budget())
     try:

@@ -17,6 +17,7 @@ import msgspec
 from blkloom import _engine
 from blkloom.cli.devices import Served
 from blkloom.control.rundir import user_runtime
+from blkloom.control.states import SocketPermissions
 from blkloom.errors import ListenError
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
@@ -29,11 +30,12 @@ _STOP_TIMEOUT = 10.0
 
 
 class Listening(msgspec.Struct, frozen=True):
-    """Addresses to listen on. allow_remote: `tcp` may be an address that other hosts can reach. environment, pid: of
-    the process, for sockets that systemd has passed; those may have any address.
+    """Addresses to listen on. permissions: of sockets with a path. allow_remote: `tcp` may be an address that other
+    hosts can reach. environment, pid: of the process, for sockets that systemd has passed; those may have any address.
     """
 
     socket: str | None
+    permissions: SocketPermissions
     tcp: tuple[str, int] | None
     allow_remote: bool
     environment: Mapping[str, str]
@@ -168,7 +170,9 @@ async def run(
         if vhost_user is not None:
             from blkloom.cli.serving_machines import ServedMachines  # imported only by servers of virtual machines
 
-            machines = await stack.enter_async_context(ServedMachines(engine, served, vhost_user))
+            machines = await stack.enter_async_context(
+                ServedMachines(engine, served, vhost_user, listening.permissions)
+            )
             for path, export in machines.exports.items():
                 click.echo(path)
                 counted[path] = export
@@ -194,7 +198,7 @@ async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack
     for descriptor in passed:
         server.adopt(adopt_socket(descriptor.fd))
     if listening.socket is not None:
-        await server.listen_unix(listening.socket)
+        await server.listen_unix(listening.socket, listening.permissions)
     if listening.tcp is not None:
         await server.listen_tcp(*listening.tcp, allow_remote=listening.allow_remote)
     if not passed and listening.socket is None and listening.tcp is None:

@@ -30,7 +30,7 @@ from blkloom.control.holders import name_holders
 from blkloom.control.replies import Attached
 from blkloom.control.rundir import RunDir
 from blkloom.control.starting import connect
-from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, NodeOptions, OpenedFile
+from blkloom.control.states import DeviceInfo, ExportState, LoopNotes, NodeOptions, OpenedFile, SocketPermissions
 from blkloom.control.store_files import chunk_sectors, make_store, roomy_store
 from blkloom.errors import BlkloomError, BusyError, ResourceError
 from blkloom.forked import OwnProcess
@@ -298,11 +298,15 @@ class Client:
         read_only: bool = False,
         allow_remote: bool = False,
         shared: bool = False,
+        socket: SocketPermissions | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> ExportState:
-        """Adds an export and returns its address. kind: `"nbd"` or `"fuse"` (`blkloom.export.registry`). host: of this
+        """Adds an export and returns its address. kind: `"nbd"`, `"fuse"` or `"vhost-user"`
+        (`blkloom.export.registry`). socket: who may connect to a Unix socket; None: this user. host: of this
         machine, "" for localhost if there is a port. allow_remote: it may be an address that other hosts reach. shared:
         for writing even while the device is attached for writing as a block device.
+
+        vhost-user: path: of the socket, absolute; "" for one in the run directory. Raises ListenError.
 
         fuse: path: of the file, absolute; "" for one in the run directory. options: `allow_other` (bool), `owner`
         ((user id, group id)), `mode` (permission bits), `uring` (bool: over io_uring; ends with its worker). Raises
@@ -319,6 +323,7 @@ class Client:
             read_only=read_only,
             allow_remote=allow_remote,
             shared=shared,
+            socket=socket or SocketPermissions(),
             options=dict(options or {}),
         )
         return msgspec.convert(self.call(call), ExportState)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from blkloom.control.faults import Fault
-from blkloom.control.states import FailedSync, Label, LoopNotes, NodeOptions, Number
+from blkloom.control.states import FailedSync, Label, LoopNotes, NodeOptions, Number, SocketPermissions
 from blkloom.control.worker_calls import (
     Describe,
     Freeze,
@@ -398,6 +398,8 @@ class AddExport(_Call, tag="export"):
     allow_remote: bool = False
     shared: bool = False
     """Also for writing while the device is attached for writing as a block device."""
+    socket: SocketPermissions = SocketPermissions()
+    """Of a Unix socket."""
     options: dict[str, Any] = {}
 
 

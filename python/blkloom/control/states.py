@@ -79,6 +79,19 @@ class Loaded(_Value):
     fault: str = ""
 
 
+class SocketPermissions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who may connect to a Unix socket. None: mode 0600, and user and group of the process that listens."""
+
+    mode: Number | None = None
+    uid: Number | None = None
+    gid: Number | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is given."""
+        return (self.mode, self.uid, self.gid) == (None, None, None)
+
+
 class ExportState(_Value):
     """One export. id: unique within the device. kind: see `export.registry`. read_only: for its clients. automatic:
     every device has it, and it follows the device's name.
@@ -103,6 +116,8 @@ class ExportState(_Value):
     recovery_timeout: float = 300.0
     """Seconds that I/O waits for another worker, of kinds whose clients do not notice a worker's death; then it fails.
     """
+    socket: SocketPermissions = SocketPermissions()
+    """Of exports with a Unix socket."""
     details: dict[str, Any] = {}
 
     @property

@@ -34,8 +34,10 @@ class NbdEndpoints:
             raise UsageError(f"{call.unix}: the path of a socket must be absolute", cure="begin it with /")
         if not call.unix and not call.host and not call.port:
             export = self.automatic(run_dir, device)
-            export.read_only = call.read_only
+            export.read_only, export.socket = call.read_only, call.socket
             return export
+        if not call.unix and not call.socket.is_default:
+            raise UsageError("a TCP socket has no owner and no permissions", cure="give them to a Unix socket")
         return ExportState(
             id="",
             name=call.name or device,
@@ -43,12 +45,13 @@ class NbdEndpoints:
             host=call.host or ("" if call.unix else "localhost"),
             port=call.port,
             read_only=call.read_only,
+            socket=call.socket,
         )
 
     async def open(self, state: ExportState, *, allow_remote: bool) -> dict[str, int]:
         """Listens, and sets the port in `state`. allow_remote: see `listen_tcp`. Raises ListenError, UsageError."""
         if state.unix:
-            return {"": listen_unix(state.unix).socket.detach()}
+            return {"": listen_unix(state.unix, state.socket).socket.detach()}
         first, *others = await listen_tcp(state.host, state.port, allow_remote=allow_remote)
         for other in others:
             other.close()

@@ -85,6 +85,7 @@ class NbdExportServer:
             unix=str(run_dir.device(name)),
             read_only=self._state.read_only,
             automatic=True,
+            socket=self._state.socket,
         )
         self._export = NbdExport(name, self._export.export)
         self._server.rename_export(former, self._export)

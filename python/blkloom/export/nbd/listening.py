@@ -1,10 +1,11 @@
 """Listening sockets (Unix, TCP, and adopted ones), and their URIs.
 
 The file of a Unix socket has the mode 0600 from the start (Linux takes it from the socket, whose mode is set before it
-is bound). It replaces a stale file only if no process listens there, and is removed on close only if it is still the
-same file. Not safe against two servers that start on one path within the microseconds between bind and listen. TCP
-addresses that other hosts can reach must be confirmed (`allow_remote`), because NBD has no authentication; sockets of
-other programs are adopted without a check. Errors are ListenError.
+is bound); other owners and permissions are set before the process listens. It replaces a stale file only if no process
+listens there, and is removed on close only if it is still the same file. Not safe against two servers that start on one
+path within the microseconds between bind and listen. TCP addresses that other hosts can reach must be confirmed
+(`allow_remote`), because NBD has no authentication; sockets of other programs are adopted without a check. Errors are
+ListenError.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import os
 import socket
 import stat
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from blkloom.errors import ListenError, UsageError
 from blkloom.export.nbd.uri import reachable_host, tcp_uri, unix_uri
 from blkloom.peer_credentials import peer_credentials
+
+if TYPE_CHECKING:
+    from blkloom.control.states import SocketPermissions
 
 BACKLOG: Final = 1024
 """Most connections that wait in the kernel to be accepted (limited by net.core.somaxconn)."""
@@ -61,8 +65,10 @@ class Listener(msgspec.Struct):
             self.socket.close()
 
 
-def listen_unix(path: str | os.PathLike[str]) -> Listener:
-    """Listens on a Unix socket at `path`, which is made absolute, for this user only (mode 0600)."""
+def listen_unix(path: str | os.PathLike[str], permissions: SocketPermissions | None = None) -> Listener:
+    """Listens on a Unix socket at `path`, which is made absolute. permissions: who may connect; by default this user
+    only (mode 0600).
+    """
     absolute = os.path.abspath(os.fspath(path))
     check_path(absolute)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -75,6 +81,8 @@ def listen_unix(path: str | os.PathLike[str]) -> Listener:
                 raise
             _remove_stale(absolute)
             listening.bind(absolute)
+        if permissions is not None:
+            _permit(absolute, permissions)
         listening.listen(BACKLOG)
         return Listener(listening, _identity(absolute))
     except OSError as error:
@@ -84,6 +92,25 @@ def listen_unix(path: str | os.PathLike[str]) -> Listener:
         raise ListenError(
             f"{absolute}: cannot listen: {os.strerror(error.errno or errno.EIO)}",
             cure="choose a socket path in a directory this user may write to",
+            errno=error.errno,
+        ) from error
+
+
+def _permit(path: str, permissions: SocketPermissions) -> None:
+    """Sets owner and mode of a socket's file, at which no process listens yet. Raises ListenError; the file is removed
+    then.
+    """
+    try:
+        if permissions.uid is not None or permissions.gid is not None:
+            user, group = (-1 if number is None else number for number in (permissions.uid, permissions.gid))
+            os.chown(path, user, group)
+        if permissions.mode is not None:
+            os.chmod(path, permissions.mode)
+    except OSError as error:
+        os.unlink(path)
+        raise ListenError(
+            f"{path}: owner and permissions of the socket cannot be set: {os.strerror(error.errno or errno.EIO)}",
+            cure="only root may give a socket to another user, or to a group that this user is not in",
             errno=error.errno,
         ) from error
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
@@ -34,6 +34,9 @@ from blkloom.export.nbd.offer import Catalogue
 from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
 from blkloom.forked import OwnProcess
 from blkloom.printing import described
+
+if TYPE_CHECKING:
+    from blkloom.control.states import SocketPermissions
 
 _MOVE_GRACE: Final = 2.0
 """Seconds for a handshake to end before the clients are handed over to another server."""
@@ -141,9 +144,9 @@ class NbdServer:
 
     # listening
 
-    async def listen_unix(self, path: str | os.PathLike[str]) -> Listener:
-        """Listens on a Unix socket (mode 0600). Raises ListenError."""
-        return self._listen(listen_unix(path))
+    async def listen_unix(self, path: str | os.PathLike[str], permissions: SocketPermissions | None = None) -> Listener:
+        """Listens on a Unix socket. permissions: see `listening.listen_unix`. Raises ListenError."""
+        return self._listen(listen_unix(path, permissions))
 
     async def listen_tcp(
         self, host: str = "localhost", port: int = 10809, *, allow_remote: bool = False

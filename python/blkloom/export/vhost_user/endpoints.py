@@ -39,11 +39,12 @@ class VhostUserEndpoints:
             path=call.path or str(run_dir.vhost_socket(device)),
             read_only=call.read_only,
             automatic=not call.path,
+            socket=call.socket,
         )
 
     async def open(self, state: ExportState, *, allow_remote: bool) -> dict[str, int]:
         """Listens. Raises ListenError."""
-        return {"": listen_unix(state.path).socket.detach()}
+        return {"": listen_unix(state.path, state.socket).socket.detach()}
 
     async def close(self, state: ExportState, *, force: bool) -> None:
         """Removes the file of the socket. Raises OSError."""
