@@ -7,6 +7,7 @@ left: loop devices, mounts, and the directory.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import shutil
@@ -21,7 +22,7 @@ from blkloom.control.trusted_path import open_private
 from blkloom.errors import UsageError
 from blkloom.export.registry import endpoints
 
-_PREFIX: Final = "blkloom-"
+_PREFIX: Final = "blkloom-serve-"
 _LOCK: Final = "serving.lock"
 
 
@@ -30,16 +31,13 @@ class PrivateDirectory:
 
     def __init__(self, parent: Path) -> None:
         """Raises OSError."""
-        self.run_dir = RunDir.at(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        found = None
+        while found is None:
+            path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+            found = _hold(path)
+        self._lock = found
+        self.run_dir = RunDir.at(path)
         self.run_dir.make()
-        directory = os.open(self.run_dir.path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            # The lock gets its name when it is held: no other program finds it free before.
-            self._lock = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            os.link(f"/proc/self/fd/{self._lock}", _LOCK, dst_dir_fd=directory, follow_symlinks=True)
-        finally:
-            os.close(directory)
 
     def close(self) -> None:
         """Removes the directory. A second call does nothing."""
@@ -54,6 +52,31 @@ class PrivateDirectory:
         return cls(_parent(parent))
 
 
+def _hold(path: str) -> int | None:
+    """Takes the lock of a directory that was just made; None if it has been removed: until it has a lock, it is empty
+    and looks abandoned. Raises OSError.
+    """
+    try:
+        directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    lock = -1
+    try:
+        # The lock gets its name when it is held: no other program finds it free before.
+        lock = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.link(f"/proc/self/fd/{lock}", _LOCK, dst_dir_fd=directory, follow_symlinks=True)
+    except OSError as error:
+        if lock >= 0:
+            os.close(lock)
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    finally:
+        os.close(directory)
+    return lock
+
+
 def _parent(parent: Path | None) -> Path:
     return parent or Path(tempfile.gettempdir())
 
@@ -63,21 +86,25 @@ async def remove_abandoned(parent: Path | None) -> list[str]:
     thing. Raises AttachError, OSError.
     """
     removed: list[str] = []
-    for path in await asyncio.to_thread(lambda: sorted(_parent(parent).glob(f"{_PREFIX}*/{_LOCK}"))):
+    for path in await asyncio.to_thread(lambda: sorted(_parent(parent).glob(f"{_PREFIX}*"))):
+        with suppress(OSError):
+            os.rmdir(path)  # succeeds if its program was killed before it had a lock
+            removed.append(f"directory {path}")
+            continue
         lock = _free_lock(path)
         if lock is None:
             continue
         try:
-            removed += await _remove(RunDir(path.parent))
+            removed += await _remove(RunDir(path))
         finally:
             os.close(lock)
     return removed
 
 
 def _free_lock(path: Path) -> int | None:
-    """The lock, taken; None if its program runs, or if it is another user's."""
+    """The lock of a directory, taken; None if its program runs, or if it is another user's."""
     with suppress(OSError, UsageError):
-        directory = open_private(path.parent)
+        directory = open_private(path)
         try:
             lock = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         finally:
@@ -92,6 +119,7 @@ def _free_lock(path: Path) -> int | None:
 
 
 async def _remove(run_dir: RunDir) -> list[str]:
+    run_dir.make()  # its program may have been killed before it did
     removed: list[str] = []
     for name in ways.names():
         removed += await ways.way(name).reap(run_dir, ())
