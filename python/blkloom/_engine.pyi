@@ -828,17 +828,18 @@ def serve_ublk(
 class GuestMemory:
     """The memory of a virtual machine, which another program shares. Forks do not have it."""
 
-    def __new__(cls, regions: Sequence[tuple[int, int, int, int, int]]) -> GuestMemory:
+    def __new__(cls, regions: Sequence[tuple[int, int, int, int, int]], *, may_end_this: bool) -> GuestMemory:
         """regions: (descriptor, offset in its file, bytes, address in the machine, address in the other program).
-        ValueError: the other program could take the memory away (a file that can shrink or has huge pages), or a region
-        is beyond the end of its file, or two have the same address in the machine.
+        may_end_this: the other program may end this process anyway (as one of the same user); otherwise it must not be
+        able to take the memory away, which would end this process. ValueError: it could (a file that can shrink or has
+        huge pages), or a region is beyond the end of its file, or two have the same address in the machine.
         """
 
 @final
 class SharedMemory:
     """Memory that another program shares, as in `GuestMemory`."""
 
-    def __new__(cls, fd: int, offset: int, size: int) -> SharedMemory:
+    def __new__(cls, fd: int, offset: int, size: int, *, may_end_this: bool) -> SharedMemory:
         """ValueError: see `GuestMemory`."""
 
 @final

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import blkloom
+from blkloom import Extent, LoadContext, LoadedTarget, TargetSpec
+from blkloom.peer_credentials import PeerCredentials
+from blkloom.units import Bytes, Sectors
 from vhost_user_driver import (
     GUEST,
     READ,
@@ -32,8 +37,9 @@ Send = Callable[[Machine], None]
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[VhostUserServed]:
-    """A device in memory."""
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VhostUserServed]:
+    """A device in memory, for front-ends of other users."""
+    monkeypatch.setattr(PeerCredentials, "may_command", property(lambda _: False))
     with blkloom.open(f"0 {SECTORS} ram") as device, VhostUserServed(tmp_path / "socket", device) as served:
         yield served
 
@@ -158,6 +164,52 @@ def test_a_front_end_that_breaks_the_protocol_is_disconnected(
     assert reason in caplog.text
 
 
+def test_a_front_end_of_the_same_user_may_share_any_memory(tmp_path: Path) -> None:
+    with (
+        blkloom.open(f"0 {SECTORS} ram") as device,
+        VhostUserServed(tmp_path / "socket", device) as served,
+        Machine.connected(served.path) as machine,
+    ):
+        file = shared_memory(machine.length, sealed=False)
+        os.pwrite(file, machine.memory[:], 0)
+        machine.control.tell(5, _regions((GUEST, machine.length, USER, 0)), [file])
+        # The machine has another memory from now on.
+        machine.memory.close()
+        os.close(machine.file)
+        machine.file, machine.memory = file, mmap.mmap(file, machine.length)
+        for queue in machine.queues:
+            queue.memory = machine.memory
+        machine.write(0, b"m" * BLOCK)
+        assert machine.read(0, BLOCK) == b"m" * BLOCK
+
+
+def test_regions_of_memory_are_added_and_removed_one_by_one(
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Machine.connected(served.path) as machine:
+        half = machine.length // 2
+        assert machine.control.number(36) == 64
+
+        def single(guest: int, size: int, user: int, offset: int) -> bytes:
+            return struct.pack("=QQQQQ", 0, guest, size, user, offset)
+
+        machine.control.tell(38, single(GUEST, machine.length, USER, 0))
+        for start in (0, half):
+            machine.control.tell(37, single(GUEST + start, half, USER + start, start), [machine.file])
+        machine.write(0, b"1" * BLOCK)
+        with pytest.raises(FrontEndError, match="message 37"):
+            machine.control.tell(37, single(GUEST, half, USER, 0), [machine.file])
+        with pytest.raises(FrontEndError, match="message 38"):
+            machine.control.tell(38, single(GUEST + 1, half, USER, 0))
+        assert machine.read(0, BLOCK) == b"1" * BLOCK
+        served.hand_over()
+        assert machine.read(0, BLOCK) == b"1" * BLOCK
+        machine.control.tell(38, single(GUEST + half, half, USER + half, half))
+        machine.queues[0].submit(READ, 0, BLOCK)  # its data is in the other half
+        assert machine.queues[0].wait()[1] == 1
+    assert "two regions have the guest address" in caplog.text
+
+
 def test_a_refused_message_is_acknowledged_as_such(served: VhostUserServed, caplog: pytest.LogCaptureFixture) -> None:
     with Machine.connected(served.path) as machine:
         with pytest.raises(FrontEndError, match="message 8 was refused"):
@@ -268,6 +320,45 @@ def test_a_virtual_machine_is_accepted_after_the_requests_of_the_one_before(serv
         assert len(second.recv(20)) == 20
 
 
+class Held(TargetSpec):
+    """Reads wait until the test lets them go on."""
+
+    name = "held"
+    began, goes_on = threading.Event(), threading.Event()
+
+    def load(self, context: LoadContext, start: Sectors, length: Sectors) -> LoadedTarget:
+        return LoadedHeld(self, [(0, length, Extent.fault())])
+
+
+class LoadedHeld(LoadedTarget):
+    """See `Held`."""
+
+    def read(self, offset: Bytes, length: Bytes) -> bytes:
+        Held.began.set()
+        assert Held.goes_on.wait(60)
+        return b"h" * length
+
+
+def test_a_hand_over_that_takes_too_long_leaves_the_virtual_machine_where_it_is(tmp_path: Path) -> None:
+    with (
+        blkloom.open(f"0 {SECTORS} held", targets=[Held]) as device,
+        VhostUserServed(tmp_path / "socket", device) as served,
+        Machine.connected(served.path) as machine,
+    ):
+        queue = machine.queues[0]
+        queue.submit(READ, 0, BLOCK)
+        assert Held.began.wait(60)
+        with pytest.raises(TimeoutError):
+            served.run(served.server.pause(0.01))
+        served.call(served.server.go_on)
+        Held.goes_on.set()
+        slot, status, _ = queue.wait()
+        assert (status, queue.data_of(slot, BLOCK)) == (0, b"h" * BLOCK)
+        assert machine.read(8 * BLOCK, BLOCK) == b"h" * BLOCK
+        served.hand_over()
+        assert machine.read(0, BLOCK) == b"h" * BLOCK
+
+
 def test_front_ends_of_random_messages_hurt_nobody_else(
     served: VhostUserServed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,7 +372,7 @@ def test_front_ends_of_random_messages_hurt_nobody_else(
             files = [machine.file, *(descriptor for queue in machine.queues for descriptor in (queue.kick, queue.call))]
             try:
                 for _ in range(chosen.randrange(12)):
-                    number = chosen.choice([2, 5, 8, 9, 10, 11, 12, 13, 14, 16, 18, 21, 24, 25, 31, 32])
+                    number = chosen.choice([2, 5, 8, 9, 10, 11, 12, 13, 14, 16, 18, 21, 24, 25, 31, 32, 37, 38])
                     sizes = [0, 8, 8, 8, 20, 24, 40, 40, chosen.randrange(300)]
                     payload = bytearray(chosen.choice(sizes))
                     for _ in range(chosen.randrange(6)):

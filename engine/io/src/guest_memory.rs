@@ -3,7 +3,8 @@
 //!
 //! The other program is hostile. An access to a mapping beyond the end of its file raises SIGBUS, so only files are mapped
 //! that cannot shrink (F_SEAL_SHRINK), within their size. Huge pages are refused: the other program can give them back,
-//! and an access raises SIGBUS where the system has none left then. A fork does not have the mappings.
+//! and an access raises SIGBUS where the system has none left then. A program that may end this process anyway, because it
+//! belongs to the same user, may share any file (`Sharer::MayEndThis`). A fork does not have the mappings.
 
 use std::os::fd::BorrowedFd;
 
@@ -26,6 +27,15 @@ pub struct GuestRegion<'f> {
     pub size: u64,
     pub guest: u64,
     pub user: u64,
+}
+
+/// The program that shares memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sharer {
+    /// It must not be able to end this process: the memory cannot be taken away.
+    Other,
+    /// It may end this process anyway, by a signal.
+    MayEndThis,
 }
 
 /// Why memory of another program cannot be used.
@@ -73,14 +83,16 @@ pub struct SharedMemory {
 
 impl SharedMemory {
     /// Maps `size` bytes from `offset` on, which must be on a page boundary.
-    pub fn new(file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<SharedMemory, GuestMemoryError> {
+    pub fn new(file: BorrowedFd<'_>, offset: u64, size: u64, sharer: Sharer) -> Result<SharedMemory, GuestMemoryError> {
         let os = |call| move |errno| GuestMemoryError::Os(call, errno);
-        let seals = fcntl_get_seals(file).map_err(|_| GuestMemoryError::NotSealed)?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(GuestMemoryError::NotSealed);
-        }
-        if fstatfs(file).map_err(os("fstatfs"))?.f_type as u64 == HUGETLBFS {
-            return Err(GuestMemoryError::HugePages);
+        if sharer == Sharer::Other {
+            let seals = fcntl_get_seals(file).map_err(|_| GuestMemoryError::NotSealed)?;
+            if !seals.contains(SealFlags::SHRINK) {
+                return Err(GuestMemoryError::NotSealed);
+            }
+            if fstatfs(file).map_err(os("fstatfs"))?.f_type as u64 == HUGETLBFS {
+                return Err(GuestMemoryError::HugePages);
+            }
         }
         let (found, end) = (fstat(file).map_err(os("fstat"))?.st_size as u64, u128::from(offset) + u128::from(size));
         if end > found.into() {
@@ -91,7 +103,8 @@ impl SharedMemory {
         let (protection, null) = (ProtFlags::READ | ProtFlags::WRITE, std::ptr::null_mut());
         // SAFETY: a fresh mapping at an address of the kernel's choosing, unmapped only in Drop.
         let at = unsafe { mmap(null, len, protection, MapFlags::SHARED, file, offset) }.map_err(os("mmap"))?;
-        // SAFETY: mapped by the line above, within a file that does not shrink.
+        // SAFETY: mapped by the line above, within a file that does not shrink, or that is truncated only by a program
+        // that ends this process by that: an access raises SIGBUS then.
         let shared = SharedMemory { memory: unsafe { Slice::new(at.cast(), len) }, home: Process::current() };
         // SAFETY: the mapping stays as it is for this process.
         unsafe { madvise(at, len, Advice::LinuxDontFork) }.map_err(os("madvise"))?;
@@ -127,13 +140,16 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    pub fn new<'f>(regions: impl IntoIterator<Item = GuestRegion<'f>>) -> Result<GuestMemory, GuestMemoryError> {
+    pub fn new<'f>(
+        regions: impl IntoIterator<Item = GuestRegion<'f>>,
+        sharer: Sharer,
+    ) -> Result<GuestMemory, GuestMemoryError> {
         let mut mapped = Vec::new();
         for GuestRegion { file, offset, size, guest, user } in regions {
             for address in [guest, user] {
                 address.checked_add(size).ok_or(GuestMemoryError::Range { address, size })?;
             }
-            mapped.push(Mapped { guest, user, memory: SharedMemory::new(file, offset, size)? });
+            mapped.push(Mapped { guest, user, memory: SharedMemory::new(file, offset, size, sharer)? });
         }
         mapped.sort_by_key(|region| region.guest);
         for pair in mapped.windows(2) {

@@ -29,7 +29,7 @@ pub use command_ring::{Arrival, CommandRing};
 pub use durability::Syncing;
 pub use file::{Busy, File, FileError, FileExtent, Inline, InlinePolicy, Scratch};
 pub use fork::Process;
-pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion, SharedMemory};
+pub use guest_memory::{GuestMemory, GuestMemoryError, GuestRegion, SharedMemory, Sharer};
 pub use mapping::ReadOnlyMapping;
 pub use memory::{Ahead, Slice, Source};
 pub use range_lock::{RangeGuard, RangeLock};

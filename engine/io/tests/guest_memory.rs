@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use blkloom_io::{GuestMemory, GuestMemoryError, GuestRegion, SharedMemory};
+use blkloom_io::{GuestMemory, GuestMemoryError, GuestRegion, SharedMemory, Sharer};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 const PAGE: u64 = 4096;
@@ -27,7 +27,8 @@ fn region(file: BorrowedFd<'_>, offset: u64, size: u64, guest: u64, user: u64) -
 #[test]
 fn memory_that_can_raise_sigbus_is_refused() {
     let (open, sealed, file) = (memfd(1), sealed(2), std::fs::File::open("/dev/null").unwrap());
-    let refused = |file: BorrowedFd<'_>, offset, size| SharedMemory::new(file, offset, size).err().unwrap();
+    let refused =
+        |file: BorrowedFd<'_>, offset, size| SharedMemory::new(file, offset, size, Sharer::Other).err().unwrap();
     assert!(matches!(refused(open.as_fd(), 0, PAGE), GuestMemoryError::NotSealed));
     assert!(matches!(refused(file.as_fd(), 0, PAGE), GuestMemoryError::NotSealed));
     for (offset, size) in [(0, 2 * PAGE + 1), (PAGE, PAGE + 1), (PAGE, u64::MAX), (3 * PAGE, 1)] {
@@ -35,14 +36,22 @@ fn memory_that_can_raise_sigbus_is_refused() {
     }
     assert!(matches!(refused(sealed.as_fd(), 0, 0), GuestMemoryError::Range { .. }));
     assert!(matches!(refused(sealed.as_fd(), 17, 1), GuestMemoryError::Os("mmap", _)));
-    assert_eq!(SharedMemory::new(sealed.as_fd(), PAGE, 100).unwrap().slice().len(), 100);
+    assert_eq!(SharedMemory::new(sealed.as_fd(), PAGE, 100, Sharer::Other).unwrap().slice().len(), 100);
+}
+
+#[test]
+fn a_program_that_may_end_this_one_may_share_any_file_within_its_size() {
+    let file = memfd(1);
+    assert_eq!(SharedMemory::new(file.as_fd(), 0, PAGE, Sharer::MayEndThis).unwrap().slice().len(), PAGE as usize);
+    let refused = SharedMemory::new(file.as_fd(), 0, PAGE + 1, Sharer::MayEndThis).err().unwrap();
+    assert!(matches!(refused, GuestMemoryError::TooSmall { .. }));
 }
 
 #[test]
 fn regions_with_the_same_or_too_high_addresses_are_refused() {
     let file = sealed(2);
     let file = file.as_fd();
-    let refused = |regions: &[GuestRegion<'_>]| GuestMemory::new(regions.iter().copied()).err().unwrap();
+    let refused = |regions: &[GuestRegion<'_>]| GuestMemory::new(regions.iter().copied(), Sharer::Other).err().unwrap();
     let overlapping = [region(file, 0, 2 * PAGE, PAGE, 0), region(file, 0, PAGE, 2 * PAGE, 0)];
     assert!(matches!(refused(&overlapping), GuestMemoryError::Overlap(address) if address == 2 * PAGE));
     for (guest, user) in [(u64::MAX - 5, 0), (0, u64::MAX - 5)] {
@@ -54,11 +63,9 @@ fn regions_with_the_same_or_too_high_addresses_are_refused() {
 fn addresses_lead_to_the_bytes_of_their_region() {
     let (low, high) = (sealed(2), sealed(1));
     // Adjacent for the guest, and not in the other program.
-    let memory = GuestMemory::new([
-        region(high.as_fd(), 0, PAGE, 3 * PAGE, 1 << 40),
-        region(low.as_fd(), PAGE, PAGE, 2 * PAGE, 1 << 20),
-    ])
-    .unwrap();
+    let regions =
+        [region(high.as_fd(), 0, PAGE, 3 * PAGE, 1 << 40), region(low.as_fd(), PAGE, PAGE, 2 * PAGE, 1 << 20)];
+    let memory = GuestMemory::new(regions, Sharer::Other).unwrap();
     rustix::io::pwrite(&low, b"low", 2 * PAGE - 3).unwrap();
     rustix::io::pwrite(&high, b"high", 0).unwrap();
     let mut found = [0; 7];
@@ -75,7 +82,7 @@ fn addresses_lead_to_the_bytes_of_their_region() {
 #[test]
 fn numbers_are_shared_with_other_mappings() {
     let file = sealed(1);
-    let [one, other] = [0, 0].map(|offset| SharedMemory::new(file.as_fd(), offset, PAGE).unwrap());
+    let [one, other] = [0, 0].map(|offset| SharedMemory::new(file.as_fd(), offset, PAGE, Sharer::Other).unwrap());
     one.slice().store_u16(6, 0x1234);
     assert_eq!((other.slice().load_u16(6), other.slice().part(6, 2).to_vec()), (0x1234, vec![0x34, 0x12]));
 }

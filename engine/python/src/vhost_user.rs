@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use blkloom_core::vhost_user::{self, QueueMemory, QueueSettings, ServeError};
 use blkloom_core::{EngineError, Recipient};
-use blkloom_io::GuestRegion;
+use blkloom_io::{GuestRegion, Sharer};
 use blkloom_virtio_wire::inflight;
 use pyo3::prelude::*;
 use rustix::io::Errno;
@@ -15,13 +15,18 @@ use crate::device::Engine;
 use crate::export::{Export, Notices, Transport};
 use crate::maps::duplicate;
 
+fn sharer(may_end_this: bool) -> Sharer {
+    if may_end_this { Sharer::MayEndThis } else { Sharer::Other }
+}
+
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct GuestMemory(Arc<blkloom_io::GuestMemory>);
 
 #[pymethods]
 impl GuestMemory {
     #[new]
-    fn new(regions: Vec<(i32, u64, u64, u64, u64)>) -> PyResult<GuestMemory> {
+    #[pyo3(signature = (regions, *, may_end_this))]
+    fn new(regions: Vec<(i32, u64, u64, u64, u64)>, may_end_this: bool) -> PyResult<GuestMemory> {
         let files: Vec<OwnedFd> = regions.iter().map(|region| duplicate(region.0)).collect::<PyResult<_>>()?;
         let regions = files.iter().zip(&regions).map(|(file, &(_, offset, size, guest, user))| GuestRegion {
             file: file.as_fd(),
@@ -30,7 +35,7 @@ impl GuestMemory {
             guest,
             user,
         });
-        Ok(GuestMemory(Arc::new(blkloom_io::GuestMemory::new(regions).map_err(value_error)?)))
+        Ok(GuestMemory(Arc::new(blkloom_io::GuestMemory::new(regions, sharer(may_end_this)).map_err(value_error)?)))
     }
 }
 
@@ -40,8 +45,9 @@ pub struct SharedMemory(Arc<blkloom_io::SharedMemory>);
 #[pymethods]
 impl SharedMemory {
     #[new]
-    fn new(fd: i32, offset: u64, size: u64) -> PyResult<SharedMemory> {
-        let made = blkloom_io::SharedMemory::new(duplicate(fd)?.as_fd(), offset, size);
+    #[pyo3(signature = (fd, offset, size, *, may_end_this))]
+    fn new(fd: i32, offset: u64, size: u64, may_end_this: bool) -> PyResult<SharedMemory> {
+        let made = blkloom_io::SharedMemory::new(duplicate(fd)?.as_fd(), offset, size, sharer(may_end_this));
         Ok(SharedMemory(Arc::new(made.map_err(value_error)?)))
     }
 }

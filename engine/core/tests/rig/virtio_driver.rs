@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use blkloom_core::vhost_user::{self, Call, Disk, QueueMemory, QueueSettings, ServeError};
 use blkloom_core::{Recipient, TransportHandle};
-use blkloom_io::{GuestMemory, GuestRegion, SharedMemory};
+use blkloom_io::{GuestMemory, GuestRegion, SharedMemory, Sharer};
 use blkloom_virtio_wire::{inflight, split};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -61,7 +61,7 @@ pub struct Driver {
 impl Driver {
     pub fn new(event_idx: bool, indirect: bool) -> Driver {
         let file = sealed(LENGTH);
-        let memory = SharedMemory::new(file.as_fd(), 0, LENGTH as u64).unwrap();
+        let memory = SharedMemory::new(file.as_fd(), 0, LENGTH as u64, Sharer::Other).unwrap();
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, event, call) = (event(), event(), Arc::new(Call::default()));
         call.replace(Some(event.try_clone().unwrap()));
@@ -86,9 +86,9 @@ impl Driver {
 
     pub fn try_serve(&self, host: &Host, settings: QueueSettings) -> Result<TransportHandle, ServeError> {
         let region = GuestRegion { file: self.file.as_fd(), offset: 0, size: LENGTH as u64, guest: GUEST, user: USER };
-        let guest = Arc::new(GuestMemory::new([region]).unwrap());
+        let guest = Arc::new(GuestMemory::new([region], Sharer::Other).unwrap());
         let length = inflight::region_length(SIZE) as u64;
-        let inflight = (Arc::new(SharedMemory::new(self.region.as_fd(), 0, length).unwrap()), 0);
+        let inflight = (Arc::new(SharedMemory::new(self.region.as_fd(), 0, length, Sharer::Other).unwrap()), 0);
         let disk = Disk::new(host.export.clone(), b"serial");
         let recipient = Recipient { notices: host.notices.clone(), token: 1 };
         let events = (self.kick.try_clone().unwrap(), self.call.clone());

@@ -33,6 +33,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIGURATION
     | ProtocolFeature.INFLIGHT
+    | ProtocolFeature.MEMORY_SLOTS
 )
 
 

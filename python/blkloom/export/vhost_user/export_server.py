@@ -24,6 +24,7 @@ from blkloom.export.exporter import Client, Unfinished
 from blkloom.export.vhost_user import parcel
 from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
 from blkloom.export.vhost_user.connection import Connection, readable
+from blkloom.export.vhost_user.messages import ProtocolError
 from blkloom.export.vhost_user.session import Session
 from blkloom.printing import described
 
@@ -64,6 +65,8 @@ class VhostUserExportServer:
             self._listening.close()
             raise
         self._session: Session | None = None
+        self._late = False
+        """Pausing the session took too long; its queues are not served."""
         self._task: asyncio.Task[None] | None = None
         """Accepts and serves virtual machines."""
         if not paused:
@@ -125,6 +128,7 @@ class VhostUserExportServer:
         try:
             await self._session.pause(timeout)
         except TimeoutError as error:
+            self._late = True
             raise TimeoutError(errno.ETIMEDOUT, self._state.path) from error
         session, self._session = self._session, None
         try:
@@ -137,8 +141,6 @@ class VhostUserExportServer:
     def go_on(self, clients: Iterable[Client] = ()) -> None:
         """Serves a virtual machine that was paused, here or in another worker, and accepts others after it."""
         try:
-            if self._session is not None:
-                self._session.resume()
             for _, descriptor, unfinished in clients:
                 self._session = parcel.unpack(descriptor, unfinished.initial, self._new_session)
                 self._session.adopt()
@@ -180,12 +182,22 @@ class VhostUserExportServer:
             if self._session is None:
                 self._session = self._new_session(Connection(await self._accepted()))
                 self._on_change()
-            reason = await self._session.run()
+            reason = await self._run(self._session)
             level = logging.INFO if reason == "left" else logging.ERROR
             _log.log(level, "%s: the front-end has %s", self._state.path, _past(reason))
             await self._session.end(drain=0)
-            self._session = None
+            self._session, self._late = None, False
             self._on_change()
+
+    async def _run(self, session: Session) -> str:
+        """Handles the requests of a session. Returns why it has ended."""
+        if self._late:
+            try:
+                await session.resume()
+            except ProtocolError as error:
+                return f"dropped: {error}"
+            self._late = False
+        return await session.run()
 
     async def _accepted(self) -> socket.socket:
         while True:

@@ -19,6 +19,8 @@ MOST_PAYLOAD: Final = 4096
 """Bytes of a payload. The longest is a memory table, of 264 bytes, or a configuration, of 268."""
 MOST_REGIONS: Final = 8
 """Regions of a memory table."""
+MOST_SLOTS: Final = 64
+"""Regions that are added one by one."""
 MOST_CONFIGURATION: Final = 256
 _VERSION: Final = 1
 _VERSION_BITS: Final = 3
@@ -29,6 +31,7 @@ _U64: Final = struct.Struct("=Q")
 _PAIR: Final = struct.Struct("=II")
 _ADDRESSES: Final = struct.Struct("=IIQQQQ")
 _REGION: Final = struct.Struct("=QQQQ")
+_SINGLE_REGION: Final = struct.Struct("=QQQQQ")
 _CONFIGURATION: Final = struct.Struct("=III")
 _INFLIGHT: Final = struct.Struct("=QQHHI")
 """The C structure ends with padding."""
@@ -59,6 +62,9 @@ class Request(IntEnum):
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
     SET_INFLIGHT_FD = 32
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
 
 
 CONFIGURATION_CHANGED: Final = 2
@@ -92,6 +98,8 @@ class ProtocolFeature(IntFlag):
     BACKEND_REQ = 1 << 5
     CONFIGURATION = 1 << 9
     INFLIGHT = 1 << 12
+    MEMORY_SLOTS = 1 << 15
+    """Regions of memory are added and removed one by one."""
 
 
 class ProtocolError(BlkloomError):
@@ -210,6 +218,12 @@ def parse_regions(payload: bytes) -> list[Region]:
     if count > MOST_REGIONS or len(regions) < count * _REGION.size:
         raise ProtocolError(f"a memory table of {count} regions in {len(payload)} bytes; {MOST_REGIONS} are possible")
     return [Region(*_REGION.unpack_from(regions, at * _REGION.size)) for at in range(count)]
+
+
+def parse_region(payload: bytes) -> Region:
+    """One region. Raises ProtocolError."""
+    _, *region = _unpacked(_SINGLE_REGION, payload)
+    return Region(*region)
 
 
 def format_regions(regions: list[Region]) -> bytes:

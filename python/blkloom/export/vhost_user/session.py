@@ -28,6 +28,7 @@ from blkloom.export.vhost_user.connection import Connection, Message
 from blkloom.export.vhost_user.messages import (
     CONFIGURATION_CHANGED,
     MOST_CONFIGURATION,
+    MOST_SLOTS,
     Configuration,
     Feature,
     Inflight,
@@ -40,11 +41,13 @@ from blkloom.export.vhost_user.messages import (
     VringValue,
     number,
     parse_number,
+    parse_region,
     parse_regions,
     reply,
     request,
 )
 from blkloom.export.vhost_user.vring import Vring, VringState
+from blkloom.peer_credentials import peer_credentials
 from blkloom.printing import described
 
 _log = logging.getLogger(__name__)
@@ -85,6 +88,8 @@ class Session:
         self._tokens = itertools.count(1)
         self._served: dict[int, Vring] = {}
         """Vrings with a transport, by its token."""
+        self._may_end_this = peer_credentials(connection.socket).may_command
+        """The front-end has the user of this process, or is root."""
         self._changed = asyncio.Event()
         """A transport has ended."""
         self.state = SessionState()
@@ -123,8 +128,9 @@ class Session:
             self._handled = None
         await self._detach(self.vrings.values(), drain=False, timeout=timeout)
 
-    def resume(self) -> None:
-        """Serves the queues again after `pause`. Raises ProtocolError."""
+    async def resume(self) -> None:
+        """Serves the queues again after a `pause` that took too long: waits for its end. Raises ProtocolError."""
+        await self._detach(self.vrings.values(), drain=False, timeout=None)
         self._start_all()
 
     async def end(self, *, drain: float) -> bool:
@@ -275,6 +281,34 @@ class Session:
             message.descriptors = []
             self._map_memory()
 
+    async def _get_max_mem_slots(self, _: Message) -> tuple[bytes, list[int]]:
+        return number(MOST_SLOTS), []
+
+    async def _add_mem_reg(self, message: Message) -> None:
+        region = parse_region(message.payload)
+        if len(self.state.regions) >= MOST_SLOTS:
+            raise ProtocolError(f"more than {MOST_SLOTS} regions of memory")
+        async with self._stopped(self.vrings.values()):
+            self.files.append(message.take())
+            self.state.regions.append(region)
+            try:
+                self._map_memory()
+            except ProtocolError:
+                self.state.regions.pop()
+                os.close(self.files.pop())
+                raise
+
+    async def _rem_mem_reg(self, message: Message) -> None:
+        region = parse_region(message.payload)
+        found = [known for known in self.state.regions if _is_same(known, region)]
+        if not found:
+            raise ProtocolError(f"no region of memory of {region.size} bytes at {region.guest:#x}")
+        async with self._stopped(self.vrings.values()):
+            index = self.state.regions.index(found[0])
+            del self.state.regions[index]
+            os.close(self.files.pop(index))
+            self._map_memory()
+
     async def _set_vring_num(self, message: Message) -> None:
         value = VringValue.parse(message.payload)
         vring = self._vring(value.vring)
@@ -369,7 +403,7 @@ class Session:
             for descriptor, region in zip(self.files, self.state.regions, strict=True)
         ]
         try:
-            self._memory = _engine.GuestMemory(regions) if regions else None
+            self._memory = _engine.GuestMemory(regions, may_end_this=self._may_end_this) if regions else None
         except (OSError, ValueError) as error:
             raise ProtocolError(f"memory of the virtual machine cannot be used: {error}") from error
 
@@ -386,7 +420,7 @@ class Session:
         elif self.inflight_file < 0:
             self.inflight_file = _shared_file(_OWN_INFLIGHT)
         try:
-            self._inflight = _engine.SharedMemory(self.inflight_file, offset, size)
+            self._inflight = _engine.SharedMemory(self.inflight_file, offset, size, may_end_this=self._may_end_this)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"memory for requests in flight cannot be used: {error}") from error
 
@@ -421,9 +455,9 @@ class Session:
                 self._start(index, vring)
 
     def _start(self, index: int, vring: Vring) -> None:
-        """Raises ProtocolError."""
+        """Starts to serve a vring, if there is memory. Raises ProtocolError."""
         if self._memory is None:
-            raise ProtocolError("a queue is started without memory of the virtual machine")
+            return
         if self._inflight is None:
             self._map_inflight()
         assert self._inflight is not None
@@ -473,6 +507,10 @@ class Session:
 _OWN_INFLIGHT: Final = MOST_QUEUES * _engine.vhost_user_inflight_length(MOST_DESCRIPTORS)
 
 
+def _is_same(one: Region, other: Region) -> bool:
+    return (one.guest, one.user, one.size) == (other.guest, other.user, other.size)
+
+
 def _shared_file(size: int) -> int:
     """A memfd that cannot shrink. Raises ProtocolError."""
     import fcntl
@@ -495,6 +533,7 @@ _ANSWERED: Final[dict[Request, _Answering]] = {
     Request.GET_CONFIG: Session._get_config,
     Request.GET_VRING_BASE: Session._get_vring_base,
     Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
+    Request.GET_MAX_MEM_SLOTS: Session._get_max_mem_slots,
 }
 _OTHERS: Final[dict[Request, _Handling]] = {
     Request.SET_OWNER: Session._nothing,
@@ -512,4 +551,6 @@ _OTHERS: Final[dict[Request, _Handling]] = {
     Request.SET_BACKEND_REQ_FD: Session._set_backend_req_fd,
     Request.SET_CONFIG: Session._set_config,
     Request.SET_INFLIGHT_FD: Session._set_inflight_fd,
+    Request.ADD_MEM_REG: Session._add_mem_reg,
+    Request.REM_MEM_REG: Session._rem_mem_reg,
 }
