@@ -139,6 +139,8 @@ def test_create_prints_the_socket_of_a_virtual_machine(run: Run, life: Life, cli
         assert machine.capacity == 1 << 20
     listed = run("export", "vm", "--list")
     assert f"auto-vhost-user\t{life.run_dir / 'vhost' / 'vm'}\n" in listed.stdout
+    assert f"Socket for VMs:    {life.run_dir / 'vhost' / 'vm'}\n" in run("info", "vm").stdout
+    assert run("info", "-c", "--noheadings", "-o", "file", "vm").stdout.strip() == ""
     (life.run_dir / "vhost" / "other").mkdir()
     refused = run("create", "other", "--table", "0 2048 ram", "--vhost-user")
     (life.run_dir / "vhost" / "other").rmdir()

@@ -6,17 +6,21 @@ Source: dmsetup.c (_display_info_long, _status).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from blkloom.control.states import DeviceInfo
 from blkloom.device_names import MAJOR
 
 Segment = tuple[int, int, str, str]
 """start, length (sectors), target, the rest of the line."""
+_OF_MACHINES: Final = "vhost-user"
+"""Kind of the exports for virtual machines; see `export.registry`."""
 
 
 def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
     """The lines of dmsetup's `info`, with an empty line at the end. Further lines: the reason of a failed device, its
-    fault, I/O errors (their number and the last one), the node, and paths of FUSE files. shown: the name.
+    fault, I/O errors (their number and the last one), the node, paths of FUSE files, and sockets of virtual machines.
+    shown: the name.
     """
     state = info.state + (" (READ-ONLY)" if info.read_only else "") + (" (DEFERRED REMOVE)" if info.deferred else "")
     tables = " & ".join([*(["LIVE"] if info.live else []), *(["INACTIVE"] if info.inactive else [])])
@@ -42,6 +46,9 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
             yield f"Node in use:       {user}"
     for path in files(info):
         yield f"File:              {path}"
+    for export in info.exports:
+        if export.kind == _OF_MACHINES:
+            yield f"Socket for VMs:    {export.path}"
     if info.uuid:
         yield f"UUID: {info.uuid}"
     yield ""
@@ -50,7 +57,8 @@ def info_lines(info: DeviceInfo, shown: str) -> Iterator[str]:
 def files(info: DeviceInfo) -> list[str]:
     """Paths of its FUSE files, but for one that only its node uses."""
     hidden = info.node.export if info.node is not None and info.node.own_export else ""
-    return [export.path for export in info.exports if export.path and export.id != hidden]
+    files = [export for export in info.exports if export.path and export.kind != _OF_MACHINES]
+    return [export.path for export in files if export.id != hidden]
 
 
 def table_segments(text: str) -> list[Segment]:
