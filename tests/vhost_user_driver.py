@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -103,6 +104,7 @@ class Queue:
         self.data = data
         self.free = list(range(slots))
         self.next = self.seen = 0
+        self._barrier = threading.Lock()
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.error = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -149,6 +151,8 @@ class Queue:
         """The next request that is used: slot, status, bytes written. Raises TimeoutError."""
         while self._half(self.used + 2) == self.seen:
             self._put_half(self.available + 4 + 2 * self.size, self.seen)  # event index
+            with self._barrier:  # the store before the load
+                pass
             if self._half(self.used + 2) != self.seen:
                 break
             if not select.select([self.call], [], [], patience)[0]:

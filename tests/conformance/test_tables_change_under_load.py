@@ -58,8 +58,10 @@ class Worker:
     """Writes and verifies its part until told to stop. forgives: errnos a request may fail with."""
 
     def __init__(self, number: int, way: WayIn, stop: threading.Event, forgives: frozenset[int]) -> None:
-        self._first = number * SHARE + number
-        self._content = bytearray(SHARE)
+        first, unit = number * SHARE + number, getattr(way, "unit", 1)
+        self._first = -(-first // unit) * unit
+        self._size = (first + SHARE) // unit * unit - self._first
+        self._content = bytearray(self._size)
         self._way = way
         self._stop = stop
         self._forgives = forgives
@@ -68,8 +70,8 @@ class Worker:
         self.failures = 0
         self.began = threading.Event()
 
-    def run(self) -> bytes:
-        """What its part holds in the end."""
+    def run(self) -> tuple[int, bytes]:
+        """Its part, and what that holds in the end."""
         while not self._attempt(self._clear):
             pass
         self.began.set()
@@ -78,7 +80,7 @@ class Worker:
             self._attempt(self._verify)
         while not self._attempt(self._verify_all):
             pass
-        return bytes(self._content)
+        return self._first, bytes(self._content)
 
     def _attempt(self, request: Callable[[], None]) -> bool:
         self.requests += 1
@@ -92,11 +94,11 @@ class Worker:
         return True
 
     def _clear(self) -> None:
-        self._way.write([(self._first, bytes(SHARE))], fua=False)
+        self._way.write([(self._first, bytes(self._size))], fua=False)
 
     def _change(self) -> None:
-        at = self._random.randrange(SHARE)
-        data = self._random.randbytes(min(self._random.choice([1, 512, 5000, 40_000]), SHARE - at))
+        at = self._random.randrange(self._size)
+        data = self._random.randbytes(min(self._random.choice([1, 512, 5000, 40_000]), self._size - at))
         before = bytes(self._content[at : at + len(data)])
         try:
             self._way.write([(self._first + at, data)], fua=False)
@@ -109,24 +111,24 @@ class Worker:
         self._content[at : at + len(data)] = data
 
     def _verify(self) -> None:
-        at = self._random.randrange(SHARE)
-        length = min(self._random.choice([1, 512, 5000, 40_000]), SHARE - at)
+        at = self._random.randrange(self._size)
+        length = min(self._random.choice([1, 512, 5000, 40_000]), self._size - at)
         found = self._way.read([(self._first + at, length)], df=False)
         assert found == self._content[at : at + length], f"{length} bytes at {self._first + at}"
 
     def _verify_all(self) -> None:
-        assert self._way.read([(self._first, SHARE)], df=False) == self._content
+        assert self._way.read([(self._first, self._size)], df=False) == self._content
 
 
 @contextmanager
 def load(
     device: blkloom.Device, host: NbdThread, *, forgives: frozenset[int] = frozenset()
-) -> Iterator[tuple[list[Worker], list[Future[bytes]]]]:
+) -> Iterator[tuple[list[Worker], list[Future[tuple[int, bytes]]]]]:
     """A worker by every way in, already working; they are stopped, and must have been content, in the end."""
     stop = threading.Event()
     workers: list[Worker] = []
 
-    def work(number: int, name: str, ready: Future[Worker]) -> bytes:
+    def work(number: int, name: str, ready: Future[Worker]) -> tuple[int, bytes]:
         # An asyncio view belongs to one thread, so ways are entered where they are used.
         try:
             with WAYS_IN[name](device, host) as way:
@@ -164,8 +166,8 @@ def progress(workers: list[Worker]) -> None:
         pause.wait(0.0002)
 
 
-def final_content(results: list[Future[bytes]]) -> dict[int, bytes]:
-    return {number * SHARE + number: result.result(0) for number, result in enumerate(results)}
+def final_content(results: list[Future[tuple[int, bytes]]]) -> dict[int, bytes]:
+    return dict(result.result(0) for result in results)
 
 
 def test_workers_keep_their_bytes_while_tables_are_replaced(
@@ -182,7 +184,7 @@ def test_workers_keep_their_bytes_while_tables_are_replaced(
                 progress(workers)
         device.flush()
         for at, content in final_content(results).items():
-            assert path.read_bytes()[at : at + SHARE] == content
+            assert path.read_bytes()[at : at + len(content)] == content
 
 
 def test_nothing_changes_while_suspended_and_everything_goes_on_after(

@@ -18,6 +18,9 @@ class VhostUserWay:
     Disks have sectors: parts of one are read, changed and written, also to discard them. There is one error.
     """
 
+    unit = SECTOR
+    """Bytes next to a change, within its sector, are written, too."""
+
     def __init__(self, served: VhostUserServed, *, moves: bool) -> None:
         self._served = served
         self._moves = moves
