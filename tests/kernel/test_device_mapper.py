@@ -89,7 +89,8 @@ def test_tables_mean_the_same_to_the_kernel(guest: Guest, program: Callable[[str
             assert (folder / "after").read_bytes() == device.pread(device.size, 0), template
 
 
-@pytest.mark.parametrize("udev", [False, pytest.param(True, marks=only_long)], ids=["without udev", "with udev"])
+@only_long
+@pytest.mark.parametrize("udev", [False, True], ids=["without udev", "with udev"])
 def test_what_dmsetup_prints_is_served_as_it_is(guest: Guest, program: Callable[[str, str], str], udev: bool) -> None:
     """`dmsetup table` and its concise form, which name devices by their numbers."""
     guest = dataclasses.replace(guest, udev=udev)

@@ -11,14 +11,15 @@ import pytest
 from guest import Guest
 
 from file_systems_compared import MODULES, PACKAGES, said_of, verdicts, with_dmsetup
-from long_runs import LONG, only_long
+from long_runs import only_long
 
 
 @pytest.mark.kernel
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("series", ["6.12", pytest.param("7.3", marks=only_long)])
+@only_long
+@pytest.mark.parametrize("series", ["6.12", "7.3"])
 def test_verdicts_with_the_kernels_targets(guest: Guest, program: Callable[[str, str], str], series: str) -> None:
-    systems = ["ext4", "xfs", "btrfs"] if LONG else ["ext4"]
+    systems = ["ext4", "xfs", "btrfs"]
     for name in ("dmsetup", *(f"mkfs.{system}" for system in systems)):
         program(name, PACKAGES.get(name, name))
     machine = dataclasses.replace(guest, series=series, memory="1500M")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from guest import Guest
 
+from long_runs import only_long
+
 pytestmark = pytest.mark.kernel
 TESTS = Path(__file__).parents[1]
 
@@ -112,6 +114,7 @@ blkloom stop
 """
 
 
+@only_long
 @pytest.mark.timeout(600)
 def test_without_resend_an_upgrade_goes_on_and_after_a_kill_there_is_a_new_file_or_node(
     guest: Guest, program: Callable[[str, str], str]
