@@ -17,15 +17,15 @@ class _Value(msgspec.Struct, kw_only=True, omit_defaults=True):
     pass
 
 
-Role = Literal["file", "claim", "memory", "listen", "connection", "export"]
+Role = Literal["file", "claim", "memory", "changes", "listen", "connection", "export"]
 """The purpose of a stored descriptor."""
 
 
 class Label(msgspec.Struct, frozen=True, kw_only=True):
     """The label of a stored descriptor. role and key:
-    file: `w`/`r` then `d`/`-` then the path as the table has it; claim: the path; memory: a number
-    within its load; listen: the export's id, of one whose endpoint is a listening socket; connection: a number within
-    the device; export: the export's id, a slash, and which descriptor of its endpoint it is.
+    file: `w`/`r` then `d`/`-` then the path as the table has it; claim: the path; memory and changes: a number within
+    its load; listen: the export's id, of one whose endpoint is a listening socket; connection: a number within the
+    device; export: the export's id, a slash, and which descriptor of its endpoint it is.
     load: the loaded table it belongs to (0: the device itself).
     """
 

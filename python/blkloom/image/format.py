@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from blkloom.image.errors import CorruptImage
     from blkloom.image.layer import Layer
     from blkloom.image.open_chain import ImageSource
+    from blkloom.image.redo_log import RedoLog
     from blkloom.image.storage import Storage
     from blkloom.image.types import GuestOffset, HostOffset, Words
 
@@ -99,13 +100,14 @@ class Relocation(Protocol):
 class WriteContext:
     """Services for a writer, and its callbacks.
 
-    read: current contents of the disk, zeros past its end. install: stores consecutive entries in the engine's table,
-    (first unit of the top image, an entry for each). synchronize: waits until no request is in flight that looked up
-    the table before. below: None for no backing chain. relocation: fast copies of clusters. direct: the engine writes
-    with direct I/O. take_space: storage is allocated at once for allocated clusters, so that writes to them find space.
-    allocating: called before (offset, length) of the file is allocated; it may raise OSError. broke: `broken` was set;
-    the engine must pass all requests to Python. wants_work: `work` has something to do from now on. checked: all
-    refcounts are right now; the argument is the number of wrong ones.
+    read: current contents of the disk, zeros past its end. install: stores consecutive entries in the engine's
+    table, (first unit of the top image, an entry for each). synchronize: waits until no request is in flight that
+    looked up the table before. below: None for no backing chain. relocation: fast copies of clusters. direct: the
+    engine writes with direct I/O. take_space: storage is allocated at once for allocated clusters, so that writes
+    to them find space. allocating: called before (offset, length) of the file is allocated; it may raise OSError.
+    broke: `broken` was set; the engine must pass all requests to Python. redo: log of changes for the next process.
+    wants_work: `work` has something to do from now on. checked: all refcounts are right now; the argument is the
+    number of wrong ones.
     """
 
     read: Callable[[int, int], bytes]
@@ -117,6 +119,7 @@ class WriteContext:
     take_space: bool = False
     allocating: Callable[[HostOffset, int], None] | None = None
     broke: Callable[[], None] = lambda: None
+    redo: RedoLog | None = None
     wants_work: Callable[[], None] = lambda: None
     checked: Callable[[int], None] = lambda _changed: None
 

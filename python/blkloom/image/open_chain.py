@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blkloom.image.format import Backing, Format
     from blkloom.image.layer import Layer
     from blkloom.image.path_policy import PathPolicy
+    from blkloom.image.redo_log import RedoLog
 
 _MOST_LAYERS: Final = entries.FILES - 1
 """The engine's table has one file for each layer, and one for clusters made in memory."""
@@ -111,16 +112,24 @@ class _Files:
 
 class ImageSource:
     """One file of a chain, for the format that opens it. path: of the file. number: of the layer, counted from the top.
-    writable: whether it may be written to.
+    writable: whether it may be written to. redo: changes that a former process has not written to it.
     """
 
     def __init__(
-        self, files: _Files, path: str, number: int, *, writable: bool, named: str | Callable[[], str]
+        self,
+        files: _Files,
+        path: str,
+        number: int,
+        *,
+        writable: bool,
+        named: str | Callable[[], str],
+        redo: RedoLog | None = None,
     ) -> None:
         self._files = files
         self.path: Final = path
         self.number: Final = number
         self.writable: Final = writable
+        self.redo: Final = redo
         self._named = named
         files.enter(path, writable=writable, what="backing file" if number else "image")
 
@@ -160,16 +169,18 @@ def open_chain(
     claimed: bool = True,
     home: Callable[[], str] | None = None,
     storage: StorageOf = plain,
+    redo: RedoLog | None = None,
 ) -> Chain:
     """Opens the image of `format` at `path` and all its backing files. writable: the top image is written to. direct:
     guest data bypasses the page cache. home: returns the absolute form of `path`, which may be relative to the
     directory of another process; it is called if the image names other files. storage: makes the storage for each file.
+    redo: changes of the top image that a former process has not written to it.
     Raises CorruptImage, UnsupportedImage, BackingError, and the exceptions of `format.open`.
     """
     chain = _Files(files=files, policy=policy, direct=direct, claimed=claimed, storage_of=storage)
     layers: list[Layer] = []
     data: list[File] = []
-    source = ImageSource(chain, path, 0, writable=writable, named=home or path)
+    source = ImageSource(chain, path, 0, writable=writable, named=home or path, redo=redo)
     while True:
         opened = format.open(source)
         layers.append(opened.layer)

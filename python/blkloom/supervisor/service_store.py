@@ -22,7 +22,7 @@ from blkloom.export.systemd import PassedDescriptor, ServiceNotifier
 from blkloom.supervisor.registry import Registry
 
 _log = logging.getLogger(__name__)
-_NAME: Final = re.compile(r"(export|memory)\.([0-9]{1,18})\.([0-9]{1,18})\.(.+)")
+_NAME: Final = re.compile(r"(export|memory|changes)\.([0-9]{1,18})\.([0-9]{1,18})\.(.+)")
 
 
 class ServiceStore:
@@ -46,7 +46,7 @@ def stored_name(label: Label) -> str | None:
     """The name of a descriptor in systemd's store; None: it is not stored. Memory without a load (0) belongs to a
     hand-over, which ends with its processes.
     """
-    if label.role == "export" or (label.role == "memory" and label.load):
+    if label.role == "export" or (label.role in ("memory", "changes") and label.load):
         return f"{label.role}.{label.device}.{label.load}.{label.key}"
     return None
 

@@ -8,6 +8,7 @@ OSError of the system call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -60,6 +61,11 @@ class Descriptors(Protocol):
     def memory(self, make: Callable[[], int]) -> int:
         """The memfd that a former process of the device had, with its contents; otherwise the result of `make`."""
 
+    def changes(self) -> int:
+        """A memfd for changes that are not in a file yet, with those of a former process of the device; it is empty if
+        that is lost. The caller closes it.
+        """
+
 
 class OwnDescriptors:
     """Opens with this process's rights and remembers nothing."""
@@ -104,3 +110,12 @@ class OwnDescriptors:
     def memory(self, make: Callable[[], int]) -> int:
         """Makes a new memfd."""
         return make()
+
+    def changes(self) -> int:
+        """An empty memfd."""
+        return make_changes()
+
+
+def make_changes() -> int:
+    """An empty memfd for `Descriptors.changes`. Raises OSError."""
+    return os.memfd_create("blkloom-changes", os.MFD_CLOEXEC)

@@ -18,6 +18,7 @@ from blkloom._engine import Extent
 from blkloom.errors import BackingError, FaultError, RetryLater
 from blkloom.image.errors import CorruptImage, DamagedCluster
 from blkloom.image.path_policy import PathPolicy
+from blkloom.image.redo_log import RedoLog
 from blkloom.image.registry import format_named
 from blkloom.table.syntax import Syntax, flag, options, size, switch, text, word
 from blkloom.targets.limits import BlockLimits
@@ -116,7 +117,16 @@ class LoadedImage(LoadedTarget):
         self._attachment: Attachment | None = None
         self._writer: ImageWriter | None = None
         self._block_status: BlockStatus | None = None
+        self._redo = RedoLog(context.changes()) if self._writable else None
         super().__init__(spec, [(Bytes(0), length, Extent.fault())])
+        try:
+            self._load(context, length)
+        except BaseException:
+            self._close_log()
+            raise
+
+    def _load(self, context: LoadContext, length: Bytes) -> None:
+        spec = self.spec
         if context.unlocked:  # other programs may use the image now: the resume opens it
             context.file(
                 spec.path, read_only=not self._writable, direct_io=self._direct, claimed=spec.lock, unlocked=True
@@ -202,6 +212,12 @@ class LoadedImage(LoadedTarget):
                 self._write_back(self._writer.close)
         finally:
             self._detach()
+            self._close_log()
+
+    def _close_log(self) -> None:
+        log, self._redo = self._redo, None
+        if log:
+            log.close()
 
     def _open(self) -> Chain:
         from blkloom.image.open_chain import open_chain
@@ -224,6 +240,7 @@ class LoadedImage(LoadedTarget):
             claimed=self.spec.lock,
             home=lambda: self._context.files.absolute(self.spec.path, file),
             storage=self._diagnostics.storage,
+            redo=None if self._sync_error else self._redo,
         )
 
     def _attach(self, chain: Chain) -> Mapped:
@@ -258,6 +275,7 @@ class LoadedImage(LoadedTarget):
             take_space=self.spec.waits_for_space,
             allocating=self._diagnostics.meeting_allocations(self.spec.path),
             broke=broke,
+            redo=self._redo,
             wants_work=self._live.has_work,
             checked=self._checked,
         )

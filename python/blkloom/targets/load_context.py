@@ -124,6 +124,10 @@ class LoadContext:
         """
         return SavedState(self._state, self.owner)
 
+    def changes(self) -> int:
+        """See `Descriptors.changes`."""
+        return self._descriptors.changes()
+
     def shared(self, name: str, value: object) -> object:
         """An object that all tables of the device share: `value`, or what another table has given."""
         return value if self._above is None else self._above.shared.setdefault(name, value)

@@ -16,6 +16,7 @@ from blkloom import open_files
 from blkloom.control.descriptor_store import DescriptorStore
 from blkloom.control.states import Label, file_label, file_path
 from blkloom.errors import BackingError, ResourceError
+from blkloom.targets.descriptors import make_changes
 
 
 class FileOpener(Protocol):
@@ -58,6 +59,7 @@ class LoadDescriptors:
         self._same_as = same_as
         self._new: dict[Label, int] = {}
         self._memories = 0
+        self._logs = 0
 
     def open(self, path: str, *, writable: bool, direct: bool, exclusive: bool = False) -> int:
         """See the protocol. Raises BackingError if the descriptor is lost and no client can open the file."""
@@ -160,6 +162,16 @@ class LoadDescriptors:
         self._keep(label, fd)
         return fd
 
+    def changes(self) -> int:
+        """See the protocol."""
+        label = self._label("changes", str(self._logs))
+        self._logs += 1
+        if (fd := self._find(label)) is not None:
+            return os.dup(fd)
+        fd = make_changes()
+        self._keep(label, fd)
+        return fd
+
     def go_on(self, opener: FileOpener) -> None:
         """Loads a former load again. opener: opens files until `succeed`."""
         self._opener = opener
@@ -179,7 +191,7 @@ class LoadDescriptors:
         while self._new:
             open_files.close(self._new.popitem()[1])
 
-    def _label(self, role: Literal["claim", "memory"], key: str) -> Label:
+    def _label(self, role: Literal["claim", "memory", "changes"], key: str) -> Label:
         return Label(device=self._device, load=self._load, role=role, key=key)
 
     def _file(self, path: str, *, writable: bool, direct: bool, load: int | None = None) -> Label:

@@ -50,6 +50,9 @@ class Qcow2Format(Format):
             data_storage, file = source.data_file(name, unit)
         else:
             data_storage, file = source.data(unit)
+        if source.redo is not None and not source.redo.is_empty:
+            source.redo.replay(storage, data_storage.sync)
+            header = read_header(storage)
         snapshot = (
             find_snapshot(read_snapshots(storage, header), self.snapshot, path=source.path) if self.snapshot else None
         )

@@ -187,6 +187,11 @@ def encode_fields(header: Header) -> bytes:
     return fixed[: header.header_length].ljust(header.header_length, b"\0")
 
 
+def encode_refcount_table(offset: int, clusters: int) -> tuple[int, bytes]:
+    """Offset in the file, and bytes, of the fields for the refcount table."""
+    return 48, struct.pack(">QI", offset, clusters)
+
+
 def encode(header: Header, *, path: str) -> bytes:
     """The whole first cluster: fields, extensions, then the backing name. Raises CorruptImage if they do not fit into a
     cluster.

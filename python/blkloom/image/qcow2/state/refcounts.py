@@ -101,6 +101,10 @@ class Refcounts:
         self._table_low, self._table_high = 1 << 62, 0
         self.table_moved = False
         """Whether the header on disk has another offset for the table."""
+        self.logs = False
+        """Whether `unlogged_blocks` and `unlogged_table` are called."""
+        self._unlogged: dict[int, tuple[int, int]] = {}
+        self._unlogged_table = (1 << 62, 0)
         self.before_change: Callable[[int, int], None] | None = None
         """Called with (number, host cluster) of a block that is about to be changed; may raise CorruptImage."""
         size = table_clusters << cluster_bits
@@ -327,6 +331,23 @@ class Refcounts:
             offset = int(self.table[index]) + low * self._widths.bits // 8
             self._storage.write(HostOffset(offset), self._widths.encode(block.counts[low:high]))
 
+    def unlogged_blocks(self) -> Iterator[tuple[int, bytes]]:
+        """(offset in the file, bytes) of refcounts that were changed since the last call."""
+        in_byte = max(1, 8 // self._widths.bits)
+        for index, (first, end) in self._unlogged.items():
+            low, high = first // in_byte * in_byte, -(-end // in_byte) * in_byte
+            counts = self._blocks[index].counts[low:high]
+            yield int(self.table[index]) + low * self._widths.bits // 8, self._widths.encode(counts)
+        self._unlogged.clear()
+
+    def unlogged_table(self) -> tuple[int, bytes] | None:
+        """Offset in the file and bytes of entries of the table that were changed since the last call."""
+        low, high = self._unlogged_table
+        self._unlogged_table = 1 << 62, 0
+        if low >= high:
+            return None
+        return self.table_offset + low * _ENTRY, self.table[low:high].astype(">u8").tobytes()
+
     def write_table(self) -> None:
         """Writes the entries of new blocks, which must be durable; the whole table if it has moved."""
         low, high = (0, self.table.size) if self.table_moved else (self._table_low, self._table_high)
@@ -412,14 +433,21 @@ class Refcounts:
         block.changed(start, end)
         self._blocks[index] = block  # it may have been dropped since it was loaded
         self._dirty.add(index)
+        if self.logs:
+            low, high = self._unlogged.get(index, (start, end))
+            self._unlogged[index] = min(low, start), max(high, end)
 
     def _make_block(self, index: int, cluster: int, *, counted: bool = True) -> None:
         counts = np.zeros(self.per_block, self._widths.native)
         self._blocks[index] = _Block(counts, counts.size, new=True)
         self._dirty.add(index)
         self.table[index] = cluster << self._cluster_bits
+        if self.logs:
+            self._unlogged[index] = 0, self.per_block
         self._table_low = min(self._table_low, index)
         self._table_high = max(self._table_high, index + 1)
+        low, high = self._unlogged_table
+        self._unlogged_table = min(low, index), max(high, index + 1)
         if counted:
             self.set(cluster, 1, 1)
 
@@ -454,6 +482,7 @@ class Refcounts:
         self.table = table
         self.table_offset = HostOffset(cluster << self._cluster_bits)
         self.table_moved = True
+        self._unlogged_table = 0, table.size
 
     def _trim(self) -> None:
         """Drops the least recently used clean blocks, down to the limit."""

@@ -26,6 +26,10 @@ A flush of new clusters under existing tables takes two syncs, after the engine'
    change. Moving the refcount table is never lazy: the header would refer to freed clusters.
 
 If a step fails, the next flush does all of them again. One thread (the mapper's).
+
+Until a flush, a redo log has the changes, too, if the writer was given one (redo_log.py): `log_changes` before anything
+depends on a change that the next process must know. A flush begins with it: otherwise older records could be written
+over newer metadata.
 """
 
 from __future__ import annotations
@@ -37,14 +41,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from blkloom.image.qcow2.format.geometry import L1Index
-from blkloom.image.qcow2.format.header import encode_fields
+from blkloom.image.qcow2.format.header import encode_fields, encode_refcount_table
 from blkloom.image.qcow2.format.tables import encode
+from blkloom.image.redo_log import Step
 from blkloom.image.types import HostOffset
 
 if TYPE_CHECKING:
     from blkloom.image.qcow2.state.image import Image, L2Table
     from blkloom.image.qcow2.state.refcounts import Refcounts
     from blkloom.image.qcow2.write.allocation import Allocator
+    from blkloom.image.redo_log import RedoLog
 
 _WORD: Final = 8
 
@@ -60,7 +66,12 @@ class WriteBack:
         refcounts: Refcounts,
         allocator: Allocator,
         synchronize: Callable[[], None],
+        log: RedoLog | None = None,
     ) -> None:
+        self._log = log
+        refcounts.logs = log is not None
+        self._unlogged_l2: dict[L1Index, tuple[L2Table, int, int]] = {}
+        self._unlogged_l1: tuple[int, int] | None = None
         self._image = image
         self._storage = image.storage
         self._refcounts = refcounts
@@ -82,6 +93,9 @@ class WriteBack:
 
     def l2_changed(self, table: L2Table, low: int, high: int) -> None:
         """Records a change of the entries [low, high) of an L2 table, which is in the image's cache from now on."""
+        if self._log:
+            _, first, end = self._unlogged_l2.get(table.index, (table, low, high))
+            self._unlogged_l2[table.index] = table, min(first, low), max(end, high)
         if table.dirty and (known := self._l2.get(table.index)):
             self._l2[table.index] = min(known[0], low), max(known[1], high)
             return
@@ -92,15 +106,46 @@ class WriteBack:
 
     def l1_changed(self, index: L1Index) -> None:
         """Records a change of the L1 entry of an L2 table."""
-        low, high = self._l1 or (index, index + 1)
-        self._l1 = min(low, index), max(high, index + 1)
+        self._l1 = _with(self._l1, index)
+        self._unlogged_l1 = _with(self._unlogged_l1, index)
 
     def filled(self) -> None:
         """Records that contents were written, or the file grew, where a new entry will refer to."""
         self._filled = True
 
+    def log_changes(self) -> None:
+        """Stores all changes in the redo log."""
+        log, refcounts = self._log, self._refcounts
+        if log is None:
+            return
+        for offset, data in refcounts.unlogged_blocks():
+            log.add(Step.REFCOUNTS, offset, data)
+        if (entries := refcounts.unlogged_table()) is not None:
+            log.add(Step.REFCOUNT_TABLE, *entries)
+            if refcounts.table_moved:
+                log.add(Step.HEADER, *encode_refcount_table(refcounts.table_offset, refcounts.table_clusters))
+        for table, low, high in self._unlogged_l2.values():
+            log.add(Step.L2, *_l2_bytes(table, low, high))
+        self._unlogged_l2.clear()
+        if self._unlogged_l1:
+            low, high = self._unlogged_l1
+            log.add(Step.L1, self._image.header.l1_offset + low * _WORD, encode(self._image.l1[low:high]))
+            self._unlogged_l1 = None
+        log.commit()
+
+    def forget(self) -> None:
+        """Empties the redo log: all is durable, or nothing may be written any more."""
+        if self._log:
+            self._log.clear()
+
+    @property
+    def log_is_large(self) -> bool:
+        """Whether a flush should empty the redo log."""
+        return self._log is not None and self._log.is_large
+
     def write_back(self) -> None:
         """Writes all changes in order; they are durable when it returns."""
+        self.log_changes()
         if not self.dirty:
             return
         if self._refcounts.dirty and (not self._image.lazy_refcounts or self._refcounts.table_changed):
@@ -122,6 +167,7 @@ class WriteBack:
             table.dirty = False
         self._l2.clear()
         self._l1 = None
+        self.forget()
         if self._allocator.waiting:
             self._settle()
 
@@ -133,9 +179,11 @@ class WriteBack:
         if self._allocator.waiting:  # a refcount table that has moved, if nothing else was changed
             self._settle()
             self.write_refcounts()
+        self.forget()
 
     def write_refcounts(self) -> None:
         """Writes all changed refcounts, and nothing else; syncs them together with the guest's data."""
+        self.log_changes()
         self._refcounts.write_blocks()
         if self._refcounts.table_changed:
             self._sync()
@@ -156,11 +204,8 @@ class WriteBack:
         self._allocator.settle()
 
     def _write_l2(self, table: L2Table) -> None:
-        low, high = self._l2[table.index]
-        words, each = table.entries[low:high], _WORD
-        if table.bitmaps is not None:
-            words, each = np.stack((words, table.bitmaps[low:high]), axis=1).reshape(-1), 2 * _WORD
-        self._storage.write(HostOffset(table.offset + low * each), encode(words))
+        offset, data = _l2_bytes(table, *self._l2[table.index])
+        self._storage.write(HostOffset(offset), data)
 
     def _sync_all(self) -> None:
         if self._image.header.has_data_file:
@@ -169,3 +214,16 @@ class WriteBack:
 
     def _sync(self) -> None:
         self._storage.sync()
+
+
+def _with(found: tuple[int, int] | None, index: int) -> tuple[int, int]:
+    low, high = found or (index, index + 1)
+    return min(low, index), max(high, index + 1)
+
+
+def _l2_bytes(table: L2Table, low: int, high: int) -> tuple[int, bytes]:
+    """Offset in the file, and the entries [low, high) as they are there."""
+    words, each = table.entries[low:high], _WORD
+    if table.bitmaps is not None:
+        words, each = np.stack((words, table.bitmaps[low:high]), axis=1).reshape(-1), 2 * _WORD
+    return table.offset + low * each, encode(words)

@@ -1,9 +1,9 @@
 """The mapping from guest to host clusters of a writable image: L2 tables, the entries of allocated clusters, and the
 engine's table. Writes, discards and the end of a session use it.
 
-Invariant: a table in memory is changed before the engine is told. Replaced clusters are passed to the allocator, which
-keeps them until nothing refers to them. One thread (the mapper's). May fail: CorruptImage, OSError (ENOSPC); every
-single change is done completely or not at all.
+Invariant: a table in memory is changed, and the redo log has the change, before the engine is told. Replaced clusters
+are passed to the allocator, which keeps them until nothing refers to them. One thread (the mapper's). May fail:
+CorruptImage, OSError (ENOSPC); every single change is done completely or not at all.
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ class Mapping:
             entries[kinds == Kind.UNALLOCATED] = cluster_entries.ZERO
         geometry = self.layout.geometry
         first = table.index * geometry.l2_units + low * geometry.units_a_cluster
+        self._write_back.log_changes()
         self._install(first, _read_only(entries, self.guarded(first, entries.size)))
 
     def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
@@ -275,6 +276,7 @@ class Mapping:
         first = index * self._l2_units + low * self._units_a_cluster
         if self._bitmaps.tracking:
             entries = _read_only(entries, self._bitmaps.unseen(first, entries.size))
+        self._write_back.log_changes()
         self._install(first, entries)
 
 

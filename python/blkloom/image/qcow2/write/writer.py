@@ -81,7 +81,7 @@ class Writer:
         self._overlaps = OverlapCheck(image, self._refcounts, snapshots, self.bitmaps)
         checks = L2Checks(image, self._refcounts, self._overlaps, self._writability.mark_corrupt)
         self.allocator: Final = Allocator.of(image, self._refcounts, self._overlaps, context)
-        self._write_back = WriteBack(image, self._refcounts, self.allocator, context.synchronize)
+        self._write_back = WriteBack(image, self._refcounts, self.allocator, context.synchronize, context.redo)
         self._mapping = Mapping(
             image, self.allocator, self._write_back, self._overlaps, checks, self.bitmaps, self._writability, context
         )
@@ -180,7 +180,9 @@ class Writer:
         if self.broken is not None:
             return False
         with self._writability.finding_corruption():
-            return self._check.step()
+            more = self._check.step()
+            self._write_back.log_changes()
+            return more
 
     def guarded(self, first: int, count: int) -> NDArray[np.bool_]:
         """See `Mapping.guarded`."""
@@ -192,6 +194,7 @@ class Writer:
             with self._writability.finding_corruption():
                 self._check.end()
         if self.broken is not None or not self._changed:
+            self._write_back.forget()
             return
         self._said_so = False  # nor, for certain, if this fails in the middle
         with self._writability.finding_corruption():
@@ -213,10 +216,12 @@ class Writer:
     def mark_corrupt(self, error: CorruptImage) -> None:
         """Marks the image corrupt; see `Writability`."""
         self._writability.mark_corrupt(error)
+        self._write_back.forget()
 
     def fail(self, error: OSError) -> None:
         """Only reads the image from now on, because a sync of one of its files failed; see `Writability`."""
         self._writability.fail(error)
+        self._write_back.forget()
 
     # below: the beginning and the end
 
@@ -254,7 +259,10 @@ class Writer:
             if self.bitmaps.tracking:
                 for offset, length in ranges:
                     self.bitmaps.mark(offset, length)
-            yield
+            try:
+                yield
+            finally:
+                self._write_back.log_changes()
 
     def _first_change(self) -> None:
         self._overlaps.structures()
@@ -279,7 +287,7 @@ class Writer:
             image.storage.truncate(-(-image.storage.size() // cluster) * cluster)
 
     def _limit(self) -> None:
-        if self._write_back.held > self._options.dirty_limit:
+        if self._write_back.held > self._options.dirty_limit or self._write_back.log_is_large:
             self.flush()
 
     def _store_bitmaps(self) -> None:
