@@ -71,10 +71,12 @@ class Load:
                 self.machine.hang_up()
                 self.hang_ups += 1
                 while not self._ends.is_set():
-                    # The worker may be killed during the start of the queues, too.
-                    with suppress(FrontEndError, ConnectionError):
+                    try:
                         self.machine.connect(self.path)
                         break
+                    except (FrontEndError, ConnectionError):  # the worker was killed during the start of the queues
+                        self.machine.hang_up()
+                        self.hang_ups += 1
 
     def _drive(self, index: int) -> None:
         queue, chosen = self.machine.queues[index], random.Random(index)
