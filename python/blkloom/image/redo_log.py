@@ -43,14 +43,16 @@ class Step(IntEnum):
 
 
 class RedoLog:
-    """A log in the memfd `memory`, which it closes."""
+    """A log in the memfd `memory`, which it closes at once: the mapping has a descriptor of its own."""
 
     def __init__(self, memory: int) -> None:
         """Raises OSError."""
-        self._fd = memory
-        if os.fstat(memory).st_size < _FIRST:
-            os.ftruncate(memory, _FIRST)
-        self._map = mmap.mmap(memory, os.fstat(memory).st_size)
+        try:
+            if os.fstat(memory).st_size < _FIRST:
+                os.ftruncate(memory, _FIRST)
+            self._map = mmap.mmap(memory, 0)
+        finally:
+            os.close(memory)
         self._end = _LENGTH.size + self._committed
         """Where the next record begins."""
 
@@ -107,7 +109,6 @@ class RedoLog:
     def close(self) -> None:
         """Closes the memory, with its contents."""
         self._map.close()
-        os.close(self._fd)
 
     def _records(self) -> Iterator[tuple[Step, int, bytes]]:
         at, end = _LENGTH.size, _LENGTH.size + self._committed
