@@ -20,7 +20,7 @@ import msgspec
 
 from blkloom import open_files
 from blkloom._engine import File
-from blkloom.errors import BackingError
+from blkloom.errors import BackingError, ResourceError
 from blkloom.filemap.lease import Leases
 from blkloom.open_files import descriptor_path
 from blkloom.printing import printable
@@ -60,7 +60,7 @@ class SharedFiles:
         self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors, unlocked: bool = False
     ) -> tuple[Identity, File]:
         """Opens the file at `path` and counts one use. shared: do not claim it. unlocked: claim it later, in
-        `claim_again`. Raises BackingError.
+        `claim_again`. Raises BackingError, ResourceError.
         """
         standing = descriptors.standing(path)
         if standing is None:
@@ -192,7 +192,7 @@ class SharedFiles:
     def is_replaced(
         self, identity: Identity, path: str, at: str, *, writable: bool, direct: bool, descriptors: Descriptors
     ) -> bool:
-        """Whether `path` leads to another file now. at: see `Descriptors.again`. Raises BackingError."""
+        """Whether `path` leads to another file now. at: see `Descriptors.again`. Raises BackingError, ResourceError."""
         try:
             fd = descriptors.again(path, at, writable=writable, direct=direct)
         except BackingError:
@@ -242,11 +242,13 @@ def _identity(fd: int, path: str) -> Identity:
     return identity
 
 
-def _refused(path: str, error: OSError, *, writable: bool) -> BackingError:
+def _refused(path: str, error: OSError, *, writable: bool) -> BackingError | ResourceError:
     number = error.errno or errno.EIO
+    if number in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"{path}: needs more open files than there may be", cure=open_files.advice(), errno=number)
     if number == errno.EISDIR:
         return BackingError("must be a regular file or a block device", path=path, errno=number, cure="check the path")
-    cure = open_files.advice() if number in (errno.EMFILE, errno.ENFILE) else _CURES.get(number, "")
+    cure = _CURES.get(number, "")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "allow writing, or open it read-only (read_only=True, --read-only)" if writable else "allow reading"
     return BackingError(f"could not be opened: {os.strerror(number)}", path=path, errno=number, cure=cure)
