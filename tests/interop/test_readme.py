@@ -8,13 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from documented import ROOT, blocks
 from faulty_fs import needs_fuse
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MAKE = """
 make() {
@@ -25,12 +24,6 @@ make() {
     esac
 }
 """
-
-
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found
-    return found
 
 
 def _has_fuse() -> bool:
@@ -51,7 +44,7 @@ def test_the_commands_run_as_they_are_written(program: Callable[[str, str], str]
     ):
         program(name, package)
     missing = [*([] if _has_fuse() else ["--fuse"]), *([] if _has_fuse() and os.geteuid() == 0 else ["--attach"])]
-    script = [block for block in blocks("sh") if not any(option in block for option in missing)]
+    script = [block for block in blocks("README.md", "sh") if not any(option in block for option in missing)]
     with tempfile.TemporaryDirectory(prefix="blk") as folder:
         environment = os.environ | {
             "BLKLOOM_RUN_DIR": f"{folder}/run",
@@ -77,7 +70,7 @@ def test_the_commands_run_as_they_are_written(program: Callable[[str, str], str]
 
 
 def test_the_python_runs_as_it_is_written() -> None:
-    for block in blocks("python"):
+    for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
 
 

@@ -15,11 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from guest import Guest
+from machine_disks import qemu_options
 
 from blkloom import Client
 from blkloom.control.states import DeviceInfo
 from blkloom.testing.serving import supervised
-from long_runs import LONG
+from long_runs import LONG, only_long
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(900)]
 MiB = 1 << 20
@@ -71,35 +72,39 @@ def writes(client: Client) -> int:
     return count
 
 
-@pytest.mark.parametrize(
-    ("image", "kills", "upgrades"),
-    [
-        ("disk.img", KILLS, 1),
-        # A write to a QCOW2 image survives the death of its worker only when it was flushed.
-        ("disk.qcow2", 0, UPGRADES),
-    ],
-)
+IMAGES = {
+    # Format, and options of qemu-img.
+    "raw": ("raw", ""),
+    "qcow2": ("qcow2", "lazy_refcounts=on"),
+    "small clusters": ("qcow2", "cluster_size=4k,refcount_bits=1"),
+    "subclusters": ("qcow2", "extended_l2=on,cluster_size=128k"),
+    "data file": ("qcow2", "data_file=data.raw"),
+}
+
+
+@pytest.mark.parametrize("made", [pytest.param(name, marks=[] if name == "qcow2" else only_long) for name in IMAGES])
 def test_a_file_system_goes_on_over_deaths_upgrades_and_growth(
-    guest: Guest, program: Callable[[str, str], str], image: str, kills: int, upgrades: int
+    guest: Guest, program: Callable[[str, str], str], made: str
 ) -> None:
     qemu_img, e2fsck = program("qemu-img", "qemu-utils"), program("e2fsck", "e2fsprogs")
     debugfs = program("debugfs", "e2fsprogs")
     program("fio", "fio")
     folder = guest.directory
-    sectors, suffix = IMAGE // 512, image.split(".")[1]
-    kind, target = ("raw", "loop") if suffix == "img" else ("qcow2", "qcow2")
-    subprocess.run([qemu_img, "create", "-q", "-f", kind, folder / image, str(IMAGE)], check=True)
+    (kind, options), image, sectors = IMAGES[made], folder / "disk.img", IMAGE // 512
+    target = {"raw": "loop", "qcow2": "qcow2"}[kind]
+    create = [qemu_img, "create", "-q", "-f", kind, *(["-o", options] if options else []), image, str(IMAGE)]
+    subprocess.run(create, cwd=folder, check=True)
     (folder / "more.img").write_bytes(bytes(MORE))
     with supervised() as client, ThreadPoolExecutor(1) as pool:
-        client.create("disk", table=f"0 {sectors} {target} {folder / image}")
+        client.create("disk", table=f"0 {sectors} {target} {image}")
         path = client.export("disk", kind="vhost-user").path
-        machine = dataclasses.replace(guest, options=with_disk(path, guest.memory))
+        machine = dataclasses.replace(guest, options=qemu_options(guest.memory, path))
         script = SCRIPT.replace("SIZE", str(IMAGE + MORE))
         running = pool.submit(machine.run, script, modules=["virtio_blk", "ext4"], timeout=600)
         until(client, lambda _: (folder / "mounted").exists(), running)
-        for step in range(kills + upgrades):
+        for step in range(KILLS + UPGRADES):
             wait_for_writes(client, running)
-            if step < upgrades:
+            if step < UPGRADES:
                 client.upgrade()
                 continue
             worker = until(client, lambda found: found.worker > 0, running).worker
@@ -107,7 +112,7 @@ def test_a_file_system_goes_on_over_deaths_upgrades_and_growth(
             until(client, lambda found, worker=worker: found.worker not in {0, worker}, running)
         wait_for_writes(client, running)
         (folder / "enough").touch()
-        table = f"0 {sectors} {target} {folder / image}\n{sectors} {MORE // 512} loop {folder}/more.img"
+        table = f"0 {sectors} {target} {image}\n{sectors} {MORE // 512} loop {folder}/more.img"
         client.load("disk", table=table)
         client.resume("disk")
         (folder / "grown").touch()
@@ -122,19 +127,10 @@ def test_a_file_system_goes_on_over_deaths_upgrades_and_growth(
         found = subprocess.run(["sha256sum"], stdin=random, check=True, capture_output=True, text=True).stdout
     assert found == (folder / "sum").read_text()
     if kind == "qcow2":
-        subprocess.run([qemu_img, "check", "-q", folder / image], check=True)
+        subprocess.run([qemu_img, "check", "-q", image], check=True)
 
 
 def wait_for_writes(client: Client, running: Future[str]) -> None:
     """Waits until the device has executed some writes."""
     before = writes(client)
     until(client, lambda _: writes(client) > before + 200, running)
-
-
-def with_disk(path: str, memory: str) -> tuple[str, ...]:
-    """Options of QEMU for a disk over vhost-user, as docs/vhost-user.md has them."""
-    return (
-        *("-object", f"memory-backend-memfd,id=shared,size={memory},share=on", "-numa", "node,memdev=shared"),
-        *("-chardev", f"socket,id=disk,path={path},reconnect-ms=100"),
-        *("-device", "vhost-user-blk-pci,chardev=disk,num-queues=2"),
-    )
