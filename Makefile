@@ -63,9 +63,10 @@ demo: setup ## serves files and memory over NBD, writes, reads back, compares, a
 	@$(VENV)/bin/python scripts/debian.py install $(DEMO_PACKAGES)
 	@$(VENV)/bin/python scripts/demo.py
 
-test-tools: $(VENV)/.test-tools ## installs the Debian packages for the tests, and unpacks a kernel into .cache
+test-tools: $(VENV)/.test-tools ## installs the Debian packages for the tests, and unpacks kernels and a QEMU into .cache
 	@$(VENV)/bin/python scripts/debian.py install $(TEST_PACKAGES) $(KERNEL_PACKAGES)
 	@$(VENV)/bin/python scripts/guest_kernel.py $(KERNEL)
+	@$(VENV)/bin/python scripts/qemu_peer.py $(QEMU)
 
 # One process per CPU; tests that need the system for themselves are groups (tests/conftest.py).
 # Each run has its own base directory: pytest would share one for all its runs, and remove the files of another.

@@ -180,13 +180,18 @@ class ReleaseApt:
         self.options = _configured(directory, [release], {"Dir::State::Status": status})
         status.touch()
 
-    def unpack(self, packages: Sequence[str], root: Path) -> None:
-        """Downloads packages and all that they need, and unpacks their files under a directory. Raises DebianError."""
+    def unpack(self, packages: Sequence[str], root: Path, *, alone: Sequence[str] = ()) -> None:
+        """Downloads packages and all that they need, and unpacks their files under a directory. alone: further
+        packages, without what they need. Raises DebianError.
+        """
         _run(["apt-get", *self.options, *PATIENT, "update"], quiet=True)
         wanted = ["install", "--yes", "--no-install-recommends", "--download-only", *packages]
         _run(["apt-get", *self.options, *PATIENT, *wanted], quiet=True)
+        archives = self.directory / "cache/archives"
+        if alone:
+            _run(["apt-get", *self.options, *PATIENT, "download", *alone], directory=archives, quiet=True)
         root.mkdir()
-        for archive in sorted((self.directory / "cache/archives").glob("*.deb")):
+        for archive in sorted(archives.glob("*.deb")):
             _run(["dpkg-deb", "--extract", archive, root])
 
 
