@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -112,3 +117,61 @@ def test_a_replay_that_fails_is_done_again(memory: int) -> None:
     assert not log.is_empty
     log.close()
     assert [call for call in replayed(memory) if call[0] == "write"] == [("write", 0, b"count"), ("write", 8, b"entry")]
+
+
+PTRACE_SINGLESTEP = 9
+"""Source: linux/ptrace.h. 0, PTRACE_TRACEME, is in the traced process."""
+
+TRACED = """
+import ctypes, os, signal, sys
+from blkloom.image.redo_log import RedoLog, Step
+
+log = RedoLog(int(sys.argv[1]))
+log.add(Step.L2, 8, b"one")
+log.commit()
+if ctypes.CDLL(None, use_errno=True).ptrace(0, 0, None, None):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.kill(os.getpid(), signal.SIGSTOP)
+log.add(Step.L2, 16, b"two")
+log.commit()
+log.clear()
+log.add(Step.L1, 24, b"three")
+log.commit()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_death_between_any_two_instructions_leaves_all_changes_of_a_commit_or_none(memory: int) -> None:
+    """Runs the process by single instructions."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACED, str(memory)], pass_fds=[memory], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                assert process.stderr is not None
+                pytest.skip(f"ptrace is not permitted here: {process.stderr.read().strip()}")
+            found = [committed(memory)]
+            while True:
+                assert ptrace(PTRACE_SINGLESTEP, process.pid, None, None) == 0, os.strerror(ctypes.get_errno())
+                _, status = os.waitpid(process.pid, 0)
+                assert os.WIFSTOPPED(status), f"ended with status {status}"
+                if os.WSTOPSIG(status) == signal.SIGSTOP:
+                    break
+                if (now := committed(memory)) != found[-1]:
+                    found.append(now)
+        finally:
+            process.kill()
+    one, two, three = (
+        struct.pack("=QII", offset, len(data), step) + data
+        for offset, data, step in ((8, b"one", Step.L2), (16, b"two", Step.L2), (24, b"three", Step.L1))
+    )
+    assert found == [one, one + two, b"", three]
+
+
+def committed(memory: int) -> bytes:
+    """The records that count."""
+    data = os.pread(memory, 4096, 0)
+    return data[8 : 8 + int.from_bytes(data[:8], sys.byteorder)]

@@ -73,19 +73,18 @@ class RedoLog:
 
     def add(self, step: Step, offset: int, data: bytes) -> None:
         """Appends a record that counts after `commit`. Raises OSError."""
-        begin = self._end + _RECORD.size
-        self._make_room(begin + len(data))
-        _RECORD.pack_into(self._map, self._end, offset, len(data), step)
-        self._map[begin : begin + len(data)] = data
-        self._end = begin + len(data)
+        record = _RECORD.pack(offset, len(data), step) + data
+        self._make_room(self._end + len(record))
+        self._store(self._end, record)
+        self._end += len(record)
 
     def commit(self) -> None:
         """Makes all records count."""
-        _LENGTH.pack_into(self._map, 0, self._end - _LENGTH.size)
+        self._set_committed(self._end - _LENGTH.size)
 
     def clear(self) -> None:
         """Removes all records: what they say is durable."""
-        _LENGTH.pack_into(self._map, 0, 0)
+        self._set_committed(0)
         self._end = _LENGTH.size
         if len(self._map) > _LARGE:
             self._map.resize(_FIRST)
@@ -109,6 +108,15 @@ class RedoLog:
     def close(self) -> None:
         """Closes the memory, with its contents."""
         self._map.close()
+
+    def _store(self, at: int, data: bytes) -> None:
+        self._map[at : at + len(data)] = data
+
+    def _set_committed(self, length: int) -> None:
+        """Stores the number of bytes at once. `Struct.pack_into` would store zeros first, and a process that is killed
+        between the two would lose all records.
+        """
+        memoryview(self._map)[: _LENGTH.size].cast("Q")[0] = length
 
     def _records(self) -> Iterator[tuple[Step, int, bytes]]:
         at, end = _LENGTH.size, _LENGTH.size + self._committed
