@@ -8,7 +8,6 @@ OSError of the system call.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -61,9 +60,9 @@ class Descriptors(Protocol):
     def memory(self, make: Callable[[], int]) -> int:
         """The memfd that a former process of the device had, with its contents; otherwise the result of `make`."""
 
-    def changes(self) -> int:
+    def changes(self) -> int | None:
         """A memfd for changes that are not in a file yet, with those of a former process of the device; it is empty if
-        that is lost. The caller closes it.
+        that is lost. The caller closes it. None: no process will follow that could use it.
         """
 
 
@@ -111,11 +110,5 @@ class OwnDescriptors:
         """Makes a new memfd."""
         return make()
 
-    def changes(self) -> int:
-        """An empty memfd."""
-        return make_changes()
-
-
-def make_changes() -> int:
-    """An empty memfd for `Descriptors.changes`. Raises OSError."""
-    return os.memfd_create("blkloom-changes", os.MFD_CLOEXEC)
+    def changes(self) -> None:
+        """None: users of the device notice the end of this process."""

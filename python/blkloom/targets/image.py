@@ -117,7 +117,8 @@ class LoadedImage(LoadedTarget):
         self._attachment: Attachment | None = None
         self._writer: ImageWriter | None = None
         self._block_status: BlockStatus | None = None
-        self._redo = RedoLog(context.changes()) if self._writable else None
+        memory = context.changes() if self._writable else None
+        self._redo = None if memory is None else RedoLog(memory)
         super().__init__(spec, [(Bytes(0), length, Extent.fault())])
         try:
             self._load(context, length)

@@ -124,7 +124,7 @@ class LoadContext:
         """
         return SavedState(self._state, self.owner)
 
-    def changes(self) -> int:
+    def changes(self) -> int | None:
         """See `Descriptors.changes`."""
         return self._descriptors.changes()
 

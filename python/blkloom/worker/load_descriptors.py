@@ -16,7 +16,6 @@ from blkloom import open_files
 from blkloom.control.descriptor_store import DescriptorStore
 from blkloom.control.states import Label, file_label, file_path
 from blkloom.errors import BackingError, ResourceError
-from blkloom.targets.descriptors import make_changes
 
 
 class FileOpener(Protocol):
@@ -168,7 +167,7 @@ class LoadDescriptors:
         self._logs += 1
         if (fd := self._find(label)) is not None:
             return os.dup(fd)
-        fd = make_changes()
+        fd = os.memfd_create("blkloom-changes", os.MFD_CLOEXEC)
         self._keep(label, fd)
         return fd
 
