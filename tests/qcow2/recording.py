@@ -3,25 +3,33 @@
 A `Recorder` has the bytes of some files and a log of all changes; `Watch` fills it from a live device. `after_crash`
 gives a possible state after a power failure at a point of the log: everything up to the last sync of the file, and any
 subset of later sectors, because writes without a sync between them have no order. Storage that tears inside a sector of
-512 bytes is not modelled; the format does not support it.
+512 bytes is not modelled; the format does not support it. `killed` gives the state after the process was killed, with
+the redo log in its memory: everything before the point, and a part of what happened then.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
+import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import pytest
 
+from blkloom.image.redo_log import RedoLog
 from blkloom.image.storage import FileStorage
 from blkloom.targets.image import LoadedImage
 
 SECTOR = 512
+REDO_LOG = "redo log"
+"""Name of the memory of the redo log among the files."""
+
+_COUNT = struct.Struct("=Q")
 
 Kind = Literal["write", "zero", "punch", "truncate", "sync", "replace"]
 
@@ -29,7 +37,7 @@ Kind = Literal["write", "zero", "punch", "truncate", "sync", "replace"]
 @dataclass(frozen=True)
 class Event:
     """offset: bytes; truncate's new length. data: a write's. length: bytes zeroed or punched. A file that is replaced
-    holds data and nothing else, durably.
+    holds data and nothing else, durably. is_atomic: a killed process has done it completely or not at all.
     """
 
     file: str
@@ -37,6 +45,7 @@ class Event:
     offset: int = 0
     data: bytes = b""
     length: int = 0
+    is_atomic: bool = False
 
 
 @dataclass
@@ -44,7 +53,7 @@ class Recorder:
     """files: their bytes now. log: what was done since `begin`. initial: the bytes at `begin`."""
 
     files: dict[str, bytearray]
-    log: list[Event] = field(default_factory=list)
+    log: list[Event] = field(default_factory=list[Event])
     initial: dict[str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +86,28 @@ class Recorder:
                     _apply_torn(content, event, dice, share)
             found[name] = bytes(content)
         return found
+
+    def killed(self, point: int, dice: random.Random) -> Recorder:
+        """The record of a process that was killed before event `point` was complete: the kernel may have stopped it
+        between two pages, and the processor between any two bytes of the redo log.
+        """
+        found = Recorder({name: bytearray(content) for name, content in self.initial.items()})
+        for event in self.log[:point]:
+            found.do(event)
+        if point < len(self.log) and (begun := _begun(self.log[point], dice)):
+            found.do(begun)
+        return found
+
+
+def _begun(event: Event, dice: random.Random) -> Event | None:
+    """A part of the event, from its beginning on."""
+    length = len(event.data) or event.length
+    page = 1 if event.file == REDO_LOG else mmap.PAGESIZE
+    ends = range(page - event.offset % page, length, page)
+    if event.kind not in ("write", "zero", "punch") or event.is_atomic or not ends:
+        return None
+    end = dice.choice(ends)
+    return replace(event, data=event.data[:end], length=end if event.length else 0)
 
 
 def apply(content: bytearray, event: Event) -> None:
@@ -127,19 +158,23 @@ class Watch:
     while this is entered; what the engine writes by itself is found by looking at the files before each of
     those calls and after each request. That is exact as long as one request is made at a time, whatever the
     device does by itself meanwhile: such a call and its record are atomic for a reader of the record. The engine
-    syncs before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`).
+    syncs before it asks the target to flush; its other syncs are the caller's to tell (`engine_syncs`). redo_log: the
+    contents of the memory of the redo log.
     """
 
-    def __init__(self, paths: dict[str, Path]) -> None:
+    def __init__(self, paths: dict[str, Path], redo_log: bytes = b"") -> None:
         self._paths = paths
         self._names = {os.path.realpath(path): name for name, path in paths.items()}
         self._turn = threading.RLock()
-        self.recorder = Recorder({name: bytearray(path.read_bytes()) for name, path in paths.items()})
+        files = {name: bytearray(path.read_bytes()) for name, path in paths.items()}
+        self.recorder = Recorder(files | {REDO_LOG: bytearray(redo_log)})
 
     def __enter__(self) -> Self:
         self._patch = pytest.MonkeyPatch()
         for kind in ("write", "zero", "punch", "truncate", "sync"):
             self._patch.setattr(FileStorage, kind, self._wrapped(kind, getattr(FileStorage, kind)))
+        for name in ("_store", "_set_committed"):
+            self._patch.setattr(RedoLog, name, self._logged(getattr(RedoLog, name)))
         flush = LoadedImage.flush
 
         def flushed(target: LoadedImage) -> None:
@@ -194,6 +229,21 @@ class Watch:
                 name = self._names[os.path.realpath(storage.path)]
                 self.recorder.do(_event(name, kind, *arguments))
                 return answer
+
+        return call
+
+    def _logged(self, method: Callable[..., None]) -> Callable[..., None]:
+        """Of the redo log. Records what the memory holds after it, and the engine's writes before it."""
+
+        def call(log: RedoLog, *arguments: Any) -> None:
+            with self._turn:
+                self._look()
+                method(log, *arguments)
+                if len(arguments) == 2:
+                    self.recorder.do(Event(REDO_LOG, "write", arguments[0], bytes(arguments[1])))
+                else:
+                    count = log._map[: _COUNT.size]
+                    self.recorder.do(Event(REDO_LOG, "write", 0, count, is_atomic=True))
 
         return call
 

@@ -25,12 +25,11 @@ from blkloom.image.qcow2.write.writer import Writer
 from blkloom.image.storage import FileStorage
 from blkloom.image.types import HostOffset
 
-from . import qemu
-from .attached import attached, first_difference, read_all
+from .crashed import SHAPES, below_of, check, show_others
 from .recording import SECTOR, Recorder, Watch
-from .shapes import Made, Shape, make, shapes
+from .shapes import Shape, make, shapes
 from .slow_image import SlowImage
-from .workload import Promise, Workload
+from .workload import Workload
 
 pytestmark = pytest.mark.usefixtures("qemu_tools")
 
@@ -38,35 +37,9 @@ CUTS = int(os.environ.get("BLKLOOM_FUZZ_CASES", "0")) or 240
 """Crashes a workload."""
 EVERY = 40
 """One in so many is shown to QEMU, and to ourselves."""
-AUTO, IN_USE = 2, 1
 ZERO_RANGE = 16
 """fallocate(2): FALLOC_FL_ZERO_RANGE."""
 
-SHAPES = {
-    "plain": Shape(cluster_bits=12),
-    "tiny clusters, wide counts": Shape(cluster_bits=9, refcount_bits=64),
-    "tiny clusters, one bit": Shape(cluster_bits=9, refcount_bits=1),
-    "v2": Shape(version=2, cluster_bits=10),
-    "snapshots": Shape(cluster_bits=10, snapshots=2),
-    "snapshots, tiny": Shape(cluster_bits=9, snapshots=1, refcount_bits=8),
-    "compressed": Shape(cluster_bits=12, compressed=True, snapshots=1),
-    "extended": Shape(cluster_bits=14, extended=True),
-    "extended, backed, snapshot": Shape(cluster_bits=14, extended=True, backing="raw", snapshots=1),
-    "backed": Shape(cluster_bits=12, backing="qcow2", backing_fit="shorter"),
-    "data file": Shape(cluster_bits=12, data_file="cooked"),
-    "raw data file": Shape(cluster_bits=12, data_file="raw"),
-    "lazy": Shape(cluster_bits=12, lazy=True),
-    "lazy, tiny, snapshot": Shape(cluster_bits=9, lazy=True, snapshots=1),
-    "bitmap": Shape(cluster_bits=12, bitmap=True),
-    "bitmap, snapshot, lazy": Shape(cluster_bits=10, bitmap=True, snapshots=1, lazy=True),
-    "data file, extended, backed, lazy": Shape(
-        cluster_bits=14, data_file="cooked", extended=True, backing="raw", lazy=True
-    ),
-    "extended, compressed, lazy": Shape(
-        cluster_bits=14, extended=True, compressed=True, compression="zstd", lazy=True, snapshots=1
-    ),
-    "v2, backed, snapshot": Shape(version=2, cluster_bits=10, backing="raw", snapshots=1),
-}
 OPTIONS = ["preallocate=0", "compact_zeroes", "discard=ignore"]
 
 
@@ -84,7 +57,7 @@ def _crash(
 ) -> Recorder:
     """Runs a workload and crashes it. options, longest: see `Workload`."""
     made = make(folder, shape, size=size, seed=seed, steps=4)
-    below, before = _below(made), [made.content[at : at + SECTOR] for at in range(0, size, SECTOR)]
+    below, before = below_of(made), [made.content[at : at + SECTOR] for at in range(0, size, SECTOR)]
     workload = Workload(made, seed, longest=longest, options=options)
     workload.run(steps)
     recorder, dice = workload.watch.recorder, random.Random(seed)
@@ -93,76 +66,11 @@ def _crash(
         point = dice.randrange(last + 1)
         files = recorder.after_crash(point, dice if number % 8 else None)
         where = f"crash {number}, before event {point} of {last}"
-        image = _check(files, below, before, workload.promised(point), where)
+        promise = workload.promised(point)
+        image = check(files, below, before, promise, promise.allowed, where)
         if number % EVERY == 0:
-            _show_others(made, files, image, where)
+            show_others(made, files, image, where)
     return recorder
-
-
-def _check(
-    files: dict[str, bytes],
-    below: bytes,
-    before: list[bytes],
-    promise: Promise,
-    where: str,
-) -> SlowImage:
-    image = SlowImage(files["image"], data_file=files.get("data"), backing=below)
-    found = image.check()
-    assert not found.corruptions, f"{where}: {found.corruptions[:3]}"
-    assert not found.shared, f"{where}: {found.shared[:3]}"
-    content = image.content()
-    for number, values in enumerate(promise.allowed):
-        piece = content[number * SECTOR : (number + 1) * SECTOR]
-        assert piece in values, (
-            f"{where}: sector {number:#x} is {piece[:8].hex()}, and may be {sorted(v[:8].hex() for v in values)}"
-        )
-    assert {snapshot.name for snapshot in image.snapshots()} == promise.snapshots.keys(), where
-    for snapshot in image.snapshots():
-        difference = first_difference(image.content(snapshot), promise.snapshots[snapshot.name])
-        assert not difference, f"{where}: snapshot {snapshot.name!r}: {difference}"
-    for bitmap in image.bitmaps():
-        if bitmap.flags & AUTO and not bitmap.flags & IN_USE and image.autoclear & 1:
-            dirty = image.dirty_ranges(bitmap)
-            per = (1 << bitmap.granularity) // SECTOR
-            missed = [n for n in promise.changed if before[n] not in promise.allowed[n] and not dirty[n // per]]
-            assert not missed, f"{where}: bitmap {bitmap.name!r} does not know of sectors {missed[:5]}"
-    return image
-
-
-def _below(made: Made) -> bytes:
-    """What a guest reads of the backing image."""
-    for path in made.path.parent.glob("disk-base.*"):
-        return path.read_bytes() if path.suffix == ".raw" else qemu.content(path)
-    return b""
-
-
-def _show_others(made: Made, files: dict[str, bytes], image: SlowImage, where: str) -> None:
-    """QEMU and we ourselves must find the same in the crashed image as the slow model."""
-    kept = {path: path.read_bytes() for path in [made.path, made.data_file] if path.exists()}
-    made.path.write_bytes(files["image"])
-    if "data" in files:
-        made.data_file.write_bytes(files["data"])
-    try:
-        content = image.content()
-        if image.dirty:
-            found = qemu.check(made.path, repair="all")
-        else:
-            found = qemu.check(made.path)
-            assert not found.corruptions, f"{where}: {found.said}"
-        assert not found.errors, f"{where}: {found.said}"
-        assert qemu.content(made.path) == content, where
-        made.path.write_bytes(files["image"])
-        with attached(made.path, made.size) as device:
-            assert read_all(device) == content, f"{where}: we read something else"
-            device.pwrite(b"\xee" * 4096, made.size // 2 // SECTOR * SECTOR)
-        after = qemu.check(made.path)
-        assert not after.corruptions, f"{where}, written to after it: {after.said}"
-        assert not after.errors, f"{where}, written to after it: {after.said}"
-        if image.dirty:
-            assert not after.leaks, f"{where}: a dirty image was not put right: {after.said}"
-    finally:
-        for path, data in kept.items():
-            path.write_bytes(data)
 
 
 @settings(

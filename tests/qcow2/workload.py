@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
 import blkloom
+from blkloom.targets.descriptors import OwnDescriptors
 from blkloom.units import Bytes
 
 from . import qemu
 from .attached import table_of
-from .recording import SECTOR, Watch
+from .recording import REDO_LOG, SECTOR, Watch
 from .shapes import Made
 
 _KINDS = [
@@ -49,37 +55,55 @@ class Sectors:
 
 @dataclass(frozen=True)
 class Promise:
-    """What holds from event `since` of the record on. allowed: what each sector may hold. changed: sectors that may
-    have changed since the beginning. snapshots: what they show.
+    """What holds from event `since` of the record on. allowed: what each sector may hold after a power failure.
+    completed: the same after the process was killed. changed: sectors that may have changed since the beginning.
+    snapshots: what they show.
     """
 
     since: int
     allowed: list[frozenset[bytes]]
+    completed: list[frozenset[bytes]]
     changed: frozenset[int]
     snapshots: dict[str, bytes]
 
 
+@contextmanager
+def redo_log_of(content: bytes) -> Iterator[None]:
+    """Gives images that are opened in the block a redo log with this content, as a worker does."""
+    memory = os.memfd_create("redo-log")
+    try:
+        os.write(memory, content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OwnDescriptors, "changes", lambda _: os.dup(memory))
+            yield
+    finally:
+        os.close(memory)
+
+
 class Workload:
     """A guest's requests and its keeper's snapshots, and what they promise. longest: sectors a request has at most,
-    three clusters unless given. options: of the table.
+    three clusters unless given. options: of the table. redo_log: what a former process has left there.
     """
 
-    def __init__(self, made: Made, seed: int, *, longest: int = 0, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, made: Made, seed: int, *, longest: int = 0, options: tuple[str, ...] = (), redo_log: bytes = b""
+    ) -> None:
         self.made = made
         cluster = max(made.shape.cluster // SECTOR, 1)
         self._lengths = [range(1, longest)] if longest else [[1, cluster, 2 * cluster], range(1, 3 * cluster + 1)]
         self._dice = random.Random(seed)
         self._sectors = Sectors(made.content)
+        self._completed = Sectors(made.content)
         self._snapshots = dict(made.snapshots)
         self._options = options
         paths = {"image": made.path} | ({"data": made.data_file} if made.shape.data_file else {})
-        self.watch = Watch(paths)
+        self.watch = Watch(paths, redo_log)
         self.promises: list[Promise] = []
         self._promise()
 
     def run(self, steps: int) -> None:
         """That many requests on a device that is closed at the end."""
-        with self.watch:
+        with self.watch, self._memory():
             device = blkloom.open(table_of(self.made.path, self.made.size, *self._options))
             for number in range(steps):
                 self._step(device, number)
@@ -92,6 +116,12 @@ class Workload:
             self.watch.engine_syncs()
             device.close()
             self._settled()
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Gives the image a redo log, as in a worker."""
+        with redo_log_of(bytes(self.watch.recorder.files[REDO_LOG])):
+            yield
 
     def promised(self, point: int) -> Promise:
         """What holds after a crash right before event `point`: what was promised last when it happened."""
@@ -115,19 +145,24 @@ class Workload:
         # A request under way may have happened in part when the power goes.
         if kind in ("write", "fua"):
             data = b"".join(_sector(number, first + n) for n in range(length))
-            self._sectors.write(at, data)
-            self._promise()
+            self._begin(at, data)
             device.pwrite(data, at, fua=fua)
         elif kind in ("zeroes", "unmap", "fua zeroes"):
-            self._sectors.write(at, bytes(size))
-            self._promise()
+            self._begin(at, bytes(size))
             device.write_zeroes(at, size, unmap=kind == "unmap", fua=fua)
         else:
             self._discard(device, first, length)
         self.watch.look()
         if fua:
             self._sectors.durable(first, first + length)
-            self._promise()
+        self._completed.durable(first, first + length)
+        self._promise()
+
+    def _begin(self, offset: int, data: bytes) -> None:
+        """A write begins."""
+        for sectors in (self._sectors, self._completed):
+            sectors.write(offset, data)
+        self._promise()
 
     def _write_together(self, device: blkloom.Device, number: int, length: int) -> None:
         """Several writes whose faults the mapper thread finds together; they are made one after the other, which is an
@@ -143,22 +178,22 @@ class Workload:
         self.watch.look()
         for (first, size), (at, _) in zip(writes, asked, strict=True):
             data = b"".join(_sector(number, first + n) for n in range(size))
-            self._sectors.write(at, data)
-            self._promise()
+            self._begin(at, data)
             device.pwrite(data, at)
             self.watch.look()
+            self._completed.durable(first, first + size)
+            self._promise()
 
     def _discard(self, device: blkloom.Device, first: int, length: int) -> None:
         at, size = first * SECTOR, length * SECTOR
         before = list(self._sectors.now)
-        self._sectors.write(at, bytes(size))
-        self._promise()
+        self._begin(at, bytes(size))
         device.discard(at, size)
         found = device.pread(size, at)
         for n in range(length):
             piece = found[n * SECTOR : (n + 1) * SECTOR]
             assert piece in (bytes(SECTOR), before[first + n]), "a discard made something up"
-            self._sectors.now[first + n] = piece
+            self._sectors.now[first + n] = self._completed.now[first + n] = piece
 
     def _keep(self, number: int) -> None:
         """QEMU has the image: takes or deletes a snapshot, where it can have one."""
@@ -185,7 +220,9 @@ class Workload:
     def _promise(self) -> None:
         at = len(self.watch.recorder.log)
         changed = frozenset(self._sectors.changed)
-        self.promises.append(Promise(at, self._sectors.frozen(), changed, dict(self._snapshots)))
+        self.promises.append(
+            Promise(at, self._sectors.frozen(), self._completed.frozen(), changed, dict(self._snapshots))
+        )
 
 
 def _sector(operation: int, number: int) -> bytes:
