@@ -52,6 +52,7 @@ __all__ = [
     "has_log_records",
     "log_records",
     "mount",
+    "raise_event",
     "serve_fuse",
     "serve_nbd",
     "serve_ublk",
@@ -856,7 +857,7 @@ class VhostUserCall:
 
     def __new__(cls) -> VhostUserCall: ...
     def replace(self, fd: int | None) -> None:
-        """fd: a non-blocking eventfd, of which a duplicate is kept. None: the driver polls."""
+        """fd: an eventfd, of which a duplicate is kept. None: the driver polls. Raises OSError."""
 
 @final
 class DetachedVhostUser:
@@ -865,6 +866,9 @@ class DetachedVhostUser:
     @property
     def next(self) -> int:
         """Index in the available ring of the first request that was not taken."""
+
+def raise_event(fd: int) -> None:
+    """Makes the eventfd of another program readable, and never waits for that program. Raises OSError."""
 
 def vhost_user_inflight_length(size: int) -> int:
     """Bytes for the requests in flight of a queue with so many descriptors."""

@@ -3,8 +3,8 @@
 //! `Slice` and `Source` point to memory that is borrowed, or that the caller promises to keep. `Buffer`, `Region` and
 //! `BounceBuffer` own memory. `Registered` is a buffer that only a ring can access. `File` moves bytes between memory
 //! and a file descriptor, without waiting or blocking. `Ring` moves bytes asynchronously. `CommandRing` sends commands
-//! to a driver, which fills and empties memory. `GuestMemory` and `SharedMemory` are memory of other programs. `Process`
-//! detects a fork.
+//! to a driver, which fills and empties memory. `GuestMemory` and `SharedMemory` are memory of other programs, `Signal` an
+//! eventfd of another program. `Process` detects a fork.
 //!
 //! This crate starts no threads and does not know devices or requests. Errors are errnos. Errors without a caller to
 //! return to are `tracing` events.
@@ -22,6 +22,7 @@ mod range_lock;
 mod region;
 mod registered;
 mod ring;
+mod signal;
 
 pub use bounce::BounceBuffer;
 pub use buffer::{Buffer, BufferPool};
@@ -37,3 +38,4 @@ pub use region::{Region, RegionError};
 pub use registered::Registered;
 pub use ring::{Completion, Ring};
 pub use rustix::io::Errno;
+pub use signal::Signal;

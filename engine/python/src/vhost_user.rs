@@ -84,8 +84,7 @@ impl VhostUserCall {
 
     #[pyo3(signature = (fd))]
     fn replace(&self, fd: Option<i32>) -> PyResult<()> {
-        self.0.replace(fd.map(duplicate).transpose()?);
-        Ok(())
+        self.0.replace(fd.map(duplicate).transpose()?).map_err(|error| event_error(&error))
     }
 }
 
@@ -104,6 +103,17 @@ impl DetachedVhostUser {
     fn next(&self) -> u16 {
         self.0.next
     }
+}
+
+#[pyfunction]
+pub fn raise_event(fd: i32) -> PyResult<()> {
+    let event = duplicate(fd)?;
+    let raised = blkloom_io::Signal::new(event).and_then(|mut signal| signal.raise());
+    raised.map_err(|error| event_error(&error))
+}
+
+fn event_error(error: &std::io::Error) -> PyErr {
+    os_error(Errno::from_io_error(error).unwrap_or(Errno::IO), "an eventfd of another program")
 }
 
 #[pyfunction]

@@ -64,7 +64,7 @@ impl Driver {
         let memory = SharedMemory::new(file.as_fd(), 0, LENGTH as u64, Sharer::Other).unwrap();
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let (kick, event, call) = (event(), event(), Arc::new(Call::default()));
-        call.replace(Some(event.try_clone().unwrap()));
+        call.replace(Some(event.try_clone().unwrap())).unwrap();
         let free = (0..SIZE / 4).map(|slot| slot * 4).rev().collect();
         let region = sealed(inflight::region_length(SIZE));
         let (next, seen, write_through, kicks) = (0, 0, false, 0);

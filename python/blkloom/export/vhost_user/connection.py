@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import array
 import asyncio
-import os
+import contextlib
 import socket
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
+from blkloom.export.vhost_user.descriptors import Closing
 from blkloom.export.vhost_user.messages import HEADER, MOST_REGIONS, Header, ProtocolError, request
 
 _MOST_DESCRIPTORS: Final = MOST_REGIONS
 """Of a message."""
+_MOST_AT_ONCE: Final = 253
+"""Descriptors that the kernel passes together. All are received: the kernel would close the others here."""
 
 
 class Message(msgspec.Struct):
-    """A request of the front-end. descriptors: the receiver takes them out, or they are closed with the message."""
+    """A request of the front-end. descriptors: the receiver takes them out, or closes them."""
 
     header: Header
     payload: bytes
@@ -35,11 +38,6 @@ class Message(msgspec.Struct):
             raise ProtocolError(what)
         return self.descriptors.pop()
 
-    def close(self) -> None:
-        """Closes what was not taken."""
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-
 
 class Connection:
     """A connection. received, descriptors: of a former worker, which has not handled them."""
@@ -48,6 +46,7 @@ class Connection:
         self._socket = connected
         self._received = bytearray(received)
         self._descriptors = list(descriptors)
+        self.closing = Closing()
         connected.setblocking(False)
 
     @property
@@ -99,7 +98,7 @@ class Connection:
         while True:
             try:
                 data, ancillary, flags, _ = self._socket.recvmsg(
-                    most, socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+                    most, socket.CMSG_SPACE(_MOST_AT_ONCE * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 await readable(self._socket)
@@ -112,17 +111,22 @@ class Connection:
                     got.frombytes(content[: len(content) - len(content) % got.itemsize])
                     self._descriptors += got
             if flags & socket.MSG_CTRUNC:
-                raise ProtocolError(f"a message with more than {_MOST_DESCRIPTORS} descriptors, or none are free here")
+                raise ProtocolError("a message with descriptors, and none are free here")
             if len(self._descriptors) > _MOST_DESCRIPTORS:
                 raise ProtocolError(f"a message with more than {_MOST_DESCRIPTORS} descriptors")
             self._received += data
             return bool(data)
 
+    def hang_up(self) -> None:
+        """Ends the connection, which may be closed a little later."""
+        with contextlib.suppress(OSError):  # the front-end has closed it
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Closes the connection, and descriptors of messages that were not handled."""
         while self._descriptors:
-            os.close(self._descriptors.pop())
-        self._socket.close()
+            self.closing.close(self._descriptors.pop())
+        self.closing.close(self._socket.detach())  # the kernel also closes the descriptors that were not received
 
 
 async def readable(connected: socket.socket) -> None:

@@ -67,6 +67,8 @@ class VhostUserExportServer:
         self._session: Session | None = None
         self._late = False
         """Pausing the session took too long; its queues are not served."""
+        self._failure = ""
+        """Why the session cannot be served here; some of its queues may be."""
         self._task: asyncio.Task[None] | None = None
         """Accepts and serves virtual machines."""
         if not paused:
@@ -130,7 +132,7 @@ class VhostUserExportServer:
         except TimeoutError as error:
             self._late = True
             raise TimeoutError(errno.ETIMEDOUT, self._state.path) from error
-        session, self._session = self._session, None
+        session, self._session, self._failure = self._session, None, ""
         try:
             descriptor, data = parcel.pack(session)
         except BaseException:
@@ -146,9 +148,7 @@ class VhostUserExportServer:
                 self._session.adopt()
         except (BlkloomError, OSError) as error:
             _log.error("%s: its virtual machine is disconnected: %s", self._state.path, described(error))
-            if self._session is not None:
-                self._session.close()
-                self._session = None
+            self._failure = described(error) if self._session is not None else ""
         self._begin()
 
     async def end(self) -> None:
@@ -185,12 +185,16 @@ class VhostUserExportServer:
             reason = await self._run(self._session)
             level = logging.INFO if reason == "left" else logging.ERROR
             _log.log(level, "%s: the front-end has %s", self._state.path, _past(reason))
-            await self._session.end(drain=0)
-            self._session, self._late = None, False
+            session = self._session
+            await session.end(drain=0)
+            self._session, self._late, self._failure = None, False, ""
             self._on_change()
+            await session.closed()
 
     async def _run(self, session: Session) -> str:
         """Handles the requests of a session. Returns why it has ended."""
+        if self._failure:
+            return f"dropped: {self._failure}"
         if self._late:
             try:
                 await session.resume()

@@ -25,6 +25,7 @@ import msgspec
 from blkloom import _engine
 from blkloom.export.vhost_user.configuration import MOST_DESCRIPTORS, MOST_QUEUES, PROTOCOL_FEATURES, Disk
 from blkloom.export.vhost_user.connection import Connection, Message
+from blkloom.export.vhost_user.descriptors import is_event, is_memory
 from blkloom.export.vhost_user.messages import (
     CONFIGURATION_CHANGED,
     MOST_CONFIGURATION,
@@ -52,7 +53,6 @@ from blkloom.printing import described
 
 _log = logging.getLogger(__name__)
 
-_EVENT: Final = "anon_inode:[eventfd]"
 _PAGE: Final = 4096
 
 
@@ -114,7 +114,7 @@ class Session:
                 self._handled = message
                 await self._handle(message)
                 self._handled = None
-                message.close()
+                self._close(message.descriptors)
         except ProtocolError as error:
             return f"dropped, it broke the protocol: {error}"
         except OSError as error:
@@ -144,6 +144,7 @@ class Session:
             except TimeoutError:
                 drained = False
         await self._detach(self.vrings.values(), drain=False, timeout=None)
+        self._connection.hang_up()
         self.close()
         return drained
 
@@ -153,12 +154,16 @@ class Session:
         for vring in self.vrings.values():
             vring.close()
         if self._handled is not None:
-            self._handled.close()
+            self._close(self._handled.descriptors)
         self._set_files([])
         self._set_inflight_file(-1)
         if self.backend is not None:
-            self.backend.close()
+            self._close([self.backend.detach()])
         self._connection.close()
+
+    async def closed(self) -> None:
+        """Waits until all descriptors are closed, for which a front-end can make it wait."""
+        await self._connection.closing.wait()
 
     @property
     def connected(self) -> int:
@@ -183,7 +188,8 @@ class Session:
         if self.backend is None or not ProtocolFeature.CONFIGURATION & self.state.protocol_features:
             return
         try:
-            self.backend.send(request(CONFIGURATION_CHANGED))
+            # The front-end may make the socket blocking at any time.
+            self.backend.send(request(CONFIGURATION_CHANGED), socket.MSG_DONTWAIT)
         except OSError as error:
             _log.error("%s: the front-end could not be told of a new size: %s", self._name, described(error))
 
@@ -295,7 +301,7 @@ class Session:
                 self._map_memory()
             except ProtocolError:
                 self.state.regions.pop()
-                os.close(self.files.pop())
+                self._close([self.files.pop()])
                 raise
 
     async def _rem_mem_reg(self, message: Message) -> None:
@@ -306,7 +312,7 @@ class Session:
         async with self._stopped(self.vrings.values()):
             index = self.state.regions.index(found[0])
             del self.state.regions[index]
-            os.close(self.files.pop(index))
+            self._close([self.files.pop(index)])
             self._map_memory()
 
     async def _set_vring_num(self, message: Message) -> None:
@@ -356,11 +362,14 @@ class Session:
         try:
             backend = socket.socket(fileno=descriptor)
         except OSError as error:
-            os.close(descriptor)
+            self._close([descriptor])
             raise ProtocolError(f"the channel for requests to the front-end is no socket: {error.strerror}") from error
+        if (backend.family, backend.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            self._close([backend.detach()])
+            raise ProtocolError("the channel for requests to the front-end is no Unix stream socket")
         backend.setblocking(False)
         if self.backend is not None:
-            self.backend.close()
+            self._close([self.backend.detach()])
         self.backend = backend
 
     async def _set_inflight_fd(self, message: Message) -> None:
@@ -385,19 +394,28 @@ class Session:
             return -1
         descriptor = message.take()
         # Any other file might make the event loop of the engine wait.
-        if os.readlink(f"/proc/self/fd/{descriptor}") != _EVENT:
-            os.close(descriptor)
+        if not is_event(descriptor):
+            self._close([descriptor])
             raise ProtocolError("a descriptor for kicks, calls or errors is no eventfd")
         os.set_blocking(descriptor, False)
         return descriptor
 
+    def _close(self, descriptors: list[int]) -> None:
+        while descriptors:
+            self._connection.closing.close(descriptors.pop())
+
     def _set_files(self, files: list[int]) -> None:
-        for descriptor in self.files:
-            os.close(descriptor)
+        self._close(self.files)
         self.files, self._memory = files, None
+
+    def _check_memory(self, files: Iterable[int]) -> None:
+        """Refuses files that the engine would refuse: its close of its duplicates may wait. Raises ProtocolError."""
+        if not self._may_end_this and not all(is_memory(file) for file in files):
+            raise ProtocolError("memory without seals can shrink: share a memfd that is sealed (F_SEAL_SHRINK)")
 
     def _map_memory(self) -> None:
         """Raises ProtocolError."""
+        self._check_memory(self.files)
         regions = [
             (descriptor, region.offset, region.size, region.guest, region.user)
             for descriptor, region in zip(self.files, self.state.regions, strict=True)
@@ -409,7 +427,7 @@ class Session:
 
     def _set_inflight_file(self, descriptor: int) -> None:
         if self.inflight_file >= 0:
-            os.close(self.inflight_file)
+            self._close([self.inflight_file])
         self.inflight_file, self._inflight = descriptor, None
 
     def _map_inflight(self) -> None:
@@ -419,6 +437,7 @@ class Session:
             size, offset = self.state.inflight.size, self.state.inflight.offset
         elif self.inflight_file < 0:
             self.inflight_file = _shared_file(_OWN_INFLIGHT)
+        self._check_memory([self.inflight_file])
         try:
             self._inflight = _engine.SharedMemory(self.inflight_file, offset, size, may_end_this=self._may_end_this)
         except (OSError, ValueError) as error:

@@ -79,10 +79,7 @@ class Vring:
         """Tells the front-end that the driver has broken the rules, where it wants to know."""
         self.failed = True
         if self.error >= 0:
-            try:
-                os.eventfd_write(self.error, 1)
-            except BlockingIOError:  # it is readable already
-                return
+            _engine.raise_event(self.error)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `_engine.serve_vhost_user`."""

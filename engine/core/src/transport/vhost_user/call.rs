@@ -3,27 +3,27 @@
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
-use rustix::io::Errno;
+use blkloom_io::Signal;
 
 use crate::lock;
 
 #[derive(Default)]
-pub struct Call(Mutex<Option<OwnedFd>>);
+pub struct Call(Mutex<Option<Signal>>);
 
 impl Call {
-    /// Replaces the eventfd, which must be non-blocking. None: the driver polls. A driver that has been called by the
-    /// former one may have missed that, so it is called again.
-    pub fn replace(&self, event: Option<OwnedFd>) {
-        *lock(&self.0) = event;
+    /// Replaces the eventfd. None: the driver polls. A driver that has been called by the former one may have missed
+    /// that, so it is called again.
+    pub fn replace(&self, event: Option<OwnedFd>) -> std::io::Result<()> {
+        *lock(&self.0) = event.map(Signal::new).transpose()?;
         self.raise();
+        Ok(())
     }
 
     pub(super) fn raise(&self) {
-        if let Some(event) = &*lock(&self.0)
-            && let Err(errno) = rustix::io::write(event, &1u64.to_ne_bytes())
-            && errno != Errno::AGAIN
+        if let Some(event) = &mut *lock(&self.0)
+            && let Err(error) = event.raise()
         {
-            tracing::error!(%errno, "a driver could not be told of used buffers");
+            tracing::error!(%error, "a driver could not be told of used buffers");
         }
     }
 }
