@@ -48,3 +48,12 @@ def test_nothing_stale_after_a_death_at_any_step(
             if not reached:
                 assert step > FEWEST_STEPS
                 break
+
+
+def test_a_detach_whose_process_is_killed_leaves_no_node_without_its_loop_device(deaths: Deaths) -> None:
+    for step in count(1):
+        reached = deaths.killed("detach", "loop", DETACH, step, "itself")
+        deaths.check_nothing_stale()
+        if not reached:
+            assert step > FEWEST_STEPS
+            break

@@ -143,8 +143,9 @@ def test_a_node_is_free_when_the_last_process_of_a_mount_namespace_was_killed(
     node = client.attach(disk, via=via).node
     if how == "mounted":
         run(program("mkfs.ext4", "e2fsprogs"), "-q", node.path)
+    users = {"mounted": f"mounted at {tmp_path}/m for process {{0}}", "opened": r"\(process {0}\)"}
     with using(node.path, how, tmp_path / "m") as process:
-        with pytest.raises(DeviceBusy):
+        with pytest.raises(DeviceBusy, match=users[how].format(process.pid)):
             client.detach(disk)
         process.kill()
         process.wait()

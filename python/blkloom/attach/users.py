@@ -34,12 +34,17 @@ def mount_places(path: str, link: str = "") -> list[MountPlace]:
 
 
 def users_of_block_device(path: str, link: str = "") -> list[str]:
-    """The users of a block device and its partitions, as text: "mounted at /mnt", "swap on /dev/loop0", "device dm-0",
-    "fio (process 42)". path: the node, such as /dev/loop0. link: another path of it. Mounts in another mount namespace
-    are found if /proc shows a process in it.
+    """The users of a block device and its partitions, as text: "mounted at /mnt", "mounted at /mnt for process 42",
+    "swap on /dev/loop0", "device dm-0", "fio (process 42)". path: the node, such as /dev/loop0. link: another path of
+    it. Mounts in another mount namespace are found if /proc shows a process in it; it is named if the place is not
+    mounted here, too.
     """
     nodes = _with_partitions(path)
-    found = _mounted([mount for _, mounts in _all_mounts() for mount in mounts], nodes, link)
+    mounted: dict[str, str] = {}
+    for process, mounts in _all_mounts():
+        for place in _mounted(mounts, nodes, link):
+            mounted.setdefault(place, place if process == "self" else f"{place} for process {process}")
+    found = list(mounted.values())
     found += [f"swap on {node}" for node in _swaps() if node in nodes]
     found += _holders(nodes)
     for node in nodes:

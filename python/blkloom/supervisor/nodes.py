@@ -224,7 +224,6 @@ class Nodes:
             if entry.node is None:
                 raise UsageError(f"device '{entry.name}' is not attached", errno=errno.EINVAL)
             await self._take_down(entry, lazy=call.lazy, force=call.force)
-        self.look_at(entry)
 
     async def _detach_unused(self, entry: Entry, node: NodeState) -> None:
         async with self._alone(entry):
@@ -237,7 +236,6 @@ class Nodes:
             async with self._alone(entry):
                 if entry.node is not None:
                     await self._take_down(entry, lazy=lazy)
-            self.look_at(entry)
 
     async def drop(self, entry: Entry, *, force: bool) -> None:
         """Removes the node of a device that ends. The caller holds the lock of its group and removes its exports.
@@ -551,10 +549,15 @@ class Nodes:
 
     @asynccontextmanager
     async def _alone(self, entry: Entry) -> AsyncIterator[None]:
-        """Locks the node of a device. Raises NoSuchDevice if the device was removed meanwhile."""
-        async with self._locks.setdefault(entry.minor, asyncio.Lock()):
-            self._devices.check_there(entry)
-            yield
+        """Locks the node of a device, and checks the node afterwards: it may have changed meanwhile, and what was begun
+        may have failed in the middle. Raises NoSuchDevice if the device was removed meanwhile.
+        """
+        try:
+            async with self._locks.setdefault(entry.minor, asyncio.Lock()):
+                self._devices.check_there(entry)
+                yield
+        finally:
+            self.look_at(entry)
 
 
 def _file_options(options: NodeOptions) -> dict[str, Any]:
