@@ -8,7 +8,7 @@ Documentation/admin-guide/device-mapper/log-writes.rst; dm-log-writes.c.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final
 
 import msgspec
@@ -64,6 +64,23 @@ def entry_bytes(entry: LogEntry) -> bytes:
     """An entry in a log with sectors of 512 bytes."""
     header = _HEADER.pack(entry.sector, entry.sectors, entry.flags, len(entry.mark)) + entry.mark
     return header.ljust(SECTOR, b"\0") + entry.data
+
+
+def end_of_log(read: Callable[[int, int], bytes]) -> tuple[int, int]:
+    """Number of entries of a log with sectors of 512 bytes, and the first sector after them. read: returns (number of
+    bytes, offset) of the log. Raises UsageError if it is none, OSError.
+    """
+    magic, version, entries, size = _SUPERBLOCK.unpack_from(read(SECTOR, 0))
+    if (magic, version, size) != (_MAGIC, _VERSION, SECTOR):
+        raise UsageError(
+            "the log of writes cannot be continued: it does not begin as one",
+            cure="remove the device and create it again, with a new log",
+        )
+    at = 1
+    for _ in range(entries):
+        _, sectors, flags, _ = _HEADER.unpack_from(read(SECTOR, at * SECTOR))
+        at += 1 + (0 if flags & DISCARD else sectors)
+    return entries, at
 
 
 class WriteLog:

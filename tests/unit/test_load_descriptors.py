@@ -137,6 +137,20 @@ def test_lost_memory_is_not_replaced_by_zeros() -> None:
         load.memory(lambda: pytest.fail("made anew"))
 
 
+def test_lost_memory_is_made_again_where_the_target_can_do_so() -> None:
+    store = DescriptorStore()
+    load = LoadDescriptors(store, 1, 7, no_opener, restored=True)
+    context = LoadContext(SharedFiles(), descriptors=load)
+    assert context.saved_state().is_lost
+    context.saved_state().save("new")
+    context.close()
+    load.succeed()
+    again = LoadContext(SharedFiles(), descriptors=LoadDescriptors(store, 1, 7, no_opener, restored=True))
+    assert (again.saved_state().is_lost, again.saved_state().read()) == (False, "new")
+    again.close()
+    empty(store)
+
+
 def test_a_load_goes_on_with_the_files_of_another_whatever_their_paths_lead_to(file: str) -> None:
     store, caller = DescriptorStore(), Caller()
     first = LoadDescriptors(store, 1, 7, caller)

@@ -17,13 +17,14 @@ from blkloom.open_files import open_file
 class Descriptors(Protocol):
     """Source of the descriptors of one load. The caller owns returned descriptors, and keeps those that it passes in.
     here: relative paths begin at this process's working directory, not at another's. restored: a former process of
-    the device had the table loaded, so the load should not fail if there is a fallback. unlocked: the device was
-    suspended in that process, and its targets had unlocked their files, which must stay unlocked. whole:
-    `LoadedTarget.whole` in that process.
+    the device had the table loaded, so the load should not fail if there is a fallback. was_active: it was the active
+    table. unlocked: the device was suspended in that process, and its targets had unlocked their files, which must stay
+    unlocked. whole: `LoadedTarget.whole` in that process.
     """
 
     here: bool
     restored: bool
+    was_active: bool
     unlocked: bool
     whole: bool
 
@@ -57,8 +58,10 @@ class Descriptors(Protocol):
     def claim(self, path: str, fd: int) -> None:
         """Records that `fd` holds the claim on `path`."""
 
-    def memory(self, make: Callable[[], int]) -> int:
-        """The memfd that a former process of the device had, with its contents; otherwise the result of `make`."""
+    def memory(self, make: Callable[[], int], remake: Callable[[], int] | None = None) -> int:
+        """The memfd that a former process of the device had, with its contents; otherwise the result of `make`. remake:
+        called instead if a former process had one that is lost; None: the load fails then, with ResourceError.
+        """
 
     def changes(self) -> int | None:
         """A memfd for changes that are not in a file yet, with those of a former process of the device; it is empty if
@@ -71,6 +74,7 @@ class OwnDescriptors:
 
     here = True
     restored = False
+    was_active = False
     unlocked = False
     whole = False
 
@@ -106,7 +110,7 @@ class OwnDescriptors:
         """Does nothing: no other process needs this."""
         return
 
-    def memory(self, make: Callable[[], int]) -> int:
+    def memory(self, make: Callable[[], int], remake: Callable[[], int] | None = None) -> int:
         """Makes a new memfd."""
         return make()
 

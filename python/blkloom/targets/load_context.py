@@ -110,19 +110,26 @@ class LoadContext:
             exclusive=exclusive,
         )
 
-    def region(self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False) -> Region:
-        """`size` bytes of zeros in a sealed memfd; after a restart, the memory with its former contents.
+    def region(
+        self, size: Bytes, *, huge_pages: bool = False, preallocate: bool = False, if_lost: bytes | None = None
+    ) -> Region:
+        """`size` bytes of zeros in a sealed memfd; after a restart, the memory with its former contents. if_lost: the
+        first bytes if these were lost with the processes that had them; None: the load fails then.
 
         huge_pages: 2 MiB pages from the system's pool (vm.nr_hugepages). They are always allocated at once, because
         the kernel kills a process that touches a page when the pool is empty. Raises ResourceError.
         """
-        return make_region(self._descriptors, size, huge_pages=huge_pages, preallocate=preallocate)
+        return make_region(self._descriptors, size, huge_pages=huge_pages, preallocate=preallocate, if_lost=if_lost)
 
-    def saved_state(self) -> SavedState:
+    def saved_state(self, *, if_lost: str = "it begins again as its table says") -> SavedState:
         """The state of the target that is being loaded, which the next process of the device gets. A table with targets
-        that use it cannot use `region`.
+        that use it cannot use `region`. if_lost: what the target does without the state of the former process, for a
+        warning. Raises OSError.
         """
-        return SavedState(self._state, self.owner)
+        state = SavedState(self._state, self.owner)
+        if state.is_lost:
+            self.warn(f"the state of this target is lost with the processes that had it; {if_lost}")
+        return state
 
     def changes(self) -> int | None:
         """See `Descriptors.changes`."""
@@ -177,6 +184,11 @@ class LoadContext:
     def restored(self) -> bool:
         """Whether a former process of the device had this table loaded: then fall back rather than refuse."""
         return self._descriptors.restored
+
+    @property
+    def was_active(self) -> bool:
+        """Whether that table was the active one."""
+        return self._descriptors.was_active
 
     @property
     def unlocked(self) -> bool:

@@ -5,8 +5,8 @@ status. The log can be read by the `replay-log` of xfstests. Writes are recorded
 at the next flush all that had completed when it was submitted, and a durable (FUA) write at once. Write-zeroes are
 recorded as writes.
 
-The log is that of `write_log.py`. After an upgrade it is continued. Writes that had completed but were not flushed are
-not in it if the process is killed.
+The log is that of `write_log.py`. It is continued after an upgrade and by the next process. Writes that had completed
+but were not flushed are not in it if the process is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blkloom.targets.lower import LowerBackend
 from blkloom.targets.saved_state import SavedState
 from blkloom.targets.spec import TargetSpec
 from blkloom.units import SECTOR, Bytes, Sectors, to_bytes, to_sectors
-from blkloom.write_log import DISCARD, FLUSH, FUA, LONGEST_MARK, MARK, LogEntry, entry_bytes, superblock
+from blkloom.write_log import DISCARD, FLUSH, FUA, LONGEST_MARK, MARK, LogEntry, end_of_log, entry_bytes, superblock
 
 _LAST_MARK: Final = b"dm-log-writes-end"
 
@@ -63,7 +63,10 @@ class _LoadedLogWrites(LoadedTarget):
             cure = f"at least {2 * SECTOR} bytes, and as much as will be written"
             raise context.refuse("log too small", value=spec.log.path, cure=cure)
         self.writer = LogWriter(
-            context.lower(spec.log.extent(context, size), size), size, context.saved_state(), context.segment()
+            context.lower(spec.log.extent(context, size), size),
+            size,
+            context.saved_state(if_lost="its log is continued as far as it is there"),
+            context.segment(),
         )
         self._backend = _Recording(context.lower(lower, length), self.writer, start)
         extent = lower
@@ -106,9 +109,11 @@ class LogWriter:
         self.enabled = True
 
     def begin(self) -> None:
-        """Begins a new log, or goes on with that of a former process. Raises OSError."""
+        """Begins a new log, or goes on with that of a former process. Raises OSError, UsageError."""
         former = self._saved.read()
-        if former is None:
+        if self._saved.is_lost:
+            self.entries, self.next = end_of_log(self._lower.pread)
+        elif former is None:
             self._lower.pwrite(superblock(0), 0, fua=True)
         else:
             _, self.entries, self.next, self.enabled = former

@@ -9,18 +9,21 @@ Reads go to one leg natively (`ReadMap`), and where that fails to another (`Mirr
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from typing_extensions import override
 
 from blkloom._engine import Extent
+from blkloom.errors import ResourceError
 from blkloom.table.arguments import Arguments, decimal
 from blkloom.table.syntax import Argument, Syntax
 from blkloom.targets.device_ref import DeviceRef
 from blkloom.targets.load_context import LoadContext
 from blkloom.targets.loaded import LoadedTarget
 from blkloom.targets.mirror_set import Leg, MirrorSet, ReadMap, only_read
+from blkloom.targets.saved_state import SavedState
 from blkloom.targets.spec import TargetSpec
 from blkloom.units import Bytes, Sectors, to_bytes, to_sectors
 
@@ -125,6 +128,18 @@ class Mirror(TargetSpec):
         return _LoadedMirror(self, context, length)
 
 
+def _state_of_legs(context: LoadContext) -> SavedState:
+    """Which legs have all data. Without it, an old leg could be taken for the primary. Raises ResourceError."""
+    state = context.saved_state(if_lost="it is not known which legs have all data")
+    if state.is_lost:
+        raise ResourceError(
+            "which legs have all data is lost with the processes that knew it",
+            cure="remove the device and create it again, with a leg first that has all data",
+            errno=errno.ESTALE,
+        )
+    return state
+
+
 class _LoadedMirror(LoadedTarget):
     spec: Mirror
 
@@ -134,7 +149,7 @@ class _LoadedMirror(LoadedTarget):
         self._set = MirrorSet(
             [Leg(lower, ref.path) for lower, ref in zip(lowers, spec.legs, strict=True)],
             ReadMap(context.lower(only_read(lowers[0]), length), lowers, length, to_bytes(Sectors(spec.region))),
-            context.saved_state(),
+            _state_of_legs(context),
             context.segment(),
             length=length,
             region=to_bytes(Sectors(spec.region)),

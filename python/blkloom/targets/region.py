@@ -20,13 +20,17 @@ _PAGE: Final = 4096
 _HUGE_PAGE: Final = 2 << 20
 
 
-def make_region(descriptors: Descriptors, size: Bytes, *, huge_pages: bool, preallocate: bool) -> Region:
-    """`size` bytes of zeros, or the memory that a former process of the device had. Raises ResourceError."""
+def make_region(
+    descriptors: Descriptors, size: Bytes, *, huge_pages: bool, preallocate: bool, if_lost: bytes | None = None
+) -> Region:
+    """`size` bytes of zeros, or the memory that a former process of the device had. if_lost: the first bytes if that
+    memory is lost; None: the load fails then. Raises ResourceError.
+    """
     page = _HUGE_PAGE if huge_pages else _PAGE
     rounded = -(-size // page) * page
     make = partial(_make_memory, rounded, huge_pages=huge_pages, preallocate=preallocate)
     try:
-        fd = descriptors.memory(make)
+        fd = descriptors.memory(make, None if if_lost is None else lambda: _filled(make(), if_lost))
         try:
             return Region(fd, rounded, page_size=page)
         finally:
@@ -63,6 +67,16 @@ def _make_memory(size: int, *, huge_pages: bool, preallocate: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _filled(memory: int, data: bytes) -> int:
+    """The memfd, with the data at its beginning. Raises OSError."""
+    try:
+        os.pwrite(memory, data, 0)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
 
 
 def _available_memory() -> int:

@@ -2,7 +2,7 @@
 
 The state of all targets of a table is JSON in one memfd, which the supervisor keeps. A new state is written beside the
 old one, and then the header refers to it. So a process that is killed leaves one of the two. A new table begins without
-state. Any thread may use it.
+state, and so does one whose memory is lost, because the supervisor was killed, too (`is_lost`). Any thread may use it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,22 @@ class TableState:
     def __init__(self, descriptors: Descriptors) -> None:
         self._descriptors = descriptors
         self._lock = threading.Lock()
+        self._is_lost = False
 
     @cached_property
     def _memory(self) -> int:
         """Raises OSError."""
-        return self._descriptors.memory(_make)
+        return self._descriptors.memory(_make, self._remake)
+
+    def _remake(self) -> int:
+        self._is_lost = True
+        return _make()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the states of a former process are lost. Raises OSError."""
+        with self._lock:
+            return self._memory >= 0 and self._is_lost
 
     def read(self) -> dict[str, Any]:
         """All states; {} at first. Raises OSError."""
@@ -75,6 +86,11 @@ class SavedState:
     def __init__(self, table: TableState, number: int) -> None:
         self._table = table
         self._number = number
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a former process had a state that is lost. Raises OSError."""
+        return self._table.is_lost
 
     def read(self) -> Any:
         """What the former process of the device has saved; None: nothing, or the table is new. Raises OSError."""

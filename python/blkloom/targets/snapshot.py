@@ -224,7 +224,9 @@ def open_store(spec: SnapshotSpec, context: LoadContext, cow: Device, chunk: Byt
     """
     transient = spec.kind == "N"
     size = Bytes(_LOG_START + (TransientStore.log_size(Bytes(cow.size), chunk) if transient else 0))
-    notes = context.lower(Extent.memory(context.region(size), 0), size)
+    # A persistent store has all that a snapshot needs, but for whether it was in use.
+    if_lost = None if transient else _ACTIVE if context.was_active else b""
+    notes = context.lower(Extent.memory(context.region(size, if_lost=if_lost), 0), size)
     if transient:
         return notes, TransientStore(cow, chunk, notes, _LOG_START)
     return notes, PersistentStore(cow, chunk, read_only=context.read_only)

@@ -70,7 +70,9 @@ class DeviceTables:
         self._awaited = state.inactive
         if state.active is not None:
             source = f"table of {state.name}"
-            labels = await self._load(state.active, source, opener, restored=True, unlocked=state.suspended)
+            labels = await self._load(
+                state.active, source, opener, restored=True, active=True, unlocked=state.suspended
+            )
             await in_thread(verb_thread(self._minor), self._device.activate)
             self._swapped()
             if not state.suspended:
@@ -100,6 +102,7 @@ class DeviceTables:
         opener: FileOpener,
         *,
         restored: bool = False,
+        active: bool = False,
         unlocked: bool = False,
         same_as: int = 0,
     ) -> list[Label]:
@@ -109,6 +112,7 @@ class DeviceTables:
             loaded.load,
             opener,
             restored=restored,
+            active=active,
             unlocked=unlocked,
             whole=loaded.whole,
             same_as=same_as,

@@ -30,8 +30,8 @@ class FileOpener(Protocol):
 class LoadDescriptors:
     """Descriptors of one load; see `targets.descriptors`. A client opens files in its own mount namespace and working
     directory. restored: a former worker had this load, so the store should have all descriptors; missing ones can be
-    asked for only while a client waits for the device (else ESTALE). same_as: another load of the device whose open
-    files are used for the same paths; 0 for none.
+    asked for only while a client waits for the device (else ESTALE). active: it is the active table's. same_as: another
+    load of the device whose open files are used for the same paths; 0 for none.
     """
 
     here = False
@@ -44,6 +44,7 @@ class LoadDescriptors:
         opener: FileOpener,
         *,
         restored: bool = False,
+        active: bool = False,
         unlocked: bool = False,
         whole: bool = False,
         same_as: int = 0,
@@ -53,6 +54,7 @@ class LoadDescriptors:
         self._load = load
         self._opener: FileOpener | None = opener
         self.restored = restored
+        self.was_active = restored and active
         self.unlocked = unlocked
         self.whole = whole
         self._same_as = same_as
@@ -143,21 +145,19 @@ class LoadDescriptors:
         if self._find(label) is None:
             self._keep(label, fd)
 
-    def memory(self, make: Callable[[], int]) -> int:
-        """The next memfd of the load. Raises ResourceError if a restored load has lost it: zeros must not replace
-        written data.
-        """
+    def memory(self, make: Callable[[], int], remake: Callable[[], int] | None = None) -> int:
+        """The next memfd of the load; see the protocol. Zeros must not replace written data."""
         label = self._label("memory", str(self._memories))
         self._memories += 1
         if (fd := self._find(label)) is not None:
             return os.dup(fd)
-        if self.restored:
+        if self.restored and remake is None:
             raise ResourceError(
                 "what was in its memory is lost with the processes that had it",
-                cure="load the table again to begin with zeros",
+                cure="remove the device and create it again; it begins with zeros",
                 errno=errno.ESTALE,
             )
-        fd = make()
+        fd = remake() if self.restored and remake else make()
         self._keep(label, fd)
         return fd
 
