@@ -107,7 +107,7 @@ def show_others(
         made.path.write_bytes(opened["image"])
         if "data" in files:
             made.data_file.write_bytes(opened["data"])
-        with redo_log_of(opened.get(REDO_LOG, b"")), attached(made.path, made.size) as device:
+        with redo_log_of(opened[REDO_LOG] if killed else b""), attached(made.path, made.size) as device:
             assert read_all(device) == content, f"{where}: we read something else"
             device.pwrite(b"\xee" * 4096, made.size // 2 // SECTOR * SECTOR)
         after = qemu.check(made.path)
