@@ -1,6 +1,6 @@
 """Benchmark clients: run against a server, and return their own statistics.
 
-Source: fio(1); engine/core/examples/nbd_load.rs.
+Source: fio(1); engine/core/examples/nbd_load.rs, vhost_user_load.rs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from jobs import Client, Job, JobError, Outcome, fio_arguments, fio_outcome, nbd_load_arguments, nbd_load_outcome
+from jobs import Client, Job, JobError, Outcome, fio_arguments, fio_outcome, load_arguments, load_outcome
 
-_NBD_LOAD: Final = Path(__file__).parents[1] / "engine/target/release/examples/nbd_load"
+_PROGRAMS: Final = Path(__file__).parents[1] / "engine/target/release/examples"
 _PATIENCE: Final = 120
 """Seconds beyond those that were asked for."""
 
@@ -25,9 +25,9 @@ def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: P
     output, log = scratch / "fio.json", scratch / "fio-jobs"
     for stale in (output, *_logs(log)):
         stale.unlink(missing_ok=True)
-    ours = client == "nbd_load"
+    ours = client != "fio"
     command = (
-        nbd_load_arguments(str(_NBD_LOAD), job, where, size=size, seconds=seconds)
+        load_arguments(str(_PROGRAMS), client, job, where, size=size, seconds=seconds)
         if ours
         else fio_arguments(job, where, size=size, output=str(output), log=str(log), seconds=seconds)
     )
@@ -38,7 +38,7 @@ def run(job: Job, client: Client, where: Sequence[str], *, size: int, scratch: P
     if done.returncode if ours else not output.exists():
         raise JobError(f"{client} ended with {done.returncode} and no result: {said[-400:]}")
     if ours:
-        outcome = nbd_load_outcome(done.stdout)
+        outcome = load_outcome(done.stdout)
     else:
         outcome = fio_outcome(output.read_text(), [path.read_text() for path in _logs(log)])
     if not outcome.operations:

@@ -15,9 +15,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 Pattern = Literal["randrw", "randread", "randwrite", "write"]
-Client = Literal["nbd_load", "fio", ""]
-"""The load generator. `nbd_load` sends together all that it can; fio sends and receives request by request; "" is a
-program that does its I/O itself, without one."""
+Client = Literal["nbd_load", "vhost_user_load", "vhost_user_load --poll", "fio", ""]
+"""The load generator. `nbd_load` sends together all that it can; fio sends and receives request by request.
+`vhost_user_load` is the driver of a disk over vhost-user, which sleeps until the server raises an event, or polls. ""
+is a program that does its I/O itself, without one."""
 
 _LOG_MILLISECONDS: Final = 20
 """How often a job of fio writes a line of its log."""
@@ -95,23 +96,28 @@ def fio_arguments(
     ]
 
 
-def nbd_load_arguments(program: str, job: Job, where: Sequence[str], *, size: int, seconds: float | None) -> list[str]:
-    """Command line of nbd_load for the same job; it prints JSON. where: fio's options, whose URI names socket and
-    export.
+def load_arguments(
+    programs: str, client: Client, job: Job, where: Sequence[str], *, size: int, seconds: float | None
+) -> list[str]:
+    """Command line of one of our load generators for the same job; it prints JSON. programs: their directory. where:
+    of vhost_user_load, the path of the socket; of nbd_load, fio's options, whose URI names socket and export.
     """
-    (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
-    (socket,) = parse_qs(uri.query)["socket"]
+    program, *options = client.split()
+    if program == "nbd_load":
+        (uri,) = [urlsplit(word.removeprefix("--uri=")) for word in where if word.startswith("--uri=")]
+        (socket,) = parse_qs(uri.query)["socket"]
+        where = [socket, unquote(uri.path.removeprefix("/"))]
     pattern = job.pattern + {"": "", "each": "-flush", "end": "-end-flush"}[job.flush]
     numbers = (job.block, job.depth, job.connections, size, seconds or 0)
-    return [program, socket, unquote(uri.path.removeprefix("/")), pattern, *(f"{number}" for number in numbers)]
+    return [f"{programs}/{program}", *options, *where, pattern, *(f"{number}" for number in numbers)]
 
 
-def nbd_load_outcome(text: str) -> Outcome:
-    """Parse the output of nbd_load. Raises JobError."""
+def load_outcome(text: str) -> Outcome:
+    """Parse the output of one of our load generators. Raises JobError."""
     try:
         return msgspec.json.decode(text, type=Outcome)
     except msgspec.DecodeError as error:
-        raise JobError(f"nbd_load's output makes no sense ({error}): {text[:200]!r}") from error
+        raise JobError(f"the load generator's output makes no sense ({error}): {text[:200]!r}") from error
 
 
 def fio_outcome(text: str, logs: Sequence[str] = ()) -> Outcome:

@@ -31,6 +31,12 @@ _TABLES: Final[dict[TableName, tuple[str, str]]] = {
         "fio with io_uring and direct I/O on each, as on the kernel's loop device over the same file. Floor: the FUSE "
         "null server, a server of this project that moves no data.",
     ),
+    "vhost-user": (
+        "As the disk of a virtual machine (vhost-user), from a file in memory (`loop`) and a QCOW2 image in memory",
+        "The client is a driver of the crate `virtio-driver` with one queue. It sleeps until the server tells it that "
+        "something is done, as a virtual machine does, or polls. Compared with qemu-storage-daemon's vhost-user-blk "
+        "on the same file or image, and with blkloom's own NBD. Floor: a device of the target `zero` in the same way.",
+    ),
     "disk": (
         "A file on a disk",
         "Floor: fio on the file, without a server. *In process*: a Python program, without NBD.",

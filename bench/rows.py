@@ -20,6 +20,7 @@ from peers import Blkloom, FioOnFile, InProcess, KernelLoop, Nbdkit, NullServer,
 from qcow2_rows import qcow2_workloads
 from results import BEFORE, Goal
 from start_rows import start_workloads
+from vhost_user_rows import vhost_user_workloads
 
 _LOOP: Final = "blkloom loop"
 _RAM: Final = "blkloom ram"
@@ -51,6 +52,7 @@ def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
         *_large(blkloom),
         *_many_jobs(blkloom),
         *fuse_workloads(blkloom),
+        *vhost_user_workloads(blkloom),
         *_direct(blkloom),
         *_flushed(blkloom),
         *_on_a_disk(blkloom),

@@ -23,7 +23,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final, NoReturn, get_args
 
 import click
 from rich.console import Console
@@ -50,7 +50,11 @@ QUICK: Final = Effort(rounds=2, seconds=0.3, warm_up=0.1)
 
 _SESSION_SECONDS: Final = 0.45
 """To start a contender, fill it if it is memory, and end it."""
-_CLIENT_SECONDS: Final[dict[Client, float]] = {"nbd_load": 0.05, "fio": 0.3, "": 0.0}
+_CLIENT_SECONDS: Final[dict[Client, float]] = {
+    **dict.fromkeys(get_args(Client), 0.05),
+    "fio": 0.3,
+    "": 0.0,
+}
 """To start a client and end it."""
 
 

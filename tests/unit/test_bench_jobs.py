@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import counting
-from jobs import Job, JobError, fio_arguments, fio_outcome, nbd_load_arguments, nbd_load_outcome, wall_seconds
+from jobs import Job, JobError, fio_arguments, fio_outcome, load_arguments, load_outcome, wall_seconds
 
 SOCKET = ["--ioengine=nbd", "--uri=nbd+unix:///disk%201?socket=/run/a%20b.sock"]
 
@@ -66,17 +66,22 @@ def test_both_clients_are_told_when_to_flush(flush: str, fio: str | None, nbd_lo
     job = Job("randwrite", 4096, depth=16, flush=flush)  # type: ignore[arg-type]
     words = fio_arguments(job, SOCKET, size=1 << 20, output="o", log="l", seconds=None)
     assert [word for word in words if "fsync" in word] == ([fio] if fio else [])
-    assert nbd_load_arguments("nbd_load", job, SOCKET, size=1 << 20, seconds=None) == [
-        *("nbd_load", "/run/a b.sock", "disk 1", nbd_load),
-        *("4096", "16", "1", "1048576", "0"),
+    numbers = ["4096", "16", "1", "1048576", "0"]
+    assert load_arguments("/bin", "nbd_load", job, SOCKET, size=1 << 20, seconds=None) == [
+        *("/bin/nbd_load", "/run/a b.sock", "disk 1", nbd_load),
+        *numbers,
+    ]
+    assert load_arguments("/bin", "vhost_user_load --poll", job, ["/s"], size=1 << 20, seconds=None) == [
+        *("/bin/vhost_user_load", "--poll", "/s", nbd_load),
+        *numbers,
     ]
 
 
 def test_what_makes_no_sense_is_an_error() -> None:
     with pytest.raises(JobError, match="fio"):
         fio_outcome("{}")
-    with pytest.raises(JobError, match="nbd_load"):
-        nbd_load_outcome("Segmentation fault")
+    with pytest.raises(JobError, match="load generator"):
+        load_outcome("Segmentation fault")
 
 
 def test_system_calls_of_a_process_are_counted_from_when_it_is_said() -> None:

@@ -13,10 +13,14 @@
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, IoSlice, Read, Result, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use blkloom_wire::{Header, Style};
 use rustix::event::epoll;
+
+mod load;
+
+use load::{Job, Run};
 
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const GO: u32 = 7;
@@ -33,32 +37,6 @@ const HEADER_SIZE: usize = 28;
 const INPUT: usize = 256 << 10;
 /// IOV_MAX; see writev(2).
 const MOST_SLICES: usize = 1024;
-
-#[derive(Clone, Copy)]
-struct Job {
-    random: bool,
-    /// Number of writes among 256 requests.
-    writes: u64,
-    /// After each write.
-    flush: bool,
-    /// Once, after all requests.
-    end_flush: bool,
-    block: usize,
-    depth: usize,
-    blocks: u64,
-    /// None: as many requests as the device has blocks.
-    time: Option<Duration>,
-}
-
-/// What the connections have in common.
-struct Run {
-    job: Job,
-    started: Instant,
-    begun: u64,
-    state: u64,
-    errors: u64,
-    latencies: Vec<Duration>,
-}
 
 #[derive(Clone, Copy)]
 struct Slot {
@@ -82,123 +60,48 @@ struct Client {
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, export, pattern, numbers @ ..] = &arguments[..] else { return Err(ErrorKind::InvalidInput.into()) };
-    let numbers: Vec<f64> = numbers.iter().map(|text| text.parse().map_err(Error::other)).collect::<Result<_>>()?;
-    let &[block, depth, connections, size, seconds] = &numbers[..] else { return Err(ErrorKind::InvalidInput.into()) };
-    let end_flush = pattern.ends_with("-end-flush");
-    let flush = !end_flush && pattern.ends_with("-flush");
-    let (random, writes) = match pattern.split('-').next() {
-        Some("read") => (false, 0),
-        Some("write") => (false, 256),
-        Some("randread") => (true, 0),
-        Some("randwrite") => (true, 256),
-        Some("randrw") => (true, 128),
-        _ => return Err(Error::new(ErrorKind::InvalidInput, format!("{pattern}: no such pattern"))),
-    };
-    let job = Job {
-        random,
-        writes,
-        flush,
-        end_flush,
-        block: block as usize,
-        depth: depth as usize,
-        blocks: (size / block) as u64,
-        time: (seconds > 0.0).then(|| Duration::from_secs_f64(seconds)),
-    };
-    if job.block == 0 || job.depth == 0 || job.blocks == 0 || connections < 1.0 {
-        let least = "a block, a request in flight, a connection and a device of a block at least";
-        return Err(Error::new(ErrorKind::InvalidInput, least));
-    }
+    let [socket, export, rest @ ..] = &arguments[..] else { return Err(ErrorKind::InvalidInput.into()) };
+    let (job, connections) = Job::parse(rest)?;
     let mut clients: Vec<Client> =
-        (0..connections as usize).map(|_| Client::connect(socket, export, job.depth)).collect::<Result<_>>()?;
-    let cpu = cpu_seconds()?;
-    let mut run = Run {
-        job,
-        started: Instant::now(),
-        begun: 0,
-        state: 0x9e37_79b9_7f4a_7c15,
-        errors: 0,
-        latencies: Vec::with_capacity(1 << 20),
-    };
-    run.all(&mut clients)?;
+        (0..connections).map(|_| Client::connect(socket, export, job.depth)).collect::<Result<_>>()?;
+    let mut run = Run::start(job)?;
+    run_all(&mut run, &mut clients)?;
     if job.end_flush {
         run.errors += u64::from(!clients[0].flush()?);
     }
-    let seconds = run.started.elapsed().as_secs_f64();
-    let busy = (cpu_seconds()? - cpu) / seconds;
-    run.latencies.sort_unstable();
-    let at = |share: f64| run.latencies[((run.latencies.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6;
-    println!(
-        "{{\"operations\": {}, \"seconds\": {seconds}, \"errors\": {}, \"p50_us\": {}, \"p99_us\": {}, \"busy\": {busy}}}",
-        run.latencies.len(),
-        run.errors,
-        at(0.5),
-        at(0.99),
-    );
+    run.report()?;
     clients.into_iter().try_for_each(Client::disconnect)
 }
 
-/// Of this thread, which is all there is. Source: the kernel's Documentation/scheduler/sched-stats, whose unit is the
-/// nanosecond; those of proc_pid_stat(5) are too long for this.
-fn cpu_seconds() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/self/schedstat")?;
-    let running: f64 = text.split(' ').next().and_then(|word| word.parse().ok()).ok_or(ErrorKind::InvalidData)?;
-    Ok(running / 1e9)
-}
-
-impl Run {
-    /// Runs the job to its end over all connections.
-    fn all(&mut self, clients: &mut [Client]) -> Result<()> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // Edge-triggered: each direction is driven until it would wait.
-        let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-        // Written data is the same everywhere, and never looked at.
-        let payload: Vec<u8> = (0..self.job.block).map(|at| (at * 37 % 251) as u8).collect();
-        let mut input = vec![0; INPUT];
-        let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
-        for (index, client) in clients.iter_mut().enumerate() {
-            epoll::add(&epoll, &client.server, epoll::EventData::new_u64(index as u64), interest)?;
-            self.refill(client);
-            client.send(&payload)?;
-        }
-        while clients.iter().any(|client| client.free.len() < self.job.depth) {
-            let ready = match epoll::wait(&epoll, &mut events, None) {
-                Ok((ready, _)) => ready,
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            for event in ready.iter() {
-                let client = &mut clients[event.data.u64() as usize];
-                while client.receive(&mut input, self)? {
-                    self.refill(client);
-                    client.send(&payload)?;
-                }
+/// Runs the job to its end over all connections.
+fn run_all(run: &mut Run, clients: &mut [Client]) -> Result<()> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    // Edge-triggered: each direction is driven until it would wait.
+    let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+    let payload: Vec<u8> = run.job.payload().collect();
+    let mut input = vec![0; INPUT];
+    let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 64];
+    for (index, client) in clients.iter_mut().enumerate() {
+        epoll::add(&epoll, &client.server, epoll::EventData::new_u64(index as u64), interest)?;
+        client.refill(run);
+        client.send(&payload)?;
+    }
+    while clients.iter().any(|client| client.free.len() < run.job.depth) {
+        let ready = match epoll::wait(&epoll, &mut events, None) {
+            Ok((ready, _)) => ready,
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        for event in ready.iter() {
+            let client = &mut clients[event.data.u64() as usize];
+            while client.receive(&mut input, run)? {
+                client.refill(run);
                 client.send(&payload)?;
             }
-        }
-        Ok(())
-    }
-
-    /// Nothing new is begun any more.
-    fn is_over(&self, now: Instant) -> bool {
-        self.job.time.map_or(self.begun >= self.job.blocks, |time| now - self.started >= time)
-    }
-
-    fn refill(&mut self, client: &mut Client) {
-        let now = Instant::now();
-        while !self.is_over(now)
-            && let Some(slot) = client.free.pop()
-        {
-            self.state ^= self.state << 13;
-            self.state ^= self.state >> 7;
-            self.state ^= self.state << 17;
-            let number = if self.job.random { self.state >> 8 } else { self.begun } % self.job.blocks;
-            let kind = if self.state & 255 < self.job.writes { WRITE } else { READ };
-            let length = self.job.block as u64;
-            client.request(slot, kind, number * length, length, now);
-            self.begun += 1;
+            client.send(&payload)?;
         }
     }
+    Ok(())
 }
 
 impl Client {
@@ -215,6 +118,17 @@ impl Client {
             data: 0,
             partial: Vec::new(),
         })
+    }
+
+    fn refill(&mut self, run: &mut Run) {
+        let now = Instant::now();
+        while let Some(&slot) = self.free.last()
+            && let Some(next) = run.next(now)
+        {
+            self.free.pop();
+            let kind = if next.write { WRITE } else { READ };
+            self.request(slot, kind, next.offset, run.job.block as u64, now);
+        }
     }
 
     fn request(&mut self, slot: usize, kind: u16, offset: u64, length: u64, since: Instant) {
