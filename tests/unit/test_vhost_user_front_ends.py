@@ -275,6 +275,28 @@ def test_memory_and_eventfds_may_change_while_requests_are_served(served: VhostU
             assert queue.wait()[:2] == (slot, 0)
 
 
+def test_eventfds_stay_as_the_front_end_made_them(served: VhostUserServed) -> None:
+    with Machine.connected(served.path) as machine:
+        queue = machine.queues[0]
+        for event in (queue.kick, queue.call, queue.error):
+            os.set_blocking(event, True)
+        machine.control.tell(13, _u64(0), [queue.call])
+        machine.control.tell(14, _u64(0), [queue.error])
+        machine.control.tell(12, _u64(0), [queue.kick])
+        machine.write(0, b"e" * BLOCK)
+        assert all(os.get_blocking(event) for event in (queue.kick, queue.call, queue.error))
+        # One that is full is readable, and nothing waits until it is read.
+        os.set_blocking(queue.call, False)
+        with suppress(BlockingIOError):
+            os.eventfd_read(queue.call)
+        os.eventfd_write(queue.call, 2**64 - 2)
+        os.set_blocking(queue.call, True)
+        slot = queue.submit(READ, 0, BLOCK)
+        while queue._half(queue.used + 2) == queue.seen:
+            pass
+        assert queue.wait()[:2] == (slot, 0)
+
+
 def test_a_disabled_queue_is_not_served(served: VhostUserServed) -> None:
     with Machine.connected(served.path, queues=2) as machine:
         machine.control.tell(18, struct.pack("=II", 1, 0))

@@ -389,7 +389,9 @@ class Session:
         return self.vrings.setdefault(index, Vring())
 
     def _event(self, message: Message) -> int:
-        """The eventfd of a message, non-blocking; -1: none. Raises ProtocolError."""
+        """The eventfd of a message; -1: none. Whether it blocks stays as it is: its file belongs to the front-end, too.
+        Raises ProtocolError.
+        """
         if not VringEvent.parse(message.payload).present:
             return -1
         descriptor = message.take()
@@ -397,7 +399,6 @@ class Session:
         if not is_event(descriptor):
             self._close([descriptor])
             raise ProtocolError("a descriptor for kicks, calls or errors is no eventfd")
-        os.set_blocking(descriptor, False)
         return descriptor
 
     def _close(self, descriptors: list[int]) -> None:
