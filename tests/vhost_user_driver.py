@@ -54,7 +54,11 @@ class FrontEnd:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(PATIENCE)
-        self.socket.connect(os.fspath(path))
+        try:
+            self.socket.connect(os.fspath(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.acknowledges = False
 
     def send(self, number: int, payload: bytes = b"", descriptors: Sequence[int] = (), *, flags: int = 1) -> None:
@@ -288,6 +292,10 @@ class Machine:
         """Writes bytes at an offset; both in sectors."""
         for at in range(0, len(data), _EACH):
             self.request(WRITE, (offset + at) // SECTOR, data=data[at : at + _EACH], queue=queue)
+
+    def write_nothing(self, offset: int) -> None:
+        """A write without data."""
+        self.request(WRITE, offset // SECTOR)
 
     def flush(self) -> None:
         """All that was written is durable afterwards."""

@@ -1,4 +1,4 @@
-"""Access path to a device as the disk of a virtual machine, through a driver of these tests."""
+"""Access path to a device as the disk of a virtual machine, through a driver of these tests, or that of libblkio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import errno
 import os
 from collections.abc import Iterable
 
-from vhost_user_driver import DISCARD, SECTOR, WRITE, WRITE_ZEROES, Machine
+from rust_driver import RustDriver
+from vhost_user_driver import DISCARD, SECTOR, WRITE_ZEROES, Machine
 from vhost_user_served import VhostUserServed
 
 _MOST = 1 << 20
@@ -21,11 +22,10 @@ class VhostUserWay:
     unit = SECTOR
     """Bytes next to a change, within its sector, are written, too."""
 
-    def __init__(self, served: VhostUserServed, *, moves: bool) -> None:
+    def __init__(self, served: VhostUserServed, machine: Machine | RustDriver, *, moves: bool) -> None:
         self._served = served
         self._moves = moves
-        self._machine = Machine(queues=2)
-        self._machine.connect(served.path)
+        self._machine = machine
         self._size = self._machine.capacity
         self._turn = 0
 
@@ -40,7 +40,7 @@ class VhostUserWay:
             for at, part in _parts(offset, data):
                 self._write(at, part)
             if not data:
-                self._machine.request(WRITE, offset // SECTOR)
+                self._machine.write_nothing(offset // SECTOR * SECTOR)
         if fua:
             self._machine.flush()
 
@@ -64,7 +64,7 @@ class VhostUserWay:
         return {errno.EIO} if own else set()
 
     def close(self) -> None:
-        self._machine.close()
+        """The machine stays connected."""
 
     def _read(self, offset: int, length: int) -> bytes:
         start, end = offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
@@ -92,7 +92,7 @@ class VhostUserWay:
             else:
                 self._machine.clear(kind, at, len(part), unmap=unmap)
         if not length:
-            self._machine.clear(kind, offset, 0)
+            self._machine.clear(kind, offset // SECTOR * SECTOR, 0)
         if fua:
             self._machine.flush()
 

@@ -18,6 +18,9 @@ from typing import Any, Protocol, TypeVar
 from blkloom import Device
 from blkloom.testing import NbdThread
 from fuse_served import FuseServed
+from long_runs import LONG
+from rust_driver import RustDriver
+from vhost_user_driver import Machine
 from vhost_user_served import VhostUserServed
 
 from . import nbd_client as nbd
@@ -266,13 +269,14 @@ def _as_a_file(*, moves: bool = False, uring: bool = False) -> Enter:
     return enter
 
 
-def _as_a_disk(*, moves: bool = False) -> Enter:
+def _as_a_disk(*, moves: bool = False, rust: bool = False) -> Enter:
     @contextmanager
     def enter(device: Device, host: NbdThread) -> Iterator[WayIn]:
         with (
             tempfile.TemporaryDirectory(dir=host.path.parent) as folder,
             VhostUserServed(Path(folder) / "socket", device, read_only=device.read_only) as served,
-            closing(VhostUserWay(served, moves=moves)) as way,
+            closing(RustDriver(served.path, queues=2) if rust else Machine.connected(served.path, queues=2)) as machine,
+            closing(VhostUserWay(served, machine, moves=moves)) as way,
         ):
             yield way
 
@@ -292,3 +296,5 @@ WAYS_IN: dict[str, Enter] = {
     "vhost-user": _as_a_disk(),
     "vhost-user-handed-over": _as_a_disk(moves=True),
 }
+if LONG or "BLKLOOM_FUZZ_CASES" in os.environ:
+    WAYS_IN["vhost-user-libblkio"] = _as_a_disk(rust=True, moves=True)
