@@ -57,6 +57,11 @@ class KillPoints:
         aside.write_text(json.dumps(Plan(self._number, role, step, list(victims))))
         aside.rename(self._plan)
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the victims are killed."""
+        return self._reached.exists()
+
     def disarm(self) -> str:
         """The step at which the victims were killed; "" if it was not reached."""
         self._plan.unlink(missing_ok=True)

@@ -5,12 +5,8 @@ is a front-end and driver of these tests (`vhost_user_driver`).
 from __future__ import annotations
 
 import os
-import random
-import select
 import signal
 import stat
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,14 +14,13 @@ import pytest
 
 from blkloom.control.client import Client
 from blkloom.errors import UsageError
-from vhost_user_driver import READ, SECTOR, WRITE, FrontEndError, Machine
+from vhost_user_driver import SECTOR, WRITE, Machine
 
 from .conftest import Life, info, until
+from .machine_load import BLOCK, SECTORS, Load
 
 KILLS = int(os.environ.get("BLKLOOM_KILLS", "8"))
 UPGRADES = int(os.environ.get("BLKLOOM_UPGRADES", "5"))
-SECTORS = 32768
-BLOCK = 4096
 pytestmark = pytest.mark.timeout(280)
 
 
@@ -38,88 +33,6 @@ def disk(client: Client, tmp_path: Path) -> Path:
     table = f"0 {half} loop {tmp_path}/disk.img\n{half} {half} linear blkloom:memory 0\n"
     client.create("disk", table=table)
     return Path(client.export("disk", kind="vhost-user").path)
-
-
-class Load:
-    """Writes and reads of a machine, and its monitor, which connects again when the back-end has hung up. Each request
-    has a block of its own, whose contents are known. hang_ups: how often it has connected again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.machine = Machine.connected(path, queues=2)
-        self.hang_ups = self.requests = 0
-        self._blocks = [bytes(BLOCK)] * (SECTORS * SECTOR // BLOCK)
-        self._ends = threading.Event()
-        self._failed: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._checked, args=(self._watch,), name="monitor")]
-        for index in range(2):
-            self._threads.append(threading.Thread(target=self._checked, args=(self._drive, index), name="driver"))
-        for thread in self._threads:
-            thread.start()
-
-    def _checked(self, function: Callable[..., None], *arguments: int) -> None:
-        try:
-            function(*arguments)
-        except BaseException as error:
-            self._failed.append(error)
-
-    def _watch(self) -> None:
-        while not self._ends.is_set():
-            control = self.machine.control.socket
-            if select.select([control], [], [], 0.05)[0]:
-                self.machine.hang_up()
-                self.hang_ups += 1
-                while not self._ends.is_set():
-                    try:
-                        self.machine.connect(self.path)
-                        break
-                    except (FrontEndError, ConnectionError):  # the worker was killed during the start of the queues
-                        self.machine.hang_up()
-                        self.hang_ups += 1
-
-    def _drive(self, index: int) -> None:
-        queue, chosen = self.machine.queues[index], random.Random(index)
-        flying: dict[int, tuple[int, bytes | None]] = {}
-        used: set[int] = set()
-        while not self._ends.is_set() or flying:
-            while len(flying) < Machine.SLOTS and not self._ends.is_set():
-                block = chosen.randrange(index, len(self._blocks), 2)
-                if block in used:
-                    continue
-                used.add(block)
-                data = None if chosen.random() < 0.4 else chosen.randbytes(8) * (BLOCK // 8)
-                sector = block * BLOCK // SECTOR
-                asked = (READ, sector, BLOCK) if data is None else (WRITE, sector, 0, data)
-                slot = queue.submit(*asked)
-                flying[slot] = (block, data)
-            slot, status, _ = queue.wait()
-            block, data = flying.pop(slot)
-            assert status == 0, f"block {block} has status {status}"
-            if data is None:
-                assert queue.data_of(slot, BLOCK) == self._blocks[block], f"block {block}"
-            else:
-                self._blocks[block] = data
-            used.remove(block)
-            self.requests += 1
-
-    def finish(self) -> None:
-        """Ends the load, and compares all blocks."""
-        self._ends.set()
-        for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive(), "a request was lost"
-        if self._failed:
-            raise self._failed[0]
-        for block, expected in enumerate(self._blocks):
-            assert self.machine.read(block * BLOCK, BLOCK) == expected, f"block {block}"
-        self.machine.close()
-
-    def wait_for(self, requests: int) -> None:
-        """Waits for so many more requests."""
-        end = self.requests + requests
-        while self.requests < end and not self._failed:
-            self._threads[1].join(0.01)
 
 
 def test_a_device_is_exported_as_a_socket_for_one_virtual_machine(client: Client, life: Life, disk: Path) -> None:

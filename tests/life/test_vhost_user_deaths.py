@@ -1,0 +1,145 @@
+"""Processes that are killed at any step of a change at the disk of a virtual machine: no request is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from blkloom.control.client import Client
+from blkloom.errors import BlkloomError
+from kill_points import KillPoints
+from long_runs import LONG
+from vhost_user_driver import SECTOR
+
+from .conftest import LONGEST_END, Life, a_life, info, until
+from .machine_load import SECTORS, Load
+
+pytestmark = pytest.mark.timeout(1200 if LONG else 280)
+SUPERVISOR, WORKER = "blkloom.supervisor", "fork of blkloom.worker"
+EACH = 1 if LONG else 5
+"""Every how many steps a process is killed; `make survival`: at each."""
+REQUESTS = 60
+"""After each death."""
+
+
+class Deaths:
+    """A supervisor with a device on a file, which is the disk of a virtual machine; and kill points."""
+
+    def __init__(self, life: Life, points: KillPoints, file: Path) -> None:
+        self.life, self.points, self.file = life, points, file
+        self.path = life.run_dir / "vhost" / "disk"
+        with life.client() as client:
+            client.create("disk", table=self.table(SECTORS))
+            client.export("disk", kind="vhost-user")
+        self.load = Load(self.path)
+
+    def table(self, sectors: int) -> str:
+        return f"0 {sectors} loop {self.file}"
+
+    def killed(self, change: Callable[[Client], None], role: str, step: int, victims: str) -> str:
+        """Makes a change while the victims are killed at a step of a process with this role; the next supervisor begins
+        if there is none. Returns the step, "" if there is none of that number.
+        """
+        with self.life.client() as client:
+            worker = until(client, "disk", lambda found: found.worker > 0).worker
+            pids = {"itself": 0, "worker": worker, "supervisor": self.life.process.pid}
+            self.points.arm(role, step, *(pids[victim] for victim in victims.split()))
+            failed: Exception | None = None
+            try:
+                change(client)
+            except (BlkloomError, OSError) as error:
+                failed = error
+            reached = self.points.disarm()
+            if failed is not None and not reached:
+                raise failed
+        if reached and ("supervisor" in victims or (role == SUPERVISOR and "itself" in victims)):
+            self.life.process.wait(LONGEST_END)
+            self.life.start()
+        return reached
+
+    def settle(self) -> None:
+        """Completes or repeats what was interrupted; the requests go on."""
+        with self.life.client() as client:
+            until(client, "disk", lambda found: found.worker > 0)
+            if info(client, "disk").state == "SUSPENDED":
+                client.resume("disk")
+            if all(export.kind != "vhost-user" for export in info(client, "disk").exports):
+                client.export("disk", kind="vhost-user")
+        self.load.wait_for(REQUESTS)
+
+    def connect(self, _: Client) -> None:
+        """The monitor loses its connection, and connects again."""
+        before = self.load.connections
+        with suppress(OSError):
+            self.load.machine.control.socket.shutdown(socket.SHUT_RDWR)
+        while self.load.connections == before and not self.points.is_reached:
+            self.load.failed.wait(0.01)
+
+    def upgrade(self, client: Client) -> None:
+        client.upgrade()
+
+    def resize(self, client: Client) -> None:
+        """To the other of two sizes."""
+        client.load("disk", table=self.table(SECTORS if info(client, "disk").size > SECTORS * SECTOR else 2 * SECTORS))
+        client.resume("disk")
+
+    def export(self, client: Client) -> None:
+        """The disk is taken away and given back."""
+        with suppress(BlkloomError):  # it was taken away before a death
+            client.unexport("disk", "auto-vhost-user")
+        client.export("disk", kind="vhost-user")
+
+
+@pytest.fixture
+def deaths(tmp_path: Path) -> Iterator[Deaths]:
+    points = KillPoints(tmp_path)
+    file = tmp_path / "disk.img"
+    with file.open("wb") as made:
+        made.truncate(2 * SECTORS * SECTOR)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in points.environment.items():
+            patch.setenv(name, value)
+        with a_life() as life:
+            deaths = Deaths(life, points, file)
+            try:
+                yield deaths
+            finally:
+                points.disarm()
+                deaths.load.finish()
+
+
+@pytest.mark.parametrize(
+    ("change", "role", "choices"),
+    [
+        ("connect", WORKER, ["itself", "supervisor itself", "supervisor"]),
+        ("upgrade", WORKER, ["itself", "supervisor itself", "supervisor"]),
+        ("upgrade", SUPERVISOR, ["worker", "itself", "worker itself"]),
+        ("resize", WORKER, ["itself", "supervisor itself", "supervisor"]),
+        ("resize", SUPERVISOR, ["worker", "itself", "worker itself"]),
+        ("export", WORKER, ["itself", "supervisor itself", "supervisor"]),
+        ("export", SUPERVISOR, ["worker", "itself", "worker itself"]),
+    ],
+)
+def test_no_request_is_lost_after_a_death_at_any_step(
+    deaths: Deaths, change: str, role: str, choices: list[str]
+) -> None:
+    thorough = LONG or "BLKLOOM_FUZZ_CASES" in os.environ
+    for turn in range(len(choices) if thorough else 1):
+        for number, step in enumerate(count(1, 1 if thorough else EACH)):
+            victims = choices[(number + turn) % len(choices)]
+            reached = ""
+            try:
+                reached = deaths.killed(getattr(deaths, change), role, step, victims)
+                deaths.settle()
+            except BaseException as error:
+                error.add_note(f"step {step} of {change}, {reached or 'not reached'}: to be killed was {victims}")
+                raise
+            if not reached:
+                assert step > 1
+                break
