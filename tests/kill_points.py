@@ -99,8 +99,7 @@ def _hook(path: str, role: str, process: int) -> Callable[[str, tuple[Any, ...]]
                 plan = Plan(*json.loads(_read(path)))
                 if plan.role == mine:
                     seen, number = seen + 1 if number == plan.number else 1, plan.number
-                    if seen == plan.step:
-                        _write(f"{path}.reached", f"{event} {arguments}")
+                    if seen == plan.step and _write(f"{path}.reached", f"{event} {arguments}"):
                         _kill(plan.victims)
         finally:
             busy = False
@@ -138,7 +137,12 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _write(path: str, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def _write(path: str, text: str) -> bool:
+    """Makes a file. False: there is one, of another process that has reached the step before."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
     os.write(descriptor, text.encode())
     os.close(descriptor)
+    return True
