@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
+import subprocess
+import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +216,32 @@ def test_an_ordinary_user_attaches_files_only(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fuse, "DEVICE", "/dev/null")
     monkeypatch.setattr(fuse, "_FUSE", os.stat("/dev/null").st_rdev)
     assert registry.way("fuse").lacks() == "fusermount3 is not installed (Debian: apt install fuse3)"
+
+
+def test_the_process_of_a_task_says_that_it_has_started_before_it_begins() -> None:
+    """The time limit of the task begins then."""
+    words = [sys.executable, "-m", "blkloom.attach.tasks", "thaw"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        answer, _ = process.communicate(json.dumps({"devices": [], "link": ""}))
+    assert "result" in json.loads(answer)
+
+
+def test_a_process_of_a_task_that_does_not_start_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep infinity\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("blkloom.attach.process._START_SECONDS", 0.0)
+
+    async def late() -> AttachError:
+        told: list[Process] = []
+        with pytest.raises(AttachError, match="the process for thaw has not started in 0 s") as raised:
+            await in_process("thaw", late=told.append, devices=[], link="/dev/blkloom/disk")
+        (process,) = told
+        assert await process.wait() < 0
+        return raised.value
+
+    error = asyncio.run(late())
+    assert (error.path, error.errno) == ("/dev/blkloom/disk", errno.ETIMEDOUT)

@@ -21,7 +21,9 @@ from blkloom.control.messages import Failure
 from blkloom.errors import AttachError
 
 SECONDS: Final = 30.0
-"""How long a task may take. After that it is killed, and ends as soon as the kernel lets it."""
+"""How long a task may take after its process has started. Then it is killed, and ends as soon as the kernel lets it."""
+_START_SECONDS: Final = 120.0
+"""How long the start may take: Python is read from storage, and a machine may have little memory."""
 
 
 async def in_process(
@@ -41,7 +43,11 @@ async def in_process(
         start_new_session=True,  # a signal of the terminal is for the caller, which may be about to detach
         cwd="/",
     )
+    assert process.stdout is not None, "it is a pipe"
+    has_started = False
     try:
+        async with asyncio.timeout(_START_SECONDS):
+            has_started = bool(await process.stdout.readline())
         async with asyncio.timeout(seconds):
             printed, _ = await process.communicate(json.dumps(arguments).encode())
     except TimeoutError as error:
@@ -50,6 +56,9 @@ async def in_process(
             late(process)
         what = f"{task} takes longer than {seconds:g} s: the device does not answer"
         cure = "see `blkloom info`; `blkloom detach --force` lets the I/O of its users fail"
+        if not has_started:
+            what = f"the process for {task} has not started in {_START_SECONDS:g} s"
+            cure = "see whether the machine has memory, and reads its root file system"
         raise AttachError(what, path=_path(arguments), errno=errno.ETIMEDOUT, cure=cure) from error
     except BaseException:
         process.kill()

@@ -1,6 +1,7 @@
 """Main program of a task process: `python -m blkloom.attach.tasks TASK`. See `process.py`.
 
-Reads the arguments as JSON from standard input; prints the result or the failure as JSON.
+Prints an empty line when it has started, because time limits are for the device, not for the start of Python. Reads the
+arguments as JSON from standard input; prints the result or the failure as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TASKS: Final[Mapping[str, Callable[..., Any]]] = {
 
 def main() -> None:
     """Runs the task that the command line names."""
+    print(flush=True)
     try:
         answer = {"result": TASKS[sys.argv[1]](**json.load(sys.stdin))}
     except (OSError, ValueError) as error:
