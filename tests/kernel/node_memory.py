@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--loop-options", default="")
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--press", type=int, default=48, help="MiB that are allocated and freed")
+    parser.add_argument("--press", type=int, default=24, help="MiB that are allocated and freed")
     options = parser.parse_args()
     size = 512 * MiB
     file, place = Path(options.folder, "disk.img"), Path(options.folder, "mounted")
