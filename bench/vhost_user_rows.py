@@ -28,7 +28,7 @@ def vhost_user_workloads(blkloom: str) -> list[Workload]:
         _row(blkloom, pattern, "4K", 4 * _KIB, depth) for depth in (1, 32) for pattern in (*_READ_AND_WRITE, "randrw")
     ]
     polling = [_row(blkloom, pattern, "4K", 4 * _KIB, 1, polling=True) for pattern in _READ_AND_WRITE]
-    rows = (("64K", 64 * _KIB, 32), ("1M", 1024 * _KIB, 8))
+    rows = (("64K", 64 * _KIB, 32), ("1M", 1024 * _KIB, 32))
     large = [_row(blkloom, pattern, *row) for row in rows for pattern in _READ_AND_WRITE]
     return [*small, *polling, *large]
 
@@ -46,7 +46,7 @@ def _row(blkloom: str, pattern: Pattern, name: str, block: int, depth: int, *, p
         QemuVhostUser(_QEMU_QCOW2, "qcow2", polling, "io_uring"),
     ]
     client = ours[0].clients[0]
-    ahead = (1.5, 2.0) if block == 4 * _KIB and depth == 32 else (None, None)
+    ahead = (1.5, 2.0) if depth == 32 else (None, None)
     goals = [
         Goal(_LOOP, _QEMU, ahead[0], client=client, floor=_FLOOR),
         Goal(_LOOP, _FLOOR, client=client, floor=_FLOOR),
