@@ -80,7 +80,8 @@ test: setup test-tools ## the engine's tests, then the others
 
 survival: setup test-tools ## what takes hours: all tests of virtual machines, workers killed often, little memory
 	@export BLKLOOM_LONG=1; $(call in_own_directory,$(VENV)/bin/python -m pytest -v tests/kernel \
-		tests/life/test_attach_survival.py tests/life/test_attach_deaths.py tests/life/test_client_deaths.py)
+		tests/life/test_attach_survival.py tests/life/test_attach_deaths.py tests/life/test_client_deaths.py \
+		tests/life/test_vhost_user.py tests/life/test_vhost_user_deaths.py tests/conformance/test_rust_driver.py)
 
 check: lint ## lint and the unit tests, one process per CPU; two minutes when nothing is built
 	@$(call in_own_directory,$(PYTEST) -q tests/unit)

@@ -86,7 +86,9 @@ class Load:
             self.requests += 1
 
     def finish(self) -> None:
-        """Ends the load, and compares all blocks."""
+        """Ends the load, if that was not done, and compares all blocks."""
+        if self._ends.is_set():
+            return
         self._ends.set()
         for thread in self._threads:
             thread.join(120)

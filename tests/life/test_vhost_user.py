@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 
 from blkloom.control.client import Client
 from blkloom.errors import UsageError
+from conformance.file_systems import run
+from long_runs import LONG, only_long
 from vhost_user_driver import SECTOR, WRITE, Machine
 
 from .conftest import Life, info, until
@@ -65,6 +68,34 @@ def test_no_request_is_lost_when_workers_are_killed(client: Client, disk: Path) 
     load.wait_for(300)
     load.finish()
     assert load.hang_ups >= KILLS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "cluster_size=4k,lazy_refcounts=on",
+        pytest.param("cluster_size=4k,refcount_bits=1", marks=only_long),
+        pytest.param("extended_l2=on", marks=only_long),
+    ],
+)
+def test_writes_to_an_image_survive_killed_workers_without_a_flush(
+    client: Client, program: Callable[[str, str], str], tmp_path: Path, options: str
+) -> None:
+    qemu_img, image = program("qemu-img", "qemu-utils"), tmp_path / "disk.qcow2"
+    run(qemu_img, "create", "-q", "-f", "qcow2", "-o", options, image, str(SECTORS * SECTOR))
+    client.create("disk", table=f"0 {SECTORS} qcow2 {image} 1 preallocate=0")
+    load = Load(Path(client.export("disk", kind="vhost-user").path))
+    for step in range(KILLS if LONG else 3):
+        load.wait_for(200)
+        worker = until(client, "disk", lambda found: found.worker > 0).worker
+        os.kill(worker, signal.SIGKILL)
+        until(client, "disk", lambda found, former=worker: found.worker not in {0, former})
+        if step % 2:
+            client.upgrade()
+    load.wait_for(300)
+    load.finish()
+    client.remove("disk", retry=True)
+    run(qemu_img, "check", "-q", image)
 
 
 def test_an_upgrade_does_not_disconnect_a_virtual_machine(client: Client, disk: Path) -> None:

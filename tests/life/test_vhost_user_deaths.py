@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,10 @@ from blkloom.control.client import Client
 from blkloom.errors import BlkloomError
 from kill_points import KillPoints
 from long_runs import LONG
-from vhost_user_driver import SECTOR
+from vhost_user_driver import SECTOR, WRITE, FrontEnd, Machine
 
 from .conftest import LONGEST_END, Life, a_life, info, until
-from .machine_load import SECTORS, Load
+from .machine_load import BLOCK, SECTORS, Load
 
 pytestmark = pytest.mark.timeout(1200 if LONG else 280)
 SUPERVISOR, WORKER = "blkloom.supervisor", "fork of blkloom.worker"
@@ -143,3 +144,44 @@ def test_no_request_is_lost_after_a_death_at_any_step(
             if not reached:
                 assert step > 1
                 break
+
+
+class Died(Exception):
+    """The program of the virtual machine is gone."""
+
+
+def test_a_machine_that_dies_at_any_message_makes_way_for_the_next(deaths: Deaths) -> None:
+    """Before its death, or after it, another worker takes over."""
+    deaths.load.finish()
+
+    def send(self: FrontEnd, *message: Any, flags: int = 1) -> None:
+        nonlocal left
+        if not left:
+            raise Died
+        left -= 1
+        original(self, *message, flags=flags)
+
+    original = FrontEnd.send
+    with pytest.MonkeyPatch.context() as patch, deaths.life.client() as client:
+        patch.setattr(FrontEnd, "send", send)
+        for messages in count(0, EACH):
+            left, upgrade_first = messages, bool(messages & 1)
+            machine, died = Machine(queues=2), False
+            try:
+                machine.connect(deaths.path)
+                for at in range(8):
+                    machine.queues[0].submit(WRITE, 8 * at, 0, bytes([messages]) * BLOCK)
+            except Died:
+                died = True
+            if upgrade_first:
+                client.upgrade()
+            machine.close()
+            if not upgrade_first:
+                client.upgrade()
+            left = -1
+            with Machine.connected(deaths.path, queues=2) as following:
+                following.write(0, b"f" * BLOCK, queue=1)
+                assert following.read(0, BLOCK) == b"f" * BLOCK, f"after {messages} messages"
+            if not died:
+                break
+    assert messages > 10
