@@ -1,18 +1,22 @@
-"""Checks of a block device that a driver of the kernel makes for an export, before it is removed."""
+"""Removal of a block device that a driver of the kernel has made for an export, and the checks before it."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
+import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from blkloom.errors import AttachError
+from blkloom.errors import AttachError, BlkloomError
 
 if TYPE_CHECKING:
     from blkloom.control.states import ExportState
+
+_log = logging.getLogger(__name__)
 
 _SYNC_SECONDS: Final = 30.0
 """For the cached pages of a block device to be written before it is removed."""
@@ -50,3 +54,17 @@ def check_unused(path: str, users: Collection[str]) -> None:
     by = ", ".join(users) or f"`fuser -vm {path}` tells by whom"
     cure = "unmount or close it first, or use --force: requests of its users fail then"
     raise AttachError(f"is in use ({by})", path=path, errno=errno.EBUSY, cure=cure)
+
+
+def remove_on_thread(path: str, remove: Callable[[], None]) -> None:
+    """Calls `remove`, which removes the block device at `path`, on a thread of its own: that may wait. An error is
+    logged.
+    """
+
+    def run() -> None:
+        try:
+            remove()
+        except (BlkloomError, OSError) as error:
+            _log.error("%s cannot be removed: %s", path, error)
+
+    threading.Thread(target=run, name=f"blkloom-remove {os.path.basename(path)}", daemon=True).start()

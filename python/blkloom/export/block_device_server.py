@@ -8,11 +8,12 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blkloom import _engine
 from blkloom.errors import ListenError
 from blkloom.export import memory_pressure
+from blkloom.export.served_export import ServedExport
 from blkloom.printing import described
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class BlockDeviceServer:
+class BlockDeviceServer(ServedExport):
     """The methods of `export.exporter.ExportServer` that are the same for all of them."""
 
     def __init__(
@@ -41,7 +42,7 @@ class BlockDeviceServer:
         self._descriptors = dict(descriptors)
         self._on_change = on_change
         self._paused = paused
-        self._ending = self._gone = False
+        self._ending = False
         self._tokens = itertools.count(1)
         self._starting: asyncio.Task[None] | None = None
         """Brings the block device up, for the first time or again."""
@@ -64,16 +65,6 @@ class BlockDeviceServer:
             self._starting = self._in_background(self._start(), "it is not served")
 
     @property
-    def state(self) -> ExportState:
-        """What the supervisor knows of it."""
-        return self._state
-
-    @property
-    def export(self) -> _engine.Export:
-        """The engine's."""
-        return self._export
-
-    @property
     def connections(self) -> int:
         """None: the driver does not tell who uses the block device."""
         return 0
@@ -82,15 +73,6 @@ class BlockDeviceServer:
     def descriptors(self) -> dict[str, int]:
         """Those of the driver."""
         return dict(self._descriptors)
-
-    @property
-    def gone(self) -> bool:
-        """The block device was removed or disconnected."""
-        return self._gone
-
-    def stats(self) -> dict[str, Any]:
-        """Its counters since it began."""
-        return self._export.stats()
 
     def rename(self, name: str) -> None:
         """The device is called `name` now; the block device keeps its path."""
@@ -103,9 +85,6 @@ class BlockDeviceServer:
         """Waits until the block device is served and has its size. Raises AttachError, ListenError."""
         if self._starting is not None:
             await self._starting
-
-    async def end_handshakes(self) -> None:
-        """There are none."""
 
     # of subclasses
 

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from blkloom import _engine
 from blkloom.control.rundir import RunDir
@@ -26,13 +26,14 @@ from blkloom.export.exporter import Client, Unfinished
 from blkloom.export.fuse.endpoints import DEVICE, RECORD
 from blkloom.export.fuse.state import FuseDetails
 from blkloom.export.fuse.uring import FORBIDDEN
+from blkloom.export.served_export import ServedExport
 
 _log = logging.getLogger(__name__)
 _LAST_REPLIES: Final = 5.0
 """Seconds for requests in flight to end when an export is removed."""
 
 
-class FuseExportServer:
+class FuseExportServer(ServedExport):
     """See `export.exporter.ExportServer`. One descriptor of the connection is served, by one event loop."""
 
     def __init__(
@@ -52,7 +53,6 @@ class FuseExportServer:
         self._on_change = on_change
         self._paused = paused
         self._ending = False
-        self._gone = False
         self._resends = self._moves = True
         self._unserved = b""
         self._tokens = itertools.count(1)
@@ -82,16 +82,6 @@ class FuseExportServer:
             _log.log(logging.WARNING if os.geteuid() == 0 else logging.INFO, "%s: %s", state.path, what)
 
     @property
-    def state(self) -> ExportState:
-        """The state of the export."""
-        return self._state
-
-    @property
-    def export(self) -> _engine.Export:
-        """The engine's."""
-        return self._export
-
-    @property
     def connections(self) -> int:
         """Number of times that the file is open."""
         return self._file.users
@@ -100,15 +90,6 @@ class FuseExportServer:
     def descriptors(self) -> dict[str, int]:
         """The descriptor of the connection, and that of the record of owner and mode."""
         return dict(self._descriptors)
-
-    @property
-    def gone(self) -> bool:
-        """Whether the file was unmounted."""
-        return self._gone
-
-    def stats(self) -> dict[str, Any]:
-        """Counters since its start."""
-        return self._export.stats()
 
     def rename(self, name: str) -> None:
         """Follows the new name of the device, as the link in the run directory does."""
@@ -132,13 +113,7 @@ class FuseExportServer:
 
         threading.Thread(target=invalidate, name="blkloom-fuse-invalidate", daemon=True).start()
 
-    async def ready(self) -> None:
-        """It is from the start."""
-
     # moving to another worker
-
-    async def end_handshakes(self) -> None:
-        """Does nothing: a FUSE file has no handshakes."""
 
     async def pause(self, timeout: float | None) -> list[Client]:
         """Stops reading requests, and answers those that were begun. Raises ListenError (EBUSY) if they come over

@@ -9,10 +9,8 @@ threads.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import socket
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from blkloom.control.states import ExportState, Role
-from blkloom.errors import BlkloomError, UsageError
+from blkloom.errors import UsageError
 from blkloom.export import block_device
 from blkloom.export.fuse.users import users_of
 from blkloom.export.kernel_nbd.state import (
@@ -35,8 +33,6 @@ from blkloom.export.kernel_nbd.state import (
 if TYPE_CHECKING:
     from blkloom.control.messages import AddExport
     from blkloom.control.rundir import RunDir
-
-_log = logging.getLogger(__name__)
 
 _BUFFER: Final = 1 << 20
 """Bytes that a socket takes in each direction: several requests of the block layer."""
@@ -84,14 +80,7 @@ class KernelNbdEndpoints:
         details = KernelNbdDetails.of(state)
         details.tag = another_tag(details.tag)
         details.put(state)
-
-        def remove() -> None:
-            try:
-                close_device(given_up)
-            except (BlkloomError, OSError) as error:
-                _log.error("%s cannot be removed: %s", given_up.path, error)
-
-        threading.Thread(target=remove, name="blkloom-nbd-remove", daemon=True).start()
+        block_device.remove_on_thread(given_up.path, lambda: close_device(given_up))
 
     def survives(self, state: ExportState) -> bool:
         """The next worker gives the kernel other sockets."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
-import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from blkloom.control.states import ExportState, Role
-from blkloom.errors import AttachError, BlkloomError, UsageError
+from blkloom.errors import AttachError, UsageError
 from blkloom.export import block_device
 from blkloom.export.fuse.users import users_of
 from blkloom.export.ublk.state import OnFailure, UblkDetails, UblkOptions, is_of, new_tag
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from blkloom.control.rundir import RunDir
     from blkloom.export.ublk.driver import Driver
     from blkloom.export.ublk.structures import DeviceInfo, Feature
-
-_log = logging.getLogger(__name__)
 
 CONTROL: Final = "control"
 """Key of the descriptor of /dev/ublk-control."""
@@ -81,14 +77,7 @@ class UblkEndpoints:
 
     def give_up(self, state: ExportState) -> None:
         """Has what waits for a worker fail: the block device is removed, on a thread."""
-
-        def remove() -> None:
-            try:
-                close_device(state, force=True)
-            except (BlkloomError, OSError) as error:
-                _log.error("%s cannot be removed: %s", state.path, error)
-
-        threading.Thread(target=remove, name="blkloom-ublk-remove", daemon=True).start()
+        block_device.remove_on_thread(state.path, lambda: close_device(state, force=True))
 
     def survives(self, state: ExportState) -> bool:
         """The next worker begins recovery."""

@@ -14,13 +14,14 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from blkloom import _engine
 from blkloom.control.rundir import RunDir
 from blkloom.control.states import ConnectionState, ExportState
 from blkloom.errors import BlkloomError, ListenError
 from blkloom.export.exporter import Client, Unfinished
+from blkloom.export.served_export import ServedExport
 from blkloom.export.vhost_user import parcel
 from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
 from blkloom.export.vhost_user.connection import Connection, readable
@@ -36,7 +37,7 @@ _RETRY: Final = 1.0
 """Seconds before accept is tried again with no descriptor free: there is no event for that."""
 
 
-class VhostUserExportServer:
+class VhostUserExportServer(ServedExport):
     """See `export.exporter.ExportServer`."""
 
     def __init__(
@@ -75,16 +76,6 @@ class VhostUserExportServer:
             self._begin()
 
     @property
-    def state(self) -> ExportState:
-        """The state of the export."""
-        return self._state
-
-    @property
-    def export(self) -> _engine.Export:
-        """The engine's."""
-        return self._export
-
-    @property
     def connections(self) -> int:
         """1 while a virtual machine is connected."""
         return int(self._session is not None)
@@ -93,15 +84,6 @@ class VhostUserExportServer:
     def descriptors(self) -> dict[str, int]:
         """The listening socket."""
         return {"": self._listening.fileno()}
-
-    @property
-    def gone(self) -> bool:
-        """False: users cannot remove a listening socket."""
-        return False
-
-    def stats(self) -> dict[str, Any]:
-        """Counters since its start."""
-        return self._export.stats()
 
     def rename(self, name: str) -> None:
         """Follows the new name of the device if the socket is in the run directory."""
@@ -113,12 +95,6 @@ class VhostUserExportServer:
         """Tells the virtual machine to read size and limits again."""
         if self._session is not None:
             self._session.configuration_changed()
-
-    async def ready(self) -> None:
-        """It is from the start."""
-
-    async def end_handshakes(self) -> None:
-        """There are none."""
 
     # moving to another worker
 
