@@ -375,7 +375,8 @@ class Map:
 
     segments: (start, length, owner, extent) in bytes. owner: the target's number, which its faults and flushes have.
     Several consecutive segments may have the same owner.
-    flush_owners: owners that receive a flush as a fault, after the data files were synced.
+    flush_owners: owners that receive a flush as a fault, after the data files were synced. fua_flushes: also after a
+    durable write (FUA); otherwise only the files that it reaches are synced.
     """
 
     def __new__(
@@ -412,6 +413,7 @@ class Engine:
     ) -> Engine: ...
     @property
     def io(self) -> Literal["io_uring", "threads"]: ...
+        fua_flushes: bool = True,
     @property
     def loops(self) -> int: ...
     def memory(self) -> dict[str, int]:

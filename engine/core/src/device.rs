@@ -68,6 +68,8 @@ pub struct Mapping {
 
 /// Whether the first leg of a filtered extent is a device for reads, and a backend has everything else. The backend, which
 /// may write to that device by another way, then has to flush it; or not, if it has given the device up.
+    /// Durable writes (FUA) end with a flush of the flush owners.
+    fua_flushes: bool,
 fn is_only_read(extent: &Extent<Kinds>) -> bool {
     matches!(extent, Extent::Filtered(filtered)
         if matches!(&filtered.legs[..2], [Extent::Device { writable: false, .. }, Extent::Backend { .. }]))
@@ -157,9 +159,16 @@ impl Mapping {
         }
     }
 
+            fua_flushes: true,
     /// The owner of a range, as a piece that faults.
     pub(crate) fn owned(&self, offset: u64, len: u64) -> Option<Piece<'_, Kinds>> {
         self.map.owner(offset, len).map(|(owner, len)| Piece { owner, len, resolved: Resolved::Fault })
+    /// Its flush owners have nothing to do after a durable write (FUA).
+    #[must_use]
+    pub fn without_fua_flushes(self) -> Mapping {
+        Mapping { fua_flushes: false, ..self }
+    }
+
     }
 
     /// Whether `device` is directly below this map.
@@ -203,6 +212,8 @@ pub enum Refused {
 
 /// Why a suspend failed.
 #[derive(Debug, PartialEq, Eq)]
+    /// Likewise, also after durable writes: see `has_fua_owners`.
+    has_fua_owners: AtomicBool,
 pub enum SuspendError {
     /// Requests in flight did not finish in time. The device is live again.
     Timeout,
@@ -251,6 +262,7 @@ impl Device {
     pub fn name(&self) -> &str {
         &self.name
     }
+            has_fua_owners: AtomicBool::new(false),
 
     /// Size in bytes. 0 before the first map.
     pub fn size(&self) -> u64 {
@@ -370,14 +382,14 @@ impl Device {
             })
     }
 
-    /// Whether targets, of this device or below, receive flushes as faults.
-    pub(crate) fn has_owners(&self) -> bool {
-        self.has_flush_owners.load(Ordering::Relaxed)
+    /// Whether a durable write (FUA) must end with a flush: targets, of this device or below, get it as a fault.
+    pub(crate) fn has_fua_owners(&self) -> bool {
+        self.has_fua_owners.load(Ordering::Relaxed)
             || self
                 .mapping
                 .load()
                 .as_ref()
-                .is_some_and(|mapping| mapping.flushed.iter().any(|lower| lower.has_owners()))
+                .is_some_and(|mapping| mapping.flushed.iter().any(|lower| lower.has_fua_owners()))
     }
 
     /// Whether the syncs of a writable file, of this device or below, have failed for good.
@@ -428,11 +440,11 @@ impl Device {
         if self.closed() {
             return Err(SwapError::Closed);
         }
-        let owners = !mapping.map.flush_owners().is_empty();
-        let before = self.has_flush_owners.load(Ordering::SeqCst);
-        self.has_flush_owners.store(before || owners, Ordering::SeqCst);
+        let flush = !mapping.map.flush_owners().is_empty();
+        let flags = [(&self.has_flush_owners, flush), (&self.has_fua_owners, flush && mapping.fua_flushes)];
+        let before = flags.map(|(flag, owners)| flag.fetch_or(owners, Ordering::SeqCst));
         let old = stacking::publish(self, mapping).inspect_err(|_| {
-            self.has_flush_owners.store(before, Ordering::SeqCst);
+            flags.iter().zip(before).for_each(|((flag, _), before)| flag.store(before, Ordering::SeqCst));
         })?;
         if self.closed() {
             // `close` did not wait for the control lock, and may have dropped the map before this one.
@@ -440,7 +452,7 @@ impl Device {
             return Err(SwapError::Closed);
         }
         self.epochs.synchronize(None);
-        self.has_flush_owners.store(owners, Ordering::SeqCst);
+        flags.iter().for_each(|(flag, owners)| flag.store(*owners, Ordering::SeqCst));
         Ok(old)
     }
 

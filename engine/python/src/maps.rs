@@ -323,15 +323,21 @@ pub struct Map(pub Arc<Mapping>);
 #[pymethods]
 impl Map {
     #[new]
-    #[pyo3(signature = (segments, *, flush_owners = Vec::new()), text_signature = "(segments, *, flush_owners=())")]
-    fn new(segments: Vec<(u64, u64, u32, PyRef<'_, Extent>)>, flush_owners: Vec<u32>) -> PyResult<Map> {
+    #[pyo3(signature = (segments, *, flush_owners = Vec::new(), fua_flushes = true),
+           text_signature = "(segments, *, flush_owners=(), fua_flushes=True)")]
+    fn new(
+        segments: Vec<(u64, u64, u32, PyRef<'_, Extent>)>,
+        flush_owners: Vec<u32>,
+        fua_flushes: bool,
+    ) -> PyResult<Map> {
         let mut list = Vec::with_capacity(segments.len());
         for (start, length, owner, extent) in &segments {
             let end = start.checked_add(*length).ok_or_else(|| value_error("a segment passes 2^64 bytes"))?;
             list.push(Segment { start: *start, end, owner: *owner, extent: extent.0.clone() });
         }
         let map = blkloom_core::Map::new(list, flush_owners).map_err(value_error)?;
-        Ok(Map(Arc::new(Mapping::new(map).map_err(value_error)?)))
+        let mapping = Mapping::new(map).map_err(value_error)?;
+        Ok(Map(Arc::new(if fua_flushes { mapping } else { mapping.without_fua_flushes() })))
     }
 
     #[getter]

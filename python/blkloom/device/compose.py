@@ -116,7 +116,8 @@ class LoadedTable:
 
     def _whole(self, runs: dict[int, list[Run]]) -> Map:
         flushing = [number for number, owner in self.owners.items() if owner.target.flushes]
-        return Map([run for own in runs.values() for run in own], flush_owners=flushing)
+        fua_flushes = any(self.owners[number].target.fua_flushes for number in flushing)
+        return Map([run for own in runs.values() for run in own], flush_owners=flushing, fua_flushes=fua_flushes)
 
 
 def compose(table: Table, context: LoadContext, numbers: Iterator[int]) -> LoadedTable:

@@ -76,6 +76,7 @@ class Delay(TargetSpec):
 class _LoadedDelay(LoadedTarget):
     spec: Delay
     flushes = True
+    fua_flushes = False
 
     def __init__(self, spec: Delay, context: LoadContext, length: Bytes) -> None:
         times = [one.milliseconds / 1000 for one in spec.delayed]

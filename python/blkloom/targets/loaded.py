@@ -94,6 +94,8 @@ class LoadedTarget:
 
     flushes: bool = False
     """It has a `flush`, because it buffers writes. The engine syncs the files of extents. Read together with `map`."""
+    fua_flushes: bool = True
+    """Its `flush` is needed after a durable write (FUA), too. Read together with `map`."""
     writes: bool = False
     """It has a `write`. By default, write-zeroes calls it and discards are ignored. Without it both fail: EROFS."""
     prefetches: bool = False

@@ -88,7 +88,7 @@ pub(super) fn must_flush(request: &Request) -> bool {
     match request.op {
         Op::Flush => true,
         // If an earlier sync failed, the flush fails the request.
-        Op::Write => request.flags.fua && (request.device.has_owners() || request.device.has_failed_syncs()),
+        Op::Write => request.flags.fua && (request.device.has_fua_owners() || request.device.has_failed_syncs()),
         Op::Discard | Op::WriteZeroes => request.flags.fua && request.device.needs_flush(),
         _ => false,
     }

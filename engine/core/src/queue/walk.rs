@@ -156,7 +156,7 @@ impl Queue {
         let Request { device, op, flags, memory, .. } = &active.request;
         // A durable write from a registered buffer is flushed, too: the pool could not examine a failed write.
         let registered = matches!(memory, Memory::Registered(_));
-        let owners = flags.fua && (registered || device.has_owners());
+        let owners = flags.fua && (registered || device.has_fua_owners());
         // Stored, because a swap may remove the flush owners before the request ends.
         active.unflushed |= owners && *op == Op::Write;
         semantics::action(*op, Flags { fua: flags.fua && !owners, ..*flags }, resolved)
