@@ -638,9 +638,12 @@ class Export:
     @property
     def device(self) -> Device: ...
     @property
+        suspending: bool = False,
     def name(self) -> str: ...
     @property
     def read_only(self) -> bool: ...
+
+        suspending: a flush is that of a suspend (`BackendOperation.suspending`).
     @property
     def connections(self) -> int:
         """Number of transports of all kinds that serve the export now."""

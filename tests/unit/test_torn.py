@@ -205,6 +205,38 @@ def test_a_write_that_waits_for_memory_fails_if_another_ends_the_power(
         assert isinstance(waiting.exception(PATIENCE), OSError)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "linear @ 0",
+        "log-writes @ /log",
+        "log-writes /log @",
+        f"mirror core 2 2 nosync 2 @ 0 @ {BLOCKS // 2}",
+        "flakey @ 0 1 0 5 corrupt_bio_byte 1 w 0 0",
+        "full @ 0 4k",
+        "torn @ 0",
+    ],
+)
+def test_a_device_on_a_cut_one_is_suspended_and_its_flushes_fail(
+    device: Callable[[str], blkloom.Device], tmp_path: Path, words: str
+) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        file.truncate(64 << 10)
+    torn = device("")
+    words = words.replace("@", "blkloom:torn").replace("/log", str(tmp_path / "log"))
+    table = blkloom.parse_table(f"0 {BLOCKS // 2} {words}", targets=blkloom.builtin_targets())
+    with blkloom.Device(table, engine=torn.engine, devices={"torn": torn}) as above:
+        above.pwrite(b"a" * BLOCK, 0)
+        above.flush()
+        say(torn, "cut")
+        above.suspend()
+        above.resume()
+        recorded = words.endswith("blkloom:torn")
+        assert fails(above.flush) != recorded, "the device of a log that fails goes on"
+        assert not recorded or above.status()[0][3].endswith("logging_disabled")
+        above.suspend()
+
+
 def test_a_block_may_be_torn_inside(device: Callable[[str], blkloom.Device]) -> None:
     torn = device("1 tear_inside")
     for block in range(BLOCKS):

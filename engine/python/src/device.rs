@@ -370,7 +370,7 @@ impl Device {
     }
 
     #[pyo3(signature = (notices, token, operation, offset, length, buffer = None, *, fua = false, unmap = true, fast = false,
-        context = "base:allocation"))]
+        context = "base:allocation", suspending = false))]
     #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
     fn submit(
         &self,
@@ -385,6 +385,7 @@ impl Device {
         unmap: bool,
         fast: bool,
         context: &str,
+        suspending: bool,
     ) -> PyResult<bool> {
         self.check_here(py)?;
         let op = self::operation(operation)?;
@@ -408,7 +409,7 @@ impl Device {
             op,
             offset,
             len: length,
-            flags: Flags { fua, unmap, fast, ..Flags::default() },
+            flags: Flags { fua, unmap, fast, through_gate: suspending && op == Op::Flush, ..Flags::default() },
             memory,
             owner: Owner::Notice { notices: notices.inner.clone(), token },
             started: Instant::now(),

@@ -12,9 +12,10 @@ but were not flushed are not in it if the process is killed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-from collections.abc import Sequence
-from typing import ClassVar, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
@@ -95,7 +96,9 @@ class _LoadedLogWrites(LoadedTarget):
 
 
 class LogWriter:
-    """Appends entries to a log. enabled: False after it was full. entries: their number. next: first free sector."""
+    """Appends entries to a log. enabled: False after it was full or has failed. entries: their number. next: first free
+    sector.
+    """
 
     def __init__(self, lower: LowerBackend.Lower, size: Bytes, saved: SavedState, segment: LiveSegment) -> None:
         self._lower = lower
@@ -129,20 +132,31 @@ class LogWriter:
         return former is None or former[0] != self._token
 
     async def append(self, entries: Sequence[LogEntry]) -> None:
-        """Makes the entries durable. One task at a time. Raises OSError."""
+        """Makes the entries durable. One task at a time. A log that is full or fails ends the recording, as in the
+        kernel, and not the writing. Raises OSError if the state cannot be saved.
+        """
+        if not self.enabled:
+            return
         log = self._view.lower
-        for entry in entries:
-            if self.enabled:
-                await self._append(entry)
-        await log.flush()
-        await log.pwrite(superblock(self.entries), 0, fua=True)
+        try:
+            for entry in entries:
+                if self.enabled:
+                    await self._append(entry)
+            await log.flush()
+            await log.pwrite(superblock(self.entries), 0, fua=True)
+        except OSError as error:
+            why = os.strerror(error.errno or errno.EIO)
+            self._end(f"the log of writes cannot be written after {self.entries} entries: {why}")
         self._save()
+
+    def _end(self, why: str) -> None:
+        self.enabled = False
+        self._segment.event(f"{why}: no more is recorded")
 
     async def _append(self, entry: LogEntry) -> None:
         length = 1 + len(entry.data) // SECTOR
         if self.next + length > self._size:
-            self.enabled = False
-            self._segment.event(f"the log of writes is full after {self.entries} entries: no more is recorded")
+            self._end(f"the log of writes is full after {self.entries} entries")
             return
         await self._view.lower.pwrite(entry_bytes(entry), to_bytes(Sectors(self.next)))
         self.next += length
@@ -186,8 +200,19 @@ class _Recording(LowerBackend):
 
     @override
     async def flush(self) -> None:
+        await self._flush(super().flush)
+
+    @override
+    async def flush_for_suspend(self) -> None:
+        await self._flush(super().flush_for_suspend)
+
+    async def _flush(self, flush_lower: Callable[[], Coroutine[Any, Any, None]]) -> None:
         completed, self._completed = self._completed, []
-        await super().flush()
+        try:
+            await flush_lower()
+        except OSError:  # the next flush covers them
+            self._completed[:0] = completed
+            raise
         await self._append([*completed, LogEntry(0, 0, FLUSH)])
 
     def _entry(self, offset: Bytes, length: Bytes, flags: int, data: bytes = b"") -> LogEntry:

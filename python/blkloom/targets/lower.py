@@ -21,18 +21,26 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+class LowerDevice(AsyncDevice):
+    """A lower device for asyncio, with the flush of a suspend."""
+
+    async def flush_for_suspend(self) -> None:
+        """As `flush`. Backends below see that it is the flush of a suspend (`Backend.flush_for_suspend`)."""
+        await self._submit("flush", 0, 0, suspending=True)
+
+
 class LowerView:
     """A lower device for coroutines."""
 
     def __init__(self, device: _engine.Device) -> None:
         self._device = device
-        self._view: AsyncDevice | None = None
+        self._view: LowerDevice | None = None
 
     @property
-    def lower(self) -> AsyncDevice:
+    def lower(self) -> LowerDevice:
         """The lower device. Only in coroutines of a backend."""
         if self._view is None:
-            self._view = AsyncDevice(self._device)
+            self._view = LowerDevice(self._device)
         return self._view
 
     async def close(self) -> None:
@@ -77,3 +85,7 @@ class LowerBackend(LowerView, Backend):
     @override
     async def flush(self) -> None:
         await self.lower.flush()
+
+    @override
+    async def flush_for_suspend(self) -> None:
+        await self.lower.flush_for_suspend()

@@ -24,12 +24,11 @@ from typing_extensions import override
 
 from blkloom import _engine
 from blkloom._engine import Extent, SwitchFilter
-from blkloom.async_device import AsyncDevice
 from blkloom.errors import FaultError
 from blkloom.printing import printable
 from blkloom.targets.backend import Backend
 from blkloom.targets.live_segment import LiveSegment
-from blkloom.targets.lower import LowerView, run_in_loop
+from blkloom.targets.lower import LowerDevice, LowerView, run_in_loop
 from blkloom.targets.saved_state import SavedState
 from blkloom.units import Bytes
 
@@ -248,12 +247,19 @@ class MirrorSet(Backend):
 
     @override
     async def flush(self) -> None:
-        good, failed = await self._everywhere(lambda lower: lower.flush())
+        await self._flush(lambda lower: lower.flush())
+
+    @override
+    async def flush_for_suspend(self) -> None:
+        await self._flush(lambda lower: lower.flush_for_suspend())
+
+    async def _flush(self, work: Callable[[LowerDevice], Coroutine[Any, Any, Any]]) -> None:
+        good, failed = await self._everywhere(work)
         if failed:  # nothing tells which writes are lost there
             self._write_failed(good, failed, range(self._regions))
 
     async def _change(
-        self, offset: Bytes, length: Bytes, work: Callable[[AsyncDevice], Coroutine[Any, Any, Any]]
+        self, offset: Bytes, length: Bytes, work: Callable[[LowerDevice], Coroutine[Any, Any, Any]]
     ) -> None:
         """Does the work on all legs. Two changes of the same bytes have the same order on each."""
         async with self._locks.locked(offset, length):
@@ -264,7 +270,7 @@ class MirrorSet(Backend):
                 self._write_failed(good, failed, self._numbers(offset, length))
 
     async def _everywhere(
-        self, work: Callable[[AsyncDevice], Coroutine[Any, Any, Any]]
+        self, work: Callable[[LowerDevice], Coroutine[Any, Any, Any]]
     ) -> tuple[list[int], dict[int, OSError]]:
         """The legs where it has succeeded, and those where it has failed. Waits for all of them."""
         numbers = [number for number in range(len(self._legs)) if number not in self._left_out]

@@ -17,7 +17,7 @@ import base64
 import errno
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar, Final
 
 from typing_extensions import override
@@ -262,6 +262,9 @@ class VolatileCache(LowerBackend):
 
     @override
     async def flush(self) -> None:
+        await self._flush(super().flush)
+
+    async def _flush(self, flush_lower: Callable[[], Coroutine[Any, Any, None]]) -> None:
         async with self._flushing:
             self._check()
             number = self._writes
@@ -270,7 +273,7 @@ class VolatileCache(LowerBackend):
                 if contents := [data for written, data in versions if written <= number]:
                     covered[block] = contents[-1]
             await self._put(covered)
-            await super().flush()
+            await flush_lower()
             self._check()
             self._forget(covered, number)
         async with self._room:
@@ -279,7 +282,7 @@ class VolatileCache(LowerBackend):
     @override
     async def flush_for_suspend(self) -> None:
         if not self.is_cut:  # otherwise the recording stays as it is
-            await self.flush()
+            await self._flush(super().flush_for_suspend)
 
     def _range(self, offset: Bytes, length: Bytes) -> range:
         size = self._spec.block
