@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         FlakeyFilter,
         Region,
         SwitchFilter,
+        Tee,
         ThrottleFilter,
     )
     from blkloom.async_device import AsyncDevice
@@ -148,6 +149,7 @@ __all__ = [
     "Table",
     "TableError",
     "TargetSpec",
+    "Tee",
     "ThrottleFilter",
     "UnknownTarget",
     "UsageError",
@@ -183,6 +185,7 @@ _HOMES: Final = {
         "FlakeyFilter",
         "Region",
         "SwitchFilter",
+        "Tee",
         "ThrottleFilter",
     ),
     "blkloom.control.client": ("Client",),

@@ -38,6 +38,7 @@ __all__ = [
     "Region",
     "SharedMemory",
     "SwitchFilter",
+    "Tee",
     "ThrottleFilter",
     "Transport",
     "UblkNode",
@@ -161,7 +162,7 @@ class Extent:
     @staticmethod
     def stripes(chunk: int, legs: Sequence[Extent]) -> Extent:
         """Chunk i is chunk i // len(legs) of leg i % len(legs). `chunk` is in bytes, not
-        necessarily a power of two; legs are data, memory, zero, error, device or backend extents.
+        necessarily a power of two; legs are data, memory, zero, error, device, backend or tee extents.
         """
     @staticmethod
     def unstriped(chunk: int, stripe: int, stripes: int, striped: Extent) -> Extent:
@@ -178,6 +179,9 @@ class Extent:
         filter sends elsewhere goes to `elsewhere`, by default an error EIO. The same extents are allowed as for
         `stripes`, and `Extent.fault()` for `elsewhere`. Several extents may share a filter.
         """
+    @staticmethod
+    def tee(tee: Tee, offset: int) -> Extent:
+        """In all devices of a tee. Reads fault."""
     @staticmethod
     def table(table: ClusterTable) -> Extent:
         """In the locations of a cluster table. The range begins at the table's cluster 0."""
@@ -298,6 +302,32 @@ class BackendQueue:
         """Fails all waiting and later operations with ESHUTDOWN."""
 
 @final
+class Tee:
+    """Several devices (legs) that get the same writes, discards and write zeroes: those to open regions. Others go to
+    the backend, like whatever has failed on one of the legs. A flush goes to all legs if all regions are open, else to
+    the backend. At first all regions are shut. Any thread may call any method.
+
+    Two writes of the same bytes have the same order on all legs. A write that has ended and did not reach all legs
+    shuts its regions; its range is torn.
+
+    size: bytes, at most those of each leg. region: bytes. Raises ValueError.
+    """
+
+    def __new__(cls, legs: Sequence[Device], backend: BackendQueue, size: int, region: int) -> Tee: ...
+    def open(self, first: int, count: int) -> None:
+        """Open `count` regions, except those with torn ranges."""
+    def shut(self, first: int, count: int) -> bool:
+        """Shut regions: no write to them begins on the legs any more. Returns whether one is in flight there."""
+    def wait(self, first: int, count: int) -> bool:
+        """Wait until no write to these regions is in flight on the legs. False: `end` was called."""
+    def end(self) -> None:
+        """Make `wait` return, now and later."""
+    def torn(self) -> list[tuple[int, int]]:
+        """Torn ranges: (offset, length)."""
+    def mend(self, offset: int, length: int) -> None:
+        """Declare that a range is not torn any more."""
+
+@final
 class BackendOperation:
     """An operation of a backend. Answer it once by `done` or `fail`, on any thread; only the first answer counts. An
     operation that is dropped without an answer fails with EIO.
@@ -384,6 +414,7 @@ class Map:
         segments: Sequence[tuple[int, int, int, Extent]],
         *,
         flush_owners: Sequence[int] = (),
+        fua_flushes: bool = True,
     ) -> Map: ...
     @property
     def size(self) -> int: ...
@@ -413,7 +444,6 @@ class Engine:
     ) -> Engine: ...
     @property
     def io(self) -> Literal["io_uring", "threads"]: ...
-        fua_flushes: bool = True,
     @property
     def loops(self) -> int: ...
     def memory(self) -> dict[str, int]:
@@ -609,9 +639,12 @@ class Device:
         unmap: bool = True,
         fast: bool = False,
         context: str = "base:allocation",
+        suspending: bool = False,
     ) -> bool:
         """Start a request. True: it is complete (it was small and did not have to wait). False: a notice (token,
         result, errno) reports its end, and `buffer` must not change until then. Raises OSError if it fails at once.
+
+        suspending: a flush is that of a suspend (`BackendOperation.suspending`).
         """
     def stats(self) -> dict[str, Any]:
         """Counters and latency histograms, see `blkloom.stats.Stats`. Reading them does not slow down the loops."""
@@ -638,12 +671,9 @@ class Export:
     @property
     def device(self) -> Device: ...
     @property
-        suspending: bool = False,
     def name(self) -> str: ...
     @property
     def read_only(self) -> bool: ...
-
-        suspending: a flush is that of a suspend (`BackendOperation.suspending`).
     @property
     def connections(self) -> int:
         """Number of transports of all kinds that serve the export now."""

@@ -64,9 +64,9 @@ def test_a_close_waits_for_no_delay() -> None:
 
 def wrong_delays() -> Iterator[tuple[Extent, float, str]]:
     zero = Extent.zero()
-    yield Extent.fault(), 1, "only data, memory, zero, error, a device or a backend"
-    yield Extent.stripes(512, [zero]), 1, "only data, memory, zero, error, a device or a backend"
-    yield Extent.filtered(DelayFilter(1, 1), zero), 1, "only data, memory, zero, error, a device or a backend"
+    yield Extent.fault(), 1, "only data, memory, zero, error, a device, a backend or a tee"
+    yield Extent.stripes(512, [zero]), 1, "only data, memory, zero, error, a device, a backend or a tee"
+    yield Extent.filtered(DelayFilter(1, 1), zero), 1, "only data, memory, zero, error, a device, a backend or a tee"
     yield zero, -1, "negative"
     yield zero, float("nan"), "seconds"
 

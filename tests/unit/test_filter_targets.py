@@ -74,6 +74,14 @@ def test_a_delay_counts_what_waits(device: Callable[[str], blkloom.Device]) -> N
         assert [one.result(PATIENCE) for one in waiting] == [SECTOR] * 3
 
 
+def test_a_durable_write_does_not_wait_as_a_flush(device: Callable[[str], blkloom.Device], disk: Path) -> None:
+    slow = device(f"0 {SECTORS} delay @ 0 0 @ 0 0 @ 0 3600000")
+    with Calls() as call:
+        assert call(lambda: slow.pwrite(b"w" * SECTOR, 0, fua=True)).result(PATIENCE) == SECTOR
+        slow.close(flush=False)
+    assert disk.read_bytes()[:SECTOR] == b"w" * SECTOR
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 7, 10])
 def test_a_delay_has_three_arguments_for_each_class(device: Callable[[str], blkloom.Device], count: int) -> None:
     words = ["@", "0", "1"] * 4

@@ -29,6 +29,10 @@ fn check_extent(extent: &Extent<Kinds>, start: u64, len: u64) -> Result<(), OutO
             Some(end) if end <= region.size() => Ok(()),
             _ => Err(OutOfBounds::Region { start, len, offset: *offset, size: region.size() }),
         },
+        Extent::Tee { tee, offset } => match offset.checked_add(len) {
+            Some(end) if end <= tee.size() => Ok(()),
+            _ => Err(OutOfBounds::Region { start, len, offset: *offset, size: tee.size() }),
+        },
         // A striped segment spreads its length over its legs. A leg is checked for its share, rounded up to a chunk.
         Extent::Stripes { chunk, legs } if *chunk > 0 && !legs.is_empty() => {
             let share = len.div_ceil(*chunk).div_ceil(legs.len() as u64).saturating_mul(*chunk);

@@ -26,6 +26,7 @@ use crate::stacking::{self, Users};
 use crate::stats::{Op, SHARDS, Shard, Stats};
 use crate::sync::atomic::AtomicU8;
 use crate::sync::{Mutex, lock};
+use crate::tee::Tee;
 use crate::wake::{TaskId, Wake};
 
 /// The handle types in the engine's maps.
@@ -36,6 +37,7 @@ impl Handles for Kinds {
     type Region = Arc<Region>;
     type Device = Arc<Device>;
     type Backend = Arc<dyn Backend>;
+    type Tee = Arc<Tee>;
     type Filter = Arc<dyn Filter>;
     type Error = Errno;
     const ENTRY_ERROR: Errno = Errno::IO;
@@ -60,19 +62,21 @@ pub struct Mapping {
     pub(crate) flushed: Box<[Arc<Device>]>,
     /// Every backend that a write may reach, once.
     pub(crate) backends: Box<[Arc<dyn Backend>]>,
+    /// Every tee, once.
+    pub(crate) tees: Box<[Arc<Tee>]>,
     /// Every filter, once: they decide about flushes, too.
     pub(crate) filters: Box<[Arc<dyn Filter>]>,
     /// See `Device::copies`, without the devices below.
     copies: bool,
-}
-
-/// Whether the first leg of a filtered extent is a device for reads, and a backend has everything else. The backend, which
-/// may write to that device by another way, then has to flush it; or not, if it has given the device up.
     /// Durable writes (FUA) end with a flush of the flush owners.
     fua_flushes: bool,
+}
+
+/// Whether the first leg of a filtered extent is a device for reads, and a backend or a tee has everything else. That one,
+/// which may write to the device by another way, then has to flush it; or not, if it has given the device up.
 fn is_only_read(extent: &Extent<Kinds>) -> bool {
     matches!(extent, Extent::Filtered(filtered)
-        if matches!(&filtered.legs[..2], [Extent::Device { writable: false, .. }, Extent::Backend { .. }]))
+        if matches!(&filtered.legs[..2], [Extent::Device { writable: false, .. }, Extent::Backend { .. } | Extent::Tee { .. }]))
 }
 
 fn add_once(devices: &mut Vec<Arc<Device>>, device: &Arc<Device>) {
@@ -86,6 +90,7 @@ impl Mapping {
         map.segments().iter().try_for_each(bounds::check)?;
         let (mut files, mut lower): (Vec<Arc<File>>, Vec<Arc<Device>>) = (Vec::new(), Vec::new());
         let mut backends: Vec<Arc<dyn Backend>> = Vec::new();
+        let mut tees: Vec<Arc<Tee>> = Vec::new();
         let mut seen = HashSet::new();
         let mut add = |file: &Arc<File>| {
             if file.needs_sync() && seen.insert(Arc::as_ptr(file)) {
@@ -126,6 +131,11 @@ impl Mapping {
                 {
                     backends.push(backend.clone());
                 }
+                // A flush of the tee, or of its backend, flushes its devices.
+                Extent::Tee { tee, .. } if !tees.iter().any(|known| Arc::ptr_eq(known, tee)) => {
+                    tees.push(tee.clone());
+                    tee.legs().iter().for_each(|leg| add_once(&mut lower, leg));
+                }
                 _ => {}
             }
         }
@@ -146,9 +156,17 @@ impl Mapping {
             lower: lower.into(),
             flushed: flushed.into(),
             backends: backends.into(),
+            tees: tees.into(),
             filters: filters.into(),
             copies,
+            fua_flushes: true,
         })
+    }
+
+    /// Its flush owners have nothing to do after a durable write (FUA).
+    #[must_use]
+    pub fn without_fua_flushes(self) -> Mapping {
+        Mapping { fua_flushes: false, ..self }
     }
 
     /// `Map::lookup` with the hint of a shard.
@@ -159,16 +177,9 @@ impl Mapping {
         }
     }
 
-            fua_flushes: true,
     /// The owner of a range, as a piece that faults.
     pub(crate) fn owned(&self, offset: u64, len: u64) -> Option<Piece<'_, Kinds>> {
         self.map.owner(offset, len).map(|(owner, len)| Piece { owner, len, resolved: Resolved::Fault })
-    /// Its flush owners have nothing to do after a durable write (FUA).
-    #[must_use]
-    pub fn without_fua_flushes(self) -> Mapping {
-        Mapping { fua_flushes: false, ..self }
-    }
-
     }
 
     /// Whether `device` is directly below this map.
@@ -201,6 +212,8 @@ pub struct Device {
     pub(crate) reservations: [AtomicUsize; 2],
     /// The map, or one that is just being replaced, has targets that receive flushes: see `needs_flush`.
     has_flush_owners: AtomicBool,
+    /// Likewise, also after durable writes: see `has_fua_owners`.
+    has_fua_owners: AtomicBool,
 }
 
 /// Why a request could not enter: the gate was not open.
@@ -212,8 +225,6 @@ pub enum Refused {
 
 /// Why a suspend failed.
 #[derive(Debug, PartialEq, Eq)]
-    /// Likewise, also after durable writes: see `has_fua_owners`.
-    has_fua_owners: AtomicBool,
 pub enum SuspendError {
     /// Requests in flight did not finish in time. The device is live again.
     Timeout,
@@ -251,6 +262,7 @@ impl Device {
             fault_timeout: fault_timeout.min(LONGEST_TIMEOUT),
             reservations: Default::default(),
             has_flush_owners: AtomicBool::new(false),
+            has_fua_owners: AtomicBool::new(false),
         });
         if let Some(mapping) = mapping {
             device.swap(mapping)?;
@@ -262,7 +274,6 @@ impl Device {
     pub fn name(&self) -> &str {
         &self.name
     }
-            has_fua_owners: AtomicBool::new(false),
 
     /// Size in bytes. 0 before the first map.
     pub fn size(&self) -> u64 {
@@ -377,6 +388,7 @@ impl Device {
             || self.mapping.load().as_ref().is_some_and(|mapping| {
                 !mapping.files.is_empty()
                     || !mapping.backends.is_empty()
+                    || !mapping.tees.is_empty()
                     || !mapping.filters.is_empty()
                     || mapping.flushed.iter().any(|lower| lower.needs_flush())
             })

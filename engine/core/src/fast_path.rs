@@ -3,6 +3,8 @@
 //! The thread is a loop or a caller of the in-process API. No queue is involved. Execution stops at the first piece
 //! that would wait or fault, and returns how many bytes are done. The queue executes the rest.
 
+use std::sync::Arc;
+
 use blkloom_io::{Ahead, Busy, Errno, File, FileExtent, Inline, InlinePolicy, Scratch, Slice, Source};
 use blkloom_map::Resolved;
 
@@ -12,6 +14,7 @@ use crate::io_errors;
 use crate::operation::Flags;
 use crate::semantics::{self, Action, FileAction, MemoryAction, NoSpace};
 use crate::stats::{Op, Shard};
+use crate::tee::{Begun, Tee};
 
 /// How far the fast path came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -300,12 +303,30 @@ pub fn write(device: &Device, shard: Shard, offset: u64, from: Source<'_>, patie
                     region.write(offset, part);
                     Progress::Done
                 }
+                Action::Tee { tee, offset } if would_copy_to(tee, shard, (offset, len)) => {
+                    on_legs(tee, (offset, len), |leg| write(leg, shard, offset, part, Patience::Nowait))
+                }
                 Action::Nothing => Progress::Done,
                 Action::Fail(errno) => Progress::Failed(errno),
                 _ => Progress::Queue(0),
             }
         },
     )
+}
+
+/// Whether all legs of a tee only copy a write.
+fn would_copy_to(tee: &Tee, shard: Shard, range: (u64, u64)) -> bool {
+    tee.legs().iter().all(|leg| would_copy(leg, shard, range))
+}
+
+/// Executes an operation on all legs of a tee. If one fails, the queue tries again.
+fn on_legs(tee: &Arc<Tee>, (at, len): (u64, u64), mut execute: impl FnMut(&Device) -> Progress) -> Progress {
+    let Begun::Writing(mut writing) = tee.begin(at, len) else { return Progress::Queue(0) };
+    if !tee.legs().iter().all(|leg| execute(leg) == Progress::Done) {
+        return Progress::Queue(0);
+    }
+    writing.complete();
+    Progress::Done
 }
 
 /// Counts an I/O error of a file, and returns it as progress.
@@ -332,6 +353,9 @@ pub fn clear(device: &Device, shard: Shard, op: Op, offset: u64, len: u64, flags
         }
         Action::Memory { region, offset, action: MemoryAction::Zero { unmap } } => {
             region.zero(offset, len, unmap).map_or_else(Progress::Failed, |()| Progress::Done)
+        }
+        Action::Tee { tee, offset } if would_copy_to(tee, shard, (offset, len)) => {
+            on_legs(tee, (offset, len), |leg| clear(leg, shard, op, offset, len, flags))
         }
         Action::Nothing => Progress::Done,
         Action::Fail(errno) => Progress::Failed(errno),

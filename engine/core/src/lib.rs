@@ -37,6 +37,7 @@ mod semantics;
 mod stacking;
 mod stats;
 mod sync;
+mod tee;
 mod transport;
 mod wake;
 
@@ -55,6 +56,7 @@ pub use operation::{Context, Flags, Found, context};
 pub use queue::Ended;
 pub use request::{Memory, OwnedBuffer, Owner, Request, TransportId, Waiter};
 pub use stats::{Op, Shard, Stats, Totals};
+pub use tee::Tee;
 pub use transport::{Arena, LoopContext, Status, Transport, fuse, nbd, ublk, vhost_user};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

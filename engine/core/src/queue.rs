@@ -1,9 +1,9 @@
 //! The queue: the requests of a loop that must wait for something.
 //!
 //! The queue walks a request's range piece by piece. Each piece that must wait becomes a `Task`: an I/O in the ring, a
-//! job in the pool, a fault at the mapper, a fault that its target deferred, an operation of a backend, a wait for an
-//! instant, or a wait at the gate of a suspended device. The request ends when its last task ends, with the first
-//! error.
+//! job in the pool, a fault at the mapper, a fault that its target deferred, an operation of a backend, requests to the
+//! devices of a tee, a wait for an instant, or a wait at the gate of a suspended device. The request ends when its last
+//! task ends, with the first error.
 //!
 //! A task that uses the result of a lookup holds a pin of every device on its path. A waiting task is counted as
 //! waiting there instead, so that the mapper may wait for the pins (see `epoch`). At most `MOST_TASKS` tasks of a
@@ -15,6 +15,7 @@ mod backend;
 mod bounce;
 mod flush;
 mod task;
+mod tee;
 mod wait;
 mod walk;
 mod withdraw;
@@ -39,8 +40,9 @@ use crate::io_errors;
 use crate::mailbox::{Mailbox, Poster};
 use crate::operation::Found;
 use crate::pool::{BlockShare, JobDone, JobResult, Pool};
-use crate::request::Request;
+use crate::request::{Owner, Request};
 use crate::stats::{Op, Shard};
+use crate::tee::Writing;
 use crate::wake::{TaskId, Wake};
 
 const MOST_TASKS: u32 = 256;
@@ -73,9 +75,9 @@ struct Active {
     bounce: Option<Bounce>,
     /// Files use the copy, too.
     bounced: bool,
-    /// A read has passed a filter that sends it elsewhere if it fails.
+    /// It has passed a filter that sends reads elsewhere if they fail, or has gone to the devices of a tee.
     retries: bool,
-    /// It has failed, and such filters send it elsewhere.
+    /// It has failed: such filters send it elsewhere, and tees to their backends.
     elsewhere: bool,
 }
 
@@ -151,6 +153,15 @@ enum Kind {
     Backend {
         backend: Arc<dyn Backend>,
         deadline: Instant,
+    },
+    /// Requests to the devices of a tee.
+    Tee {
+        /// How many have not ended.
+        left: usize,
+        /// The first.
+        error: Option<Errno>,
+        /// None for a flush.
+        writing: Option<Writing>,
     },
     /// A copy between a registered buffer and the request's bounce buffer.
     Copy {
@@ -357,10 +368,13 @@ impl Queue {
                     active.phase = Phase::Owners;
                     self.flush_owners(index);
                 }
-                Phase::Main if active.error.is_some() && active.retries && !active.elsewhere => {
+                Phase::Main | Phase::Sync if active.error.is_some() && active.retries && !active.elsewhere => {
                     let Request { offset, len, done, .. } = active.request;
                     (active.elsewhere, active.error, active.failure) = (true, None, None);
-                    active.todo.push((offset + done, len - done, 0));
+                    if active.phase == Phase::Main && len > done {
+                        active.todo.push((offset + done, len - done, 0));
+                    }
+                    active.phase = Phase::Main;
                 }
                 _ => return self.end(index),
             }
@@ -370,6 +384,9 @@ impl Queue {
     fn end(&mut self, index: usize) {
         let mut active = self.actives.remove(index);
         self.keep_bounce(active.bounce.take());
+        if let Owner::Tee(task) = active.request.owner {
+            return self.leg_ended(task, active.error);
+        }
         active.found.sort_unstable_by_key(|found| found.offset);
         if let (Some(errno), Some((offset, file))) = (active.error, active.failure) {
             active.request.device.io_failed(active.request.op, offset, errno, file.as_deref());

@@ -10,6 +10,7 @@ use crate::lock;
 use crate::notice::{Notices, Outcome};
 use crate::operation::{Context, Flags, Found};
 use crate::stats::Op;
+use crate::wake::TaskId;
 
 /// The memory that a request reads into or writes from.
 ///
@@ -243,13 +244,15 @@ pub enum Owner {
         notices: Arc<Notices>,
         token: u64,
     },
+    /// A task of the same queue, which waits for the devices of a tee.
+    Tee(TaskId),
 }
 
 impl Owner {
-    /// Reports the result to a waiter or a notice queue. Loops report to transports.
+    /// Reports the result to a waiter or a notice queue. Loops report to transports, and queues to their tasks.
     pub(crate) fn complete(self, error: Option<Errno>, found: Vec<Found>) {
         match self {
-            Owner::None | Owner::Transport { .. } => {}
+            Owner::None | Owner::Transport { .. } | Owner::Tee(_) => {}
             Owner::Waiter { waiter, index } => waiter.complete(index, error, found),
             Owner::Notice { notices, token } => notices.push(token, Outcome::Io { error, found }),
         }

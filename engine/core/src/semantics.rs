@@ -31,6 +31,11 @@ pub(crate) enum Action<'m, H: Handles> {
         backend: &'m H::Backend,
         offset: u64,
     },
+    /// Execute the operation on all devices of the tee.
+    Tee {
+        tee: &'m H::Tee,
+        offset: u64,
+    },
     /// Return zeros for a read.
     ReadZeros,
     /// Succeed without an effect: written bytes are discarded, and there is nothing to prefetch.
@@ -116,6 +121,11 @@ pub(crate) fn action<'m, H: Handles>(op: Op, flags: Flags, resolved: &Resolved<'
             Op::Extents => Action::Report(Allocation::Data),
             _ => otherwise(op),
         },
+        Resolved::Tee { tee, offset } => match op {
+            Op::Write | Op::Discard | Op::WriteZeroes => Action::Tee { tee, offset },
+            Op::Extents => Action::Report(Allocation::Data),
+            _ => otherwise(op),
+        },
         Resolved::Fault | Resolved::Device { .. } | Resolved::Filtered { .. } => otherwise(op),
     }
 }
@@ -158,11 +168,13 @@ impl<H: Handles> Action<'_, H> {
             self,
             Action::File { action: FileAction::Read | FileAction::Write { .. }, .. }
                 | Action::Memory { action: MemoryAction::Read | MemoryAction::Write, .. }
+                | Action::Tee { .. }
                 | Action::ReadZeros
         )
     }
 
-    /// Whether the CPU, a target or a backend needs the request's bytes. Files do not: the kernel moves the bytes.
+    /// Whether the CPU, a target or a backend needs the request's bytes. Files do not: the kernel moves the bytes. The
+    /// devices of a tee say so themselves.
     pub fn needs_bytes(&self, op: Op) -> bool {
         match self {
             Action::Memory { action: MemoryAction::Read | MemoryAction::Write, .. } | Action::ReadZeros => true,

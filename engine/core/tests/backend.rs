@@ -3,7 +3,6 @@
 
 mod rig;
 
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,6 @@ use blkloom_core::{Backend, BackendQueue, Device, Engine, Kinds, Limits, Memory,
 use blkloom_io::Buffer;
 use blkloom_map::Extent;
 use rig::*;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 const SIZE: u64 = 64 << 10;
 const ENOSPC: Errno = Errno::NOSPC;
@@ -32,23 +30,6 @@ fn backed(backend: &Arc<BackendQueue>, timeout: Duration) -> Arc<Device> {
 fn above(device: &Arc<Device>) -> Arc<Device> {
     let on = Extent::Device { device: device.clone(), offset: 0, writable: true };
     rig::device(mapping(vec![(SIZE, on)], vec![]))
-}
-
-fn is_readable(queue: &BackendQueue, wait: Duration) -> bool {
-    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: 0 };
-    poll(&mut [PollFd::new(&queue.fd().as_fd(), PollFlags::IN)], Some(&wait)).unwrap() > 0
-}
-
-/// Waits for the next `count` operations.
-fn next(queue: &BackendQueue, count: usize) -> Vec<Operation> {
-    let mut found = Vec::new();
-    while found.len() < count {
-        assert!(is_readable(queue, PATIENT), "no operation comes");
-        found.extend(queue.take().begun);
-    }
-    assert_eq!(found.len(), count);
-    found.sort_by_key(|operation| operation.offset);
-    found
 }
 
 fn cancelled(queue: &BackendQueue, of: &Operation) {

@@ -14,6 +14,7 @@ impl Handles for Numbers {
     type Region = u32;
     type Device = u32;
     type Backend = u32;
+    type Tee = u32;
     type Filter = ();
     type Error = i32;
     const ENTRY_ERROR: i32 = 5;

@@ -11,6 +11,8 @@ pub trait Handles {
     type Region;
     type Device;
     type Backend;
+    /// Several devices that get the same writes.
+    type Tee;
     /// The rule of a filtered extent.
     type Filter;
     /// The error of an error extent.
@@ -43,8 +45,8 @@ pub enum Extent<H: Handles> {
         /// Writes go to the device; false: they fault.
         writable: bool,
     },
-    /// Chunk i of the range is chunk i / legs of leg i % legs. A leg is data, memory, zeros, an error, a device or a
-    /// backend.
+    /// Chunk i of the range is chunk i / legs of leg i % legs. A leg is data, memory, zeros, an error, a device, a
+    /// backend or a tee.
     Stripes {
         chunk: u64,
         legs: Box<[Extent<H>]>,
@@ -63,6 +65,11 @@ pub enum Extent<H: Handles> {
         backend: H::Backend,
         offset: u64,
         writable: bool,
+    },
+    /// Writes go to all devices of the tee. Reads fault.
+    Tee {
+        tee: H::Tee,
+        offset: u64,
     },
     /// A filter decides about each operation before it reaches the extent behind the filter.
     Filtered(Arc<Filtered<H>>),
@@ -96,6 +103,10 @@ pub enum Resolved<'a, H: Handles> {
         backend: &'a H::Backend,
         offset: u64,
         writable: bool,
+    },
+    Tee {
+        tee: &'a H::Tee,
+        offset: u64,
     },
     /// `at`: offset in the filtered range.
     Filtered {
@@ -163,6 +174,7 @@ impl<H: Handles> Extent<H> {
             Extent::Backend { backend, offset, writable } => {
                 (Resolved::Backend { backend, offset: offset + at, writable: *writable }, len)
             }
+            Extent::Tee { tee, offset } => (Resolved::Tee { tee, offset: offset + at }, len),
             Extent::Filtered(filtered) => (Resolved::Filtered { filtered, at }, len),
         }
     }
@@ -177,6 +189,7 @@ impl<H: Handles> Extent<H> {
                 | Extent::Error(_)
                 | Extent::Device { .. }
                 | Extent::Backend { .. }
+                | Extent::Tee { .. }
         )
     }
 
@@ -197,6 +210,7 @@ where
     H::Region: Clone,
     H::Device: Clone,
     H::Backend: Clone,
+    H::Tee: Clone,
 {
     fn clone(&self) -> Self {
         match self {
@@ -218,6 +232,7 @@ where
             Extent::Backend { backend, offset, writable } => {
                 Extent::Backend { backend: backend.clone(), offset: *offset, writable: *writable }
             }
+            Extent::Tee { tee, offset } => Extent::Tee { tee: tee.clone(), offset: *offset },
             Extent::Filtered(filtered) => Extent::Filtered(filtered.clone()),
         }
     }
@@ -238,6 +253,7 @@ impl<H: Handles> std::fmt::Debug for Extent<H> {
             }
             Extent::Table(table) => write!(f, "Table({} bytes)", table.size()),
             Extent::Backend { offset, .. } => write!(f, "Backend({offset})"),
+            Extent::Tee { offset, .. } => write!(f, "Tee({offset})"),
             Extent::Filtered(filtered) => filtered.fmt(f),
         }
     }

@@ -59,7 +59,7 @@ impl std::fmt::Display for MapError {
             MapError::Filtered { start } => {
                 write!(
                     f,
-                    "segment at {start}: only data, memory, zero, error, a device or a backend can be behind a filter"
+                    "segment at {start}: only data, memory, zero, error, a device, a backend or a tee can be behind a filter"
                 )
             }
         }
@@ -90,7 +90,7 @@ impl<H: Handles> Map<H> {
                     if legs.iter().any(|leg| !leg.may_be_leg()) {
                         return Err(MapError::Stripes {
                             start,
-                            why: "a leg must be data, memory, zero, error, a device or a backend",
+                            why: "a leg must be data, memory, zero, error, a device, a backend or a tee",
                         });
                     }
                 }
@@ -104,7 +104,7 @@ impl<H: Handles> Map<H> {
                     if !striped.may_be_leg() {
                         return Err(MapError::Stripes {
                             start,
-                            why: "the striped range must be data, memory, zero, error, a device or a backend",
+                            why: "the striped range must be data, memory, zero, error, a device, a backend or a tee",
                         });
                     }
                 }

@@ -19,6 +19,7 @@ impl Handles for Numbers {
     type Region = u32;
     type Device = u32;
     type Backend = u32;
+    type Tee = u32;
     type Filter = ();
     type Error = i32;
     const ENTRY_ERROR: i32 = 5;
@@ -34,6 +35,7 @@ enum At {
     Fault,
     Device(u32, u64),
     Backend(u32, u64, bool),
+    Tee(u32, u64),
 }
 
 fn at(resolved: &Resolved<'_, Numbers>, plus: u64) -> At {
@@ -45,6 +47,7 @@ fn at(resolved: &Resolved<'_, Numbers>, plus: u64) -> At {
         Resolved::Fault => At::Fault,
         Resolved::Device { device, offset, .. } => At::Device(**device, offset + plus),
         Resolved::Backend { backend, offset, writable } => At::Backend(**backend, offset + plus, *writable),
+        Resolved::Tee { tee, offset } => At::Tee(**tee, offset + plus),
         Resolved::Filtered { filtered, at: start } => {
             let (resolved, len) = filtered.behind(start + plus, false, 1);
             assert_eq!(len, 1);
@@ -69,6 +72,7 @@ fn leaf() -> impl Strategy<Value = Extent<Numbers>> {
             offset,
             writable
         }),
+        (0u32..4, 0u64..1000).prop_map(|(tee, offset)| Extent::Tee { tee, offset }),
         Just(Extent::Zero { discard_writes: true }),
         (1i32..100).prop_map(Extent::Error),
         (0u32..4, 0u64..1000).prop_map(|(device, offset)| Extent::Device { device, offset, writable: true }),
@@ -103,6 +107,7 @@ fn model(extent: &Extent<Numbers>, i: u64) -> At {
             model(&legs[(i / chunk % n) as usize], i / chunk / n * chunk + i % chunk)
         }
         Extent::Backend { backend, offset, writable } => At::Backend(*backend, offset + i, *writable),
+        Extent::Tee { tee, offset } => At::Tee(*tee, offset + i),
         Extent::Filtered(filtered) => model(&filtered.legs[0], i),
         Extent::Unstriped { chunk, stripe, stripes, striped } => {
             // Byte by byte through the stripes, to the i-th byte that is on this one.

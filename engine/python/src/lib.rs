@@ -14,6 +14,7 @@ mod log;
 mod maps;
 mod mount;
 mod nbd;
+mod tee;
 mod ublk;
 mod vhost_user;
 
@@ -46,6 +47,8 @@ mod _engine {
     use crate::mount::{mount, unmount};
     #[pymodule_export]
     use crate::nbd::{Detached, serve_nbd};
+    #[pymodule_export]
+    use crate::tee::Tee;
     #[pymodule_export]
     use crate::ublk::{UblkNode, serve_ublk, ublk_control};
     #[pymodule_export]

@@ -13,6 +13,7 @@ use crate::backend::BackendQueue;
 use crate::border::{self, Bytes, os_error, value_error};
 use crate::device::Device;
 use crate::filters::AnyFilter;
+use crate::tee::Tee;
 
 /// Duplicates a descriptor from Python.
 pub fn duplicate(fd: RawFd) -> PyResult<OwnedFd> {
@@ -211,6 +212,11 @@ impl Extent {
     }
 
     #[staticmethod]
+    fn tee(tee: &Tee, offset: u64) -> Extent {
+        Extent(MapExtent::Tee { tee: tee.0.clone(), offset })
+    }
+
+    #[staticmethod]
     fn table(table: &ClusterTable) -> Extent {
         Extent(MapExtent::Table(table.0.clone()))
     }
@@ -228,6 +234,7 @@ impl Extent {
             MapExtent::Table(_) => "table",
             MapExtent::Backend { .. } => "backend",
             MapExtent::Unstriped { .. } => "unstriped",
+            MapExtent::Tee { .. } => "tee",
             MapExtent::Filtered(_) => "filtered",
         }
     }

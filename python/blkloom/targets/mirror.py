@@ -3,8 +3,8 @@
 Source: Linux Documentation/admin-guide/device-mapper/dm-raid.rst does not describe it; dm-raid1.c and dm-log.c for the
 arguments, the texts of errors and the form of the status. Differences from the kernel: see docs/targets.md.
 
-Reads go to one leg natively (`ReadMap`), and where that fails to another (`MirrorSet.read`). All other requests go to
-`MirrorSet`, which writes to all legs.
+Reads go to one leg natively (`ReadMap`), and where that fails to another (`MirrorSet.read`). Writes go to all legs
+natively (`Tee`), except where the legs are not in sync, or one has failed: there to `MirrorSet`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
-from blkloom._engine import Extent
+from blkloom._engine import Extent, Tee
 from blkloom.errors import ResourceError
 from blkloom.table.arguments import Arguments, decimal
 from blkloom.table.syntax import Argument, Syntax
@@ -155,9 +155,13 @@ class _LoadedMirror(LoadedTarget):
             region=to_bytes(Sectors(spec.region)),
             in_sync=spec.sync == "nosync",
         )
-        backend = Extent.backend(context.backend(self._set), 0, read_only=context.read_only)
-        reads = only_read(self._set.read_map.device)
-        extent = Extent.filtered(self._set.read_map.switch, reads, backend, elsewhere=backend)
+        queue = context.backend(self._set)
+        reads, backend = only_read(self._set.read_map.device), Extent.backend(queue, 0, read_only=True)
+        writes = backend
+        if not context.read_only:
+            self._set.tee = Tee(lowers, queue, length, to_bytes(Sectors(spec.region)))
+            writes = Extent.tee(self._set.tee, 0)
+        extent = Extent.filtered(self._set.read_map.switch, reads, writes, elsewhere=backend)
         super().__init__(spec, [(Bytes(0), length, extent)])
 
     @override

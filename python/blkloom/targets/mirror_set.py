@@ -8,6 +8,10 @@ What is known of the legs:
 
 A failure is saved before the write that has found it is answered, so the next process never takes a leg for good that
 lacks data. All methods of `MirrorSet` run in the loop of the backend, except `run`, `progress` and `letters`.
+
+The engine executes reads (`ReadMap`), and writes to regions that are in sync while no leg is left out (`Tee`). What
+fails there comes here. A region is shut for the engine's writes while a write, or a copy of the resync, is in progress
+here.
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import groupby
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from typing_extensions import override
 
 from blkloom import _engine
-from blkloom._engine import Extent, SwitchFilter
+from blkloom._engine import Extent, SwitchFilter, Tee
 from blkloom.errors import FaultError
 from blkloom.printing import printable
 from blkloom.targets.backend import Backend
@@ -102,6 +107,10 @@ class _RangeLocks:
     def __init__(self) -> None:
         self._taken: list[tuple[int, int, asyncio.Event]] = []
 
+    def taken(self) -> list[tuple[int, int]]:
+        """The ranges that are locked, or that a task waits for: start and end."""
+        return [(start, end) for start, end, _ in self._taken]
+
     @asynccontextmanager
     async def locked(self, offset: int, length: int) -> AsyncIterator[None]:
         """Waits until no earlier holder has a part of the range."""
@@ -119,9 +128,11 @@ class _RangeLocks:
 
 
 class MirrorSet(Backend):
-    """Does all operations but native reads. in_sync: the legs are the same at first. Without former state, the first
-    leg is the primary.
+    """Does all operations but those of the engine. in_sync: the legs are the same at first. Without former state, the
+    first leg is the primary. tee: None if the device is read-only.
     """
+
+    tee: Tee | None = None
 
     def __init__(
         self,
@@ -238,10 +249,11 @@ class MirrorSet(Backend):
 
     @override
     async def discard(self, offset: Bytes, length: Bytes) -> None:
-        async with self._locks.locked(offset, length):
+        async with self._alone(offset, length):
             if self._left_out:
                 self._set_in_sync(self._numbers(offset, length), False)
             _, failed = await self._everywhere(lambda lower: lower.discard(offset, length))
+            self._mend(offset, length)
         if failed:  # as in the kernel, this does not make a leg a failed one
             raise FaultError(errno.EOPNOTSUPP, "a leg does not discard")
 
@@ -262,12 +274,45 @@ class MirrorSet(Backend):
         self, offset: Bytes, length: Bytes, work: Callable[[LowerDevice], Coroutine[Any, Any, Any]]
     ) -> None:
         """Does the work on all legs. Two changes of the same bytes have the same order on each."""
-        async with self._locks.locked(offset, length):
+        async with self._alone(offset, length):
             if self._left_out:
                 self._set_in_sync(self._numbers(offset, length), False)
             good, failed = await self._everywhere(work)
+            self._mend(offset, length)
             if failed:
                 self._write_failed(good, failed, self._numbers(offset, length))
+
+    @asynccontextmanager
+    async def _alone(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Waits until no earlier change of the range is in progress, here or in the engine."""
+        regions = self._numbers(offset, length)
+        try:
+            async with self._locks.locked(offset, length):
+                if self.tee is not None and self.tee.shut(regions.start, len(regions)):
+                    await self._wait_for_engine(self.tee, regions)
+                yield
+        finally:
+            self._open(regions)
+
+    async def _wait_for_engine(self, tee: Tee, regions: range) -> None:
+        if not await asyncio.to_thread(tee.wait, regions.start, len(regions)):
+            raise FaultError(errno.ESHUTDOWN, "the mirror is being closed")
+
+    def _open(self, regions: range) -> None:
+        """Leaves the writes to these regions to the engine, where that is possible."""
+        if self.tee is None or self._left_out:
+            return
+        taken = [self._numbers(start, end - start) for start, end in self._locks.taken()]
+        free = (self._in_sync[region] and not any(region in other for other in taken) for region in regions)
+        for is_free, run in groupby(zip(free, regions, strict=True), key=lambda pair: pair[0]):
+            if is_free:
+                numbers = [region for _, region in run]
+                self.tee.open(numbers[0], len(numbers))
+
+    def _mend(self, offset: int, length: int) -> None:
+        """All legs have the same bytes in the range, or else it is known that they have not."""
+        if self.tee is not None:
+            self.tee.mend(offset, length)
 
     async def _everywhere(
         self, work: Callable[[LowerDevice], Coroutine[Any, Any, Any]]
@@ -290,6 +335,8 @@ class MirrorSet(Backend):
         data: the write has failed then, and the primary stays in use.
         """
         self.read_map.leave()  # before the write is answered
+        if self.tee is not None:
+            self.tee.shut(0, self._regions)
         self._set_in_sync(regions, False)
         heirs = [number for number in good if number not in self._behind]
         heirs.sort(key=lambda number: bool(self._legs[number].errors))
@@ -352,6 +399,7 @@ class MirrorSet(Backend):
                 if number == self._primary or number not in self._behind:
                     leg.errors.clear()
             self._save()
+            self._open(range(self._regions))
             if self._behind and self._resyncing is None:
                 self._resyncing = asyncio.create_task(self._resync(), name="resync of a mirror")
         self._map_reads()
@@ -364,6 +412,11 @@ class MirrorSet(Backend):
             failure, self._resyncing = self._resyncing.exception(), None
             if failure is not None:
                 raise failure
+        if self.tee is not None:
+            for offset, length in self.tee.torn():  # a write that will be executed again after the resume
+                self._set_in_sync(self._numbers(offset, length), False)
+                self._behind = set(range(len(self._legs))) - {self._primary}
+                self.tee.mend(offset, length)
         if not read_only:
             self._save(clean=True)
 
@@ -386,7 +439,7 @@ class MirrorSet(Backend):
                 at = (region + 1) * self._region
                 continue
             length = min(self._run_length(region) - (at - region * self._region), _STEP, self._length - at)
-            async with self._locks.locked(at, length):
+            async with self._alone(at, length):
                 if not await self._copy(source, copied, at, length):
                     return source != self._primary
                 if not self._left_out and copied == self._behind and not self._diverged:
@@ -448,6 +501,8 @@ class MirrorSet(Backend):
     @override
     async def close(self) -> None:
         self._pausing = True
+        if self.tee is not None:
+            self.tee.end()
         for task in (self._resyncing, self._mapping):
             if task is not None:
                 await asyncio.wait([task])

@@ -1,4 +1,4 @@
-//! Flush: the pool syncs data files, backends flush, and then targets that receive flushes get a fault. Also the last
+//! Flush: the pool syncs data files, backends and tees flush, and then targets that receive flushes get a fault. Also the last
 //! phase of durable (FUA) requests. Part of `queue`, whose invariants hold here.
 
 use std::sync::Arc;
@@ -51,8 +51,15 @@ impl Queue {
                     for backend in &mapping.backends {
                         self.operate(&walk, backend, Op::Flush, 0, 0, 0);
                     }
+                    for tee in &mapping.tees {
+                        if through_gate || self.actives[index].elsewhere || !tee.is_open() {
+                            self.operate(&walk, tee.backend(), Op::Flush, 0, 0, 0);
+                        } else {
+                            self.flush_legs(&walk, tee);
+                        }
+                    }
                 });
-                if self.actives[index].tasks == 0 {
+                if self.actives[index].tasks == 0 && self.actives[index].error.is_none() {
                     // Now, while the device is pinned.
                     self.actives[index].phase = Phase::Owners;
                     self.flush_owners(index);

@@ -120,6 +120,15 @@ impl Queue {
                     Verdict::Elsewhere => (piece.resolved, piece.len) = filtered.elsewhere(behind, piece.len),
                 }
             }
+            if let Resolved::Tee { tee, offset } = piece.resolved
+                && op.writes()
+            {
+                let (open, reach) = tee.run(offset, piece.len);
+                if self.actives[walk.active].elsewhere || !open {
+                    piece.resolved = Resolved::Backend { backend: tee.backend(), offset, writable: true };
+                }
+                piece.len = reach;
+            }
             if let Resolved::Backend { backend, .. } = piece.resolved {
                 piece.len = piece.len.min(backend.limits().longest);
             }
@@ -171,6 +180,7 @@ impl Queue {
         match action {
             Action::File { file, offset, action } => self.in_file(walk, owner, file, (offset, action), root, at, len),
             Action::Memory { region, offset, action } => self.in_memory(walk, region, (offset, action), root, len),
+            Action::Tee { tee, offset } => self.write_legs(walk, tee, offset, root, len),
             Action::Backend { backend, offset } => self.operate(walk, backend, op, root, offset, len),
             Action::ReadZeros => self.read_into(walk, root, len).zero(),
             Action::Nothing => {}

@@ -6,18 +6,20 @@ pub mod hosts;
 pub mod virtio_driver;
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blkloom_core::{
-    Device, Direction, Engine, Flags, IoChoice, Kinds, Map, Mapping, Memory, Op, Owner, Request, Transfer, Waiter,
+    BackendQueue, Device, Direction, Engine, Flags, IoChoice, Kinds, Map, Mapping, Memory, Op, Operation, Owner,
+    Request, Transfer, Waiter,
 };
 pub use blkloom_io::Errno;
 use blkloom_io::{File, Region, Slice};
 use blkloom_map::{Extent, Segment};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub const EIO: Errno = Errno::IO;
 pub const ESHUTDOWN: Errno = Errno::SHUTDOWN;
@@ -158,6 +160,23 @@ pub fn command(
     flags: Flags,
 ) -> Result<(), Errno> {
     engine.command(device, op, offset, len, flags)
+}
+
+pub fn is_readable(queue: &BackendQueue, wait: Duration) -> bool {
+    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&queue.fd().as_fd(), PollFlags::IN)], Some(&wait)).unwrap() > 0
+}
+
+/// Waits for the next `count` operations.
+pub fn next(queue: &BackendQueue, count: usize) -> Vec<Operation> {
+    let mut found = Vec::new();
+    while found.len() < count {
+        assert!(is_readable(queue, PATIENT), "no operation comes");
+        found.extend(queue.take().begun);
+    }
+    assert_eq!(found.len(), count);
+    found.sort_by_key(|operation| operation.offset);
+    found
 }
 
 /// A cheap, seeded sequence.
