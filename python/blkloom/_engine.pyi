@@ -44,6 +44,7 @@ __all__ = [
     "UblkNode",
     "VhostUserCall",
     "VhostUserDisk",
+    "VhostUserLog",
     "end_log",
     "fuse_can_resend",
     "fuse_init",
@@ -658,9 +659,9 @@ class Notices:
     def take(self) -> list[tuple[int, Any, int]]:
         """Take all notices: (token, result, errno). The token is that of `Device.submit`, `serve_nbd` or `serve_fuse`.
 
-        result: None or the extents, if I/O has ended. A str (the reason), if a transport has closed. A `Detached`,
-        `DetachedFuse` or `DetachedVhostUser`, if a transport was detached. An int (`FuseFile.users`), if the open count
-        of a FUSE file has changed.
+        result: None or the extents, if I/O has ended. A str (the reason), if a transport has closed. A `Detached` or
+        `DetachedFuse`, if a transport was detached. A `DetachedVhostUser`, if it was detached or has closed. An int
+        (`FuseFile.users`), if the open count of a FUSE file has changed.
         """
 
 @final
@@ -895,12 +896,25 @@ class VhostUserCall:
         """fd: an eventfd, of which a duplicate is kept. None: the driver polls. Raises OSError."""
 
 @final
+class VhostUserLog:
+    """Memory in which a front-end finds the pages of guest memory that were written, for a live migration. memory: a
+    bit for each page of 4 KiB, from guest address 0 on.
+    """
+
+    def __new__(cls, memory: SharedMemory) -> VhostUserLog: ...
+    def set_event(self, fd: int | None) -> None:
+        """fd: an eventfd that is raised after changes, of which a duplicate is kept. Raises OSError."""
+
+@final
 class DetachedVhostUser:
-    """A queue of a virtio block device that was detached."""
+    """A queue of a virtio block device that has ended."""
 
     @property
     def next(self) -> int:
         """Index in the available ring of the first request that was not taken."""
+    @property
+    def failure(self) -> str | None:
+        """Why it has ended, if it was not detached: how the driver has broken the rules, or that it was closed."""
 
 def raise_event(fd: int) -> None:
     """Makes the eventfd of another program readable, and never waits for that program. Raises OSError."""
@@ -926,14 +940,18 @@ def serve_vhost_user(
     event_idx: bool,
     indirect: bool,
     write_through: bool,
+    log: VhostUserLog | None,
+    used_log: int | None,
 ) -> Transport:
     """Serve a queue of a virtio block device. inflight: memory for its requests in flight, and the offset in it; those
     that are there are served again. kick: an eventfd of the driver; a duplicate is kept, and never read. size: number
     of descriptors. descriptors, available, used: addresses in the other program. next: index in the available ring of
     the first request, if none is in flight. event_idx, indirect: features. write_through: each write is durable before
-    it is answered. The transport's end is a `DetachedVhostUser` after `detach`. With `drain`, all requests that were
-    taken are answered before that; otherwise those that wait are left in flight. ValueError: the rings are not in the
-    memory, or break the rules.
+    it is answered. log: written pages are marked there; those of the used ring as from the guest address
+    `used_log` on, unless that is None. The transport's end is a `DetachedVhostUser`. With `detach(drain=True)`, all
+    requests that were taken are answered before that; otherwise those that wait are left in flight. A queue whose rings
+    or requests in flight break the rules ends at once, with a `failure`. ValueError: the rings are not in the memory,
+    or the log does not cover it.
     """
 
 @final

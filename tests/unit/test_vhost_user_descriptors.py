@@ -4,6 +4,7 @@ must not stay open, or whose close waits.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -11,11 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blkloom
+from blkloom import _engine
 from vhost_user_driver import READ, WRITE, FrontEnd, Machine
 from vhost_user_served import VhostUserServed
 
@@ -191,14 +195,18 @@ def test_a_descriptor_whose_close_waits_does_not_stop_the_worker(served: VhostUs
 
 
 def test_a_queue_that_cannot_be_handed_over_takes_the_others_with_it(
-    served: VhostUserServed, caplog: pytest.LogCaptureFixture
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    serve, calls = _engine.serve_vhost_user, count(1)
+
+    def serve_once(*arguments: Any, **more: Any) -> _engine.Transport:
+        if next(calls) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return serve(*arguments, **more)
+
     with Machine.connected(served.path, queues=2) as machine:
         machine.write(0, b"h" * BLOCK)
-        assert machine.inflight is not None
-        file, payload = machine.inflight
-        size = struct.unpack("=QQHHI", payload)[0]
-        os.pwrite(file, b"\xff\xff", size // 2 + 10)  # the number of descriptors in the region of the second queue
+        monkeypatch.setattr(_engine, "serve_vhost_user", serve_once)
         served.hand_over()
         _hang_up(machine)
         before = _used(machine)

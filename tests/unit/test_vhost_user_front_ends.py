@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
+import select
 import socket
 import struct
 import threading
@@ -15,7 +17,9 @@ from pathlib import Path
 import pytest
 
 import blkloom
-from blkloom import Extent, LoadContext, LoadedTarget, TargetSpec
+from blkloom import Extent, LoadContext, LoadedTarget, TargetSpec, _engine
+from blkloom.export.vhost_user import limited_log
+from blkloom.export.vhost_user.connection import Connection
 from blkloom.peer_credentials import PeerCredentials
 from blkloom.units import Bytes, Sectors
 from vhost_user_driver import (
@@ -26,6 +30,7 @@ from vhost_user_driver import (
     FrontEnd,
     FrontEndError,
     Machine,
+    Queue,
     shared_memory,
 )
 from vhost_user_served import VhostUserServed
@@ -310,23 +315,64 @@ def test_a_disabled_queue_is_not_served(served: VhostUserServed) -> None:
         assert machine.queues[1].data_of(slot, BLOCK) == b"d" * BLOCK
 
 
+def _break(queue: Queue) -> None:
+    """As a driver that makes too many requests available."""
+    queue._put_half(queue.available + 2, 1000)
+    os.eventfd_write(queue.kick, 1)
+
+
+def _was_told(queue: Queue) -> bool:
+    return bool(select.select([queue.error], [], [], 60)[0])
+
+
 def test_the_driver_of_a_broken_queue_is_told_and_may_start_it_again(
     served: VhostUserServed, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Machine.connected(served.path, queues=2) as machine:
         queue = machine.queues[0]
-        queue._put_half(queue.available + 2, 1000)
-        os.eventfd_write(queue.kick, 1)
-        import select
-
-        assert select.select([queue.error], [], [], 60)[0]
+        machine.write(0, b"q" * BLOCK)
+        _break(queue)
+        assert _was_told(queue)
         machine.write(0, b"q" * BLOCK, queue=1)
         queue._put_half(queue.available + 2, queue.next)
-        machine.stop()
-        machine.control.tell(10, struct.pack("=II", 0, queue.seen))
+        assert machine.stop() == queue.next, "it goes on behind what it has served"
+        machine.control.tell(10, struct.pack("=II", 0, queue.next))
         machine.control.tell(12, _u64(0), [queue.kick])
         assert machine.read(0, BLOCK) == b"q" * BLOCK
     assert "the available index 1000" in caplog.text
+
+
+def test_a_broken_queue_stays_so_over_a_hand_over_and_the_others_go_on(
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Machine.connected(served.path, queues=3) as machine:
+        first, second = machine.queues[:2]
+        _break(first)
+        assert _was_told(first)
+        os.eventfd_read(first.error)
+        # This one is broken where only the next worker looks: its used index is not that of its requests in flight.
+        second._put_half(second.used + 2, 1000)
+        for _ in range(2):
+            served.hand_over()
+            machine.write(0, b"o" * BLOCK, queue=2)
+        assert _was_told(second)
+        first._put_half(first.available + 2, 1)
+        os.eventfd_write(first.kick, 1)
+        served.hand_over()
+        assert machine.read(0, BLOCK, queue=2) == b"o" * BLOCK
+        assert not select.select([first.error, first.call], [], [], 0)[0]
+        # As after a reset of the driver, with new requests in flight.
+        assert machine.inflight is not None
+        os.pwrite(machine.inflight[0], bytes(struct.unpack("=QQHHI", machine.inflight[1])[0]), 0)
+        for index, queue in enumerate((first, second)):
+            machine.stop(index)
+            for at in (queue.available + 2, queue.used + 2):
+                queue._put_half(at, 0)
+            queue.next = queue.seen = 0
+            machine.control.tell(10, struct.pack("=II", index, 0))
+            machine.control.tell(12, _u64(index), [queue.kick])
+            assert machine.read(0, BLOCK, queue=index) == b"o" * BLOCK
+    assert caplog.text.count("a queue has ended") == 2
 
 
 def test_a_virtual_machine_is_accepted_after_the_requests_of_the_one_before(served: VhostUserServed) -> None:
@@ -379,6 +425,103 @@ def test_a_hand_over_that_takes_too_long_leaves_the_virtual_machine_where_it_is(
         assert machine.read(8 * BLOCK, BLOCK) == b"h" * BLOCK
         served.hand_over()
         assert machine.read(0, BLOCK) == b"h" * BLOCK
+
+
+def _left_in_a_stop(machine: Machine, served: VhostUserServed) -> None:
+    """Asks to stop a queue whose request waits, and hangs up."""
+    machine.queues[0].submit(WRITE, 0, 0, b"w" * BLOCK)
+    machine.control.send(11, struct.pack("=II", 0, 0))
+    machine.control.send(17)  # the front-end has sent more than was handled
+    while served.call(lambda: served.server._session is None or served.server._session._handled is None):
+        os.sched_yield()
+    machine.hang_up()
+
+
+def test_a_front_end_that_leaves_while_a_stopped_queue_waits_makes_no_other_wait(tmp_path: Path) -> None:
+    with (
+        blkloom.open(f"0 {SECTORS} ram") as device,
+        VhostUserServed(tmp_path / "socket", device) as served,
+        Machine.connected(served.path) as machine,
+    ):
+        device.suspend()
+        _left_in_a_stop(machine, served)
+        with Machine.connected(served.path) as other:
+            slot = other.queues[0].submit(READ, 0, BLOCK)
+            with pytest.raises(TimeoutError):
+                other.queues[0].wait(0.1)
+            device.resume()
+            assert other.queues[0].wait()[:2] == (slot, 0)
+            assert other.queues[0].data_of(slot, BLOCK) == bytes(BLOCK), "a request of a machine that has left"
+
+
+def test_a_stop_goes_on_with_the_next_worker(tmp_path: Path) -> None:
+    with (
+        blkloom.open(f"0 {SECTORS} ram") as device,
+        VhostUserServed(tmp_path / "socket", device) as served,
+        Machine.connected(served.path) as machine,
+    ):
+        device.suspend()
+        slot = machine.queues[0].submit(WRITE, 0, 0, b"w" * BLOCK)
+        machine.control.send(11, struct.pack("=II", 0, 0))
+        served.hand_over()
+        device.resume()
+        assert struct.unpack("=II", machine.control.answer(11)[0]) == (0, 1)
+        assert machine.queues[0].wait()[:2] == (slot, 0)
+
+
+def test_an_unexpected_error_ends_the_session_and_not_the_export(
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UnexpectedError(Exception):
+        """Of a request of a front-end."""
+
+    def fail(*_: object) -> None:
+        raise UnexpectedError
+
+    with Machine.connected(served.path) as machine:
+        machine.write(0, b"u" * BLOCK)
+        with monkeypatch.context() as patched:
+            patched.setattr(Connection, "send", fail)
+            machine.control.send(17)
+            assert machine.control.socket.recv(100) == b""
+    with Machine.connected(served.path) as machine:
+        assert machine.read(0, BLOCK) == b"u" * BLOCK
+    assert "UnexpectedError" in caplog.text
+
+
+def test_a_front_end_that_no_session_can_be_made_for_is_left_out(
+    served: VhostUserServed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with socket.socket(socket.AF_UNIX) as control, monkeypatch.context() as patched:
+        patched.setattr(_engine, "Notices", fail)
+        control.connect(os.fspath(served.path))
+        assert control.recv(1) == b""
+    with Machine.connected(served.path) as machine:
+        assert len(machine.read(0, BLOCK)) == BLOCK
+    assert "cannot serve a front-end: Too many open files" in caplog.text
+
+
+def test_front_ends_cannot_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with blkloom.open(f"0 {SECTORS} ram") as device, VhostUserServed(tmp_path / "socket", device) as served:
+        for _ in range(3 * limited_log.MOST):
+            with Machine.connected(served.path) as machine, suppress(ConnectionResetError):
+                machine.control.send(5000)
+                machine.control.socket.recv(100)
+        with Machine.connected(served.path) as machine:
+            for _ in range(3 * limited_log.MOST):
+                with pytest.raises(FrontEndError):
+                    machine.control.tell(8, struct.pack("=II", 0, 3))
+            assert len(caplog.records) == limited_log.MOST
+            served.call(served.server._log.close)  # the end of the interval
+            assert f"{5 * limited_log.MOST} more messages" in caplog.records[-1].getMessage()
+            with pytest.raises(FrontEndError):
+                machine.control.tell(8, struct.pack("=II", 0, 3))
+            assert len(caplog.records) == limited_log.MOST + 2
 
 
 def test_front_ends_of_random_messages_hurt_nobody_else(

@@ -26,16 +26,23 @@ fn half_a_file() -> Arc<blkloom_core::Device> {
 
 fn next(end: Outcome) -> u16 {
     match end {
-        Outcome::Detached(left) => left.downcast::<Detached>().unwrap().next,
-        Outcome::Closed { reason } => panic!("it was detached and not closed: {reason}"),
-        _ => panic!("a transport ends"),
+        Outcome::Detached(left) => {
+            let Detached { next, failure } = *left.downcast().unwrap();
+            assert_eq!(failure, None);
+            next
+        }
+        _ => panic!("a queue ends"),
     }
 }
 
-fn reason(end: Outcome) -> String {
+/// Why a queue has ended, and the index of its next request.
+fn failed(end: Outcome) -> (String, u16) {
     match end {
-        Outcome::Closed { reason } => reason,
-        _ => panic!("it was closed"),
+        Outcome::Detached(left) => {
+            let Detached { next, failure } = *left.downcast().unwrap();
+            (failure.expect("it was not detached"), next)
+        }
+        _ => panic!("a queue ends"),
     }
 }
 
@@ -232,7 +239,8 @@ fn nothing_is_stored_for_a_peer_that_was_given_up_and_the_next_engine_serves_its
     driver.claim(1000); // breaks the queue
     driver.kick_now();
     faults[0].answer(Answer::Done(Some(vec![9; 512])));
-    assert!(reason(host.next_end()).contains("available index 1000"));
+    let (reason, next) = failed(host.next_end());
+    assert!(reason.contains("available index 1000") && next == 1, "{reason}, {next}");
     assert_eq!(driver.taken(), []);
     handle.close();
     driver.claim(1);
@@ -252,7 +260,7 @@ fn a_driver_that_breaks_the_rules_ends_its_queue_only() {
         let _handle = driver.serve(&host);
         store(&mut driver);
         driver.kick_now();
-        let reason = reason(host.next_end());
+        let (reason, _) = failed(host.next_end());
         assert!(reason.contains(expected), "{reason}");
         assert_eq!(driver.taken(), []);
     };
@@ -342,4 +350,60 @@ fn rings_full_of_noise_hurt_no_other_device() {
     let mut fresh = Driver::new(true, true);
     let _handle = fresh.serve(&victim);
     assert_eq!(fresh.execute(READ, 0, &[0; 512]).0, OK);
+}
+
+#[test]
+fn the_pages_that_are_written_are_marked_in_the_log_and_no_others() {
+    for (name, engine) in engines() {
+        let host = Host::new(engine, half_a_file());
+        let mut driver = Driver::new(true, true);
+        driver.keep_log(LOG);
+        let handle = driver.serve(&host);
+        assert_eq!(driver.execute(FLUSH, 0, &[]).0, OK);
+        driver.take_marks();
+        let mut random = Random::new(7);
+        for round in 0..300 {
+            let kind = [READ, READ, WRITE, FLUSH, IDENTIFY][(random.next() % 5) as usize];
+            let length = match kind {
+                FLUSH => 0,
+                IDENTIFY => 20,
+                _ => 512 * (1 + random.next() % 30) as usize,
+            };
+            let sector = random.next() % (SECTORS - 30);
+            let slot = driver.submit(kind, sector, &vec![round as u8; length]);
+            driver.notify(1);
+            assert_eq!(driver.wait(1)[0].1, OK, "{name}");
+            let mut expected = vec![USED / 4096, Driver::status_at(slot) / 4096];
+            if matches!(kind, READ | IDENTIFY) {
+                let at = Driver::data_at(slot);
+                expected.extend(at / 4096..=(at + length - 1) / 4096);
+            }
+            expected.sort_unstable();
+            assert_eq!(driver.take_marks(), expected, "{name}: request {kind} of {length} bytes at {sector}");
+        }
+        handle.detach(true);
+        next(host.next_end());
+        driver.take_marks();
+        // A former engine may have died between a store to the used ring and its mark.
+        let _handle = driver.serve(&host);
+        assert_eq!(driver.execute(READ, 0, &[]).0, OK);
+        assert!(driver.take_marks().contains(&(USED / 4096)));
+    }
+}
+
+#[test]
+fn a_log_that_is_too_small_is_refused() {
+    let host = Host::new(engines().remove(0).1, half_a_file());
+    let mut driver = Driver::new(true, true);
+    driver.keep_log(LOG - 1);
+    assert!(driver.try_serve(&host, driver.settings()).is_err());
+    driver.keep_log(LOG);
+    let end = LOG as u64 * 8 * 4096;
+    for used_log in [end - 8, end, u64::MAX - 8, u64::MAX] {
+        let settings = blkloom_core::vhost_user::QueueSettings { used_log: Some(used_log), ..driver.settings() };
+        let error = driver.try_serve(&host, settings).err().expect("it is refused").to_string();
+        assert!(error.contains("does not cover"), "{error}");
+    }
+    let _handle = driver.serve(&host);
+    assert_eq!(driver.execute(READ, 0, &[0; 512]).0, OK);
 }

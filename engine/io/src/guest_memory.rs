@@ -160,6 +160,11 @@ impl GuestMemory {
         Ok(GuestMemory { regions: mapped })
     }
 
+    /// The first guest address after all memory.
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.guest + region.memory.slice().len() as u64)
+    }
+
     /// The memory from a guest address on: `len` bytes, or those of them that lie in one region. None: the address is not
     /// memory.
     pub fn guest(&self, address: u64, len: usize) -> Option<Slice<'_>> {

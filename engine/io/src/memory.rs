@@ -140,6 +140,14 @@ impl<'m> Slice<'m> {
         unsafe { AtomicU8::from_ptr(part.ptr) }.store(value, Ordering::Release);
     }
 
+    /// Sets bits of a byte that another program also changes. What was stored before is visible to a program that then
+    /// takes the bits.
+    pub fn set_bits(&self, at: usize, bits: u8) {
+        let part = self.part(at, 1);
+        // SAFETY: mapped and writable during `'m`. As in `shared_u16`.
+        unsafe { AtomicU8::from_ptr(part.ptr) }.fetch_or(bits, Ordering::SeqCst);
+    }
+
     /// Panics when out of bounds, as slicing does, or when it is not aligned.
     fn shared_u16(&self, at: usize) -> &AtomicU16 {
         let part = self.part(at, size_of::<u16>());

@@ -53,8 +53,8 @@ mod _engine {
     use crate::ublk::{UblkNode, serve_ublk, ublk_control};
     #[pymodule_export]
     use crate::vhost_user::{
-        DetachedVhostUser, GuestMemory, SharedMemory, VhostUserCall, VhostUserDisk, raise_event, serve_vhost_user,
-        vhost_user_inflight_length,
+        DetachedVhostUser, GuestMemory, SharedMemory, VhostUserCall, VhostUserDisk, VhostUserLog, raise_event,
+        serve_vhost_user, vhost_user_inflight_length,
     };
 
     #[pymodule_init]

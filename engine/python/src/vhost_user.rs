@@ -89,6 +89,22 @@ impl VhostUserCall {
 }
 
 #[pyclass(frozen, module = "blkloom._engine")]
+pub struct VhostUserLog(Arc<vhost_user::DirtyLog>);
+
+#[pymethods]
+impl VhostUserLog {
+    #[new]
+    fn new(memory: &SharedMemory) -> VhostUserLog {
+        VhostUserLog(Arc::new(vhost_user::DirtyLog::new(memory.0.clone())))
+    }
+
+    #[pyo3(signature = (fd))]
+    fn set_event(&self, fd: Option<i32>) -> PyResult<()> {
+        self.0.set_event(fd.map(duplicate).transpose()?).map_err(|error| event_error(&error))
+    }
+}
+
+#[pyclass(frozen, module = "blkloom._engine")]
 pub struct DetachedVhostUser(vhost_user::Detached);
 
 impl DetachedVhostUser {
@@ -102,6 +118,11 @@ impl DetachedVhostUser {
     #[getter]
     fn next(&self) -> u16 {
         self.0.next
+    }
+
+    #[getter]
+    fn failure(&self) -> Option<&str> {
+        self.0.failure.as_deref()
     }
 }
 
@@ -123,7 +144,7 @@ pub fn vhost_user_inflight_length(size: u16) -> usize {
 
 #[pyfunction]
 #[pyo3(signature = (engine, disk, guest, notices, token, *, inflight, kick, call, size, descriptors, available, used,
-    next, event_idx, indirect, write_through))]
+    next, event_idx, indirect, write_through, log, used_log))]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_vhost_user(
     py: Python<'_>,
@@ -143,13 +164,17 @@ pub fn serve_vhost_user(
     event_idx: bool,
     indirect: bool,
     write_through: bool,
+    log: Option<PyRef<'_, VhostUserLog>>,
+    used_log: Option<u64>,
 ) -> PyResult<Transport> {
     if !engine.0.is_here() {
         return Err(forked_error(py, "the engine"));
     }
     let recipient = Recipient { notices: notices.inner.clone(), token };
-    let memory = QueueMemory { guest: guest.0.clone(), inflight: (inflight.0.0.clone(), inflight.1) };
-    let settings = QueueSettings { size, descriptors, available, used, next, event_idx, indirect, write_through };
+    let log = log.map(|log| log.0.clone());
+    let memory = QueueMemory { guest: guest.0.clone(), inflight: (inflight.0.0.clone(), inflight.1), log };
+    let settings =
+        QueueSettings { size, descriptors, available, used, next, event_idx, indirect, write_through, used_log };
     let events = (duplicate(kick)?, call.0.clone());
     let served = py.detach(|| vhost_user::serve(&engine.0, &disk.inner, memory, settings, events, recipient));
     served.map(Transport).map_err(|error| match error {

@@ -1,5 +1,5 @@
-//! Virtqueues and requests of a virtio block device as bytes: the device's side of VIRTIO 1.2, and the region in which
-//! vhost-user tracks requests in flight.
+//! Virtqueues and requests of a virtio block device as bytes: the device's side of VIRTIO 1.2, and the memory in which
+//! vhost-user tracks requests in flight and written pages.
 //!
 //! Pure: no I/O, no unsafe. The driver is another program and hostile: it may change its memory at any time, and every
 //! address, length and index in it may be wrong. So each value is copied out of its memory once and then checked
@@ -7,11 +7,12 @@
 //! error and never a panic.
 //!
 //! `split`: rings and chains of descriptors. `block`: requests. `inflight`: requests in flight, kept over the death of
-//! the device's process.
+//! the device's process. `dirty_log`: pages that were written, for a live migration.
 
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod dirty_log;
 pub mod inflight;
 pub mod split;
 

@@ -9,7 +9,7 @@ use blkloom_virtio_wire::split::{
     Chain, DESCRIPTOR_SIZE, MOST_PIECES, Malformed, Piece, available_length, descriptors_length, gather, length,
     must_notify, pending, used, used_length,
 };
-use blkloom_virtio_wire::{Memory, inflight};
+use blkloom_virtio_wire::{Memory, dirty_log, inflight};
 use proptest::prelude::*;
 
 /// Memory of a driver from address 0 on, which counts how often each byte is copied.
@@ -293,4 +293,43 @@ fn a_region_that_was_never_used_has_nothing() {
     other[inflight::VERSION] = 1;
     other[inflight::COUNT] = 9;
     assert_eq!(inflight::left(&other, 8, 0), Err(Malformed::Inflight(9)));
+}
+
+proptest! {
+    #[test]
+    fn every_page_of_a_range_is_marked_and_no_other(
+        address in prop_oneof![0..1_u64 << 20, (u64::MAX - (1 << 18))..=u64::MAX],
+        bytes in prop_oneof![0..3_u64, 0..1_u64 << 19],
+        log in 0..40_u64,
+        base in any::<bool>(),
+    ) {
+        // The log ends near the range, or near address 0.
+        let first_byte = if base { 0 } else { address / dirty_log::PAGE / 8 };
+        let log = first_byte.saturating_add(log);
+        let mut marked = std::collections::BTreeSet::new();
+        for (at, bits) in dirty_log::marks(address, bytes, log) {
+            prop_assert!(at < log && bits != 0);
+            for bit in 0..8 {
+                if bits >> bit & 1 == 1 {
+                    prop_assert!(marked.insert(u128::from(at) * 8 + bit), "a page twice");
+                }
+            }
+        }
+        let expected: std::collections::BTreeSet<u128> = (0..u128::from(bytes))
+            .step_by(512)
+            .chain(bytes.checked_sub(1).map(u128::from))
+            .map(|more| u128::from(address) + more)
+            .filter(|&at| at <= u64::MAX.into())
+            .map(|at| at / u128::from(dirty_log::PAGE))
+            .filter(|page| page / 8 < log.into())
+            .collect();
+        prop_assert_eq!(marked, expected);
+    }
+
+    #[test]
+    fn a_log_is_as_long_as_the_last_address_needs(end in 1..=u64::MAX) {
+        let length = dirty_log::length(end);
+        prop_assert_eq!(dirty_log::marks(end - 1, 1, length).map(|(at, _)| at).collect::<Vec<_>>(), [length - 1]);
+        prop_assert_eq!(dirty_log::marks(end - 1, 1, length - 1).next(), None);
+    }
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use blkloom_core::vhost_user::{self, Call, Disk, QueueMemory, QueueSettings, ServeError};
+use blkloom_core::vhost_user::{self, Call, DirtyLog, Disk, QueueMemory, QueueSettings, ServeError};
 use blkloom_core::{Recipient, TransportHandle};
 use blkloom_io::{GuestMemory, GuestRegion, SharedMemory, Sharer};
 use blkloom_virtio_wire::{inflight, split};
@@ -27,12 +27,14 @@ pub const WRITE_ZEROES: u32 = 13;
 pub const GUEST: u64 = 0x10_0000;
 pub const USER: u64 = 0x7000_0000;
 const AVAILABLE: usize = 0x2000;
-const USED: usize = 0x3000;
+pub const USED: usize = 0x3000;
 const REQUESTS: usize = 0x4000;
 const TABLES: usize = 0x8000;
 pub const DATA: usize = 0x10000;
 const DATA_EACH: usize = 16 << 10;
 pub const LENGTH: usize = 2 << 20;
+/// Length of a log of the pages up to the end of the memory.
+pub const LOG: usize = (GUEST as usize + LENGTH) / 4096 / 8;
 
 pub fn sealed(length: usize) -> OwnedFd {
     let file = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -51,6 +53,9 @@ pub struct Driver {
     pub event_idx: bool,
     pub indirect: bool,
     pub write_through: bool,
+    log_file: OwnedFd,
+    /// Where the device marks pages that it writes, if it does.
+    pub log: Option<SharedMemory>,
     next: u16,
     seen: u16,
     free: Vec<u16>,
@@ -68,7 +73,42 @@ impl Driver {
         let free = (0..SIZE / 4).map(|slot| slot * 4).rev().collect();
         let region = sealed(inflight::region_length(SIZE));
         let (next, seen, write_through, kicks) = (0, 0, false, 0);
-        Driver { file, memory, region, kick, event, call, event_idx, indirect, write_through, next, seen, free, kicks }
+        let (log_file, log) = (sealed(LOG), None);
+        Driver {
+            file,
+            memory,
+            region,
+            kick,
+            event,
+            call,
+            event_idx,
+            indirect,
+            write_through,
+            log_file,
+            log,
+            next,
+            seen,
+            free,
+            kicks,
+        }
+    }
+
+    /// Lets the device mark the pages that it writes from the next start on. length: of the log.
+    pub fn keep_log(&mut self, length: usize) {
+        self.log = Some(SharedMemory::new(self.log_file.as_fd(), 0, length as u64, Sharer::Other).unwrap());
+    }
+
+    /// Takes the marks: pages of the memory.
+    pub fn take_marks(&self) -> Vec<usize> {
+        let log = self.log.as_ref().unwrap().slice();
+        let bytes = log.to_vec();
+        log.zero();
+        let pages = (0..bytes.len() * 8).filter(|page| bytes[page / 8] >> (page % 8) & 1 == 1);
+        pages.map(|page| page.checked_sub(GUEST as usize / 4096).expect("no page below the memory is marked")).collect()
+    }
+
+    pub fn status_at(slot: u16) -> usize {
+        REQUESTS + usize::from(slot) * 64 + 16
     }
 
     pub fn settings(&self) -> QueueSettings {
@@ -81,6 +121,7 @@ impl Driver {
             event_idx: self.event_idx,
             indirect: self.indirect,
             write_through: self.write_through,
+            used_log: self.log.as_ref().map(|_| GUEST + USED as u64),
         }
     }
 
@@ -91,8 +132,14 @@ impl Driver {
         let inflight = (Arc::new(SharedMemory::new(self.region.as_fd(), 0, length, Sharer::Other).unwrap()), 0);
         let disk = Disk::new(host.export.clone(), b"serial");
         let recipient = Recipient { notices: host.notices.clone(), token: 1 };
+        let log = self.log.as_ref().map(|log| {
+            let length = log.slice().len() as u64;
+            let memory = SharedMemory::new(self.log_file.as_fd(), 0, length, Sharer::Other).unwrap();
+            Arc::new(DirtyLog::new(Arc::new(memory)))
+        });
+        let memory = QueueMemory { guest, inflight, log };
         let events = (self.kick.try_clone().unwrap(), self.call.clone());
-        vhost_user::serve(&host.engine, &disk, QueueMemory { guest, inflight }, settings, events, recipient)
+        vhost_user::serve(&host.engine, &disk, memory, settings, events, recipient)
     }
 
     pub fn serve(&self, host: &Host) -> TransportHandle {

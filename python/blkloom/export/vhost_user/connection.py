@@ -9,8 +9,9 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -40,9 +41,14 @@ class Message(msgspec.Struct):
 
 
 class Connection:
-    """A connection. received, descriptors: of a former worker, which has not handled them."""
+    """A connection, which owns the socket. received, descriptors: of a former worker, which has not handled them.
+    Raises OSError, without owning anything.
+    """
 
     def __init__(self, connected: socket.socket, received: bytes = b"", descriptors: Sequence[int] = ()) -> None:
+        self._watch = select.epoll()
+        """Only for the end of the connection: it may be readable while messages wait."""
+        self._watch.register(connected.fileno(), 0)
         self._socket = connected
         self._received = bytearray(received)
         self._descriptors = list(descriptors)
@@ -117,6 +123,24 @@ class Connection:
             self._received += data
             return bool(data)
 
+    @contextlib.contextmanager
+    def calling_at_hang_up(self, call: Callable[[], None]) -> Iterator[None]:
+        """Calls a function when the front-end hangs up, also if it has sent messages that were not received."""
+        loop = asyncio.get_running_loop()
+
+        def called() -> None:
+            self._watch.modify(self._socket.fileno(), 0)
+            loop.remove_reader(self._watch.fileno())
+            call()
+
+        self._watch.modify(self._socket.fileno(), select.EPOLLRDHUP)
+        loop.add_reader(self._watch.fileno(), called)
+        try:
+            yield
+        finally:
+            loop.remove_reader(self._watch.fileno())
+            self._watch.modify(self._socket.fileno(), 0)
+
     def hang_up(self) -> None:
         """Ends the connection, which may be closed a little later."""
         with contextlib.suppress(OSError):  # the front-end has closed it
@@ -124,6 +148,7 @@ class Connection:
 
     def close(self) -> None:
         """Closes the connection, and descriptors of messages that were not handled."""
+        self._watch.close()
         while self._descriptors:
             self.closing.close(self._descriptors.pop())
         self.closing.close(self._socket.detach())  # the kernel also closes the descriptors that were not received

@@ -25,6 +25,7 @@ from blkloom.export.served_export import ServedExport
 from blkloom.export.vhost_user import parcel
 from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
 from blkloom.export.vhost_user.connection import Connection, readable
+from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import ProtocolError
 from blkloom.export.vhost_user.session import Session
 from blkloom.printing import described
@@ -65,6 +66,7 @@ class VhostUserExportServer(ServedExport):
         except BaseException:
             self._listening.close()
             raise
+        self._log = LimitedLog(_log, state)
         self._session: Session | None = None
         self._late = False
         """Pausing the session took too long; its queues are not served."""
@@ -123,7 +125,7 @@ class VhostUserExportServer(ServedExport):
                 self._session = parcel.unpack(descriptor, unfinished.initial, self._new_session)
                 self._session.adopt()
         except (BlkloomError, OSError) as error:
-            _log.error("%s: its virtual machine is disconnected: %s", self._state.path, described(error))
+            self._log.error("its virtual machine is disconnected: %s", described(error))
             self._failure = described(error) if self._session is not None else ""
         self._begin()
 
@@ -132,8 +134,9 @@ class VhostUserExportServer(ServedExport):
         await self._stop()
         self._listening.close()
         if self._session is not None and not await self._session.end(drain=_LAST_REPLIES):
-            _log.error("%s: requests in flight had not ended after %g s", self._state.path, _LAST_REPLIES)
+            self._log.error("requests in flight had not ended after %g s", _LAST_REPLIES)
         self._session = None
+        self._log.close()
 
     # serving
 
@@ -156,11 +159,11 @@ class VhostUserExportServer(ServedExport):
     async def _serve(self) -> None:
         while True:
             if self._session is None:
-                self._session = self._new_session(Connection(await self._accepted()))
+                self._session = await self._next_session()
                 self._on_change()
             reason = await self._run(self._session)
             level = logging.INFO if reason == "left" else logging.ERROR
-            _log.log(level, "%s: the front-end has %s", self._state.path, _past(reason))
+            self._log.log(level, "the front-end has %s", _past(reason))
             session = self._session
             await session.end(drain=0)
             self._session, self._late, self._failure = None, False, ""
@@ -171,13 +174,25 @@ class VhostUserExportServer(ServedExport):
         """Handles the requests of a session. Returns why it has ended."""
         if self._failure:
             return f"dropped: {self._failure}"
-        if self._late:
-            try:
+        try:
+            if self._late:
                 await session.resume()
-            except ProtocolError as error:
-                return f"dropped: {error}"
-            self._late = False
-        return await session.run()
+                self._late = False
+            return await session.run()
+        except ProtocolError as error:
+            return f"dropped: {error}"
+        except Exception as error:
+            self._log.log(logging.CRITICAL, "a front-end is dropped because of an error of blkloom", error=error)
+            return "dropped"
+
+    async def _next_session(self) -> Session:
+        while True:
+            connected = await self._accepted()
+            try:
+                return self._new_session(Connection(connected))
+            except OSError as error:
+                self._log.error("cannot serve a front-end: %s", described(error))
+                connected.close()
 
     async def _accepted(self) -> socket.socket:
         while True:
@@ -188,11 +203,11 @@ class VhostUserExportServer(ServedExport):
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                _log.error("%s: cannot accept: %s", self._state.path, described(error))
+                self._log.error("cannot accept: %s", described(error))
                 await asyncio.sleep(_RETRY)
 
     def _new_session(self, connection: Connection) -> Session:
-        return Session(connection, self._disk, self._engine, self._engine_disk, self._state.path)
+        return Session(connection, self._disk, self._engine, self._engine_disk, self._log)
 
     def _disk(self) -> Disk:
         limits = getattr(self._device, "limits", None)

@@ -88,7 +88,13 @@ def unpack(descriptor: int, data: bytes, new: Callable[[Connection], Session]) -
         raise ListenError(f"{count - len(found)} descriptors of a virtual machine were lost")
     take = iter(found).__next__
     connected = socket.socket(fileno=take())
-    session = new(Connection(connected, parcel.received, [take() for _ in range(parcel.descriptors)]))
+    try:
+        session = new(Connection(connected, parcel.received, [take() for _ in range(parcel.descriptors)]))
+    except BaseException:
+        connected.close()
+        for left in found[1:]:
+            os.close(left)
+        raise
     session.state = parcel.state
     session.files = [take() for _ in range(parcel.regions)]
     session.inflight_file = take() if parcel.has_inflight else -1

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -26,6 +25,7 @@ from blkloom import _engine
 from blkloom.export.vhost_user.configuration import MOST_DESCRIPTORS, MOST_QUEUES, PROTOCOL_FEATURES, Disk
 from blkloom.export.vhost_user.connection import Connection, Message
 from blkloom.export.vhost_user.descriptors import is_event, is_memory
+from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import (
     CONFIGURATION_CHANGED,
     MOST_CONFIGURATION,
@@ -51,8 +51,6 @@ from blkloom.export.vhost_user.vring import Vring, VringState
 from blkloom.peer_credentials import peer_credentials
 from blkloom.printing import described
 
-_log = logging.getLogger(__name__)
-
 _PAGE: Final = 4096
 
 
@@ -68,7 +66,7 @@ class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 class Session:
     """A front-end. disk: its configuration at present. engine, engine_disk, notices: of the engine. Each transport has
-    a token of `tokens`. name: for the log.
+    a token of `tokens`.
     """
 
     def __init__(
@@ -77,13 +75,13 @@ class Session:
         disk: Callable[[], Disk],
         engine: _engine.Engine,
         engine_disk: _engine.VhostUserDisk,
-        name: str,
+        log: LimitedLog,
     ) -> None:
         self._connection = connection
         self._disk = disk
         self._engine = engine
         self._engine_disk = engine_disk
-        self._name = name
+        self._log = log
         self._notices = _engine.Notices()
         self._tokens = itertools.count(1)
         self._served: dict[int, Vring] = {}
@@ -115,6 +113,8 @@ class Session:
                 await self._handle(message)
                 self._handled = None
                 self._close(message.descriptors)
+        except ConnectionResetError:
+            return "left"
         except ProtocolError as error:
             return f"dropped, it broke the protocol: {error}"
         except OSError as error:
@@ -191,7 +191,7 @@ class Session:
             # The front-end may make the socket blocking at any time.
             self.backend.send(request(CONFIGURATION_CHANGED), socket.MSG_DONTWAIT)
         except OSError as error:
-            _log.error("%s: the front-end could not be told of a new size: %s", self._name, described(error))
+            self._log.error("the front-end could not be told of a new size: %s", described(error))
 
     # requests
 
@@ -215,7 +215,7 @@ class Session:
         except ProtocolError as error:
             if not confirms:
                 raise
-            _log.error("%s: %s of the front-end is refused: %s", self._name, known.name, error)
+            self._log.error("%s of the front-end is refused: %s", known.name, error)
             self._connection.send(reply(known, number(1)))
         else:
             if confirms:
@@ -241,8 +241,9 @@ class Session:
     async def _get_vring_base(self, message: Message) -> tuple[bytes, list[int]]:
         index = VringValue.parse(message.payload).vring
         vring = self._vring(index)
-        await self._detach([vring], drain=True, timeout=None)
+        await self._drain([vring])
         vring.set_kick(-1)
+        vring.state.failed = False
         if self.state.inflight is None and self._inflight is not None:
             self._forget_inflight(index)
         return VringValue(index, vring.state.base).format(), []
@@ -340,6 +341,7 @@ class Session:
             raise ProtocolError("a queue without an eventfd for kicks is not served: the worker would always poll it")
         async with self._stopped([vring]):
             vring.set_kick(self._event(message))
+            vring.state.failed = False
             if not Feature.PROTOCOL & self.state.features:
                 vring.state.enabled = True
 
@@ -353,7 +355,7 @@ class Session:
         value = VringValue.parse(message.payload)
         vring = self._vring(value.vring)
         if not value.value:  # often followed by GET_VRING_BASE, after which the front-end expects no more answers
-            await self._detach([vring], drain=True, timeout=None)
+            await self._drain([vring])
         vring.state.enabled = bool(value.value)
         self._start_all()
 
@@ -494,32 +496,52 @@ class Session:
                 event_idx=bool(Feature.EVENT_IDX & features),
                 indirect=bool(Feature.INDIRECT & features),
                 write_through=not Feature.FLUSH & features,
+                log=None,
+                used_log=None,
                 **vring.arguments(),
             )
         except (OSError, ValueError, OverflowError) as error:
-            vring.failed = True
+            vring.state.failed = True
             raise ProtocolError(f"queue {index} cannot be served: {error}") from error
         self._served[token] = vring
 
-    async def _detach(self, vrings: Iterable[Vring], *, drain: bool, timeout: float | None) -> None:
-        """Takes vrings out of the engine. drain: after all of their requests. Raises TimeoutError."""
+    async def _drain(self, vrings: Iterable[Vring]) -> None:
+        """Takes vrings out of the engine after all of their requests, which may wait while the device is suspended.
+        Raises ConnectionResetError if the front-end leaves meanwhile.
+        """
+        left = asyncio.Event()
+
+        def leave() -> None:
+            left.set()
+            self._changed.set()
+
+        with self._connection.calling_at_hang_up(leave):
+            await self._detach(vrings, drain=True, timeout=None, unless=left)
+        if left.is_set():
+            raise ConnectionResetError(errno.ECONNRESET, "the front-end has hung up")
+
+    async def _detach(
+        self, vrings: Iterable[Vring], *, drain: bool, timeout: float | None, unless: asyncio.Event | None = None
+    ) -> None:
+        """Takes vrings out of the engine. drain: after all of their requests. unless: waits no longer; set it together
+        with `_changed`. Raises TimeoutError.
+        """
         vrings = list(vrings)
         for vring in vrings:
             if vring.transport is not None:
                 vring.transport.detach(drain=drain)
         async with asyncio.timeout(timeout):
-            while any(vring.transport is not None for vring in vrings):
+            while any(vring.transport is not None for vring in vrings) and not (unless and unless.is_set()):
                 self._changed.clear()
                 await self._changed.wait()
 
     def _take_notices(self) -> None:
-        for token, result, error in self._notices.take():
+        for token, result, _error in self._notices.take():
             vring = self._served.pop(token)
             vring.transport = None
-            if isinstance(result, _engine.DetachedVhostUser):
-                vring.state.base = result.next
-            else:
-                _log.error("%s: a queue has ended: %s", self._name, result or os.strerror(error))
+            vring.state.base = result.next
+            if result.failure is not None:
+                self._log.error("a queue has ended: %s", result.failure)
                 vring.report_failure()
         self._changed.set()
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class VringState(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """The part of a vring that is no descriptor. base: see `_engine.serve_vhost_user`, `next`."""
+    """The part of a vring that is no descriptor. base: see `_engine.serve_vhost_user`, `next`. failed: the driver has
+    broken the rules; it is not served until the front-end starts it again.
+    """
 
     size: int = 0
     base: int = 0
@@ -28,6 +30,7 @@ class VringState(msgspec.Struct, kw_only=True, omit_defaults=True):
     used: int = 0
     has_addresses: bool = False
     enabled: bool = False
+    failed: bool = False
 
 
 class Vring:
@@ -38,14 +41,12 @@ class Vring:
         self.kick = self.called = self.error = -1
         self.call = _engine.VhostUserCall()
         self.transport: _engine.Transport | None = None
-        self.failed = False
-        """The driver has broken the rules; it is not served until the front-end starts it again."""
 
     @property
     def is_wanted(self) -> bool:
         """Whether the front-end has started it."""
         state = self.state
-        return state.enabled and state.has_addresses and state.size > 0 and self.kick >= 0 and not self.failed
+        return state.enabled and state.has_addresses and state.size > 0 and self.kick >= 0 and not state.failed
 
     def set_size(self, size: int) -> None:
         """Raises ProtocolError."""
@@ -62,7 +63,7 @@ class Vring:
     def set_kick(self, descriptor: int) -> None:
         """Owns the descriptor; -1 stops the vring."""
         self._close(self.kick)
-        self.kick, self.failed = descriptor, False
+        self.kick = descriptor
 
     def set_call(self, descriptor: int) -> None:
         """Owns the descriptor; -1: the driver polls. Raises OSError."""
@@ -77,7 +78,7 @@ class Vring:
 
     def report_failure(self) -> None:
         """Tells the front-end that the driver has broken the rules, where it wants to know."""
-        self.failed = True
+        self.state.failed = True
         if self.error >= 0:
             _engine.raise_event(self.error)
 

@@ -1,8 +1,8 @@
 //! vhost-user transport: serves a device as the virtio block device of a virtual machine, from its memory.
 //!
-//! `disk`: what the queues of a device share. `call`: the eventfd by which the driver learns of used buffers. `vring`: the
-//! rings of a queue in the memory of the guest, and its requests in flight. `queue`: serves the requests of one queue.
-//! The control protocol is Python's.
+//! `disk`: what the queues of a device share. `call`: the eventfd by which the driver learns of used buffers. `dirty_log`:
+//! marks written pages during a live migration. `vring`: the rings of a queue in the memory of the guest, and its requests
+//! in flight. `queue`: serves the requests of one queue. The control protocol is Python's.
 //!
 //! One transport serves one queue. The bytes of a request are in the memory of the guest, also in the queue of the loop:
 //! nothing copies them on their way to a file.
@@ -11,6 +11,7 @@
 //! again all that were taken and not answered. So the former engine must have ended all I/O of the queue.
 
 mod call;
+mod dirty_log;
 mod disk;
 mod queue;
 mod vring;
@@ -19,9 +20,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use blkloom_io::{GuestMemory, SharedMemory};
-use blkloom_virtio_wire::split::Malformed;
 
 pub use self::call::Call;
+pub use self::dirty_log::DirtyLog;
 pub use self::disk::Disk;
 use self::queue::Queue;
 pub use self::queue::{Detached, KIND};
@@ -45,13 +46,17 @@ pub struct QueueSettings {
     pub indirect: bool,
     /// Each write must be durable before it is answered: the driver does not flush.
     pub write_through: bool,
+    /// Guest address by which stores to the used ring are marked in the log. None: they are not.
+    pub used_log: Option<u64>,
 }
 
-/// Memory of a queue. inflight: the region of its requests in flight is there, at this offset.
+/// Memory of a queue. inflight: the region of its requests in flight is there, at this offset. log: pages of the guest
+/// that are written are marked there.
 #[derive(Clone)]
 pub struct QueueMemory {
     pub guest: Arc<GuestMemory>,
     pub inflight: (Arc<SharedMemory>, usize),
+    pub log: Option<Arc<DirtyLog>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -60,12 +65,10 @@ pub enum ServeError {
     #[error("{0}")]
     Settings(String),
     #[error("{0}")]
-    Malformed(#[from] Malformed),
-    #[error("{0}")]
     Engine(#[from] EngineError),
 }
 
-/// Serves a queue. kick: an eventfd, to which the driver writes when buffers are available; it is never read.
+/// Serves a queue. One that the driver has broken before ends at once, as one that it breaks later. kick: an eventfd, to which the driver writes when buffers are available; it is never read.
 pub fn serve(
     engine: &Engine,
     disk: &Arc<Disk>,
@@ -74,7 +77,10 @@ pub fn serve(
     (kick, call): (OwnedFd, Arc<Call>),
     recipient: Recipient,
 ) -> Result<TransportHandle, ServeError> {
-    let vring = Vring::new(memory, settings)?;
-    let queue = Queue::new(disk.clone(), vring, settings.write_through, (kick, call), engine.budget().clone());
+    let (vring, recovered) = Vring::new(memory, settings)?;
+    let mut queue = Queue::new(disk.clone(), vring, settings.write_through, (kick, call), engine.budget().clone());
+    if let Err(malformed) = recovered {
+        queue.break_off(malformed);
+    }
     Ok(engine.serve(&disk.export, Box::new(queue), recipient)?)
 }

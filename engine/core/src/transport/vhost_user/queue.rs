@@ -51,9 +51,19 @@ const MOST_TOGETHER: usize = 8;
 /// Lists of pieces that are kept for the next requests.
 const MOST_LISTS: usize = 64;
 
-/// A queue that was detached. next: index in the available ring of the first chain that was not taken.
+/// A queue that has ended. next: index in the available ring of the first chain that was not taken. failure: why it ended,
+/// if it was not detached.
 pub struct Detached {
     pub next: u16,
+    pub failure: Option<String>,
+}
+
+/// Where the answer of a request goes.
+struct Reply {
+    /// Its status byte, in the memory of the guest.
+    status: Slice<'static>,
+    /// All that the request may write there, if that is logged.
+    writes: Vec<Piece>,
 }
 
 /// One operation on the device. A request to discard or to write zeroes has several.
@@ -71,8 +81,7 @@ struct Ticket {
     parts: usize,
     error: Option<Errno>,
     withdrawn: bool,
-    /// Its status byte, in the memory of the guest.
-    status: Slice<'static>,
+    reply: Reply,
     /// Number of bytes written if it succeeds, without the status.
     written: u32,
     /// Kept until the request ends.
@@ -134,33 +143,38 @@ impl Queue {
         }
     }
 
-    fn break_off(&mut self, malformed: Malformed) {
+    pub fn break_off(&mut self, malformed: Malformed) {
         self.end_now(&format!("the driver has broken the rules of virtio: {malformed}"));
     }
 
     // Answers
 
-    fn answer(&mut self, head: u16, status: Slice<'_>, answer: Answer, written: u32) {
-        status.store_u8(0, answer as u8);
+    fn answer(&mut self, head: u16, reply: &Reply, answer: Answer, written: u32) {
+        reply.status.store_u8(0, answer as u8);
+        self.vring.mark(&reply.writes);
         self.vring.put(head, written + 1);
         if self.vring.unpublished() >= MOST_TOGETHER {
             self.publish();
         }
     }
 
-    fn succeed(&mut self, head: u16, status: Slice<'_>, written: u32) {
-        self.answer(head, status, Answer::Ok, written);
+    fn succeed(&mut self, head: u16, reply: &Reply, written: u32) {
+        self.answer(head, reply, Answer::Ok, written);
     }
 
-    fn fail(&mut self, head: u16, status: Slice<'_>, errno: Errno) {
+    fn fail(&mut self, head: u16, reply: &Reply, errno: Errno) {
         let answer = if errno == Errno::OPNOTSUPP { Answer::Unsupported } else { Answer::IoError };
-        self.answer(head, status, answer, 0);
+        self.answer(head, reply, answer, 0);
     }
 
     fn publish(&mut self) {
+        let any = self.vring.unpublished() > 0;
         if self.vring.publish() || !self.has_called {
             self.has_called = true;
             self.call.raise();
+        }
+        if any {
+            self.vring.tell_log();
         }
     }
 
@@ -208,6 +222,8 @@ impl Queue {
         // SAFETY: used before the queue, which has the vring, is dropped.
         let status = unsafe { self.vring.part(at_status) };
         let status = status.ok_or(Malformed::Buffer { address: at_status.address, length: 1 })?;
+        let mut reply = Reply { status, writes: Vec::new() };
+        self.log(&mut reply, &[at_status]);
         let (readable, writable) = (&chain.pieces[asked.readable.clone()], &chain.pieces[asked.writable.clone()]);
         let write = Flags { fua: self.write_through, ..Flags::default() };
         let (op, data, flags) = match asked.kind {
@@ -217,11 +233,11 @@ impl Queue {
             Kind::Discard => (Op::Discard, readable, write),
             Kind::WriteZeroes => (Op::WriteZeroes, readable, write),
             Kind::Identify => {
-                self.identify(head, status, writable);
+                self.identify(head, reply, writable);
                 return Ok(());
             }
             Kind::Other(_) => {
-                self.fail(head, status, Errno::OPNOTSUPP);
+                self.fail(head, &reply, Errno::OPNOTSUPP);
                 return Ok(());
             }
         };
@@ -236,14 +252,26 @@ impl Queue {
             _ => Ok(parts),
         });
         match parts {
-            Ok(parts) => self.execute(head, status, &parts, memory, started, cx),
+            Ok(parts) => {
+                if op == Op::Read {
+                    self.log(&mut reply, data);
+                }
+                self.execute(head, reply, &parts, memory, started, cx);
+            }
             Err(errno) => {
                 self.keep_list(memory);
-                self.fail(head, status, errno);
+                self.fail(head, &reply, errno);
                 cx.count(&self.disk.export, op, (1, 0, 1), started);
             }
         }
         Ok(())
+    }
+
+    /// Adds pieces that a request may write.
+    fn log(&self, reply: &mut Reply, pieces: &[Piece]) {
+        if self.vring.is_logged() {
+            reply.writes.extend_from_slice(pieces);
+        }
     }
 
     /// The pieces as memory.
@@ -268,17 +296,29 @@ impl Queue {
         }
     }
 
-    fn identify(&mut self, head: u16, status: Slice<'_>, writable: &[Piece]) {
+    fn identify(&mut self, head: u16, mut reply: Reply, writable: &[Piece]) {
         let (mut memory, mut done) = (Vec::new(), 0);
-        if let Err(errno) = self.add_memory(writable, &mut memory) {
-            return self.fail(head, status, errno);
+        // The serial has no more bytes, and so no more pieces of them.
+        let mut left = ID_SIZE as u32;
+        let pieces: SmallVec<[Piece; 2]> = writable
+            .iter()
+            .map(|&Piece { address, length }| {
+                let length = length.min(left);
+                left -= length;
+                Piece { address, length }
+            })
+            .filter(|piece| piece.length > 0)
+            .collect();
+        if let Err(errno) = self.add_memory(&pieces, &mut memory) {
+            return self.fail(head, &reply, errno);
         }
+        self.log(&mut reply, &pieces);
         for part in memory {
             let length = part.len().min(ID_SIZE - done);
             part.part(0, length).copy_from(self.disk.serial[done..done + length].into());
             done += length;
         }
-        self.succeed(head, status, done as u32);
+        self.succeed(head, &reply, done as u32);
     }
 
     /// Checks an operation.
@@ -326,7 +366,7 @@ impl Queue {
     fn execute(
         &mut self,
         head: u16,
-        status: Slice<'static>,
+        reply: Reply,
         parts: &[Part],
         memory: Vec<Slice<'static>>,
         started: Instant,
@@ -340,7 +380,7 @@ impl Queue {
                 Progress::Queue(done) => waiting.push((*part, done)),
                 Progress::Failed(errno) => {
                     self.keep_list(memory);
-                    self.fail(head, status, errno);
+                    self.fail(head, &reply, errno);
                     return cx.count(&export, part.op, (1, 0, 1), started);
                 }
             }
@@ -350,7 +390,7 @@ impl Queue {
         let written = if op == Op::Read { length as u32 } else { 0 };
         if waiting.is_empty() {
             self.keep_list(memory);
-            self.succeed(head, status, written);
+            self.succeed(head, &reply, written);
             let bytes = parts.iter().map(|part| part.length).sum();
             return cx.count(&export, op, (parts.len() as u64, bytes, 0), started);
         }
@@ -366,7 +406,7 @@ impl Queue {
             parts: waiting.len(),
             error: None,
             withdrawn: false,
-            status,
+            reply,
             written,
             _reservation: reservation,
         });
@@ -423,13 +463,14 @@ impl Queue {
         if *parts > 0 {
             return;
         }
-        let Some(Ticket { error, withdrawn, status, written, .. }) = ticket.take() else { return };
+        let Some(Ticket { error, withdrawn, reply, written, .. }) = ticket.take() else { return };
         self.in_queue -= 1;
         match error {
-            // Another engine may serve it again; or nothing of this one may be seen any more.
-            _ if withdrawn || self.state.is_gone() => {}
-            None => self.succeed(head, status, written),
-            Some(errno) => self.fail(head, status, errno),
+            // Another engine may serve it again; or nothing of this one may be seen any more. A part of its data may have
+            // been written.
+            _ if withdrawn || self.state.is_gone() => self.vring.mark(&reply.writes),
+            None => self.succeed(head, &reply, written),
+            Some(errno) => self.fail(head, &reply, errno),
         }
     }
 }
@@ -520,6 +561,10 @@ impl Transport for Queue {
 
     fn end(self: Box<Self>) -> Outcome {
         let next = self.vring.next();
-        self.state.outcome(|_| Outcome::Detached(Box::new(Detached { next })))
+        let detached = |failure| Outcome::Detached(Box::new(Detached { next, failure }));
+        match self.state.outcome(|_| detached(None)) {
+            Outcome::Closed { reason } => detached(Some(reason)),
+            outcome => outcome,
+        }
     }
 }

@@ -16,7 +16,7 @@ use blkloom_virtio_wire::split::{
 };
 use blkloom_virtio_wire::{Memory, inflight};
 
-use super::{QueueMemory, QueueSettings, ServeError};
+use super::{DirtyLog, QueueMemory, QueueSettings, ServeError};
 
 /// The memory of a guest as a driver's.
 struct Guest<'m>(&'m GuestMemory);
@@ -31,6 +31,8 @@ pub(super) struct Vring {
     /// They keep the memory of all slices here.
     guest: Arc<GuestMemory>,
     _inflight: Arc<SharedMemory>,
+    log: Option<Arc<DirtyLog>>,
+    used_log: Option<u64>,
     descriptors: Slice<'static>,
     available: Slice<'static>,
     used: Slice<'static>,
@@ -57,13 +59,23 @@ pub(super) struct Vring {
 }
 
 impl Vring {
-    pub fn new(memory: QueueMemory, settings: QueueSettings) -> Result<Vring, ServeError> {
+    /// Also returns whether the requests in flight could be recovered.
+    pub fn new(memory: QueueMemory, settings: QueueSettings) -> Result<(Vring, Result<(), Malformed>), ServeError> {
         let QueueSettings { size, event_idx, indirect, .. } = settings;
         if !size.is_power_of_two() || size > LARGEST {
             let what = format!("a queue of {size} descriptors: a power of two up to {LARGEST} is possible");
             return Err(ServeError::Settings(what));
         }
-        let QueueMemory { guest, inflight: (shared, at) } = memory;
+        let QueueMemory { guest, inflight: (shared, at), log } = memory;
+        let used_log = settings.used_log.filter(|_| log.is_some());
+        if let Some(log) = &log {
+            let used_end = used_log.map_or(Some(0), |at| at.checked_add(split::used_length(size) as u64));
+            if !used_end.is_some_and(|end| log.covers(end.max(guest.end()))) {
+                let end = used_end.map_or_else(|| "the end of all addresses".to_owned(), |end| format!("{end:#x}"));
+                let what = format!("a log that does not cover memory up to {:#x} and a ring up to {end}", guest.end());
+                return Err(ServeError::Settings(what));
+            }
+        }
         let lengths = [split::descriptors_length(size), split::available_length(size), split::used_length(size)];
         let addresses = [settings.descriptors, settings.available, settings.used];
         let mut areas = [Slice::empty(); 3];
@@ -89,6 +101,8 @@ impl Vring {
         let mut vring = Vring {
             guest,
             _inflight: shared,
+            log,
+            used_log,
             descriptors,
             available,
             used,
@@ -106,8 +120,10 @@ impl Vring {
             notified: index,
             asks: true,
         };
-        vring.recover()?;
-        Ok(vring)
+        // A former engine may have died between a store and its mark.
+        vring.mark_used(0, vring.used.len());
+        let recovered = vring.recover();
+        Ok((vring, recovered))
     }
 
     /// Begins with the requests that another engine has left in flight.
@@ -129,6 +145,36 @@ impl Vring {
         self.again = left.unanswered.into();
         self.counter = left.counter;
         Ok(())
+    }
+
+    pub fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Marks pieces that were written in the log.
+    pub fn mark(&self, pieces: &[Piece]) {
+        if let Some(log) = &self.log {
+            pieces.iter().for_each(|piece| log.mark(piece.address, piece.length.into()));
+        }
+    }
+
+    /// Tells the other program that the log has changed.
+    pub fn tell_log(&self) {
+        if let Some(log) = &self.log {
+            log.tell();
+        }
+    }
+
+    /// Marks a part of the used ring.
+    fn mark_used(&self, at: usize, length: usize) {
+        if let (Some(log), Some(start)) = (&self.log, self.used_log) {
+            log.mark(start + at as u64, length as u64);
+        }
+    }
+
+    fn store_used(&self, at: usize, value: u16) {
+        self.used.store_u16(at, value);
+        self.mark_used(at, size_of::<u16>());
     }
 
     pub fn next(&self) -> u16 {
@@ -196,7 +242,9 @@ impl Vring {
     pub fn put(&mut self, head: u16, written: u32) {
         let element = split::used(head, written);
         let at = self.index.wrapping_add(self.batch.len() as u16);
-        self.used.part(split::used_offset(at, self.size), element.len()).copy_from(element[..].into());
+        let place = split::used_offset(at, self.size);
+        self.used.part(place, element.len()).copy_from(element[..].into());
+        self.mark_used(place, element.len());
         self.region.store_u16(inflight::link_offset(head), self.last_batch);
         self.region.store_u16(inflight::LAST_BATCH, head);
         self.last_batch = head;
@@ -214,7 +262,7 @@ impl Vring {
             return false;
         }
         self.index = self.index.wrapping_add(self.batch.len() as u16);
-        self.used.store_u16(INDEX, self.index);
+        self.store_used(INDEX, self.index);
         // Between the index and the marks, whose order counts if the process dies here; and before the load of what the
         // driver wants: it stores that and then loads the index.
         fence(Ordering::SeqCst);
@@ -237,7 +285,7 @@ impl Vring {
     /// Lets the driver not notify this side, which looks at the available ring anyway.
     pub fn ask_for_nothing(&mut self) {
         if self.asks && !self.event_idx {
-            self.used.store_u16(FLAGS, NO_NOTIFY);
+            self.store_used(FLAGS, NO_NOTIFY);
         }
         // With event indices, no notification follows the one for the index that was asked for.
         self.asks = false;
@@ -246,9 +294,9 @@ impl Vring {
     /// Asks the driver to notify this side of the next available head. Returns whether there is one already.
     pub fn ask(&mut self) -> bool {
         if self.event_idx {
-            self.used.store_u16(split::available_event_offset(self.size), self.next);
+            self.store_used(split::available_event_offset(self.size), self.next);
         } else if !self.asks {
-            self.used.store_u16(FLAGS, 0);
+            self.store_used(FLAGS, 0);
         }
         self.asks = true;
         // The driver stores its index and then loads what was just stored.
