@@ -28,9 +28,14 @@ READ, WRITE, FLUSH, IDENTIFY, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 SECTOR = 512
 GUEST, USER = 0x4000_0000, 0x7F00_0000_0000
 PATIENCE = 60.0
-F_FLUSH, F_INDIRECT, F_EVENT_IDX, F_PROTOCOL, F_VERSION_1 = 1 << 9, 1 << 28, 1 << 29, 1 << 30, 1 << 32
+F_FLUSH, F_CACHE_SWITCH, F_LOG, F_INDIRECT = 1 << 9, 1 << 11, 1 << 26, 1 << 28
+F_EVENT_IDX, F_PROTOCOL, F_VERSION_1 = 1 << 29, 1 << 30, 1 << 32
+F_OPTIONAL = F_FLUSH | F_CACHE_SWITCH | F_INDIRECT | F_EVENT_IDX
 P_QUEUES, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 3, 1 << 5, 1 << 9, 1 << 12
 _HEADER = struct.Struct("=III")
+_PAGE = 4096
+_LOG_BYTE = 8 * _PAGE
+"""Memory for which the log has a byte."""
 _EACH = 1 << 20
 """Memory for the data of a request."""
 
@@ -170,9 +175,13 @@ class Queue:
         self.free.append(slot)
         return slot, self.memory[self.headers + slot * 32 + 16], written
 
+    def data_at(self, slot: int) -> int:
+        """Where the data of a request is in the memory."""
+        return self.data + slot * _EACH
+
     def data_of(self, slot: int, length: int) -> bytes:
         """What the device has written."""
-        return self.memory[self.data + slot * _EACH :][:length]
+        return self.memory[self.data_at(slot) :][:length]
 
     def close(self) -> None:
         """Closes the eventfds."""
@@ -185,9 +194,7 @@ class Machine:
 
     SLOTS = 8
 
-    def __init__(
-        self, *, queues: int = 1, size: int = 64, wanted: int = F_FLUSH | F_INDIRECT | F_EVENT_IDX, memory: int = -1
-    ) -> None:
+    def __init__(self, *, queues: int = 1, size: int = 64, wanted: int = F_OPTIONAL, memory: int = -1) -> None:
         self.size, self.wanted = size, wanted
         each = 64 << 10
         start = queues * each
@@ -210,6 +217,7 @@ class Machine:
         self.control: FrontEnd
         self.backend: socket.socket | None = None
         self.features = self.protocol_features = 0
+        self._log: mmap.mmap | None = None
 
     @classmethod
     def connected(cls, path: str | os.PathLike[str], **settings: int) -> Self:
@@ -222,7 +230,7 @@ class Machine:
         """Connects, for the first time or again, and starts the queues."""
         self.control = control = FrontEnd(path)
         offered = control.number(1)
-        self.features = offered & (self.wanted | F_PROTOCOL | F_VERSION_1 | ~(F_FLUSH | F_INDIRECT | F_EVENT_IDX))
+        self.features = offered & (self.wanted | F_PROTOCOL | F_VERSION_1 | ~F_OPTIONAL) & ~F_LOG
         self.protocol_features = control.number(15)
         control.tell(16, struct.pack("=Q", self.protocol_features))
         control.acknowledges = bool(self.protocol_features & P_REPLY_ACK)
@@ -249,12 +257,39 @@ class Machine:
             control.tell(8, struct.pack("=II", index, self.size))
             base = int.from_bytes(self.memory[queue.used + 2 : queue.used + 4], "little")
             control.tell(10, struct.pack("=II", index, base))
-            places = (USER + queue.descriptors, USER + queue.used, USER + queue.available, 0)
-            control.tell(9, struct.pack("=IIQQQQ", index, 0, *places))
+            self._set_addresses(index)
             control.tell(13, struct.pack("=Q", index), [queue.call])
             control.tell(14, struct.pack("=Q", index), [queue.error])
             control.tell(12, struct.pack("=Q", index), [queue.kick])
             control.tell(18, struct.pack("=II", index, 1))
+
+    def _set_addresses(self, index: int, *, logs: bool = False) -> None:
+        queue = self.queues[index]
+        places = (USER + queue.descriptors, USER + queue.used, USER + queue.available, GUEST + queue.used)
+        self.control.tell(9, struct.pack("=IIQQQQ", index, int(logs), *places))
+
+    def set_log(self) -> None:
+        """Gives the device a log of the pages that it writes."""
+        size = -(-(GUEST + self.length) // _LOG_BYTE)
+        file = shared_memory(-(-size // _PAGE) * _PAGE)
+        self._log = mmap.mmap(file, size)
+        answer, _ = self.control.ask(6, struct.pack("=QQ", size, 0), [file])
+        os.close(file)
+        assert answer == bytes(8)
+
+    def keep_log(self, *, on: bool, rings: bool = True) -> None:
+        """Lets the device mark pages, also those of the used rings. As at the beginning of a live migration."""
+        self.control.tell(2, struct.pack("=Q", self.features | (F_LOG if on else 0)))
+        for index in range(len(self.queues)):
+            self._set_addresses(index, logs=on and rings)
+
+    def take_log(self) -> set[int]:
+        """Takes the marks: pages of the memory."""
+        first, log = GUEST // _PAGE, self._log
+        assert log is not None
+        found = {byte * 8 + bit - first for byte, bits in enumerate(log[:]) for bit in range(8) if bits >> bit & 1}
+        log[:] = bytes(len(log))
+        return found
 
     def stop(self, index: int = 0) -> int:
         """GET_VRING_BASE: the index of the next request."""
@@ -301,6 +336,10 @@ class Machine:
         """All that was written is durable afterwards."""
         self.request(FLUSH, 0)
 
+    def set_write_cache(self, *, on: bool) -> None:
+        """Switches the write cache of the disk."""
+        self.control.tell(25, struct.pack("=IIIB", 32, 1, 0, on))
+
     def clear(self, kind: int, offset: int, length: int, *, unmap: bool = False) -> None:
         """DISCARD or WRITE_ZEROES."""
         self.request(kind, 0, data=struct.pack("<QII", offset // SECTOR, length // SECTOR, int(unmap)))
@@ -320,6 +359,8 @@ class Machine:
         if self.inflight is not None:
             os.close(self.inflight[0])
         self.memory.close()
+        if self._log is not None:
+            self._log.close()
         os.close(self.file)
 
     def __enter__(self) -> Self:

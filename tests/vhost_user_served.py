@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from blkloom import Device
 from blkloom.control.states import ExportState
-from blkloom.export.nbd.listening import listen_unix
+from blkloom.export.vhost_user.endpoints import VhostUserEndpoints
 from blkloom.export.vhost_user.export_server import VhostUserExportServer
 
 T = TypeVar("T")
@@ -33,12 +33,12 @@ class VhostUserServed:
         self._server = self.run(self._start())
         return self
 
-    async def _start(self, *, paused: bool = False, listening: int = -1) -> VhostUserExportServer:
+    async def _start(self, descriptors: dict[str, int] | None = None) -> VhostUserExportServer:
         state = ExportState(id="e1", name="disk", kind="vhost-user", path=str(self.path), read_only=self._read_only)
-        descriptor = listen_unix(self.path).socket.detach() if listening < 0 else listening
-        return VhostUserExportServer(
-            state, self._device, self._device.engine, {"": descriptor}, lambda: None, paused=paused
-        )
+        paused = descriptors is not None
+        if descriptors is None:
+            descriptors = await VhostUserEndpoints().open(state, allow_remote=False)
+        return VhostUserExportServer(state, self._device, self._device.engine, descriptors, lambda: None, paused=paused)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine there."""
@@ -60,9 +60,9 @@ class VhostUserServed:
     def hand_over(self) -> None:
         """Another server takes over, as another worker does."""
         clients = self.run(self._server.pause(60))
-        listening = os.dup(self._server.descriptors[""])
+        descriptors = {key: os.dup(descriptor) for key, descriptor in self._server.descriptors.items()}
         former = self._server
-        self._server = self.run(self._start(paused=True, listening=listening))
+        self._server = self.run(self._start(descriptors))
         self.call(lambda: self._server.go_on(clients))
         self.run(former.end())
 

@@ -133,6 +133,29 @@ def test_a_virtual_machine_learns_of_a_new_size(client: Client, disk: Path) -> N
         assert machine.read(2 * SECTORS * SECTOR - BLOCK, BLOCK) == bytes(BLOCK)
 
 
+def test_a_write_cache_that_is_off_stays_off_whoever_dies(client: Client, life: Life, disk: Path) -> None:
+    with Machine.connected(disk) as machine:
+        machine.set_write_cache(on=False)
+        for _ in range(2):
+            worker = until(client, "disk", lambda found: found.worker > 0).worker
+            os.kill(worker, signal.SIGKILL)
+            assert machine.control.socket.recv(1) == b""
+            machine.hang_up()
+            machine.connect(disk)
+            assert machine.configuration(32, 1) == b"\0"
+        client.upgrade()
+        assert machine.configuration(32, 1) == b"\0"
+        life.kill()
+        life.start()
+        with life.client() as again:
+            again.upgrade()
+            assert machine.configuration(32, 1) == b"\0"
+            machine.set_write_cache(on=True)
+            again.upgrade()
+            assert machine.configuration(32, 1) == b"\1"
+            machine.write(0, b"w" * BLOCK)
+
+
 def test_the_socket_is_renamed_with_its_device(client: Client, life: Life, disk: Path) -> None:
     with Machine.connected(disk) as machine:
         client.rename("disk", name="other")

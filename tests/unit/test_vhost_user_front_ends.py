@@ -147,8 +147,8 @@ BROKEN: dict[str, tuple[Send, str]] = {
         "a ring of 1024 bytes at 0x10",
     ),
     "configuration": (
-        lambda machine: machine.control.send(25, struct.pack("=III", 32, 1, 0) + b"\0"),
-        "no field of the configuration",
+        lambda machine: machine.control.send(25, struct.pack("=III", 0, 1, 0) + b"\0"),
+        "only the write cache can be changed",
     ),
 }
 

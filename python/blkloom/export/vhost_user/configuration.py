@@ -25,7 +25,9 @@ _MOST_SEGMENTS: Final = 32
 _LONGEST_RANGE: Final = 2 << 30
 LARGEST_BLOCK: Final = 4096
 
-_SPACE: Final = struct.Struct("<QII4xIBBHI2xHIIIIIB3x")
+_SPACE: Final = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
+WRITE_CACHE: Final = 32
+"""Offset of the only field that the driver may change: one byte, 1 for a write cache."""
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.QUEUES
@@ -46,6 +48,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     discard: int = LARGEST_BLOCK
     """Granularity."""
     read_only: bool = False
+    write_cache: bool = True
 
     def features(self) -> Feature:
         """The features that are offered."""
@@ -55,6 +58,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
             | Feature.BLOCK_SIZE
             | Feature.FLUSH
             | Feature.TOPOLOGY
+            | Feature.CACHE_SWITCH
             | Feature.QUEUES
             | Feature.INDIRECT
             | Feature.EVENT_IDX
@@ -76,6 +80,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
             0,
             physical // self.logical,
             max(self.optimal, physical) // self.logical,
+            self.write_cache,
             MOST_QUEUES,
             most_sectors,
             _MOST_SEGMENTS,

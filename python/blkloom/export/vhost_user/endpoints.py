@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from blkloom.control.states import ExportState, Role
-from blkloom.errors import UsageError
+from blkloom.errors import ListenError, UsageError
 from blkloom.export.nbd.listening import check_path, is_listening, listen_unix
+from blkloom.export.vhost_user.write_cache import make_record
 
 if TYPE_CHECKING:
     from blkloom.control.messages import AddExport
     from blkloom.control.rundir import RunDir
 
+CACHE: Final = "cache"
+"""Key of the memory of `WriteCache`."""
+
 
 class VhostUserEndpoints:
-    """See `export.exporter.Endpoints`. One descriptor each: the listening socket, key ""."""
+    """See `export.exporter.Endpoints`. Descriptors: the listening socket, key "", and the switch of the write cache."""
 
     role: ClassVar[Role] = "listen"
     may_be_busy: ClassVar[bool] = False
@@ -44,7 +49,16 @@ class VhostUserEndpoints:
 
     async def open(self, state: ExportState, *, allow_remote: bool) -> dict[str, int]:
         """Listens. Raises ListenError."""
-        return {"": listen_unix(state.path, state.socket).socket.detach()}
+        try:
+            record = make_record()
+        except OSError as error:
+            what = f"no memory for the export at {state.address}: {error.strerror}"
+            raise ListenError(what, cure="try again", errno=error.errno or errno.ENOMEM) from error
+        try:
+            return {"": listen_unix(state.path, state.socket).socket.detach(), CACHE: record}
+        except BaseException:
+            os.close(record)
+            raise
 
     async def close(self, state: ExportState, *, force: bool) -> None:
         """Removes the file of the socket. Raises OSError."""

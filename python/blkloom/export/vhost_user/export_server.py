@@ -25,9 +25,11 @@ from blkloom.export.served_export import ServedExport
 from blkloom.export.vhost_user import parcel
 from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
 from blkloom.export.vhost_user.connection import Connection, readable
+from blkloom.export.vhost_user.endpoints import CACHE
 from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import ProtocolError
 from blkloom.export.vhost_user.session import Session
+from blkloom.export.vhost_user.write_cache import WriteCache
 from blkloom.printing import described
 
 _log = logging.getLogger(__name__)
@@ -52,19 +54,24 @@ class VhostUserExportServer(ServedExport):
         paused: bool = False,
     ) -> None:
         """Raises ListenError if the socket is missing."""
-        if "" not in descriptors:
-            raise ListenError(f"the socket {state.address} was lost", cure="add the export again", errno=errno.EBADF)
+        if missing := {"", CACHE} - descriptors.keys():
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+            what = f"descriptors of {state.address} were lost: {', '.join(sorted(repr(key) for key in missing))}"
+            raise ListenError(what, cure="add the export again", errno=errno.EBADF)
         self._state = state
         self._device = device
         self._engine = engine
         self._on_change = on_change
         self._listening = socket.socket(fileno=descriptors[""])
+        self._cache = WriteCache(descriptors[CACHE])
         try:
             self._listening.setblocking(False)
             self._export = _engine.Export(device, name=state.name, read_only=state.read_only)
             self._engine_disk = _engine.VhostUserDisk(self._export, os.fsencode(state.name))
         except BaseException:
             self._listening.close()
+            self._cache.close()
             raise
         self._log = LimitedLog(_log, state)
         self._session: Session | None = None
@@ -84,8 +91,8 @@ class VhostUserExportServer(ServedExport):
 
     @property
     def descriptors(self) -> dict[str, int]:
-        """The listening socket."""
-        return {"": self._listening.fileno()}
+        """The listening socket, and the switch of the write cache."""
+        return {"": self._listening.fileno(), CACHE: self._cache.descriptor}
 
     def rename(self, name: str) -> None:
         """Follows the new name of the device if the socket is in the run directory."""
@@ -136,6 +143,7 @@ class VhostUserExportServer(ServedExport):
         if self._session is not None and not await self._session.end(drain=_LAST_REPLIES):
             self._log.error("requests in flight had not ended after %g s", _LAST_REPLIES)
         self._session = None
+        self._cache.close()
         self._log.close()
 
     # serving
@@ -207,7 +215,7 @@ class VhostUserExportServer(ServedExport):
                 await asyncio.sleep(_RETRY)
 
     def _new_session(self, connection: Connection) -> Session:
-        return Session(connection, self._disk, self._engine, self._engine_disk, self._log)
+        return Session(connection, self._disk, self._cache, self._engine, self._engine_disk, self._log)
 
     def _disk(self) -> Disk:
         limits = getattr(self._device, "limits", None)

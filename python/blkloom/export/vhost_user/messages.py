@@ -80,6 +80,8 @@ class Feature(IntFlag):
     BLOCK_SIZE = 1 << 6
     FLUSH = 1 << 9
     TOPOLOGY = 1 << 10
+    CACHE_SWITCH = 1 << 11
+    """VIRTIO_BLK_F_CONFIG_WCE."""
     QUEUES = 1 << 12
     DISCARD = 1 << 13
     WRITE_ZEROES = 1 << 14

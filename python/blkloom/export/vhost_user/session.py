@@ -22,7 +22,13 @@ from typing import Any, Final
 import msgspec
 
 from blkloom import _engine
-from blkloom.export.vhost_user.configuration import MOST_DESCRIPTORS, MOST_QUEUES, PROTOCOL_FEATURES, Disk
+from blkloom.export.vhost_user.configuration import (
+    MOST_DESCRIPTORS,
+    MOST_QUEUES,
+    PROTOCOL_FEATURES,
+    WRITE_CACHE,
+    Disk,
+)
 from blkloom.export.vhost_user.connection import Connection, Message
 from blkloom.export.vhost_user.descriptors import is_event, is_memory
 from blkloom.export.vhost_user.limited_log import LimitedLog
@@ -48,6 +54,7 @@ from blkloom.export.vhost_user.messages import (
     request,
 )
 from blkloom.export.vhost_user.vring import Vring, VringState
+from blkloom.export.vhost_user.write_cache import WriteCache
 from blkloom.peer_credentials import peer_credentials
 from blkloom.printing import described
 
@@ -73,12 +80,14 @@ class Session:
         self,
         connection: Connection,
         disk: Callable[[], Disk],
+        cache: WriteCache,
         engine: _engine.Engine,
         engine_disk: _engine.VhostUserDisk,
         log: LimitedLog,
     ) -> None:
         self._connection = connection
         self._disk = disk
+        self._cache = cache
         self._engine = engine
         self._engine_disk = engine_disk
         self._log = log
@@ -86,7 +95,9 @@ class Session:
         self._tokens = itertools.count(1)
         self._served: dict[int, Vring] = {}
         """Vrings with a transport, by its token."""
-        self._may_end_this = peer_credentials(connection.socket).may_command
+        peer = peer_credentials(connection.socket)
+        cache.begin(peer.pid)
+        self._may_end_this = peer.may_command
         """The front-end has the user of this process, or is root."""
         self._changed = asyncio.Event()
         """A transport has ended."""
@@ -235,7 +246,8 @@ class Session:
         end = wanted.offset + wanted.size
         if end > MOST_CONFIGURATION:
             return b"", []  # the protocol's sign for an error
-        data = self._disk().space()[wanted.offset : end]
+        disk = msgspec.structs.replace(self._disk(), write_cache=self._cache.is_on and not self._lacks_flush())
+        data = disk.space()[wanted.offset : end]
         return Configuration(wanted.offset, wanted.size, wanted.flags, data).format(), []
 
     async def _get_vring_base(self, message: Message) -> tuple[bytes, list[int]]:
@@ -270,13 +282,15 @@ class Session:
         self.state.protocol_features = features
 
     async def _nothing(self, _: Message) -> None:
-        """SET_OWNER, RESET_OWNER: the first begins a session, the second is deprecated and may be ignored. SET_CONFIG:
-        no field can be changed.
-        """
+        """SET_OWNER, RESET_OWNER: the first begins a session, the second is deprecated and may be ignored."""
 
     async def _set_config(self, message: Message) -> None:
-        Configuration.parse(message.payload)
-        raise ProtocolError("no field of the configuration can be changed")
+        wanted = Configuration.parse(message.payload)
+        if (wanted.offset, wanted.size, len(wanted.data)) != (WRITE_CACHE, 1, 1):
+            what = f"{wanted.size} bytes of the configuration at {wanted.offset}, in {len(wanted.data)} bytes"
+            raise ProtocolError(f"{what}; only the write cache can be changed, 1 byte at {WRITE_CACHE}")
+        async with self._stopped(self.vrings.values()):
+            self._cache.switch(is_on=bool(wanted.data[0]))
 
     async def _set_mem_table(self, message: Message) -> None:
         regions = parse_regions(message.payload)
@@ -446,6 +460,15 @@ class Session:
         except (OSError, ValueError) as error:
             raise ProtocolError(f"memory for requests in flight cannot be used: {error}") from error
 
+    def _lacks_flush(self) -> bool:
+        """Whether the driver may switch the cache, but cannot flush it: it has none then."""
+        return (Feature.CACHE_SWITCH | Feature.FLUSH) & Feature(self.state.features) == Feature.CACHE_SWITCH
+
+    def _is_written_through(self) -> bool:
+        """Whether a write must be durable when it is answered. Source: VIRTIO 1.2, 5.2.6.2."""
+        features = Feature(self.state.features)
+        return not Feature.FLUSH & features or bool(Feature.CACHE_SWITCH & features) and not self._cache.is_on
+
     def _inflight_stride(self) -> int:
         inflight = self.state.inflight
         return _engine.vhost_user_inflight_length(inflight.queue_size if inflight else MOST_DESCRIPTORS)
@@ -495,7 +518,7 @@ class Session:
                 inflight=(self._inflight, index * self._inflight_stride()),
                 event_idx=bool(Feature.EVENT_IDX & features),
                 indirect=bool(Feature.INDIRECT & features),
-                write_through=not Feature.FLUSH & features,
+                write_through=self._is_written_through(),
                 log=None,
                 used_log=None,
                 **vring.arguments(),
