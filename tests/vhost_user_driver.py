@@ -287,7 +287,8 @@ class Machine:
         """Takes the marks: pages of the memory."""
         first, log = GUEST // _PAGE, self._log
         assert log is not None
-        found = {byte * 8 + bit - first for byte, bits in enumerate(log[:]) for bit in range(8) if bits >> bit & 1}
+        marked = ((byte, bits) for byte, bits in enumerate(log[:]) if bits)
+        found = {byte * 8 + bit - first for byte, bits in marked for bit in range(8) if bits >> bit & 1}
         log[:] = bytes(len(log))
         return found
 

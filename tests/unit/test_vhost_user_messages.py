@@ -15,6 +15,7 @@ from blkloom.export.vhost_user.messages import (
     Feature,
     Header,
     Inflight,
+    Log,
     ProtocolError,
     Region,
     VringAddresses,
@@ -65,6 +66,8 @@ def test_payloads_are_read_as_they_are_written(
     assert parse_regions(format_regions([region, region])) == [region, region]
     inflight = Inflight(first, second, vring & 0xFFFF, value & 0xFFFF)
     assert Inflight.parse(inflight.format()) == Inflight.parse(inflight.format()[:20]) == inflight
+    log = Log(first, second)
+    assert Log.parse(log.format()) == log
     configuration = Configuration(vring, value, 1, b"data")
     assert Configuration.parse(configuration.format()) == configuration
 
@@ -78,7 +81,14 @@ def test_an_event_is_read_as_it_is_written(vring: int, present: bool) -> None:
 
 @given(st.binary(max_size=40))
 def test_payloads_of_any_bytes_are_read_or_refused(payload: bytes) -> None:
-    for parse in (VringValue.parse, VringAddresses.parse, VringEvent.parse, parse_regions, Configuration.parse):
+    for parse in (
+        VringValue.parse,
+        VringAddresses.parse,
+        VringEvent.parse,
+        parse_regions,
+        Configuration.parse,
+        Log.parse,
+    ):
         with suppress(ProtocolError):
             parse(payload)
 
@@ -88,7 +98,7 @@ def test_the_configuration_has_its_fields_at_the_places_of_the_header() -> None:
     space = disk.space()
     at = {"capacity": (0, "<Q"), "size_max": (8, "<I"), "seg_max": (12, "<I"), "blk_size": (20, "<I")}
     at |= {"physical_block_exp": (24, "B"), "alignment_offset": (25, "B"), "min_io_size": (26, "<H")}
-    at |= {"opt_io_size": (28, "<I"), "num_queues": (34, "<H"), "max_discard_sectors": (36, "<I")}
+    at |= {"opt_io_size": (28, "<I"), "wce": (32, "B"), "num_queues": (34, "<H"), "max_discard_sectors": (36, "<I")}
     at |= {"max_discard_seg": (40, "<I"), "discard_sector_alignment": (44, "<I")}
     at |= {"max_write_zeroes_sectors": (48, "<I"), "max_write_zeroes_seg": (52, "<I")}
     at |= {"write_zeroes_may_unmap": (56, "B")}
@@ -102,6 +112,7 @@ def test_the_configuration_has_its_fields_at_the_places_of_the_header() -> None:
         "alignment_offset": 0,
         "min_io_size": 4,
         "opt_io_size": 64,
+        "wce": 1,
         "num_queues": 64,
         "max_discard_sectors": 4194304,
         "max_discard_seg": 32,

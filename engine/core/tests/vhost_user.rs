@@ -327,6 +327,9 @@ fn rings_full_of_noise_hurt_no_other_device() {
     let mut random = Random::new(23);
     for round in 0..300 {
         let mut driver = Driver::new(round % 2 == 0, true);
+        if round % 3 == 0 {
+            driver.keep_log(LOG);
+        }
         let handle = driver.serve(&victim);
         for _ in 0..random.below(6) {
             driver.submit([READ, WRITE, FLUSH, DISCARD][random.below(4) as usize], random.below(SECTORS), &[1; 1024]);
@@ -345,6 +348,9 @@ fn rings_full_of_noise_hurt_no_other_device() {
         }
         handle.detach(random.one_in(2));
         victim.next_end();
+        if driver.log.is_some() {
+            assert!(driver.take_marks().iter().all(|&page| page < LENGTH / 4096));
+        }
     }
     assert_eq!(good.execute(READ, 8, &[0; 512]), (OK, vec![8; 512]));
     let mut fresh = Driver::new(true, true);

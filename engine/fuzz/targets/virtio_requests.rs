@@ -5,7 +5,7 @@
 
 use blkloom_virtio_wire::block::Request;
 use blkloom_virtio_wire::split::{Chain, MOST_PIECES, Piece};
-use blkloom_virtio_wire::{Memory, inflight};
+use blkloom_virtio_wire::{Memory, dirty_log, inflight};
 use libfuzzer_sys::fuzz_target;
 
 const SIZE: u16 = 8;
@@ -119,6 +119,20 @@ fuzz_target!(|input: (u16, u16, &[u8])| {
     };
     assert_eq!(plain(&chain.pieces[request.readable]), cut(&readable, 16, 0));
     assert_eq!(plain(&chain.pieces[request.writable]), cut(&writable, 0, 1));
+    const LOG: u64 = 64;
+    for &(address, length) in &writable {
+        let mut marks = dirty_log::marks(address, length, LOG).fold([0; LOG as usize], |mut marks, (at, bits)| {
+            marks[at as usize] |= bits;
+            marks
+        });
+        for page in 0..LOG * 8 {
+            let (start, end) = (page * 4096, (page + 1) * 4096);
+            if address < end && start < address + length {
+                marks[page as usize / 8] ^= 1 << (page % 8);
+            }
+        }
+        assert_eq!(marks, [0; LOG as usize]);
+    }
     let (address, length) = writable[writable.len() - 1];
     assert_eq!(request.status, address + length - 1);
 });

@@ -74,6 +74,12 @@ class LoadedTable:
         return BlockLimits.of_all([*below, *(owner.target.limits() for owner in self.owners.values())])
 
     @property
+    def is_raw(self) -> bool:
+        """Whether all targets of the table and of lower devices are raw; see `TargetSpec.raw`."""
+        below = (device.is_raw for device in self.load_context.below)
+        return all(owner.target.spec.raw for owner in self.owners.values()) and all(below)
+
+    @property
     def rotational(self) -> bool:
         """Whether a file of the table or of a lower device is on a rotating disk."""
         own = any(open_files.is_rotational(descriptor) for descriptor in self.load_context.files.descriptors())

@@ -162,6 +162,14 @@ class Device(_engine.Device):
         return loaded.limits if loaded else BlockLimits()
 
     @property
+    def is_raw(self) -> bool:
+        """Whether another host that loads the active table, on the same files, continues with the same data. Not so for
+        image formats, snapshots and memory.
+        """
+        loaded = self._active
+        return loaded is not None and loaded.is_raw
+
+    @property
     def rotational(self) -> bool:
         """Whether data of the active table is on a rotating disk."""
         loaded = self._active

@@ -52,6 +52,7 @@ class Delay(TargetSpec):
     delayed: tuple[DelayedRef, ...]
 
     name: ClassVar[str] = "delay"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (
         Argument(
             "<dev path> <offset> <delay> [<write dev path> <write offset> <write delay> "

@@ -106,6 +106,7 @@ class Error(TargetSpec):
     seed: int | None = None
 
     name: ClassVar[str] = "error"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (
         Argument(
             "<dev path> <offset>",

@@ -20,6 +20,7 @@ class Linear(OnDevice):
     """A segment that maps to `device` from its offset on."""
 
     name: ClassVar[str] = "linear"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (device_ref("device"),)
     summary: ClassVar[str] = "a piece of a file, block device or blkloom device (offset in sectors)"
 

@@ -92,6 +92,7 @@ class Loop(TargetSpec):
     round_up: str = ""
 
     name: ClassVar[str] = "loop"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (
         word("path", is_path=True),
         argument("offset", "<offset>", _read_offset, optional=True),

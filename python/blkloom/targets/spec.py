@@ -39,6 +39,10 @@ class TargetSpec(msgspec.Struct, frozen=True):
     """A description in one line, for `blkloom targets`."""
     singleton: ClassVar[bool] = False
     """The target must be the only line of its table."""
+    raw: ClassVar[bool] = False
+    """All of its data is at fixed places of the files and devices that it names, and nothing of it in this process
+    after a flush: another host that opens them continues with the same data.
+    """
     modules: ClassVar[tuple[str, ...]] = ()
     """Modules with a slow import that `load` needs. For built-in targets they are imported once for all worker
     processes. The import must not start a thread.

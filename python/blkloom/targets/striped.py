@@ -50,6 +50,7 @@ class Striped(TargetSpec):
     stripes: tuple[DeviceRef, ...]
 
     name: ClassVar[str] = "striped"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (
         Argument("<num devs> <chunk size> [<dev path> <offset>]+", ("chunk", "stripes"), _read, _write),
     )

@@ -68,6 +68,7 @@ class Throttle(OnDevice):
     burst: int = _BURST
 
     name: ClassVar[str] = "throttle"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (device_ref("device"), _OPTIONS)
     summary: ClassVar[str] = "a piece of a file or device, with limits of operations and bytes a second"
 

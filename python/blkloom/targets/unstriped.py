@@ -27,6 +27,7 @@ class Unstriped(OnDevice):
     chunk: Sectors
     stripe: int
     name: ClassVar[str] = "unstriped"
+    raw: ClassVar[bool] = True
     arguments: ClassVar[Syntax] = (
         integer("stripes", least=1, most=_MOST)._replace(syntax="<number of stripes>"),
         argument("chunk", "<chunk size>", lambda words: Sectors(words.integer("chunk size", least=1, most=_MOST))),

@@ -20,6 +20,7 @@ class Zero(TargetSpec):
     """A segment of zeros. Writes are discarded."""
 
     name: ClassVar[str] = "zero"
+    raw: ClassVar[bool] = True
     summary: ClassVar[str] = "reads as zeros, discards writes"
 
     @override

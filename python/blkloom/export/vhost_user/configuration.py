@@ -31,6 +31,7 @@ WRITE_CACHE: Final = 32
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.QUEUES
+    | ProtocolFeature.LOG_MEMORY
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIGURATION
@@ -49,6 +50,8 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """Granularity."""
     read_only: bool = False
     write_cache: bool = True
+    raw: bool = False
+    """See `Device.is_raw`."""
 
     def features(self) -> Feature:
         """The features that are offered."""
@@ -65,6 +68,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
             | Feature.PROTOCOL
             | Feature.VERSION_1
         )
+        offered |= Feature.LOG if self.raw else Feature(0)
         return offered | (Feature.READ_ONLY if self.read_only else Feature.DISCARD | Feature.WRITE_ZEROES)
 
     def space(self) -> bytes:

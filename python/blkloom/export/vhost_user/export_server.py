@@ -229,6 +229,7 @@ class VhostUserExportServer(ServedExport):
             optimal=limits.optimal,
             discard=limits.discard,
             read_only=read_only,
+            raw=bool(getattr(self._device, "is_raw", False)),
         )
 
 

@@ -36,6 +36,9 @@ _CONFIGURATION: Final = struct.Struct("=III")
 _INFLIGHT: Final = struct.Struct("=QQHHI")
 """The C structure ends with padding."""
 _INFLIGHT_LEAST: Final = 20
+_LOG: Final = struct.Struct("=QQ")
+_VRING_LOG: Final = 1
+"""Flag of a vring: VHOST_VRING_F_LOG."""
 
 
 class Request(IntEnum):
@@ -46,6 +49,8 @@ class Request(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -85,6 +90,8 @@ class Feature(IntFlag):
     QUEUES = 1 << 12
     DISCARD = 1 << 13
     WRITE_ZEROES = 1 << 14
+    LOG = 1 << 26
+    """Written pages are marked in a log (VHOST_F_LOG_ALL): the front-end negotiates it during a live migration."""
     INDIRECT = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL = 1 << 30
@@ -96,6 +103,8 @@ class ProtocolFeature(IntFlag):
     """Features of the protocol."""
 
     QUEUES = 1 << 0
+    LOG_MEMORY = 1 << 1
+    """The log is memory of the front-end (LOG_SHMFD)."""
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIGURATION = 1 << 9
@@ -164,7 +173,7 @@ class VringValue(msgspec.Struct, frozen=True):
 
 
 class VringAddresses(msgspec.Struct, frozen=True):
-    """User addresses of the areas of a vring."""
+    """User addresses of the areas of a vring. log: guest address of the used ring, for the log."""
 
     vring: int
     flags: int
@@ -172,6 +181,11 @@ class VringAddresses(msgspec.Struct, frozen=True):
     used: int
     available: int
     log: int = 0
+
+    @property
+    def used_log(self) -> int | None:
+        """Where stores to the used ring are marked in the log. None: they are not."""
+        return self.log if self.flags & _VRING_LOG else None
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
@@ -271,6 +285,22 @@ class Inflight(msgspec.Struct, frozen=True):
     def format(self) -> bytes:
         """As a payload."""
         return _INFLIGHT.pack(self.size, self.offset, self.queues, self.queue_size, 0)
+
+
+class Log(msgspec.Struct, frozen=True):
+    """Memory for the log of written pages. size, offset: of the memory in its file."""
+
+    size: int
+    offset: int
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        """Raises ProtocolError."""
+        return cls(*_unpacked(_LOG, payload))
+
+    def format(self) -> bytes:
+        """As a payload."""
+        return _LOG.pack(self.size, self.offset)
 
 
 def _unpacked(form: struct.Struct, payload: bytes) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ _EVENTS: Final = ("kick", "called", "error")
 
 class _Parcel(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What the descriptors are: the connection, those of `received`, the regions of memory, the requests in flight, the
-    channel for requests to the front-end, and the eventfds of `events`.
+    log and its eventfd, the channel for requests to the front-end, and the eventfds of `events`.
     """
 
     state: SessionState
@@ -35,6 +35,8 @@ class _Parcel(msgspec.Struct, kw_only=True, omit_defaults=True):
     descriptors: int
     regions: int
     has_inflight: bool
+    has_log: bool
+    has_log_event: bool
     has_backend: bool
     events: list[tuple[int, str]]
 
@@ -50,6 +52,8 @@ def pack(session: Session) -> tuple[int, bytes]:
             rest = [
                 *session.files,
                 *([session.inflight_file] if session.inflight_file >= 0 else []),
+                *([session.log_file] if session.log_file >= 0 else []),
+                *([session.log_event] if session.log_event >= 0 else []),
                 *([session.backend.fileno()] if session.backend else []),
                 *(getattr(session.vrings[index], name) for index, name in events),
             ]
@@ -60,6 +64,8 @@ def pack(session: Session) -> tuple[int, bytes]:
                 descriptors=len(descriptors),
                 regions=len(session.files),
                 has_inflight=session.inflight_file >= 0,
+                has_log=session.log_file >= 0,
+                has_log_event=session.log_event >= 0,
                 has_backend=session.backend is not None,
                 events=events,
             )
@@ -80,7 +86,8 @@ def unpack(descriptor: int, data: bytes, new: Callable[[Connection], Session]) -
     """
     with socket.socket(fileno=descriptor) as outside:
         parcel = msgspec.json.decode(data, type=_Parcel)
-        count = 1 + parcel.descriptors + parcel.regions + parcel.has_inflight + parcel.has_backend + len(parcel.events)
+        single = (parcel.has_inflight, parcel.has_log, parcel.has_log_event, parcel.has_backend)
+        count = 1 + parcel.descriptors + parcel.regions + sum(single) + len(parcel.events)
         found = _received(outside, count)
     if len(found) < count:
         for left in found:
@@ -98,6 +105,8 @@ def unpack(descriptor: int, data: bytes, new: Callable[[Connection], Session]) -
     session.state = parcel.state
     session.files = [take() for _ in range(parcel.regions)]
     session.inflight_file = take() if parcel.has_inflight else -1
+    session.log_file = take() if parcel.has_log else -1
+    session.log_event = take() if parcel.has_log_event else -1
     session.backend = socket.socket(fileno=take()) if parcel.has_backend else None
     session.vrings = {index: Vring(state) for index, state in parcel.state.vrings.items()}
     setters = {"kick": Vring.set_kick, "called": Vring.set_call, "error": Vring.set_error}

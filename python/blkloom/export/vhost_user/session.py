@@ -4,6 +4,9 @@ Requests are handled one after the other. Before memory, features or anything of
 from the engine, which leaves waiting requests in the region of the requests in flight; then the queue is served again.
 A vring that the front-end stops (GET_VRING_BASE) is drained first: all requests that were taken are answered.
 
+During a live migration (Feature.LOG) no queue is served without the log in which written pages are marked. A queue that
+is stopped then is also flushed: another host continues with the disk.
+
 A session is paused between two requests for another worker. A request whose handling waits (for a queue to be drained)
 is not handled then, and the other worker handles it. Runs on the event loop.
 """
@@ -39,6 +42,7 @@ from blkloom.export.vhost_user.messages import (
     Configuration,
     Feature,
     Inflight,
+    Log,
     ProtocolError,
     ProtocolFeature,
     Region,
@@ -68,6 +72,7 @@ class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
     protocol_features: int = 0
     regions: list[Region] = []
     inflight: Inflight | None = None
+    log: Log | None = None
     vrings: dict[int, VringState] = {}
 
 
@@ -105,11 +110,14 @@ class Session:
         self.vrings: dict[int, Vring] = {}
         self.files: list[int] = []
         """Descriptors of the regions of memory."""
-        self.inflight_file = -1
+        self.inflight_file = self.log_file = self.log_event = -1
         self.backend: socket.socket | None = None
         """For requests to the front-end."""
         self._memory: _engine.GuestMemory | None = None
         self._inflight: _engine.SharedMemory | None = None
+        self._dirty_log: _engine.VhostUserLog | None = None
+        self._flushes: dict[int, asyncio.Future[None]] = {}
+        """Flushes of the device, by token."""
         self._handled: Message | None = None
         """The request that is being handled."""
         asyncio.get_running_loop().add_reader(self._notices.fileno(), self._take_notices)
@@ -168,6 +176,8 @@ class Session:
             self._close(self._handled.descriptors)
         self._set_files([])
         self._set_inflight_file(-1)
+        self._set_log_file(-1)
+        self._set_log_event(-1)
         if self.backend is not None:
             self._close([self.backend.detach()])
         self._connection.close()
@@ -192,6 +202,7 @@ class Session:
         """
         self._map_memory()
         self._map_inflight()
+        self._map_log()
         self._start_all()
 
     def configuration_changed(self) -> None:
@@ -253,9 +264,11 @@ class Session:
     async def _get_vring_base(self, message: Message) -> tuple[bytes, list[int]]:
         index = VringValue.parse(message.payload).vring
         vring = self._vring(index)
-        await self._drain([vring])
+        await self._drain([vring], flush=bool(Feature.LOG & self.state.features))
         vring.set_kick(-1)
         vring.state.failed = False
+        if not any(other.kick >= 0 for other in self.vrings.values()):
+            self._forget_log()  # the front-end takes no more marks from it, and sets another one before the next start
         if self.state.inflight is None and self._inflight is not None:
             self._forget_inflight(index)
         return VringValue(index, vring.state.base).format(), []
@@ -274,6 +287,8 @@ class Session:
             raise ProtocolError(f"features {other:#x} were not offered")
         async with self._stopped(self.vrings.values()):
             self.state.features = features
+            if not Feature.LOG & features:
+                self._forget_log()
 
     async def _set_protocol_features(self, message: Message) -> None:
         features = parse_number(message.payload)
@@ -329,6 +344,17 @@ class Session:
             del self.state.regions[index]
             self._close([self.files.pop(index)])
             self._map_memory()
+
+    async def _set_log_base(self, message: Message) -> tuple[bytes, list[int]]:
+        log = Log.parse(message.payload)
+        async with self._stopped(self.vrings.values()):
+            self._set_log_file(message.take())
+            self.state.log = log
+            self._map_log()
+        return number(0), []
+
+    async def _set_log_fd(self, message: Message) -> None:
+        self._set_log_event(self._take_event(message))
 
     async def _set_vring_num(self, message: Message) -> None:
         value = VringValue.parse(message.payload)
@@ -408,8 +434,9 @@ class Session:
         """The eventfd of a message; -1: none. Whether it blocks stays as it is: its file belongs to the front-end, too.
         Raises ProtocolError.
         """
-        if not VringEvent.parse(message.payload).present:
-            return -1
+        return self._take_event(message) if VringEvent.parse(message.payload).present else -1
+
+    def _take_event(self, message: Message) -> int:
         descriptor = message.take()
         # Any other file might make the event loop of the engine wait.
         if not is_event(descriptor):
@@ -460,6 +487,35 @@ class Session:
         except (OSError, ValueError) as error:
             raise ProtocolError(f"memory for requests in flight cannot be used: {error}") from error
 
+    def _set_log_file(self, descriptor: int) -> None:
+        if self.log_file >= 0:
+            self._close([self.log_file])
+        self.log_file, self._dirty_log = descriptor, None
+
+    def _forget_log(self) -> None:
+        self._set_log_file(-1)
+        self.state.log = None
+
+    def _map_log(self) -> None:
+        """Maps the log, if there is one. Raises ProtocolError."""
+        log = self.state.log
+        if log is None:
+            return
+        self._check_memory([self.log_file])
+        try:
+            memory = _engine.SharedMemory(self.log_file, log.offset, log.size, may_end_this=self._may_end_this)
+            self._dirty_log = _engine.VhostUserLog(memory)
+            self._dirty_log.set_event(self.log_event if self.log_event >= 0 else None)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"memory for the log of written pages cannot be used: {error}") from error
+
+    def _set_log_event(self, descriptor: int) -> None:
+        if self.log_event >= 0:
+            self._close([self.log_event])
+        self.log_event = descriptor
+        if self._dirty_log is not None:
+            self._dirty_log.set_event(descriptor if descriptor >= 0 else None)
+
     def _lacks_flush(self) -> bool:
         """Whether the driver may switch the cache, but cannot flush it: it has none then."""
         return (Feature.CACHE_SWITCH | Feature.FLUSH) & Feature(self.state.features) == Feature.CACHE_SWITCH
@@ -467,7 +523,7 @@ class Session:
     def _is_written_through(self) -> bool:
         """Whether a write must be durable when it is answered. Source: VIRTIO 1.2, 5.2.6.2."""
         features = Feature(self.state.features)
-        return not Feature.FLUSH & features or bool(Feature.CACHE_SWITCH & features) and not self._cache.is_on
+        return not Feature.FLUSH & features or (bool(Feature.CACHE_SWITCH & features) and not self._cache.is_on)
 
     def _inflight_stride(self) -> int:
         inflight = self.state.inflight
@@ -500,13 +556,14 @@ class Session:
                 self._start(index, vring)
 
     def _start(self, index: int, vring: Vring) -> None:
-        """Starts to serve a vring, if there is memory. Raises ProtocolError."""
-        if self._memory is None:
+        """Starts to serve a vring, if there is memory, and a log where one is kept. Raises ProtocolError."""
+        features = Feature(self.state.features)
+        logs = Feature.LOG & features
+        if self._memory is None or (logs and self._dirty_log is None):
             return
         if self._inflight is None:
             self._map_inflight()
         assert self._inflight is not None
-        features = Feature(self.state.features)
         token = next(self._tokens)
         try:
             vring.transport = _engine.serve_vhost_user(
@@ -519,8 +576,8 @@ class Session:
                 event_idx=bool(Feature.EVENT_IDX & features),
                 indirect=bool(Feature.INDIRECT & features),
                 write_through=self._is_written_through(),
-                log=None,
-                used_log=None,
+                log=self._dirty_log if logs else None,
+                used_log=vring.state.used_log if logs else None,
                 **vring.arguments(),
             )
         except (OSError, ValueError, OverflowError) as error:
@@ -528,9 +585,9 @@ class Session:
             raise ProtocolError(f"queue {index} cannot be served: {error}") from error
         self._served[token] = vring
 
-    async def _drain(self, vrings: Iterable[Vring]) -> None:
+    async def _drain(self, vrings: Iterable[Vring], *, flush: bool = False) -> None:
         """Takes vrings out of the engine after all of their requests, which may wait while the device is suspended.
-        Raises ConnectionResetError if the front-end leaves meanwhile.
+        flush: makes them durable, too. Raises OSError; ConnectionResetError if the front-end leaves meanwhile.
         """
         left = asyncio.Event()
 
@@ -540,8 +597,25 @@ class Session:
 
         with self._connection.calling_at_hang_up(leave):
             await self._detach(vrings, drain=True, timeout=None, unless=left)
+            if flush and not left.is_set():
+                await self._flush(left)
         if left.is_set():
             raise ConnectionResetError(errno.ECONNRESET, "the front-end has hung up")
+
+    async def _flush(self, unless: asyncio.Event) -> None:
+        """Flushes the device. unless: waits no longer. Raises OSError."""
+        token, end = next(self._tokens), asyncio.get_running_loop().create_future()
+        if self._engine_disk.export.device.submit(self._notices, token, "flush", 0, 0):
+            return
+        self._flushes[token] = end
+        waits = asyncio.ensure_future(unless.wait())
+        try:
+            await asyncio.wait([end, waits], return_when=asyncio.FIRST_COMPLETED)
+            if end.done():
+                end.result()
+        finally:
+            waits.cancel()
+            del self._flushes[token]
 
     async def _detach(
         self, vrings: Iterable[Vring], *, drain: bool, timeout: float | None, unless: asyncio.Event | None = None
@@ -559,7 +633,10 @@ class Session:
                 await self._changed.wait()
 
     def _take_notices(self) -> None:
-        for token, result, _error in self._notices.take():
+        for token, result, error in self._notices.take():
+            if token not in self._served:
+                self._take_flush(token, error)
+                continue
             vring = self._served.pop(token)
             vring.transport = None
             vring.state.base = result.next
@@ -567,6 +644,15 @@ class Session:
                 self._log.error("a queue has ended: %s", result.failure)
                 vring.report_failure()
         self._changed.set()
+
+    def _take_flush(self, token: int, error: int) -> None:
+        end = self._flushes.get(token)  # None: the front-end has left meanwhile
+        if end is None:
+            return
+        if error:
+            end.set_exception(OSError(error, os.strerror(error)))
+        else:
+            end.set_result(None)
 
 
 _OWN_INFLIGHT: Final = MOST_QUEUES * _engine.vhost_user_inflight_length(MOST_DESCRIPTORS)
@@ -599,6 +685,7 @@ _ANSWERED: Final[dict[Request, _Answering]] = {
     Request.GET_VRING_BASE: Session._get_vring_base,
     Request.GET_INFLIGHT_FD: Session._get_inflight_fd,
     Request.GET_MAX_MEM_SLOTS: Session._get_max_mem_slots,
+    Request.SET_LOG_BASE: Session._set_log_base,
 }
 _OTHERS: Final[dict[Request, _Handling]] = {
     Request.SET_OWNER: Session._nothing,
@@ -606,6 +693,7 @@ _OTHERS: Final[dict[Request, _Handling]] = {
     Request.SET_FEATURES: Session._set_features,
     Request.SET_PROTOCOL_FEATURES: Session._set_protocol_features,
     Request.SET_MEM_TABLE: Session._set_mem_table,
+    Request.SET_LOG_FD: Session._set_log_fd,
     Request.SET_VRING_NUM: Session._set_vring_num,
     Request.SET_VRING_ADDR: Session._set_vring_addr,
     Request.SET_VRING_BASE: Session._set_vring_base,

@@ -28,6 +28,7 @@ class VringState(msgspec.Struct, kw_only=True, omit_defaults=True):
     descriptors: int = 0
     available: int = 0
     used: int = 0
+    used_log: int | None = None
     has_addresses: bool = False
     enabled: bool = False
     failed: bool = False
@@ -58,6 +59,7 @@ class Vring:
         """Takes over the addresses of its areas."""
         state = self.state
         state.descriptors, state.available, state.used = addresses.descriptors, addresses.available, addresses.used
+        state.used_log = addresses.used_log
         state.has_addresses = True
 
     def set_kick(self, descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""`WriteCache`: whether the disk of one socket has a write cache. The driver switches it (`writeback`, VIRTIO 1.2, 5.2.4).
+"""`WriteCache`: whether the disk of one socket has a write cache, which the driver switches (VIRTIO 1.2, 5.2.4).
 
 The switch is in memory that the supervisor keeps: a front-end that connects again after the death of a worker does not
 set it again. It belongs to the process of the front-end; the disk of another process begins with a write cache.
