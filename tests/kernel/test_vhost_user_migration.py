@@ -23,6 +23,7 @@ from typing import Any, Self
 import pytest
 
 from blkloom.testing.serving import supervised
+from long_runs import only_long
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
 KERNELS = Path(__file__).parents[2] / ".cache" / "kernel"
@@ -108,8 +109,7 @@ class Qemu:
             )
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(PATIENCE)
-        self._until(monitor.exists)
-        self._socket.connect(os.fspath(monitor))
+        self._until(lambda: self._socket.connect_ex(os.fspath(monitor)) == 0)
         self._lines = self._socket.makefile("rb")
         self._lines.readline()
         self.ask("qmp_capabilities")
@@ -170,7 +170,7 @@ def folder(program: Callable[[str, str], str], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=only_long), 2])
 def test_a_machine_goes_on_in_another_qemu(folder: Path, devices: int) -> None:
     """Two devices on the same file, as on two hosts, or two exports of one device."""
     image = folder / "disk.img"
