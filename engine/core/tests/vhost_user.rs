@@ -388,10 +388,11 @@ fn the_pages_that_are_written_are_marked_in_the_log_and_no_others() {
             assert_eq!(driver.take_marks(), expected, "{name}: request {kind} of {length} bytes at {sector}");
         }
         handle.detach(true);
-        next(host.next_end());
+        let next = next(host.next_end());
         driver.take_marks();
         // A former engine may have died between a store to the used ring and its mark.
-        let _handle = driver.serve(&host);
+        let settings = blkloom_core::vhost_user::QueueSettings { next, ..driver.settings() };
+        let _handle = driver.try_serve(&host, settings).unwrap();
         assert_eq!(driver.execute(READ, 0, &[]).0, OK);
         assert!(driver.take_marks().contains(&(USED / 4096)));
     }
