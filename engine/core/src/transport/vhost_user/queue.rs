@@ -48,6 +48,8 @@ const LONGEST: u64 = 32 << 20;
 const MOST_AT_ONCE: usize = 32;
 /// Most used heads that become visible together: the callers of the first requests continue while the next are served.
 const MOST_TOGETHER: usize = 8;
+/// Bytes of such requests from which they are not kept back: the driver uses the data of one while the next is copied.
+const MUCH_TOGETHER: u64 = 128 << 10;
 /// Lists of pieces that are kept for the next requests.
 const MOST_LISTS: usize = 64;
 
@@ -100,6 +102,8 @@ pub(super) struct Queue {
     /// By head.
     tickets: Vec<Option<Ticket>>,
     in_queue: usize,
+    /// Moved by requests that are answered, and not published yet.
+    unpublished_bytes: u64,
     memory: NextMemory,
     lists: Vec<Vec<Slice<'static>>>,
     /// Of `Detaching`: whether all requests that were taken are served first.
@@ -126,6 +130,7 @@ impl Queue {
             chain: Chain::default(),
             tickets,
             in_queue: 0,
+            unpublished_bytes: 0,
             memory: NextMemory::new(account),
             lists: Vec::new(),
             state: State::Open,
@@ -153,7 +158,7 @@ impl Queue {
         reply.status.store_u8(0, answer as u8);
         self.vring.mark(&reply.writes);
         self.vring.put(head, written + 1);
-        if self.vring.unpublished() >= MOST_TOGETHER {
+        if self.vring.unpublished() >= MOST_TOGETHER || self.unpublished_bytes >= MUCH_TOGETHER {
             self.publish();
         }
     }
@@ -168,6 +173,7 @@ impl Queue {
     }
 
     fn publish(&mut self) {
+        self.unpublished_bytes = 0;
         let any = self.vring.unpublished() > 0;
         if self.vring.publish() || !self.has_called {
             self.has_called = true;
@@ -390,8 +396,9 @@ impl Queue {
         let written = if op == Op::Read { length as u32 } else { 0 };
         if waiting.is_empty() {
             self.keep_list(memory);
-            self.succeed(head, &reply, written);
             let bytes = parts.iter().map(|part| part.length).sum();
+            self.unpublished_bytes += bytes;
+            self.succeed(head, &reply, written);
             return cx.count(&export, op, (parts.len() as u64, bytes, 0), started);
         }
         let has_data = matches!(op, Op::Read | Op::Write);
