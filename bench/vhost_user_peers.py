@@ -24,12 +24,13 @@ from servers import Server, ServerError, announcing
 
 _QEMU: Final = Path(__file__).parents[1] / ".cache/qemu/qemu-storage-daemon"
 _STOP_SECONDS: Final = 20.0
-_FILLED: Final = Qcow2Image(filled=True)
+_IMAGES: Final = {"raw": Qcow2Image(filled=True, raw=True), "qcow2": Qcow2Image(filled=True)}
+"""Each session has one of its own: memory that was written long ago may be slower in a virtual machine."""
 
 
 @dataclass(frozen=True)
 class _OverVhostUser:
-    """disk: a file on tmpfs, an image on tmpfs that is full of data, or nothing: reads give zeros, writes do nothing.
+    """disk: a raw or QCOW2 image on tmpfs that is full of data, or nothing: reads give zeros, writes do nothing.
     polling: the client looks at the rings all the time, and sleeps never.
     """
 
@@ -43,7 +44,7 @@ class _OverVhostUser:
 
     @contextmanager
     def _path(self, ground: Ground) -> Iterator[Path]:
-        with _FILLED.made(ground) if self.disk == "qcow2" else nullcontext(ground.tmpfs_file()) as path:
+        with _IMAGES[self.disk].made(ground) if self.disk in _IMAGES else nullcontext(Path()) as path:
             yield path
 
 
@@ -55,7 +56,7 @@ class BlkloomVhostUser(_OverVhostUser):
     setting: str = ""
 
     def missing(self) -> str:
-        return unbuilt(self.command) or (need("qemu-img", "qemu-utils") if self.disk == "qcow2" else "")
+        return unbuilt(self.command) or need("qemu-img", "qemu-utils")
 
     @contextmanager
     def session(self, ground: Ground, job: Job) -> Iterator[ClientSession]:

@@ -1,5 +1,5 @@
-"""The rows of disks of virtual machines, over vhost-user: compared with QEMU's storage daemon on the same file or image
-on tmpfs, and with our own NBD where a request waits for the one before.
+"""The rows of disks of virtual machines, over vhost-user: compared with QEMU's storage daemon on an equal file or
+image on tmpfs, and with our own NBD where a request waits for the one before.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from typing import Final
 
 from jobs import Job, Pattern
 from measuring import Contender, Workload
-from peers import Blkloom
+from qcow2_images import Qcow2Image
+from qcow2_peers import BlkloomQcow2
 from results import Goal
 from vhost_user_peers import BlkloomVhostUser, QemuVhostUser
 
@@ -53,7 +54,7 @@ def _row(blkloom: str, pattern: Pattern, name: str, block: int, depth: int, *, p
         Goal(_QCOW2, _QEMU_QCOW2, ahead[1], client=client, floor=_FLOOR),
     ]
     if depth == 1:
-        ours.append(Blkloom(blkloom, _NBD))
+        ours.append(BlkloomQcow2(blkloom, _NBD, Qcow2Image(filled=True, raw=True)))
         goals.insert(1, Goal(_LOOP, _NBD, 2.0 if polling else 1.0, client=client, floor=_FLOOR))
     return Workload(
         f"vhost-user-{pattern}-{name.lower()}-q{depth}{'-polling' * polling}",
