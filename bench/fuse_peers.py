@@ -7,8 +7,6 @@ qemu-storage-daemon(1), engine/fuse-wire/examples/fuse_null_server.rs.
 from __future__ import annotations
 
 import os
-import select
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from ground import Ground
 from jobs import Client, Job
 from measuring import ClientSession
 from peers import unbuilt
-from servers import Server, ServerError, announcing
+from servers import Server, announcing, daemonized
 
 _ROOT: Final = Path(__file__).parents[1]
 _NULL_SERVER: Final = _ROOT / "engine/target/release/examples/fuse_null_server"
@@ -139,18 +137,6 @@ class QemuFuse:
         node.touch()
         backing = f"driver=file,node-name=disk,filename={ground.tmpfs_file()},aio={self.aio}"
         export = f"type=fuse,id=export,node-name=disk,mountpoint={node},writable=on"
-        # It goes to the background when its exports can be used.
-        options = ["--blockdev", backing, "--export", export, "--daemonize", "--pidfile", str(pid)]
-        done = subprocess.run([_QEMU, *options], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ServerError(f"qemu-storage-daemon is not ready: {done.stderr.strip()}")
-        number = int(pid.read_text())
-        process = os.pidfd_open(number)
-        try:
-            yield ClientSession(ground, job, driven(node), who="server", server=Server(number))
-        finally:
-            signal.pidfd_send_signal(process, signal.SIGTERM)
-            ended, _, _ = select.select([process], [], [], _STOP_SECONDS)
-            os.close(process)
-        if not ended:
-            raise ServerError(f"qemu-storage-daemon (process {number}) does not end")
+        command = [str(_QEMU), "--blockdev", backing, "--export", export]
+        with daemonized(command, pid=pid) as server:
+            yield ClientSession(ground, job, driven(node), who="server", server=server)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -91,6 +92,27 @@ def announcing(command: list[str], *, ready: str, log: Path, text: str = "") -> 
         if not line.startswith(ready):
             raise ServerError(f"{command[0]} is not ready: {line.strip() or _tail(log) or 'it says nothing'}")
         yield Server(process.pid)
+
+
+@contextmanager
+def daemonized(command: list[str], *, pid: Path) -> Iterator[Server]:
+    """Start a server that goes to the background when it is ready, and writes its process id to `pid` (QEMU's storage
+    daemon). Raises ServerError.
+    """
+    command = [*command, "--daemonize", "--pidfile", str(pid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServerError(f"{command[0]} is not ready: {done.stderr.strip()}")
+    number = int(pid.read_text())
+    process = os.pidfd_open(number)
+    try:
+        yield Server(number)
+    finally:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        ended, _, _ = select.select([process], [], [], _STOP_SECONDS)
+        os.close(process)
+    if not ended:
+        raise ServerError(f"{command[0]} (process {number}) does not end")
 
 
 @contextmanager

@@ -5,10 +5,6 @@ qemu-storage-daemon(1).
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +16,9 @@ from jobs import Client, Job
 from measuring import ClientSession
 from peers import need, unbuilt
 from qcow2_images import Qcow2Image
-from servers import Server, ServerError, announcing
+from servers import announcing, daemonized
 
 _QEMU: Final = Path(__file__).parents[1] / ".cache/qemu/qemu-storage-daemon"
-_STOP_SECONDS: Final = 20.0
 _IMAGES: Final = {"raw": Qcow2Image(filled=True, raw=True), "qcow2": Qcow2Image(filled=True)}
 """Each session has one of its own: memory that was written long ago may be slower in a virtual machine."""
 
@@ -96,18 +91,5 @@ class QemuVhostUser(_OverVhostUser):
             node = "image" if self.disk == "qcow2" else "file"
             export = f"type=vhost-user-blk,id=export,node-name={node},iothread=thread,writable=on"
             options += ["--export", f"{export},num-queues={job.connections},addr.type=unix,addr.path={socket}"]
-            # It goes to the background when its exports can be used.
-            command = [str(_QEMU), *options, "--daemonize", "--pidfile", str(pid)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ServerError(f"qemu-storage-daemon is not ready: {done.stderr.strip()}")
-            number = int(pid.read_text())
-            process = os.pidfd_open(number)
-            try:
-                yield ClientSession(ground, job, [str(socket)], who="server", server=Server(number))
-            finally:
-                signal.pidfd_send_signal(process, signal.SIGTERM)
-                ended, _, _ = select.select([process], [], [], _STOP_SECONDS)
-                os.close(process)
-            if not ended:
-                raise ServerError(f"qemu-storage-daemon (process {number}) does not end")
+            with daemonized([str(_QEMU), *options], pid=pid) as server:
+                yield ClientSession(ground, job, [str(socket)], who="server", server=server)

@@ -50,10 +50,10 @@ def pack(session: Session) -> tuple[int, bytes]:
     with inside:
         try:
             rest = [
-                *session.files,
-                *([session.inflight_file] if session.inflight_file >= 0 else []),
-                *([session.log_file] if session.log_file >= 0 else []),
-                *([session.log_event] if session.log_event >= 0 else []),
+                *session.shared.regions,
+                *([session.shared.inflight] if session.shared.inflight >= 0 else []),
+                *([session.shared.log] if session.shared.log >= 0 else []),
+                *([session.shared.log_event] if session.shared.log_event >= 0 else []),
                 *([session.backend.fileno()] if session.backend else []),
                 *(getattr(session.vrings[index], name) for index, name in events),
             ]
@@ -62,10 +62,10 @@ def pack(session: Session) -> tuple[int, bytes]:
                 state=state,
                 received=received,
                 descriptors=len(descriptors),
-                regions=len(session.files),
-                has_inflight=session.inflight_file >= 0,
-                has_log=session.log_file >= 0,
-                has_log_event=session.log_event >= 0,
+                regions=len(session.shared.regions),
+                has_inflight=session.shared.inflight >= 0,
+                has_log=session.shared.log >= 0,
+                has_log_event=session.shared.log_event >= 0,
                 has_backend=session.backend is not None,
                 events=events,
             )
@@ -103,10 +103,10 @@ def unpack(descriptor: int, data: bytes, new: Callable[[Connection], Session]) -
             os.close(left)
         raise
     session.state = parcel.state
-    session.files = [take() for _ in range(parcel.regions)]
-    session.inflight_file = take() if parcel.has_inflight else -1
-    session.log_file = take() if parcel.has_log else -1
-    session.log_event = take() if parcel.has_log_event else -1
+    session.shared.regions = [take() for _ in range(parcel.regions)]
+    session.shared.inflight = take() if parcel.has_inflight else -1
+    session.shared.log = take() if parcel.has_log else -1
+    session.shared.log_event = take() if parcel.has_log_event else -1
     session.backend = socket.socket(fileno=take()) if parcel.has_backend else None
     session.vrings = {index: Vring(state) for index, state in parcel.state.vrings.items()}
     setters = {"kick": Vring.set_kick, "called": Vring.set_call, "error": Vring.set_error}

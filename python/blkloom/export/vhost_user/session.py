@@ -33,7 +33,7 @@ from blkloom.export.vhost_user.configuration import (
     Disk,
 )
 from blkloom.export.vhost_user.connection import Connection, Message
-from blkloom.export.vhost_user.descriptors import is_event, is_memory
+from blkloom.export.vhost_user.descriptors import is_event
 from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import (
     CONFIGURATION_CHANGED,
@@ -57,12 +57,11 @@ from blkloom.export.vhost_user.messages import (
     reply,
     request,
 )
+from blkloom.export.vhost_user.shared_files import SharedFiles, sealed_memory
 from blkloom.export.vhost_user.vring import Vring, VringState
 from blkloom.export.vhost_user.write_cache import WriteCache
 from blkloom.peer_credentials import peer_credentials
 from blkloom.printing import described
-
-_PAGE: Final = 4096
 
 
 class SessionState(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -102,20 +101,14 @@ class Session:
         """Vrings with a transport, by its token."""
         peer = peer_credentials(connection.socket)
         cache.begin(peer.pid)
-        self._may_end_this = peer.may_command
-        """The front-end has the user of this process, or is root."""
         self._changed = asyncio.Event()
         """A transport has ended."""
         self.state = SessionState()
         self.vrings: dict[int, Vring] = {}
-        self.files: list[int] = []
-        """Descriptors of the regions of memory."""
-        self.inflight_file = self.log_file = self.log_event = -1
+        # It has the user of this process, or is root.
+        self.shared = SharedFiles(self._close, may_end_this=peer.may_command)
         self.backend: socket.socket | None = None
         """For requests to the front-end."""
-        self._memory: _engine.GuestMemory | None = None
-        self._inflight: _engine.SharedMemory | None = None
-        self._dirty_log: _engine.VhostUserLog | None = None
         self._flushes: dict[int, asyncio.Future[None]] = {}
         """Flushes of the device, by token."""
         self._handled: Message | None = None
@@ -174,10 +167,7 @@ class Session:
             vring.close()
         if self._handled is not None:
             self._close(self._handled.descriptors)
-        self._set_files([])
-        self._set_inflight_file(-1)
-        self._set_log_file(-1)
-        self._set_log_event(-1)
+        self.shared.close()
         if self.backend is not None:
             self._close([self.backend.detach()])
         self._connection.close()
@@ -201,8 +191,8 @@ class Session:
         ProtocolError.
         """
         self._map_memory()
-        self._map_inflight()
-        self._map_log()
+        self.shared.map_inflight(self.state.inflight)
+        self.shared.map_log(self.state.log)
         self._start_all()
 
     def configuration_changed(self) -> None:
@@ -269,8 +259,8 @@ class Session:
         vring.state.failed = False
         if not any(other.kick >= 0 for other in self.vrings.values()):
             self._forget_log()  # the front-end takes no more marks from it, and sets another one before the next start
-        if self.state.inflight is None and self._inflight is not None:
-            self._forget_inflight(index)
+        if self.state.inflight is None and self.shared.inflight_memory is not None:
+            self.shared.forget_inflight(index, self._inflight_stride())
         return VringValue(index, vring.state.base).format(), []
 
     async def _get_inflight_fd(self, message: Message) -> tuple[bytes, list[int]]:
@@ -279,7 +269,7 @@ class Session:
             what = f"{wanted.queues} queues of {wanted.queue_size} descriptors"
             raise ProtocolError(f"{what}; {MOST_QUEUES} of {MOST_DESCRIPTORS} are possible")
         size = wanted.queues * _engine.vhost_user_inflight_length(wanted.queue_size)
-        return Inflight(size, 0, wanted.queues, wanted.queue_size).format(), [_shared_file(size)]
+        return Inflight(size, 0, wanted.queues, wanted.queue_size).format(), [sealed_memory(size)]
 
     async def _set_features(self, message: Message) -> None:
         features = parse_number(message.payload)
@@ -313,7 +303,7 @@ class Session:
             raise ProtocolError(f"{len(regions)} regions of memory with {len(message.descriptors)} descriptors")
         async with self._stopped(self.vrings.values()):
             self.state.regions = regions
-            self._set_files(message.descriptors)
+            self.shared.set_regions(message.descriptors)
             message.descriptors = []
             self._map_memory()
 
@@ -325,13 +315,13 @@ class Session:
         if len(self.state.regions) >= MOST_SLOTS:
             raise ProtocolError(f"more than {MOST_SLOTS} regions of memory")
         async with self._stopped(self.vrings.values()):
-            self.files.append(message.take())
+            self.shared.regions.append(message.take())
             self.state.regions.append(region)
             try:
                 self._map_memory()
             except ProtocolError:
                 self.state.regions.pop()
-                self._close([self.files.pop()])
+                self._close([self.shared.regions.pop()])
                 raise
 
     async def _rem_mem_reg(self, message: Message) -> None:
@@ -342,19 +332,19 @@ class Session:
         async with self._stopped(self.vrings.values()):
             index = self.state.regions.index(found[0])
             del self.state.regions[index]
-            self._close([self.files.pop(index)])
+            self._close([self.shared.regions.pop(index)])
             self._map_memory()
 
     async def _set_log_base(self, message: Message) -> tuple[bytes, list[int]]:
         log = Log.parse(message.payload)
         async with self._stopped(self.vrings.values()):
-            self._set_log_file(message.take())
+            self.shared.set_log(message.take())
             self.state.log = log
-            self._map_log()
+            self.shared.map_log(self.state.log)
         return number(0), []
 
     async def _set_log_fd(self, message: Message) -> None:
-        self._set_log_event(self._take_event(message))
+        self.shared.set_log_event(self._take_event(message))
 
     async def _set_vring_num(self, message: Message) -> None:
         value = VringValue.parse(message.payload)
@@ -419,9 +409,9 @@ class Session:
         if not 0 < inflight.queue_size <= MOST_DESCRIPTORS:
             raise ProtocolError(f"requests in flight of queues of {inflight.queue_size} descriptors")
         async with self._stopped(self.vrings.values()):
-            self._set_inflight_file(message.take())
+            self.shared.set_inflight(message.take())
             self.state.inflight = inflight
-            self._map_inflight()
+            self.shared.map_inflight(self.state.inflight)
 
     # parts
 
@@ -448,73 +438,12 @@ class Session:
         while descriptors:
             self._connection.closing.close(descriptors.pop())
 
-    def _set_files(self, files: list[int]) -> None:
-        self._close(self.files)
-        self.files, self._memory = files, None
-
-    def _check_memory(self, files: Iterable[int]) -> None:
-        """Refuses files that the engine would refuse: its close of its duplicates may wait. Raises ProtocolError."""
-        if not self._may_end_this and not all(is_memory(file) for file in files):
-            raise ProtocolError("memory without seals can shrink: share a memfd that is sealed (F_SEAL_SHRINK)")
-
     def _map_memory(self) -> None:
-        """Raises ProtocolError."""
-        self._check_memory(self.files)
-        regions = [
-            (descriptor, region.offset, region.size, region.guest, region.user)
-            for descriptor, region in zip(self.files, self.state.regions, strict=True)
-        ]
-        try:
-            self._memory = _engine.GuestMemory(regions, may_end_this=self._may_end_this) if regions else None
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"memory of the virtual machine cannot be used: {error}") from error
-
-    def _set_inflight_file(self, descriptor: int) -> None:
-        if self.inflight_file >= 0:
-            self._close([self.inflight_file])
-        self.inflight_file, self._inflight = descriptor, None
-
-    def _map_inflight(self) -> None:
-        """Maps the memory for requests in flight; makes some, if the front-end has none. Raises ProtocolError."""
-        size, offset = _OWN_INFLIGHT, 0
-        if self.state.inflight is not None:
-            size, offset = self.state.inflight.size, self.state.inflight.offset
-        elif self.inflight_file < 0:
-            self.inflight_file = _shared_file(_OWN_INFLIGHT)
-        self._check_memory([self.inflight_file])
-        try:
-            self._inflight = _engine.SharedMemory(self.inflight_file, offset, size, may_end_this=self._may_end_this)
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"memory for requests in flight cannot be used: {error}") from error
-
-    def _set_log_file(self, descriptor: int) -> None:
-        if self.log_file >= 0:
-            self._close([self.log_file])
-        self.log_file, self._dirty_log = descriptor, None
+        self.shared.map_memory(self.state.regions)
 
     def _forget_log(self) -> None:
-        self._set_log_file(-1)
+        self.shared.set_log(-1)
         self.state.log = None
-
-    def _map_log(self) -> None:
-        """Maps the log, if there is one. Raises ProtocolError."""
-        log = self.state.log
-        if log is None:
-            return
-        self._check_memory([self.log_file])
-        try:
-            memory = _engine.SharedMemory(self.log_file, log.offset, log.size, may_end_this=self._may_end_this)
-            self._dirty_log = _engine.VhostUserLog(memory)
-            self._dirty_log.set_event(self.log_event if self.log_event >= 0 else None)
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"memory for the log of written pages cannot be used: {error}") from error
-
-    def _set_log_event(self, descriptor: int) -> None:
-        if self.log_event >= 0:
-            self._close([self.log_event])
-        self.log_event = descriptor
-        if self._dirty_log is not None:
-            self._dirty_log.set_event(descriptor if descriptor >= 0 else None)
 
     def _lacks_flush(self) -> bool:
         """Whether the driver may switch the cache, but cannot flush it: it has none then."""
@@ -528,11 +457,6 @@ class Session:
     def _inflight_stride(self) -> int:
         inflight = self.state.inflight
         return _engine.vhost_user_inflight_length(inflight.queue_size if inflight else MOST_DESCRIPTORS)
-
-    def _forget_inflight(self, index: int) -> None:
-        """Makes the region of a drained vring a new one: the front-end may start the vring with other indices."""
-        stride = self._inflight_stride()
-        os.pwrite(self.inflight_file, bytes(stride), index * stride)
 
     # queues
 
@@ -559,24 +483,24 @@ class Session:
         """Starts to serve a vring, if there is memory, and a log where one is kept. Raises ProtocolError."""
         features = Feature(self.state.features)
         logs = Feature.LOG & features
-        if self._memory is None or (logs and self._dirty_log is None):
+        if self.shared.guest_memory is None or (logs and self.shared.dirty_log is None):
             return
-        if self._inflight is None:
-            self._map_inflight()
-        assert self._inflight is not None
+        if self.shared.inflight_memory is None:
+            self.shared.map_inflight(self.state.inflight)
+        assert self.shared.inflight_memory is not None
         token = next(self._tokens)
         try:
             vring.transport = _engine.serve_vhost_user(
                 self._engine,
                 self._engine_disk,
-                self._memory,
+                self.shared.guest_memory,
                 self._notices,
                 token,
-                inflight=(self._inflight, index * self._inflight_stride()),
+                inflight=(self.shared.inflight_memory, index * self._inflight_stride()),
                 event_idx=bool(Feature.EVENT_IDX & features),
                 indirect=bool(Feature.INDIRECT & features),
                 write_through=self._is_written_through(),
-                log=self._dirty_log if logs else None,
+                log=self.shared.dirty_log if logs else None,
                 used_log=vring.state.used_log if logs else None,
                 **vring.arguments(),
             )
@@ -655,24 +579,8 @@ class Session:
             end.set_result(None)
 
 
-_OWN_INFLIGHT: Final = MOST_QUEUES * _engine.vhost_user_inflight_length(MOST_DESCRIPTORS)
-
-
 def _is_same(one: Region, other: Region) -> bool:
     return (one.guest, one.user, one.size) == (other.guest, other.user, other.size)
-
-
-def _shared_file(size: int) -> int:
-    """A memfd that cannot shrink. Raises ProtocolError."""
-    import fcntl
-
-    try:
-        made = os.memfd_create("blkloom-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(made, -(-size // _PAGE) * _PAGE)
-        fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError as error:
-        raise ProtocolError(f"no memory for requests in flight: {os.strerror(error.errno or errno.EIO)}") from error
-    return made
 
 
 _Answering = Callable[[Session, Message], Coroutine[Any, Any, tuple[bytes, list[int]]]]
