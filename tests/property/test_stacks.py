@@ -59,6 +59,8 @@ class Stack:
         self._folder = folder
         self._draw = draw
         self._files = 0
+        self._mirrors = 0
+        """Above what is being made. No leg of theirs has snapshots, which ignore discards that other legs execute."""
         self.devices: dict[str, blkloom.Device] = {}
         self._models: dict[str, Concatenated] = {}
         self.handles: list[tuple[str, Concatenated]] = []
@@ -98,7 +100,7 @@ class Stack:
         """A device of at least so many sectors, and its model. sound: nothing below it may fail or drop. simple: all
         targets above it have no state of their own.
         """
-        if depth and self._number(0, 5) == 0:
+        if depth and not self._mirrors and self._number(0, 5) == 0:
             return self._snapshot(depth, least)
         if not depth and self._number(0, 3) == 0:
             name, disk = f"ram{len(self.devices)}", Disk(bytes(least * SECTOR))
@@ -172,7 +174,9 @@ class Stack:
                 return rows * chunk, f"unstriped {stripes} {chunk} {stripe} {path} {first}", unstriped
             case "mirror":
                 sectors = max(sectors, 2)
+                self._mirrors += 1
                 legs = [self._lower(depth, sectors, sound=True, simple=False) for _ in range(self._number(2, 3))]
+                self._mirrors -= 1
                 words = " ".join(f"{path} {first}" for path, first, _ in legs)
                 line = f"mirror core 1 {self._choice('2', '2', '4')} {len(legs)} {words}"
                 line = line if sectors >= 4 else line.replace("core 1 4", "core 1 2")
