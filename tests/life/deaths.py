@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,12 +19,34 @@ from conformance.file_systems import MiB, run
 from kill_points import KillPoints
 
 from .attached import a_life_with_nodes, make_disk
-from .conftest import Life, info
+from .conftest import LONGEST_END, Life, info, until
 
-LONGEST_END = 30.0
-"""Seconds in which the kernel and ended processes let go of what they had."""
 FEWEST_STEPS = 3
 SUPERVISOR, ATTACH, DETACH = "blkloom.supervisor", "blkloom.attach.tasks attach", "blkloom.attach.tasks detach"
+
+
+def killed_at(
+    life: Life, points: KillPoints, change: Callable[[Client], None], role: str, step: int, victims: str
+) -> str:
+    """Makes a change at the device `disk` while the victims are killed at a step of a process with this role; the next
+    supervisor begins if there is none. Returns the step, "" if there is none of that number.
+    """
+    with life.client() as client:
+        worker = until(client, "disk", lambda found: found.worker > 0).worker
+        pids = {"itself": 0, "worker": worker, "supervisor": life.process.pid}
+        points.arm(role, step, *(pids[victim] for victim in victims.split()))
+        failed: Exception | None = None
+        try:
+            change(client)
+        except (BlkloomError, OSError) as error:
+            failed = error
+        reached = points.disarm()
+        if failed is not None and not reached:
+            raise failed
+    if reached and ("supervisor" in victims or (role == SUPERVISOR and "itself" in victims)):
+        life.process.wait(LONGEST_END)
+        life.start()
+    return reached
 
 
 class Deaths:
@@ -45,23 +67,14 @@ class Deaths:
             _until_a_worker_answers(client)
             if verb == "detach":
                 client.attach("disk", via=via)
-            pids = {"itself": 0, "worker": info(client, "disk").worker, "supervisor": self.life.process.pid}
-            failed: Exception | None = None
-            self.points.arm(role, step, *(pids[victim] for victim in victims.split()))
-            try:
-                if verb == "attach":
-                    client.attach("disk", via=via)
-                else:
-                    client.detach("disk")
-            except (BlkloomError, OSError) as error:
-                failed = error
-            step_reached = self.points.disarm()
-            if failed is not None and not step_reached:
-                raise failed
-        if step_reached and ("supervisor" in victims or (role == SUPERVISOR and "itself" in victims)):
-            self.life.process.wait(LONGEST_END)
-            self.life.start()
-        return step_reached
+
+        def change(client: Client) -> None:
+            if verb == "attach":
+                client.attach("disk", via=via)
+            else:
+                client.detach("disk")
+
+        return killed_at(self.life, self.points, change, role, step, victims)
 
     def client_killed(self, command: Sequence[str | Path], role: str, step: int) -> str:
         """Runs a command, which is killed at a step of a process with this role. Returns the step; "" if there is none

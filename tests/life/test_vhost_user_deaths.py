@@ -18,11 +18,12 @@ from kill_points import KillPoints
 from long_runs import LONG
 from vhost_user_driver import SECTOR, WRITE, FrontEnd, Machine
 
-from .conftest import LONGEST_END, Life, a_life, info, until
+from .conftest import Life, a_life, info, until
+from .deaths import SUPERVISOR, killed_at
 from .machine_load import BLOCK, SECTORS, Load
 
 pytestmark = pytest.mark.timeout(1200 if LONG else 280)
-SUPERVISOR, WORKER = "blkloom.supervisor", "fork of blkloom.worker"
+WORKER = "fork of blkloom.worker"
 EACH = 1 if LONG else 5
 """Every how many steps a process is killed; `make survival`: at each."""
 REQUESTS = 60
@@ -44,25 +45,8 @@ class Deaths:
         return f"0 {sectors} loop {self.file}"
 
     def killed(self, change: Callable[[Client], None], role: str, step: int, victims: str) -> str:
-        """Makes a change while the victims are killed at a step of a process with this role; the next supervisor begins
-        if there is none. Returns the step, "" if there is none of that number.
-        """
-        with self.life.client() as client:
-            worker = until(client, "disk", lambda found: found.worker > 0).worker
-            pids = {"itself": 0, "worker": worker, "supervisor": self.life.process.pid}
-            self.points.arm(role, step, *(pids[victim] for victim in victims.split()))
-            failed: Exception | None = None
-            try:
-                change(client)
-            except (BlkloomError, OSError) as error:
-                failed = error
-            reached = self.points.disarm()
-            if failed is not None and not reached:
-                raise failed
-        if reached and ("supervisor" in victims or (role == SUPERVISOR and "itself" in victims)):
-            self.life.process.wait(LONGEST_END)
-            self.life.start()
-        return reached
+        """See `killed_at`."""
+        return killed_at(self.life, self.points, change, role, step, victims)
 
     def settle(self) -> None:
         """Completes or repeats what was interrupted; the requests go on."""
