@@ -51,6 +51,18 @@ def test_it_waits_for_a_first_client_and_goes_with_the_last(
     until_gone(client, "disk")
 
 
+def test_a_removal_ends_with_those_below_that_were_due(client: Client, file: Path) -> None:
+    make(client, file)
+    for number in range(20):
+        client.create(
+            f"above{number}",
+            table=f"0 16 linear blkloom:{f'above{number - 1}' if number else 'disk'} 0",
+            autoclear=True,
+        )
+    client.remove("above19", force=True)
+    assert client.info() == []
+
+
 def test_one_that_is_retained_stays(client: Client, file: Path, connect: Callable[[str], NbdClient]) -> None:
     make(client, file)
     nbd = connect("disk")

@@ -7,7 +7,9 @@ clients are disconnected; this does not count as leaving. Runs on the event loop
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from blkloom.attach.registry import way
@@ -33,7 +35,7 @@ class AutoRemove:
         self._registry = registry
         self._workers = workers
         self._drop = drop
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Entry] = {}
 
     def look_at(self, entry: Entry) -> None:
         """Starts the removal that is due, if any. Call it after the users of the device have changed."""
@@ -45,8 +47,20 @@ class AutoRemove:
 
     def _begin(self, entry: Entry, all_of_it: list[Entry]) -> None:
         task = asyncio.create_task(self._remove(entry, all_of_it), name=f"auto-remove {entry.name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = entry
+        task.add_done_callback(self._tasks.pop)
+
+    async def settled(self, entries: Sequence[Entry], *, timeout: float) -> None:
+        """Waits until the removals of these devices that have begun have ended, at most `timeout` seconds. The removal
+        of a device may begin that of one below it.
+        """
+        minors = {entry.minor for entry in entries}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while under_way := [
+                    task for task, entry in self._tasks.items() if entry.minor in minors and not task.done()
+                ]:
+                    await asyncio.wait(under_way)
 
     def _is_due(self, entry: Entry) -> bool:
         return entry.deferred and not self._registry.open_count(entry) and (entry.node is None or entry.node.lazy)

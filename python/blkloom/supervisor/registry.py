@@ -294,6 +294,14 @@ class Registry:
         *above, _ = _each_after([entry.minor], lambda minor: self._users.get(minor, ()))
         return [self._entries[minor] for minor in above]
 
+    def all_below(self, entry: Entry) -> list[Entry]:
+        """All devices below it, directly or indirectly; each comes after the devices below it."""
+        *below, _ = _each_after([entry.minor], self._below_of)
+        return [self._entries[minor] for minor in below]
+
+    def _below_of(self, minor: int) -> frozenset[int]:
+        return self._entries[minor].below & self._entries.keys()
+
     def check_stack(self, entry: Entry, below: frozenset[int]) -> None:
         """Raises TableError if `entry` would be stacked on itself."""
         pending, seen = set(below), set[int]()

@@ -27,7 +27,7 @@ from blkloom.supervisor.export_verbs import ExportVerbs
 from blkloom.supervisor.group import LEAVE_SECONDS, Group
 from blkloom.supervisor.nodes import Nodes
 from blkloom.supervisor.registry import Entry, Registry
-from blkloom.supervisor.table_verbs import TableVerbs
+from blkloom.supervisor.table_verbs import FORCE_SECONDS, TableVerbs
 from blkloom.supervisor.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -72,8 +72,15 @@ class Removal:
         """All devices are removed: no new one is made."""
 
     async def remove(self, call: m.Remove) -> None:
-        """Removes a device that is not in use, and its partition devices. Raises DeviceBusy."""
+        """Removes a device that is not in use, and its partition devices. Also waits for the removal of devices below
+        it that is due then; its errors are only logged. Raises DeviceBusy.
+        """
         entry = self._registry.find(call.device)
+        below = self._registry.all_below(entry)
+        await self._remove_one(entry, call)
+        await self._auto_remove.settled(below, timeout=FORCE_SECONDS if call.force else LEAVE_SECONDS)
+
+    async def _remove_one(self, entry: Entry, call: m.Remove) -> None:
         partitions = self._registry.family(entry)[:-1]
         if partitions and not (call.force or call.deferred or call.retry):
             await self._check_family(entry, partitions)
