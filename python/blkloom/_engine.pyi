@@ -24,6 +24,7 @@ __all__ = [
     "DetachedFuse",
     "DetachedVhostUser",
     "Device",
+    "DeviceCopy",
     "Engine",
     "ErrorFilter",
     "Export",
@@ -649,6 +650,53 @@ class Device:
         """
     def stats(self) -> dict[str, Any]:
         """Counters and latency histograms, see `blkloom.stats.Stats`. Reading them does not slow down the loops."""
+
+@final
+class DeviceCopy:
+    """A copy of a range of one device to another, or a comparison, in progress, on threads of its own. Nothing else
+    changes the range of either device meanwhile. It stops when it is dropped.
+    """
+
+    def __new__(
+        cls,
+        source: Device,
+        target: Device,
+        *,
+        start: int,
+        end: int,
+        request_size: int,
+        requests: int,
+        zeroes: Literal["skip", "unmap", "allocate"] = "unmap",
+        detect_zeroes: int = 0,
+        compare: bool = False,
+    ) -> DeviceCopy:
+        """Starts it. start, end: bytes. requests: how many are in flight at once, each of at most `request_size` bytes.
+        zeroes: what happens to ranges that the block status of the source says to be zeros: nothing, write zeroes that
+        may deallocate, or write zeroes that may not. detect_zeroes: blocks of this size in the data that are zeros are
+        treated likewise; 0: none are looked for. compare: reads both and writes nothing. Raises OSError, ValueError.
+        """
+    def fileno(self) -> int:
+        """A descriptor that is readable after `position` has reached the watched offset, and after the end."""
+    def watch(self, offset: int) -> None:
+        """Makes the descriptor unreadable until `position` reaches `offset`, or until the end."""
+    @property
+    def position(self) -> int:
+        """Everything before this offset is done. Not durable: a flush of the target makes it so."""
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes done: (data, zeros of the source's block status)."""
+    @property
+    def ended(self) -> bool:
+        """Whether no I/O of it is in flight any more, and there will be none."""
+    @property
+    def failure(self) -> tuple[Literal["source", "target"], str, int, int, int] | None:
+        """(device, operation, offset, length, errno) of the failed request with the lowest offset; the operation is
+        "differs" and the errno 0 for the first byte that differs. Final when it has ended.
+        """
+    def stop(self) -> None:
+        """Begins no more requests."""
+    def close(self) -> None:
+        """Stops, and waits until it has ended."""
 
 @final
 class Notices:

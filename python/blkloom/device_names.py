@@ -21,6 +21,8 @@ LONGEST_NAME: Final = 127
 """Bytes of a mangled name (DM_NAME_LEN without the NUL)."""
 LONGEST_UUID: Final = 128
 """Bytes of a mangled uuid (DM_UUID_LEN without the NUL)."""
+STACKED: Final = "blkloom:"
+"""Prefix of a name where a path may be, too: in tables, for example."""
 
 _RESERVED: Final = frozenset({".", "..", "control"})
 _FOREIGN: Final = re.compile(rb"[^A-Za-z0-9#+\-.:=@_]")

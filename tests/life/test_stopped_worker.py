@@ -39,7 +39,7 @@ REFUSED = [
     "upgrade", "save disk --directory {saved}", "restore disk --directory {saved}", "remove upper", "remove single",
     "remove --retry single", "wipe_table upper", "fault single fail", "fault faulty slow 10ms", "fault faulty off",
     "snapshot single after", "snapshot kept after", "snapshot kept before --delete", "snapshot kept --delete",
-    "snapshot kept before --merge",
+    "snapshot kept before --merge", "copy blkloom:single {saved}.img",
 ]  # fmt: skip
 FORCED = [
     "detach --force disk", "remove --force single", "remove --force upper", "remove --force faulty",

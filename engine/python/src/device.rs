@@ -78,7 +78,7 @@ pub struct Device {
 
 impl Device {
     /// Raises ForkedError in a fork of the process that created the device.
-    fn check_here(&self, py: Python<'_>) -> PyResult<()> {
+    pub fn check_here(&self, py: Python<'_>) -> PyResult<()> {
         if self.engine.is_here() {
             return Ok(());
         }

@@ -6,6 +6,7 @@
 mod backend;
 mod border;
 mod device;
+mod device_copy;
 mod export;
 mod fault;
 mod filters;
@@ -28,6 +29,8 @@ mod _engine {
     use crate::backend::{BackendOperation, BackendQueue};
     #[pymodule_export]
     use crate::device::{Device, Engine};
+    #[pymodule_export]
+    use crate::device_copy::DeviceCopy;
     #[pymodule_export]
     use crate::export::{Export, Notices, Transport};
     #[pymodule_export]

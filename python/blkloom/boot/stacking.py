@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 
 from blkloom.control.rundir import RunDir
-from blkloom.device_names import unmangle
+from blkloom.device_names import STACKED, unmangle
 from blkloom.errors import UsageError
 from blkloom.table import Segment, Table
 from blkloom.table.syntax import Argument
 from blkloom.targets.device_ref import DeviceRef
-from blkloom.targets.load_context import STACKED
 
 _NUMBERS = re.compile(r"[0-9]+:[0-9]+")
 _PARTITION = re.compile(r"-part[0-9]+$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import CompletionItem
 
-from blkloom.device_names import Mangling, show_name
+from blkloom.device_names import STACKED, Mangling, show_name
 from blkloom.errors import BlkloomError
 
 
@@ -20,6 +20,14 @@ def complete_devices(context: click.Context, _parameter: click.Parameter, incomp
     except (BlkloomError, OSError):
         return []  # A shell cannot show errors during completion.
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def complete_copied(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the devices with their prefix, and files."""
+    devices = complete_devices(context, parameter, "") if "/" not in incomplete else []
+    names = [STACKED + item.value for item in devices]
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return [*found, CompletionItem(incomplete, type="file")]
 
 
 def complete_verbs(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -30,6 +30,9 @@ SECTIONS: Final[Mapping[str, Mapping[str, Verb]]] = {
     "Serve in the foreground": {
         "serve": Verb("serve", "Serve files, memory or tables over NBD until interrupted.", dmsetup=False),
     },
+    "Copy": {
+        "copy": Verb("copying", "Copy a file, block device, image or device to another.", dmsetup=False),
+    },
     "Make and change devices": {
         "loop": Verb("loop", "Set up files as devices, as losetup does.", dmsetup=False),
         "create": Verb("create", "Make a device, with a table or without one."),

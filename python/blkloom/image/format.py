@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from blkloom.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -61,6 +63,12 @@ class Format(ABC):
     @abstractmethod
     def disk_size(self, storage: Storage) -> int:
         """Bytes of the disk in the image. Raises CorruptImage, UnsupportedImage, OSError."""
+
+    def new_image(self, size: int) -> bytes:
+        """The file of a new image with an empty disk of `size` bytes, a multiple of 512. The file may have zeros after
+        these bytes. Raises UsageError.
+        """
+        raise UsageError("images of this format cannot be made", cure="make it with qemu-img create")
 
     def begin_writing(self, top: Layer, context: WriteContext) -> ImageWriter:
         """Makes the writer of `top`, a layer that this format opened for writing; from now on its entries may allow the

@@ -15,12 +15,12 @@ from typing import Self
 import msgspec
 
 from blkloom._engine import Extent, File
-from blkloom.device_names import mangle, unmangle
+from blkloom.device_names import STACKED, mangle, unmangle
 from blkloom.table import Segment, Table
 from blkloom.table.arguments import Arguments
 from blkloom.table.syntax import Argument
 from blkloom.table.words import join_words
-from blkloom.targets.load_context import STACKED, LoadContext
+from blkloom.targets.load_context import LoadContext
 from blkloom.targets.spec import TargetSpec
 from blkloom.units import DEVICE_LIMIT, Bytes, Sectors, to_bytes, to_sectors
 

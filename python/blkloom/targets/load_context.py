@@ -11,10 +11,11 @@ import errno
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from blkloom import _engine, open_files
 from blkloom._engine import File, Region
+from blkloom.device_names import STACKED
 from blkloom.errors import Place, ResourceError, TableError
 from blkloom.targets.descriptors import Descriptors, OwnDescriptors
 from blkloom.targets.holding import SharedFiles
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from blkloom.targets.backend_loop import BackendLoop
 
 _log = logging.getLogger(__name__)
-
-STACKED: Final = "blkloom:"
-"""Prefix of paths in tables that name a blkloom device."""
 
 
 class LoadContext:

@@ -69,6 +69,12 @@ class Qcow2Format(Format):
         return read_header(storage).size
 
     @override
+    def new_image(self, size: int) -> bytes:
+        from blkloom.image.qcow2.format.creation import new_image
+
+        return new_image(size)
+
+    @override
     def begin_writing(self, top: Layer, context: WriteContext) -> Writer:
         from blkloom.image.qcow2.write.writer import Options, Writer  # images that are only read do not need it
 

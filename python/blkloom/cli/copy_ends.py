@@ -1,0 +1,128 @@
+"""SRC and DST of `blkloom copy`: what the words of the command line mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from blkloom.copying.ends import End, NewTarget, exists, file_end
+from blkloom.device_names import STACKED
+from blkloom.errors import BlkloomError, NoSuchDevice, UsageError
+
+if TYPE_CHECKING:
+    from blkloom.control.client import Client
+    from blkloom.control.states import DeviceInfo
+
+_URI: Final = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
+
+
+class Word(msgspec.Struct, frozen=True):
+    """SRC or DST as written, and what it names: a file or block device, a device of the supervisor, or a server."""
+
+    text: str
+    device: DeviceInfo | None = None
+    uri: str = ""
+
+
+def meaning(text: str, client: Client, what: str) -> Word:
+    """What a word of the command line names. what: SRC or DST, for messages. Raises UsageError."""
+    if text == "-":
+        raise UsageError(
+            f"{what} cannot be a pipe: a copy needs the size, and reads and writes in any order",
+            cure="copy to or from a file, or pipe with cp, cat or dd",
+        )
+    if _URI.match(text):
+        return Word(text, uri=text)
+    if text.startswith(STACKED):
+        return Word(text, device=client.info(text.removeprefix(STACKED))[0])
+    if "/" in text:
+        return Word(text)
+    try:
+        found = client.info(text)[0]
+    except NoSuchDevice:
+        return Word(text)
+    if os.path.exists(text):
+        raise UsageError(
+            f"{what} '{text}' is a file here and a device of the supervisor",
+            cure=f"say ./{text} for the file, {STACKED}{text} for the device",
+        )
+    return Word(text, device=found)
+
+
+@contextmanager
+def source(word: Word, client: Client, format: str, allow_backing: Sequence[str]) -> Iterator[End]:
+    """The end that is read."""
+    if word.uri:
+        raise _no_servers(word.uri)
+    if word.device is None:
+        yield file_end(word.text, format=format, allow_backing=allow_backing)
+        return
+    with _file_of(word.device, client, writable=False) as path:
+        yield file_end(path, name=word.text, format=_raw(format), device=_identity(word.device))
+
+
+@contextmanager
+def target(
+    word: Word,
+    client: Client,
+    format: str,
+    size: int,
+    *,
+    force: bool,
+    create: bool,
+    resume: bool,
+    allow_backing: Sequence[str],
+) -> Iterator[End | NewTarget]:
+    """The end that is written: an existing one, or one to be made with `size` bytes."""
+    if word.uri:
+        raise _no_servers(word.uri)
+    if word.device is not None:
+        with _file_of(word.device, client, writable=True) as path:
+            device = _identity(word.device)
+            yield file_end(path, name=word.text, format=_raw(format), contents=False, device=device)
+        return
+    path = word.text
+    is_new = not os.path.exists(path) or os.path.isfile(path)
+    if not is_new or not create:
+        if format not in ("auto", "raw") and is_new is False and create:
+            cure = "make the image with qemu-img create, and copy to it with --no-create"
+            raise UsageError(f"{path} is no file: no image is made in it", cure=cure)
+        yield file_end(path, format=format, option="--format", contents=False, allow_backing=allow_backing)
+        return
+    if os.path.isfile(path) and os.stat(path).st_size and not (force or resume):
+        raise exists(path)
+    yield NewTarget(path=path, name=path, format=format, size=size, overwrite=force)
+
+
+@contextmanager
+def _file_of(info: DeviceInfo, client: Client, *, writable: bool) -> Iterator[str]:
+    """A path that leads to the contents of a device, in the block: a file of its own, which goes with the copy."""
+    state = client.export(info.name, kind="fuse", read_only=not writable)
+    try:
+        yield state.path
+    finally:
+        with suppress(BlkloomError):  # the device was removed meanwhile, and its exports with it
+            client.unexport(info.name, state.id)
+
+
+def _identity(info: DeviceInfo) -> str:
+    return info.uuid or info.name
+
+
+def _raw(format: str) -> str:
+    if format not in ("auto", "raw"):
+        cure = f"make a device of the image: blkloom create NAME --table '0 SECTORS {format} PATH'"
+        raise UsageError("a device has no format", cure=cure)
+    return "raw"
+
+
+def _no_servers(uri: str) -> UsageError:
+    return UsageError(
+        f"{uri}: NBD servers of others are not supported",
+        cure="copy with nbdcopy, or attach the server (nbd-client) and copy from or to its block device",
+    )

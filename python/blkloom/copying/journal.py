@@ -1,0 +1,124 @@
+"""The journal of a copy: a small file that says how much of the target is durable, for a later run that continues.
+
+What it says has been flushed before. It is replaced as a whole, by a rename, so that it is always complete. A run may
+continue only if both ends are the same as before: `check_continues` compares them. May fail: OSError, JournalError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from typing import Any, Final, Self
+
+import msgspec
+
+from blkloom.errors import PathError
+from blkloom.json_text import decode, encode
+
+SUFFIX: Final = ".blkloom-copy"
+"""Appended to the path of a target that is a file."""
+_LONGEST: Final = 1 << 20
+
+
+class JournalError(PathError):
+    """A journal that cannot be used: unreadable, or of another copy."""
+
+    exit_code = 65  # EX_DATAERR
+
+
+class Journal(msgspec.Struct, frozen=True, kw_only=True):
+    """State of a copy. size: bytes to copy. source, target: identities (`ends.End.identity`). copied: all bytes before
+    this offset are durable in the target. fresh: the target was made by this copy.
+    """
+
+    blkloom_copy: int = 1
+    size: int
+    source: dict[str, Any]
+    target: dict[str, Any]
+    copied: int = 0
+    fresh: bool = False
+
+    @classmethod
+    def read(cls, path: str) -> Self | None:
+        """The journal at `path`; None if there is none. Raises JournalError."""
+        try:
+            with open(path, "rb") as file:
+                text = file.read(_LONGEST)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise JournalError(
+                f"the state of the copy cannot be read: {error.strerror}", path=path, errno=error.errno or errno.EIO
+            ) from error
+        try:
+            found = decode(text, msgspec.json.Decoder(cls))
+        except msgspec.DecodeError as error:
+            raise _no_journal(path) from error
+        if found.blkloom_copy != 1 or not 0 <= found.copied <= found.size:
+            raise _no_journal(path)
+        return found
+
+    def write(self, path: str) -> None:
+        """Replaces the file at `path`, durably. Raises JournalError."""
+        temporary = f"{path}.new"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(encode(self) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise JournalError(
+                f"the state of the copy cannot be written: {error.strerror}",
+                path=path,
+                errno=error.errno or errno.EIO,
+                cure="say another place: --state PATH",
+            ) from error
+
+    def check_continues(self, other: Journal, path: str) -> None:
+        """Checks that this journal, read from `path`, is of the same copy as `other`. Raises JournalError that says
+        what has changed.
+        """
+        for what, mine, its in (
+            ("SRC", self.source, other.source),
+            ("DST", self.target, other.target),
+            ("the size", self.size, other.size),
+        ):
+            if mine != its:
+                raise JournalError(
+                    f"the copy cannot go on, {what} is not what it was{_difference(mine, its)}",
+                    path=path,
+                    errno=errno.ESTALE,
+                    cure="begin again: --force",
+                )
+
+
+def remove(path: str) -> None:
+    """Removes the journal, if there is one. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def sync_folder(path: str) -> None:
+    """Makes the name of a file durable. Raises OSError."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _difference(mine: object, its: object) -> str:
+    if not isinstance(mine, dict) or not isinstance(its, dict):
+        return f": it was {mine} and is {its}"
+    names = [name for name in mine if mine.get(name) != its.get(name)]
+    return "".join(f": its {name} was {mine.get(name)} and is {its.get(name)}" for name in names[:1])
+
+
+def _no_journal(path: str) -> JournalError:
+    what = "this is not the state of a copy"
+    return JournalError(what, path=path, errno=errno.EINVAL, cure="name another file: --state PATH")
