@@ -148,6 +148,7 @@ def test_without_its_descriptors_a_device_is_refused_and_its_claim_stays(
     with pytest.raises(BackingError, match="its descriptor was lost with the process that had it") as caught:
         again.hold([state])
     assert caught.value.path == str(disk)
+    assert "resume the device" in str(caught.value)
     with pytest.raises(BusyError):
         claim_again(disk)
     assert msgspec.convert(again.call(Describe()), Description).devices == []

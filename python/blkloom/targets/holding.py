@@ -249,6 +249,8 @@ def _refused(path: str, error: OSError, *, writable: bool) -> BackingError | Res
     if number == errno.EISDIR:
         return BackingError("must be a regular file or a block device", path=path, errno=number, cure="check the path")
     cure = _CURES.get(number, "")
+    if number == errno.ENOENT and not os.path.isabs(path):
+        cure += "; it begins at the working directory of the command"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure = "allow writing, or open it read-only (read_only=True, --read-only)" if writable else "allow reading"
     return BackingError(f"could not be opened: {os.strerror(number)}", path=path, errno=number, cure=cure)

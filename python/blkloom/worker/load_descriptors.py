@@ -81,7 +81,8 @@ class LoadDescriptors:
             if error.errno != errno.ESTALE or not self.restored:
                 raise
             what = "its descriptor was lost with the process that had it"
-            raise BackingError(what, path=path, errno=errno.ESTALE, cure="load the table again") from error
+            cure = "resume the device, which opens it anew" if self.was_active else "load the table again"
+            raise BackingError(what, path=path, errno=errno.ESTALE, cure=cure) from error
         if not exclusive:
             self._keep(label, fd)
         return fd
