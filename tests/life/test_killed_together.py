@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,21 @@ def test_a_mirror_fails_until_it_is_said_which_leg_has_all_data(
         nbd = NbdClient.unix(life.socket("disk"))
         assert nbd.ask(READ, 0, length=BLOCK).data == b"n" * BLOCK
         nbd.close()
+
+
+def test_a_qcow2_image_has_what_a_flush_covered_and_the_log_warns_of_the_rest(
+    client: Client, life: Life, program: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    image = tmp_path / "disk.qcow2"
+    command = [program("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", str(image), f"{SECTORS * 512}"]
+    subprocess.run(command, check=True)
+    client.create("disk", table=f"0 {SECTORS} qcow2 {image}")
+    write(life, b"f", 1)
+    lost = "writes that no flush covered may be lost"
+    assert lost not in warnings(life)
+    os.kill(info(client, "disk").worker, signal.SIGKILL)
+    write(life, b"g", 2)
+    assert lost not in warnings(life)
+    with killed_together(life) as again:
+        assert again.read("disk", BLOCK, BLOCK + 1) == b"f" * BLOCK + b"g"
+    assert lost in warnings(life)

@@ -48,7 +48,9 @@ class RedoLog:
     def __init__(self, memory: int) -> None:
         """Raises OSError."""
         try:
-            if os.fstat(memory).st_size < _FIRST:
+            self.is_new = os.fstat(memory).st_size < _FIRST
+            """No former process has used the memory."""
+            if self.is_new:
                 os.ftruncate(memory, _FIRST)
             self._map = mmap.mmap(memory, 0)
         finally:

@@ -119,6 +119,11 @@ class LoadedImage(LoadedTarget):
         self._block_status: BlockStatus | None = None
         memory = context.changes() if self._writable else None
         self._redo = None if memory is None else RedoLog(memory)
+        if self._redo is not None and self._redo.is_new and context.was_active:
+            context.warn(
+                f"{spec.path}: writes that no flush covered may be lost with the processes that had their metadata; "
+                "unmount the file systems on the device and check them"
+            )
         super().__init__(spec, [(Bytes(0), length, Extent.fault())])
         try:
             self._load(context, length)
