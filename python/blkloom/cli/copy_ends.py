@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from blkloom.copying.ends import End, NewTarget, exists, file_end
 from blkloom.device_names import STACKED
-from blkloom.errors import BlkloomError, NoSuchDevice, UsageError
+from blkloom.errors import NoSuchDevice, UsageError
 
 if TYPE_CHECKING:
     from blkloom.control.client import Client
@@ -52,6 +53,16 @@ def meaning(text: str, client: Client, what: str) -> Word:
             cure=f"say ./{text} for the file, {STACKED}{text} for the device",
         )
     return Word(text, device=found)
+
+
+def meanings(source: str, target: str, client: Client) -> tuple[Word, Word]:
+    """What SRC and DST name. Raises UsageError, also if both name the same device."""
+    words = meaning(source, client, "SRC"), meaning(target, client, "DST")
+    first, second = (word.device for word in words)
+    if first is not None and second is not None and first.name == second.name:
+        what = f"{target} and {source} are the same"
+        raise UsageError(what, cure="copy to another file or device")
+    return words
 
 
 @contextmanager
@@ -102,12 +113,14 @@ def target(
 @contextmanager
 def _file_of(info: DeviceInfo, client: Client, *, writable: bool) -> Iterator[str]:
     """A path that leads to the contents of a device, in the block: a file of its own, which goes with the copy."""
-    state = client.export(info.name, kind="fuse", read_only=not writable)
-    try:
-        yield state.path
-    finally:
-        with suppress(BlkloomError):  # the device was removed meanwhile, and its exports with it
-            client.unexport(info.name, state.id)
+    with TemporaryDirectory(prefix="blkloom-copy-") as folder:
+        path = os.path.join(folder, "device")
+        state = client.export(info.name, kind="fuse", path=path, read_only=not writable)
+        try:
+            yield state.path
+        finally:
+            with suppress(NoSuchDevice):  # it was removed meanwhile, and its exports with it
+                client.unexport(info.name, state.id)
 
 
 def _identity(info: DeviceInfo) -> str:

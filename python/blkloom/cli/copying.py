@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
@@ -23,7 +23,11 @@ from blkloom.units import Bytes, format_size, parse_size
 if TYPE_CHECKING:
     from blkloom.copying.running import Progress
 
-_LARGEST_REQUEST = 32 << 20
+_LARGEST_REQUEST: Final = 32 << 20
+_SMALLEST: Final = 4096
+"""Bytes of a request, if the rate is very low."""
+_SHARES: Final = 4
+"""With a rate, what is in flight is this part of what it passes in a second."""
 
 
 class SizeOption(click.ParamType[Bytes]):
@@ -146,9 +150,9 @@ def copy(
     if no_flush and (state or resume):
         raise UsageError("--no-flush goes without --state and --resume", cure="only what is flushed can be continued")
     open_files.raise_limit()
-    size = request_size or REQUEST_SIZE
+    size = _request_size(request_size or REQUEST_SIZE, rate)
     settings = Settings(
-        requests=_requests_at(requests, size, rate),
+        requests=requests if rate is None else max(1, min(requests, rate // _SHARES // size)),
         request_size=size,
         rate=rate or 0,
         sparse=SPARSE if sparse is None else sparse,
@@ -164,7 +168,7 @@ def copy(
     run_dir = context.meta.get(RUN_DIR)
     try:
         with look(run_dir) as client:
-            words = copy_ends.meaning(source, client, "SRC"), copy_ends.meaning(target, client, "DST")
+            words = copy_ends.meanings(source, target, client)
             with (
                 copy_ends.source(words[0], client, source_format, allow_backing) as begins,
                 copy_ends.target(
@@ -191,9 +195,9 @@ def copy(
     _report(result, as_json=as_json, names=(source, target))
 
 
-def _requests_at(requests: int, size: int, rate: int | None) -> int:
-    """Requests in flight: with a low rate, no more than it passes in a second. They are waited for at the end."""
-    return requests if rate is None else max(1, min(requests, rate // size))
+def _request_size(size: int, rate: int | None) -> int:
+    """The size of requests: with a low rate, they are small, so that it is even."""
+    return size if rate is None else max(min(size, _SMALLEST), min(size, rate // _SHARES))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from blkloom.json_text import decode, encode
 
 SUFFIX: Final = ".blkloom-copy"
 """Appended to the path of a target that is a file."""
+_NEW: Final = ".new"
 _LONGEST: Final = 1 << 20
 
 
@@ -61,7 +62,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 
     def write(self, path: str) -> None:
         """Replaces the file at `path`, durably. Raises JournalError."""
-        temporary = f"{path}.new"
+        temporary = path + _NEW
         try:
             with open(temporary, "wb") as file:
                 file.write(encode(self) + b"\n")
@@ -98,9 +99,10 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remove(path: str) -> None:
-    """Removes the journal, if there is one. Raises OSError."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)
+    """Removes the journal, and what a write of it that was killed has left. Raises OSError."""
+    for name in (path, path + _NEW):
+        with suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def sync_folder(path: str) -> None:

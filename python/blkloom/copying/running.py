@@ -113,7 +113,7 @@ class Copying:
                     cure="the target must not be smaller",
                 )
             with self._opened(target, writable=True) as opened, self._throttled(source) as limited:
-                counts = self._copy(limited, opened, target, start, fresh=fresh)
+                counts = self._copy((source, limited), opened, target, start, fresh=fresh)
                 self._give_size(target, size if fresh else target.size)
                 if settings.flush:
                     self._flush(opened, target)
@@ -205,7 +205,11 @@ class Copying:
 
     # Moving
 
-    def _copy(self, source: Device, opened: Device, target: End, start: int, *, fresh: bool) -> tuple[int, int]:
+    def _copy(
+        self, sources: tuple[Device, Device], opened: Device, target: End, start: int, *, fresh: bool
+    ) -> tuple[int, int]:
+        """Copies from `start` on. sources: without and with the limit of the rate, which may be the same."""
+        unlimited, source = sources
         settings, size = self._settings, self._source.size
         zeroes: Literal["skip", "unmap", "allocate"] = "skip" if fresh and not start else "unmap"
         copy = _engine.DeviceCopy(
@@ -221,6 +225,9 @@ class Copying:
         try:
             self._wait(copy, "copying", start, lambda: self._checkpoint(copy, opened, target, fresh=fresh))
         except BaseException:
+            copy.stop()
+            if source is not unlimited:
+                source.close(flush=False)  # ends what waits for the rate
             copy.close()
             self._note_end(copy, opened, target, fresh=fresh)
             raise

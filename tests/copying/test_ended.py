@@ -1,0 +1,247 @@
+"""Copies that end early: by a signal at each step, a failing or full disk. Continued, they are right."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blkloom import builtin_targets, parse_table
+from blkloom.copying import running
+from blkloom.copying.ends import End, NewTarget, file_end, table_end
+from blkloom.copying.failing import ContentsDiffer, CopyFailed
+from blkloom.copying.journal import Journal, JournalError
+from blkloom.copying.running import Copying, Result, Settings
+from blkloom.write_log import DISCARD, WriteLog
+from long_runs import LONG
+
+from .conftest import Copy
+from .shapes import K, M, make
+
+SIZE = 3 * M
+SHAPE = (SIZE, ((0, 700 * K, True), (M, 900 * K, True), (2 * M + 512, M - 512, True)))
+SECTORS = SIZE // 512
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a copy."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A disk."""
+    return make(tmp_path / "disk.img", SHAPE)
+
+
+def end(text: str) -> End:
+    """A table as an end."""
+    return table_end("the table", parse_table(text, targets=builtin_targets()), {"table": "of the test"})
+
+
+def new(path: Path) -> NewTarget:
+    """A raw file to make."""
+    return NewTarget(path=str(path), name=str(path), format="raw", size=SIZE)
+
+
+def copy_to(
+    source: End, target: End | NewTarget, settings: Settings, reached: Callable[[int], None] = lambda _: None
+) -> Result:
+    """Copies in this process. reached: called with the position at every checkpoint."""
+    with Copying(source, settings, lambda _what, done: reached(done), ticking=False) as copying:
+        return copying.to(target)
+
+
+@pytest.mark.parametrize("name", ["copy.img", "copy.qcow2"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.timeout(600)
+def test_a_copy_that_a_signal_ends_at_any_step_can_be_continued(
+    disk: Path, tmp_path: Path, name: str, number: signal.Signals
+) -> None:
+    script = Path(__file__).with_name("ended_copies.py")
+    options = ["--checkpoint", "1M", "--request-size", "64K"]
+    stride = 1 if LONG else 7  # of the calls before and after which there is a step
+    words = [sys.executable, script, str(int(number)), str(stride), disk, tmp_path / name, *options]
+    environment = os.environ | {"BLKLOOM_RUN_DIR": str(tmp_path / "run")}
+    done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30
+
+
+def test_what_the_journal_says_was_flushed_before(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target logs its writes: what the log has up to its last flush is durable."""
+    (tmp_path / "target.img").write_bytes(bytes(SIZE))
+    with (tmp_path / "log").open("wb") as log:
+        log.truncate(64 * M)
+    said: list[int] = []
+    write = Journal.write
+
+    def checked(journal: Journal, path: str) -> None:
+        durable = bytearray(SIZE)
+        with (tmp_path / "log").open("rb") as file:
+            entries = list(WriteLog(file, "log")) if journal.copied else []
+        last = max((number for number, entry in enumerate(entries, 1) if entry.is_durable), default=0)
+        for entry in entries[:last]:
+            begin = entry.sector * 512
+            durable[begin : begin + len(entry.data)] = entry.data
+            if entry.flags & DISCARD:
+                durable[begin : begin + entry.sectors * 512] = bytes(entry.sectors * 512)
+        assert durable[: journal.copied] == disk.read_bytes()[: journal.copied]
+        said.append(journal.copied)
+        write(journal, path)
+
+    monkeypatch.setattr(Journal, "write", checked)
+    target = end(f"0 {SECTORS} log-writes {tmp_path}/target.img {tmp_path}/log")
+    state = str(tmp_path / "state")
+
+    def reached(position: int) -> None:
+        if position:
+            raise Stop
+
+    slow = Settings(state=state, rate=1, requests=1, checkpoint=M, request_size=M)  # the second request would wait
+    with pytest.raises(Stop):
+        copy_to(file_end(str(disk)), target, slow, reached)
+    assert said == [0, M]
+    copy_to(file_end(str(disk)), target, Settings(state=state, resume=True, checkpoint=64 * K, request_size=64 * K))
+    assert said[-1] == SIZE
+    assert not (tmp_path / "state").exists()
+    assert (tmp_path / "target.img").read_bytes() == disk.read_bytes()
+
+
+def test_a_source_that_fails_in_the_middle_can_be_continued_when_it_is_well(disk: Path, tmp_path: Path) -> None:
+    good = 2048 * 2
+    source = end(f"0 {good} linear {disk} 0\n{good} {SECTORS - good} error")
+    well = end(f"0 {SECTORS} linear {disk} 0")
+    target = tmp_path / "copy.img"
+    settings = Settings(checkpoint=M // 2, request_size=64 * K)
+    with pytest.raises(CopyFailed) as caught:
+        copy_to(source, new(target), settings)
+    assert (caught.value.side, caught.value.errno, caught.value.exit_code) == ("source", errno.EIO, 74)
+    assert caught.value.offset >= good * 512
+    assert "read of" in str(caught.value)
+    journal = Journal.read(f"{target}.blkloom-copy")
+    assert journal is not None
+    assert 0 < journal.copied <= good * 512
+    result = copy_to(well, new(target), Settings(resume=True))
+    assert result.start == journal.copied
+    assert target.read_bytes() == disk.read_bytes()
+
+
+def test_a_full_target_says_so_and_can_be_continued(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.img").write_bytes(b"\xff" * SIZE)
+    state = str(tmp_path / "state")
+    full = end(f"0 {SECTORS} full {tmp_path}/target.img 0 1m")
+    with pytest.raises(CopyFailed) as caught:
+        copy_to(file_end(str(disk)), full, Settings(state=state, checkpoint=M // 2, request_size=64 * K))
+    assert (caught.value.side, caught.value.errno) == ("target", errno.ENOSPC)
+    assert "make room" in str(caught.value)
+    well = end(f"0 {SECTORS} linear {tmp_path}/target.img 0")
+    assert copy_to(file_end(str(disk)), well, Settings(state=state, resume=True)).start > 0
+    assert (tmp_path / "target.img").read_bytes() == disk.read_bytes()
+
+
+def test_a_target_that_forgets_writes_is_found_by_verify(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.img").write_bytes(bytes(SIZE))
+    target = end(f"0 {SECTORS} flakey {tmp_path}/target.img 0 0 1 1 drop_writes")
+    with pytest.raises(ContentsDiffer) as caught:
+        copy_to(file_end(str(disk)), target, Settings(verify=True))
+    first = next(number for number, byte in enumerate(disk.read_bytes()) if byte)
+    assert (caught.value.offset, caught.value.exit_code) == (first, 1)
+
+
+@pytest.mark.parametrize("offset", [0, 700 * K, M + 900 * K - 1, 2 * M + 512, SIZE - 1])
+def test_verify_finds_the_first_byte_that_differs(
+    copy: Copy, disk: Path, tmp_path: Path, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In data, in holes of the source, and at the end."""
+    flush = running.Copying._flush
+    target = tmp_path / "copy.img"
+
+    def spoiled(self: Copying, opened: object, end: End) -> None:
+        flush(self, opened, end)  # type: ignore[arg-type]
+        with target.open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
+
+    monkeypatch.setattr(running.Copying, "_flush", spoiled)
+    with pytest.raises(ContentsDiffer) as caught:
+        copy_to(file_end(str(disk)), new(target), Settings(verify=True, request_size=64 * K))
+    assert caught.value.offset == offset
+
+
+def test_a_rate_lets_no_more_through(disk: Path, tmp_path: Path) -> None:
+    """At a byte a second, the first request passes, and the next would have to wait for more than an hour. The end does
+    not wait for it.
+    """
+    target = tmp_path / "copy.img"
+    done: list[int] = []
+
+    def reached(position: int) -> None:
+        done.append(position)
+        if position:
+            raise Stop
+
+    settings = Settings(rate=1, requests=1, request_size=4096, checkpoint=4096)
+    with pytest.raises(Stop):
+        copy_to(file_end(str(disk)), new(target), settings, reached)
+    assert done == [0, 4096]
+    assert target.read_bytes() == disk.read_bytes()[:4096].ljust(SIZE, b"\0")
+    assert copy_to(file_end(str(disk)), new(target), Settings(resume=True)).start == 4096
+    assert target.read_bytes() == disk.read_bytes()
+
+
+def interrupted(disk: Path, target: Path) -> None:
+    """Leaves a copy that was interrupted."""
+
+    def reached(position: int) -> None:
+        if position:
+            raise Stop
+
+    with pytest.raises(Stop):
+        copy_to(file_end(str(disk)), new(target), Settings(requests=1, checkpoint=M // 2, request_size=64 * K), reached)
+    assert Path(f"{target}.blkloom-copy").exists()
+
+
+def test_a_copy_is_not_continued_from_another_source(copy: Copy, disk: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy.img"
+    interrupted(disk, target)
+    before = target.read_bytes()
+    os.utime(disk, ns=(1, 1))
+    said = copy("--resume", disk, target, status=65).stderr
+    assert "SRC is not what it was: its changed was" in said
+    assert target.read_bytes() == before
+    copy("--force", disk, target)
+    assert target.read_bytes() == disk.read_bytes()
+
+
+def test_a_copy_is_not_continued_in_another_file(copy: Copy, disk: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy.img"
+    interrupted(disk, target)
+    target.rename(tmp_path / "kept.img")
+    target.write_bytes(b"another" * M)
+    assert "DST is not what it was" in copy("--resume", disk, target, status=65).stderr
+    assert target.read_bytes() == b"another" * M
+
+
+def test_nothing_to_continue_is_an_error_only_if_the_target_has_contents(
+    copy: Copy, disk: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "copy.img"
+    copy("--resume", disk, target)
+    assert target.read_bytes() == disk.read_bytes()
+    assert "was interrupted" in copy("--resume", disk, target, status=64).stderr
+    Path(f"{target}.blkloom-copy").write_bytes(b"no state")
+    assert "not the state of a copy" in copy("--resume", disk, target, status=65).stderr
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"blkloom_copy":2}', "\x00" * 100])
+def test_what_is_no_journal_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state").write_text(text)
+    with pytest.raises(JournalError, match="not the state of a copy"):
+        Journal.read(str(tmp_path / "state"))
