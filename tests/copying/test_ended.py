@@ -78,11 +78,12 @@ def test_what_the_journal_says_was_flushed_before(disk: Path, tmp_path: Path, mo
     (tmp_path / "target.img").write_bytes(bytes(SIZE))
     with (tmp_path / "log").open("wb") as log:
         log.truncate(64 * M)
+    before = bytes(SIZE)  # the log begins
     said: list[int] = []
     write = Journal.write
 
     def checked(journal: Journal, path: str) -> None:
-        durable = bytearray(SIZE)
+        durable = bytearray(before)
         with (tmp_path / "log").open("rb") as file:
             entries = list(WriteLog(file, "log")) if journal.copied else []
         last = max((number for number, entry in enumerate(entries, 1) if entry.is_durable), default=0)
@@ -106,7 +107,8 @@ def test_what_the_journal_says_was_flushed_before(disk: Path, tmp_path: Path, mo
     slow = Settings(state=state, rate=1, requests=1, checkpoint=M, request_size=M)  # the second request would wait
     with pytest.raises(Stop):
         copy_to(file_end(str(disk)), target, slow, reached)
-    assert said == [0, M]
+    assert said in ([0, M], [0, M + 900 * K]), "the request that waited may be finished at the end"
+    before = (tmp_path / "target.img").read_bytes()
     copy_to(file_end(str(disk)), target, Settings(state=state, resume=True, checkpoint=64 * K, request_size=64 * K))
     assert said[-1] == SIZE
     assert not (tmp_path / "state").exists()
@@ -191,8 +193,8 @@ def test_a_rate_lets_no_more_through(disk: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         copy_to(file_end(str(disk)), new(target), settings, reached)
     assert done == [0, 4096]
-    assert target.read_bytes() == disk.read_bytes()[:4096].ljust(SIZE, b"\0")
-    assert copy_to(file_end(str(disk)), new(target), Settings(resume=True)).start == 4096
+    start = copy_to(file_end(str(disk)), new(target), Settings(resume=True)).start
+    assert start in (4096, 8192), "the request that waited may be finished at the end"
     assert target.read_bytes() == disk.read_bytes()
 
 
