@@ -20,7 +20,7 @@ SOURCES := pyproject.toml $(shell find engine -path engine/target -prune -o \
 KERNEL := .cache/kernel
 QEMU := .cache/qemu
 DEMO_PACKAGES := libnbd-bin
-TEST_PACKAGES := qemu-utils nbdkit libnbd-bin python3-libnbd nbd-client fio file fuse3 mount dmsetup \
+TEST_PACKAGES := qemu-utils nbdkit nbd-server libnbd-bin python3-libnbd nbd-client fio file fuse3 mount dmsetup \
 	e2fsprogs xfsprogs btrfs-progs fdisk gdisk parted zsh fish
 KERNEL_PACKAGES := qemu-system-x86 kmod
 

@@ -35,6 +35,7 @@ __all__ = [
     "FuseFile",
     "GuestMemory",
     "Map",
+    "NbdClient",
     "Notices",
     "Region",
     "SharedMemory",
@@ -159,7 +160,7 @@ class Extent:
     def device(device: Device, offset: int, *, read_only: bool = False) -> Extent:
         """In a lower device (stacking). Writes to a read_only extent fault."""
     @staticmethod
-    def backend(queue: BackendQueue, offset: int, *, read_only: bool = False) -> Extent:
+    def backend(queue: BackendQueue | NbdClient, offset: int, *, read_only: bool = False) -> Extent:
         """In a backend (neither a file nor memory). Writes to a read_only extent fault (copy on write)."""
     @staticmethod
     def stripes(chunk: int, legs: Sequence[Extent]) -> Extent:
@@ -302,6 +303,55 @@ class BackendQueue:
         """
     def close(self) -> None:
         """Fails all waiting and later operations with ESHUTDOWN."""
+
+@final
+class NbdClient:
+    """A backend whose bytes are on an NBD server. Python connects and does the handshakes; the engine sends the
+    requests, many at once on each connection. Requests wait while no connection is usable, without a limit of time.
+    Operations of lost connections are sent again. Any thread may call any method.
+
+    connections: number of slots. longest, longest_range: most bytes of a request with and without data. block: offsets
+    and lengths of requests are multiples of this power of two. timeout: seconds after which a request without an answer
+    cuts its connection. Raises ValueError, OSError.
+    """
+
+    def __new__(
+        cls,
+        *,
+        connections: int,
+        longest: int,
+        longest_range: int,
+        block: int = 1,
+        timeout: float | None = None,
+    ) -> NbdClient: ...
+    def fileno(self) -> int:
+        """A descriptor that is readable after the state of a slot has changed, until `report` takes it."""
+    def connect(
+        self,
+        engine: Engine,
+        slot: int,
+        fd: int,
+        *,
+        structured: bool,
+        extended: bool,
+        flags: int,
+        allocation: int | None = None,
+    ) -> None:
+        """Use a socket after its handshake for an absent slot; the engine duplicates it. flags: transmission flags.
+        allocation: id of the metadata context base:allocation. Raises OSError if the slot is not absent, or the client
+        or the engine is closed.
+        """
+    def report(self, *, take: bool = False) -> dict[str, Any]:
+        """The state. links: of each slot: absent, up, or ending (cut; the server has not closed it yet). usable:
+        requests are being sent. failing: they fail at once. in_flight, waiting: numbers of requests. reconnects. lost:
+        with `take`, connections lost since the last call with it: (slot, reason); `fileno` is not readable any more.
+        """
+    def give_up(self, errno: int) -> bool:
+        """Fail the requests that wait, and later ones at once, until the next `connect`. Does nothing, and returns
+        False, while requests are being sent.
+        """
+    def close(self) -> None:
+        """End all connections. Requests fail with ESHUTDOWN."""
 
 @final
 class Tee:

@@ -27,7 +27,20 @@ pub struct Limits {
 /// Asynchronous storage below a map.
 pub trait Backend: Send + Sync {
     fn limits(&self) -> Limits;
-    /// Submits an operation (read, write, discard, write zeroes or flush) and never blocks. A flush makes durable all
+    /// Most bytes of an operation that moves none (discard, write zeroes, extents).
+    fn longest_range(&self) -> u64 {
+        self.limits().longest
+    }
+    /// Whether it answers block status (`Op::Extents`). If not, all of it is reported as data.
+    fn reports_extents(&self) -> bool {
+        false
+    }
+    /// Whether it completes every operation within a time of its own. If not, an operation fails after the
+    /// `fault_timeout` of its device.
+    fn has_own_timeout(&self) -> bool {
+        false
+    }
+    /// Submits an operation (read, write, discard, write zeroes, flush or extents) and never blocks. A flush makes durable all
     /// operations that were completed before the flush was submitted. A write with `Flags::fua` is durable when it is
     /// completed.
     fn submit(&self, operation: Operation);
@@ -86,12 +99,20 @@ impl Operation {
     /// Completes the operation: with the bytes of a read, with None for other operations, or with an errno. Only the
     /// first completion counts.
     pub fn complete(&mut self, result: Result<Option<Vec<u8>>, Errno>) {
+        self.answer(match result {
+            Ok(bytes) => Answer::Done(bytes),
+            Err(errno) => Answer::Fail(errno),
+        });
+    }
+
+    /// Completes a block status with (length, flags) of runs from the offset on, at least one.
+    pub fn complete_extents(&mut self, runs: Vec<(u64, u32)>) {
+        self.answer(Answer::Extents(runs));
+    }
+
+    fn answer(&mut self, answer: Answer) {
         if let Some((answers, task)) = self.answers.take() {
             self.payload = Payload::None;
-            let answer = match result {
-                Ok(bytes) => Answer::Done(bytes),
-                Err(errno) => Answer::Fail(errno),
-            };
             answers.post(Answered { task, answer });
         }
     }

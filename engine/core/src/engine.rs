@@ -11,6 +11,7 @@ use blkloom_io::{Process, Ring};
 use crate::budget::{Budget, MemoryUse};
 use crate::clock::nanoseconds;
 use crate::device::Export;
+use crate::driven::{Driven, DrivenHandle};
 use crate::event_loop::{self, LoopSettings, Message, Processors, Serving};
 use crate::lock;
 use crate::log;
@@ -219,6 +220,24 @@ impl Engine {
         let export = export.clone();
         member.mailbox.send(Message::Serve(Box::new(Serving { transport, number, export, recipient })));
         Ok(TransportHandle { mailbox: member.mailbox.clone(), number })
+    }
+
+    /// Drives a backend's descriptor on one of the loops: on another one for each `index`.
+    pub(crate) fn drive(
+        &self,
+        index: usize,
+        driven: impl FnOnce(DrivenHandle) -> Box<dyn Driven>,
+    ) -> Result<(), EngineError> {
+        let closed = lock(&self.closed);
+        if *closed {
+            return Err(EngineError::Closed);
+        }
+        let members = self.members()?;
+        let mailbox = members[index % members.len()].mailbox.clone();
+        let number = self.next_transport.fetch_add(1, Ordering::Relaxed);
+        let driven = driven(DrivenHandle { mailbox: mailbox.clone(), number });
+        mailbox.send(Message::Drive(driven, number));
+        Ok(())
     }
 
     /// Closes all transports, finishes the requests in flight and joins the loops. A peer has

@@ -4,6 +4,7 @@
 //! the loop keeps polling for a short time, because waking a sleeping thread is expensive, and then sleeps in epoll.
 //! The polling time adapts: short waits make polling more likely, long waits make it less likely.
 
+mod drives;
 mod members;
 
 use std::collections::BTreeSet;
@@ -19,9 +20,11 @@ use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use slab::Slab;
 
+use self::drives::Drive;
 use self::members::Member;
 pub use self::members::Serving;
 use crate::budget::Granted;
+use crate::driven::Driven;
 use crate::fault::Answered;
 use crate::mailbox::Mailbox;
 use crate::pool::{JobDone, Pool};
@@ -48,6 +51,8 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(86400);
 pub const LAST_REPLIES: Duration = Duration::from_secs(1);
 const MAILBOX: u64 = u64::MAX;
 const RING: u64 = u64::MAX - 1;
+/// Bit of the epoll keys of a backend's descriptors.
+const DRIVEN: u64 = 1 << 62;
 
 /// A message from another thread to a loop.
 pub enum Message {
@@ -59,6 +64,10 @@ pub enum Message {
     Woken(Wake),
     Granted(Granted),
     Serve(Box<Serving>),
+    /// Drives a backend's descriptor, which has this number.
+    Drive(Box<dyn Driven>, u64),
+    /// Polls the backend's descriptor with this number.
+    Kick(u64),
     /// Closes the transport with this number.
     Close(u64),
     Detach {
@@ -131,6 +140,9 @@ struct Loop {
     input: Buffer,
     epoll: OwnedFd,
     members: Slab<Member>,
+    drives: Slab<Drive>,
+    /// Slots of the backends' descriptors to poll, as `active`.
+    active_drives: Vec<usize>,
     /// Number of transports, including those that a message still brings.
     count: Arc<AtomicUsize>,
     processors: Arc<Processors>,
@@ -176,6 +188,8 @@ pub fn start(index: usize, settings: LoopSettings) -> std::io::Result<JoinHandle
         input: Buffer::new(INPUT),
         epoll,
         members: Slab::new(),
+        drives: Slab::new(),
+        active_drives: Vec::new(),
         count: settings.count,
         processors: settings.processors,
         stalls: BTreeSet::new(),
@@ -226,7 +240,7 @@ impl Loop {
                     self.learn(since.elapsed(), on_storage);
                 }
                 // Transports that are not polled must not starve while the polled ones are busy.
-                if self.members.len() > self.active.len() && iteration.is_multiple_of(16) {
+                if self.has_unpolled() && iteration.is_multiple_of(16) {
                     self.ask(Some(Duration::ZERO));
                 }
                 continue;
@@ -234,7 +248,7 @@ impl Loop {
             let now = Instant::now();
             let (since, on_storage) = *idle_since.get_or_insert_with(|| (now, self.context.queue.is_in_storage()));
             if now.duration_since(since) < self.patience(on_storage) {
-                if self.members.len() > self.active.len() && iteration.is_multiple_of(4) {
+                if self.has_unpolled() && iteration.is_multiple_of(4) {
                     self.ask(Some(Duration::ZERO));
                 }
                 std::thread::yield_now();
@@ -245,6 +259,10 @@ impl Loop {
                 self.learn(since.elapsed(), on_storage);
             }
         }
+    }
+
+    fn has_unpolled(&self) -> bool {
+        self.members.len() > self.active.len() || self.drives.len() > self.active_drives.len()
     }
 
     /// Time to poll before sleeping.
@@ -268,6 +286,7 @@ impl Loop {
 
     fn sleep(&mut self, now: Instant) {
         self.forget_waiting();
+        self.rest_drives();
         if !self.active.is_empty() || !self.mailbox.doze() {
             return;
         }
@@ -275,7 +294,8 @@ impl Loop {
         let retry = self.context.queue.is_unsubmitted().then(|| now + RETRY_SUBMIT);
         let stop =
             self.stopping.filter(|_| self.members.iter().any(|(_, member)| member.transport.status().taken.is_some()));
-        let deadline = [self.context.queue.next_timer(), stall, retry, stop].into_iter().flatten().min();
+        let drive = self.next_drive_deadline();
+        let deadline = [self.context.queue.next_timer(), stall, retry, stop, drive].into_iter().flatten().min();
         // Rounded up: waking early would only poll until the deadline.
         let wait = |at: Instant| (at.saturating_duration_since(now) + Duration::from_millis(1)).min(LONGEST_SLEEP);
         let timeout = deadline.map(wait);
@@ -312,6 +332,10 @@ impl Loop {
             if key == MAILBOX {
                 self.mailbox.clear();
             }
+            if key < RING && key & DRIVEN != 0 {
+                self.activate_driven((key & !DRIVEN) as usize);
+                continue;
+            }
             let slot = key as usize;
             let Some(member) = self.members.get_mut(slot).filter(|_| key < RING) else {
                 continue;
@@ -340,6 +364,7 @@ impl Loop {
             }
         }
         moved |= self.context.queue.reap();
+        moved |= self.poll_drives();
         let mut at = 0;
         while at < self.active.len() {
             let slot = self.active[at];
@@ -359,6 +384,7 @@ impl Loop {
         }
         // Before the ring and the ended requests: a timer may end requests or start more I/O.
         self.expire();
+        self.expire_drives();
         self.context.queue.submit_ring();
         if self.leaving > 0 {
             moved |= self.take_back();
@@ -381,6 +407,8 @@ impl Loop {
                     }
                 }
             }
+            Message::Drive(driven, number) => self.drive(driven, number),
+            Message::Kick(number) => self.kick(number),
             Message::Serve(serving) => self.serve(*serving),
             Message::Close(number) => {
                 if let Some((slot, _)) = self.members.iter().find(|(_, member)| member.number == number) {

@@ -16,6 +16,7 @@ mod deadline_mutex;
 mod deferred;
 mod device;
 mod device_copy;
+mod driven;
 mod engine;
 mod epoch;
 mod event;
@@ -29,6 +30,7 @@ pub mod log;
 mod mailbox;
 #[cfg(all(loom, test))]
 mod models;
+pub mod nbd_client;
 mod notice;
 mod operation;
 mod pool;

@@ -152,7 +152,10 @@ enum Kind {
     /// A backend has the operation.
     Backend {
         backend: Arc<dyn Backend>,
-        deadline: Instant,
+        /// None: the backend has a timeout of its own.
+        deadline: Option<Instant>,
+        /// The backend has completed it: there is nothing to cancel.
+        answered: bool,
     },
     /// Requests to the devices of a tee.
     Tee {
@@ -184,7 +187,8 @@ impl Kind {
     /// The time of its entry in the queue's timers.
     fn timer(&self) -> Option<Instant> {
         match self {
-            Kind::Fault { deadline, .. } | Kind::Backend { deadline, .. } => Some(*deadline),
+            Kind::Fault { deadline, .. } => Some(*deadline),
+            Kind::Backend { deadline, .. } => *deadline,
             Kind::Deferred { until, .. } => *until,
             Kind::Wait { until, .. } => Some(*until),
             _ => None,
@@ -517,11 +521,14 @@ impl Queue {
     }
 
     pub fn answered(&mut self, Answered { task: id, answer }: Answered) {
-        let Some(task) = self.tasks.get(id.slot).filter(|task| task.generation == id.generation) else {
+        let Some(task) = self.tasks.get_mut(id.slot).filter(|task| task.generation == id.generation) else {
             return;
         };
         if let Kind::Fault { outcome: Some(errno), .. } = task.kind {
             return self.finish(id, Err(errno));
+        }
+        if let Kind::Backend { answered, .. } = &mut task.kind {
+            *answered = true;
         }
         let active = &mut self.actives[task.active];
         let op = if active.phase == Phase::Main { active.request.op } else { Op::Flush };

@@ -116,9 +116,8 @@ pub(crate) fn action<'m, H: Handles>(op: Op, flags: Flags, resolved: &Resolved<'
             _ => Action::Fail(error),
         },
         Resolved::Backend { backend, offset, writable } => match op {
-            Op::Read => Action::Backend { backend, offset },
+            Op::Read | Op::Extents => Action::Backend { backend, offset },
             Op::Write | Op::Discard | Op::WriteZeroes if writable => Action::Backend { backend, offset },
-            Op::Extents => Action::Report(Allocation::Data),
             _ => otherwise(op),
         },
         Resolved::Tee { tee, offset } => match op {

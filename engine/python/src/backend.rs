@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyBytes};
 
 use crate::border::{self, Bytes, os_error, value_error};
+use crate::nbd_client::NbdClient;
 
 type Id = (usize, usize, u32);
 
@@ -51,6 +52,22 @@ impl BackendQueue {
 
     fn close(&self) {
         self.0.close();
+    }
+}
+
+/// Any backend from Python.
+#[derive(FromPyObject)]
+pub enum AnyBackend<'py> {
+    Queue(PyRef<'py, BackendQueue>),
+    Nbd(PyRef<'py, NbdClient>),
+}
+
+impl AnyBackend<'_> {
+    pub fn inner(&self) -> Arc<dyn Backend> {
+        match self {
+            AnyBackend::Queue(queue) => queue.0.clone(),
+            AnyBackend::Nbd(client) => client.0.clone(),
+        }
     }
 }
 

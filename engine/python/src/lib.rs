@@ -15,6 +15,7 @@ mod log;
 mod maps;
 mod mount;
 mod nbd;
+mod nbd_client;
 mod tee;
 mod ublk;
 mod vhost_user;
@@ -50,6 +51,8 @@ mod _engine {
     use crate::mount::{mount, unmount};
     #[pymodule_export]
     use crate::nbd::{Detached, serve_nbd};
+    #[pymodule_export]
+    use crate::nbd_client::NbdClient;
     #[pymodule_export]
     use crate::tee::Tee;
     #[pymodule_export]

@@ -9,7 +9,7 @@ use blkloom_map::{Entry, Extent as MapExtent, Segment};
 use pyo3::prelude::*;
 use pyo3::types::PyAny;
 
-use crate::backend::BackendQueue;
+use crate::backend::AnyBackend;
 use crate::border::{self, Bytes, os_error, value_error};
 use crate::device::Device;
 use crate::filters::AnyFilter;
@@ -188,8 +188,8 @@ impl Extent {
 
     #[staticmethod]
     #[pyo3(signature = (queue, offset, *, read_only = false))]
-    fn backend(queue: &BackendQueue, offset: u64, read_only: bool) -> Extent {
-        Extent(MapExtent::Backend { backend: queue.0.clone(), offset, writable: !read_only })
+    fn backend(queue: AnyBackend<'_>, offset: u64, read_only: bool) -> Extent {
+        Extent(MapExtent::Backend { backend: queue.inner(), offset, writable: !read_only })
     }
 
     #[staticmethod]

@@ -137,13 +137,18 @@ class LoadContext:
         """An object that all tables of the device share: `value`, or what another table has given."""
         return value if self._above is None else self._above.shared.setdefault(name, value)
 
+    @property
+    def engine(self) -> _engine.Engine:
+        """The engine of the device that the table is for. Raises ResourceError."""
+        if self._above is None:
+            raise ResourceError("the table is loaded without a device", cure="load it into a device")
+        return self._above.engine
+
     def lower(self, extent: Extent, length: Bytes) -> _engine.Device:
         """`extent` as a device of its own, closed with the table: for a backend that uses it (`targets.lower`). Raises
         ResourceError.
         """
-        if self._above is None:
-            raise ResourceError("the table is loaded without a device", cure="load it into a device")
-        device = _engine.Device(self._above.engine, _engine.Map([(0, length, 0, extent)]))
+        device = _engine.Device(self.engine, _engine.Map([(0, length, 0, extent)]))
         self._lower.append(device)
         return device
 

@@ -33,6 +33,7 @@ BUILTIN: Final = {
     "log-writes": "blkloom.targets.log_writes:LogWrites",
     "loop": "blkloom.targets.loop:Loop",
     "mirror": "blkloom.targets.mirror:Mirror",
+    "nbd": "blkloom.targets.nbd:Nbd",
     "pause": "blkloom.targets.pause:Pause",
     "qcow2": "blkloom.targets.qcow2:Qcow2",
     "ram": "blkloom.targets.ram:Ram",

@@ -1,7 +1,7 @@
 //! Tasks that wait for an operation of a backend. Part of `queue`, whose invariants hold here.
 //!
-//! Such a task holds pins, like a task of a file. When a gate on the path of a read closes, the read's operation is
-//! cancelled and the read waits at the gate. Operations that change data are waited for instead.
+//! Such a task holds pins, like a task of a file. When a gate on the path of a read or a block
+//! status closes, its operation is cancelled and it waits at the gate. Operations that change data are waited for instead.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -26,10 +26,12 @@ impl Queue {
         len: u64,
     ) {
         let Some(last) = walk.path.last() else { return };
-        let deadline = Instant::now() + last.device.fault_timeout;
-        let kind = Kind::Backend { backend: backend.clone(), deadline };
+        let deadline = (!backend.has_own_timeout()).then(|| Instant::now() + last.device.fault_timeout);
+        let kind = Kind::Backend { backend: backend.clone(), deadline, answered: false };
         let id = self.task(walk, root, len, pinned(walk.path), kind);
-        self.timers.insert((deadline, id));
+        if let Some(deadline) = deadline {
+            self.timers.insert((deadline, id));
+        }
         let active = &self.actives[walk.active];
         let request = &active.request;
         let skip = root.wrapping_sub(request.offset) as usize;
@@ -37,7 +39,7 @@ impl Queue {
         let answers = self.ports.answers.clone();
         let operation = OperationId::of(&answers, id);
         backend.submit(Operation::new(operation, op, at, len, request.flags, payload, (answers, id)));
-        if op == Op::Read {
+        if matches!(op, Op::Read | Op::Extents) {
             self.wait_no_longer_than_gates(id);
         }
     }

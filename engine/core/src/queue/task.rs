@@ -217,7 +217,7 @@ impl Queue {
                 if let Kind::Deferred { .. } | Kind::Wait { .. } | Kind::Backend { .. } = task.kind {
                     task.path.iter().for_each(|inside| inside.device.deferred.leave(&self.ports.wakes, id));
                 }
-                if let Kind::Backend { backend, .. } = &task.kind {
+                if let Kind::Backend { backend, answered: false, .. } = &task.kind {
                     backend.cancel(OperationId::of(&self.ports.answers, id));
                 }
                 if let Some(at) = task.kind.timer() {

@@ -130,9 +130,15 @@ impl Queue {
                 piece.len = reach;
             }
             if let Resolved::Backend { backend, .. } = piece.resolved {
-                piece.len = piece.len.min(backend.limits().longest);
+                let moves = matches!(op, Op::Read | Op::Write);
+                piece.len = piece.len.min(if moves { backend.limits().longest } else { backend.longest_range() });
             }
-            let action = self.action(walk.active, &piece.resolved);
+            let action = match self.action(walk.active, &piece.resolved) {
+                Action::Backend { backend, .. } if op == Op::Extents && !backend.reports_extents() => {
+                    Action::Report(Allocation::Data)
+                }
+                action => action,
+            };
             if let Action::Memory { offset, action: MemoryAction::Zero { .. }, .. } = action {
                 // Pieces end at page boundaries: only whole pages are deallocated.
                 piece.len = piece.len.min(ZERO_STEP - offset % ZERO_STEP);

@@ -15,9 +15,9 @@ impl Queue {
     /// to a client that has no answer yet.
     pub fn withdraw(&mut self, wanted: impl Fn(TransportId) -> bool) -> Vec<(TransportId, u64, Request)> {
         let mut waiting: BTreeMap<usize, Vec<TaskId>> = BTreeMap::new();
-        // A read in a backend is cancelled.
+        // A read or a block status in a backend is cancelled.
         let waits = |task: &Task| match task.kind {
-            Kind::Backend { .. } => self.actives[task.active].request.op == Op::Read,
+            Kind::Backend { .. } => matches!(self.actives[task.active].request.op, Op::Read | Op::Extents),
             _ => matches!(task.kind, Kind::Gate | Kind::Deferred { .. } | Kind::Wait { .. }),
         };
         for (slot, task) in self.tasks.iter().filter(|(_, task)| waits(task)) {

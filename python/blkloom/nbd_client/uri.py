@@ -1,0 +1,87 @@
+"""NBD URIs of servers, as libnbd reads them.
+
+Source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import msgspec
+
+DEFAULT_PORT: Final = 10809
+"""TCP port assigned by IANA."""
+_SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
+_LONGEST: Final = 4096
+_HOST_CID: Final = 2
+"""The address of the host of a virtual machine (VMADDR_CID_HOST), the default of vsock."""
+
+
+class NbdUri(msgspec.Struct, frozen=True):
+    """A server, and the name of its export. transport: tcp, unix or vsock. host, port: of tcp; of vsock, host is the
+    number of the machine. path: of a Unix socket. options: those that begin with tls-.
+    """
+
+    transport: str
+    tls: bool
+    host: str = ""
+    port: int = DEFAULT_PORT
+    path: str = ""
+    user: str = ""
+    export: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """The URI without its TLS options, for people."""
+        scheme = ("nbds" if self.tls else "nbd") + ("" if self.transport == "tcp" else f"+{self.transport}")
+        name = quote(self.export, safe="/")
+        if self.transport == "unix":
+            return f"{scheme}:///{name}?socket={quote(self.path, safe='/')}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == DEFAULT_PORT else f":{self.port}"
+        return f"{scheme}://{host}{port}/{name}"
+
+
+def parse_uri(text: str) -> NbdUri:
+    """Parses an NBD URI. Raises ValueError with the reason."""
+    if "\0" in text or not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    parts = urlsplit(text)
+    if parts.scheme not in _SCHEMES:
+        raise ValueError(f"it must begin with {', '.join(f'{scheme}://' for scheme in _SCHEMES[:-1])} or nbds+vsock://")
+    if parts.fragment:
+        raise ValueError("it must not have a fragment (#)")
+    kind, _, transport = parts.scheme.partition("+")
+    try:
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict")
+        export = unquote(parts.path.removeprefix("/"), errors="strict")
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"it is malformed: {error}") from error
+    if len(export.encode()) > _LONGEST or "\0" in export:
+        raise ValueError(f"the name of the export must have no NUL and at most {_LONGEST} bytes")
+    sockets = [value for name, value in query if name == "socket"]
+    options = tuple((name, value) for name, value in query if name != "socket")
+    unknown = [name for name, _ in options if not name.startswith("tls-")]
+    if unknown:
+        raise ValueError(f"unknown parameter '{unknown[0]}'; there are: socket, tls-certificates, tls-psk-file, ...")
+    user = unquote(parts.username or "")
+    common = NbdUri(transport=transport or "tcp", tls=kind == "nbds", user=user, export=export, options=options)
+    if transport == "unix":
+        if parts.hostname or port:
+            raise ValueError("a Unix socket has no host: write nbd+unix:///NAME?socket=PATH")
+        if len(sockets) != 1 or not sockets[0]:
+            raise ValueError("a Unix socket needs one parameter socket=PATH")
+        return msgspec.structs.replace(common, path=sockets[0])
+    if sockets:
+        raise ValueError("the parameter socket goes with nbd+unix:// only")
+    host = parts.hostname or ""
+    if transport == "vsock":
+        cid = host or str(_HOST_CID)
+        if not cid.isdecimal() or int(cid) >= 1 << 32:
+            raise ValueError(f"'{cid}' is not the number of a machine (CID)")
+        return msgspec.structs.replace(common, host=cid, port=DEFAULT_PORT if port is None else port)
+    return msgspec.structs.replace(
+        common, host=unquote(host) or "localhost", port=DEFAULT_PORT if port is None else port
+    )
