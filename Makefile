@@ -8,6 +8,10 @@ VENV := .venv
 # rustup installs cargo here, but only login shells have this directory in PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 export PYO3_PYTHON := $(abspath $(VENV)/bin/python)
+# Links to the headers and libraries of OpenSSL; see scripts/openssl_headers.py.
+OPENSSL := $(abspath .cache/openssl)
+export OPENSSL_LIB_DIR := $(OPENSSL)/lib
+export OPENSSL_INCLUDE_DIR := $(OPENSSL)/include
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
 
@@ -48,8 +52,11 @@ $(VENV)/.created:
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(OPENSSL)/lib/libssl.so: | $(VENV)/.created
+	@$(PYTHON) scripts/openssl_headers.py $(OPENSSL)
+
 # An editable install uses the Python sources in place, so only the engine's sources are prerequisites.
-$(VENV)/.built: $(VENV)/.build-tools $(SOURCES)
+$(VENV)/.built: $(VENV)/.build-tools $(OPENSSL)/lib/libssl.so $(SOURCES)
 	@echo "building the engine (a minute or two the first time)"
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(VENV)/bin/maturin develop --release --quiet
 	@touch $@

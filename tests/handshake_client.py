@@ -59,6 +59,11 @@ class Client:
     def answer(self, option: int, data: bytes = b"") -> Reply:
         return self.ask(option, data)[-1].kind
 
+    def answer_or_abort(self, option: int, data: bytes = b"") -> Reply:
+        """The final reply, if the option is answered; `Reply.ACK` otherwise."""
+        (event,) = self.option(option, data)
+        return replies(event.data)[-1].kind if isinstance(event, Answered | Aborted) else Reply.ACK
+
     def go(self, name: str = "disk", *infos: int) -> Transmission:
         (event,) = self.option(Option.GO, export_request(name, *infos))
         assert isinstance(event, Transmission)

@@ -42,6 +42,8 @@ __all__ = [
     "SwitchFilter",
     "Tee",
     "ThrottleFilter",
+    "TlsServer",
+    "TlsSession",
     "Transport",
     "UblkNode",
     "VhostUserCall",
@@ -799,13 +801,57 @@ def serve_nbd(
     skipping: tuple[int, bytes] | None = None,
     max_payload: int = 33554432,
     stall_timeout: float = 60.0,
+    read_only: bool = False,
+    tls: TlsSession | None = None,
 ) -> Transport:
     """Serve NBD's transmission phase on a connected stream socket. The engine owns a duplicate of fd.
 
     contexts: (id, name) of the metadata contexts selected in the handshake. A block status reply covers all of them, in
     this order (see `Device.extents`). initial: bytes received and not served (after the handshake, or
     `Detached.initial`), of any length. unsent, skipping: from a `Detached`. stall_timeout: seconds.
+    read_only: this client may not write, whatever the export is. tls: the session on fd, which belongs to the
+    engine from now on; such a connection ends where others are detached.
     """
+
+@final
+class TlsServer:
+    """Settings and credentials of TLS sessions, read from files when it is made. TLS 1.2 and 1.3.
+
+    certificates: a directory with `server-cert.pem`, `server-key.pem`; with verify_peer, for which clients need a
+    certificate, too, also `ca-cert.pem`, and `ca-crl.pem` if there is one. psk: a file of pre-shared keys, lines of
+    `user:hexkey`. One of both. Raises OSError for a file that cannot be read, and ValueError for one that cannot be
+    used; both name the file.
+    """
+
+    def __new__(
+        cls, *, certificates: str | None = None, psk: str | None = None, verify_peer: bool = False
+    ) -> TlsServer: ...
+    def accept(self, fd: int) -> TlsSession:
+        """Begin a session on a connected, non-blocking socket, of which it owns a duplicate."""
+
+@final
+class TlsSession:
+    """A TLS session. Nothing waits. Raises OSError, EPROTO if the client has broken the protocol."""
+
+    def handshake(self) -> Literal["done", "read", "write"]:
+        """Continue the handshake. Returns what the socket must be ready for before the next call."""
+    def receive(self, size: int) -> bytes | None:
+        """Received bytes; b"": the client has closed its side; None: nothing has arrived."""
+    def send(self, data: bytes) -> int:
+        """Send data as far as possible, after what was not sent before. Returns the number of accepted bytes. 0: call
+        it again when the socket is writable.
+        """
+    @property
+    def has_unsent(self) -> bool:
+        """Accepted bytes wait for the socket: call `send(b"")` when it is writable."""
+    @property
+    def peer(self) -> tuple[Literal["certificate", "psk"], str, str | None] | None:
+        """Who the client is: ("certificate", distinguished name, common name or None), ("psk", user, None)."""
+    @property
+    def agreed(self) -> str:
+        """Version and cipher."""
+    def close(self) -> None:
+        """Send the closing message if that is possible, and close the duplicate of the socket."""
 
 @final
 class Transport:

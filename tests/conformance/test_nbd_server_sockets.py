@@ -142,7 +142,10 @@ def test_what_cannot_be_a_name_of_a_host_is_refused(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "::ffff:192.0.2.1"])
 def test_addresses_that_other_hosts_reach_are_refused_until_allowed(host: str) -> None:
-    with pytest.raises(UsageError, match=r"other hosts can reach .*; listen on localhost, or confirm it with --allow"):
+    with pytest.raises(
+        UsageError,
+        match=r"other hosts can reach .*; listen on localhost, say --tls=require, or confirm it with --allow",
+    ):
         asyncio.run(listen_tcp(host, 0))
 
 

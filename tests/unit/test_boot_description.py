@@ -116,6 +116,9 @@ def test_options_are_those_of_the_commands() -> None:
         "create --read-only --uuid 'A'\n"
         "  attach --via=loop --partscan   # a node\n"
         "export --listen localhost:10809 --name d\n"
+        "export --listen 0.0.0.0:10809 --tls require --tls-certificates /etc/pki/disk --tls-verify-peer"
+        " --allow-certificate laptop --allow-certificate=CN=my\\ desk,O=Example --read-only-for=certificate=laptop"
+        " --max-connections-per-peer 4\n"
         "export --fuse /srv/my\\ disk --mode 640 --gid 6\n"
         "0 8 zero\n"
     )
@@ -123,6 +126,15 @@ def test_options_are_those_of_the_commands() -> None:
     assert found.attach == AttachOptions(via="loop", partscan=True)
     assert found.exports == (
         ExportOptions(listen="localhost:10809", name="d"),
+        ExportOptions(
+            listen="0.0.0.0:10809",
+            tls="require",
+            tls_certificates="/etc/pki/disk",
+            tls_verify_peer=True,
+            allow_certificate=("laptop", "CN=my desk,O=Example"),
+            read_only_for=("certificate=laptop",),
+            max_connections_per_peer=4,
+        ),
         ExportOptions(fuse=True, path="/srv/my disk", mode=0o640, gid=6),
     )
 

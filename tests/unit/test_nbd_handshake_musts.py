@@ -1,7 +1,7 @@
 """Every MUST of proto.md (and, marked ext, of its extension-ext-header branch) for a server in the handshake.
 
-MUSTS maps the quoted sentence to tests in test_nbd_handshake_{server,contexts}.py. ELSEWHERE has nearby sentences about
-the transmission phase, TLS or the client, with the reason why they are not in MUSTS.
+MUSTS maps the quoted sentence to tests in test_nbd_handshake_{server,contexts,tls}.py. ELSEWHERE has nearby sentences
+about the transmission phase, TLS records or the client, with the reason why they are not in MUSTS.
 """
 
 from __future__ import annotations
@@ -44,12 +44,37 @@ MUSTS: dict[str, list[str]] = {
     "Note that without client negotiation, the server MUST use only simple replies": [
         "test_replies_are_simple_unless_structured_were_asked_for"
     ],
-    "The server MUST support one of these modes.": ["test_starttls_is_unsupported"],
+    "The server MUST support one of these modes.": [
+        "test_starttls_is_unsupported",
+        "test_forced_tls_refuses_every_option_but_starttls_and_abort",
+        "test_selective_tls_serves_clients_without_it",
+    ],
+    "server MUST either reply with `NBD_REP_ACK` after which point the connection is upgraded to TLS": [
+        "test_starttls_is_acknowledged_and_the_negotiation_begins_again",
+        "test_starttls_with_data_is_invalid_and_survived",
+    ],
+    "When this command succeeds, the server MUST NOT preserve any negotiation state": [
+        "test_nothing_that_was_negotiated_before_tls_counts_after_it"
+    ],
+    "TLS has already been negotiated, it MUST reply with `NBD_REP_ERR_INVALID`.": ["test_a_second_starttls_is_invalid"],
+    "and unsupported options, it MUST reply with `NBD_REP_ERR_TLS_REQD` if TLS has not been initiated": [
+        "test_forced_tls_refuses_every_option_but_starttls_and_abort"
+    ],
+    "via `NBD_OPT_EXPORT_NAME` when TLS has not been initiated, then as this request cannot error, it MUST": [
+        "test_forced_tls_ends_the_session_after_an_export_name"
+    ],
+    "The server MUST NOT send `NBD_REP_ERR_TLS_REQD` in reply to any option if TLS has already been": [
+        "test_nothing_requires_tls_that_has_begun"
+    ],
+    "In this case, a FORCEDTLS server MUST NOT send `NBD_REP_INFO` replies": [
+        "test_forced_tls_refuses_every_option_but_starttls_and_abort"
+    ],
     "it MUST be consistent in its mode of operation across the lifespan of a single TCP connection": [
         "test_no_option_is_ever_answered_with_tls_required"
     ],
     "The server MUST operate in NOTLS mode unless the server set flag `NBD_FLAG_FIXED_NEWSTYLE`": [
-        "test_starttls_is_unsupported"
+        "test_starttls_is_unsupported",
+        "test_clients_without_fixed_newstyle_get_no_tls_and_hear_nothing_of_it",
     ],
     "If the server receives `NBD_OPT_STARTTLS` it MUST respond with `NBD_REP_ERR_POLICY`": [
         "test_starttls_is_unsupported"
@@ -267,15 +292,18 @@ ELSEWHERE: dict[str, str] = {
     "On success, the server MUST respond with one structured reply chunk": "transmission: engine",
     "MUST cleanly error commands that fall outside the constraints without corrupting data": "transmission: engine",
     "each with a unique metadata context ID": "there is one context only",
-    "the server MUST NOT preserve any negotiation state": "STARTTLS never succeeds here",
-    "In this case, a FORCEDTLS server MUST NOT send": "no TLS",
-    "NBD implementations supporting TLS MUST support TLS version 1.2": "no TLS",
+    "the server MUST be prepared for a TLS handshake": "I/O: tests/interop/test_tls.py",
+    "the server MUST terminate the session as by this stage it is too late": "I/O: tests/interop/test_tls_abuse.py",
+    "NBD implementations supporting TLS MUST support TLS version 1.2": "I/O: tests/interop/test_tls.py",
+    "the server MUST close down the TLS session (if one is running)": "transmission: tests/interop/test_tls_abuse.py",
     "The server MUST NOT set any of these flags during oldstyle negotiation.": "no oldstyle negotiation",
 }
 
 
 def test_every_must_names_tests_that_exist() -> None:
-    sources = [Path(__file__).with_name(f"test_nbd_handshake_{part}.py").read_text() for part in ("server", "contexts")]
+    sources = [
+        Path(__file__).with_name(f"test_nbd_handshake_{part}.py").read_text() for part in ("server", "contexts", "tls")
+    ]
     tests = {node.name for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     for quoted, named in MUSTS.items():
         assert named, quoted

@@ -18,7 +18,7 @@ import pytest
 
 import blkloom
 from blkloom import Extent, LoadContext, LoadedTarget, TargetSpec, _engine
-from blkloom.export.vhost_user import limited_log
+from blkloom.export import limited_log
 from blkloom.export.vhost_user.connection import Connection
 from blkloom.peer_credentials import PeerCredentials
 from blkloom.units import Bytes, Sectors

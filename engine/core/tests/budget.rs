@@ -41,6 +41,7 @@ impl Server {
             style: Style::Structured,
             contexts: Box::default(),
             unfinished: Unfinished::default(),
+            read_only: false,
             max_payload: SIZE as u32,
             stall,
         };

@@ -55,8 +55,14 @@ fn serve(
     fd: OwnedFd,
     initial: Vec<u8>,
 ) -> TransportHandle {
-    let session =
-        Session { style, contexts: selected(), unfinished: initial.into(), max_payload: 1 << 20, stall: PATIENT };
+    let session = Session {
+        style,
+        contexts: selected(),
+        unfinished: initial.into(),
+        read_only: false,
+        max_payload: 1 << 20,
+        stall: PATIENT,
+    };
     let recipient = Recipient { notices: notices.clone(), token: 1 };
     nbd::serve(engine, export, fd, session, recipient).unwrap()
 }

@@ -52,6 +52,7 @@ impl Server {
             style: Style::Simple,
             contexts: Box::default(),
             unfinished: initial.into(),
+            read_only: false,
             max_payload: 32 << 20,
             stall: PATIENT,
         };

@@ -299,7 +299,7 @@ impl Connection {
     fn serve(&mut self, fd: OwnedFd, unfinished: Unfinished) {
         let selected = if self.block_status { vec![Selected { id: 1, context: None }] } else { Vec::new() };
         let (style, contexts, max_payload, stall) = (self.style, selected.into(), MAX_PAYLOAD, PATIENCE);
-        let session = Session { style, contexts, unfinished, max_payload, stall };
+        let session = Session { style, contexts, unfinished, read_only: false, max_payload, stall };
         let recipient = Recipient { notices: self.notices.clone(), token: 1 };
         let served = nbd::serve(&engines()[self.moves % 2], &self.export, fd, session, recipient);
         self.handle = Some(served.expect("an engine that runs"));

@@ -17,6 +17,7 @@ mod mount;
 mod nbd;
 mod nbd_client;
 mod tee;
+mod tls;
 mod ublk;
 mod vhost_user;
 
@@ -55,6 +56,8 @@ mod _engine {
     use crate::nbd_client::NbdClient;
     #[pymodule_export]
     use crate::tee::Tee;
+    #[pymodule_export]
+    use crate::tls::{TlsServer, TlsSession};
     #[pymodule_export]
     use crate::ublk::{UblkNode, serve_ublk, ublk_control};
     #[pymodule_export]

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use blkloom_core::Recipient;
-use blkloom_core::nbd::{self, Selected, Session, Skipping, Unfinished};
+use blkloom_core::nbd::{self, Selected, Session, Skipping, Stream, Unfinished};
 use blkloom_io::Errno;
 use blkloom_wire::Style;
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use crate::border::{forked_error, os_error, value_error};
 use crate::device::Engine;
 use crate::export::{Export, Notices, Transport};
 use crate::maps::duplicate;
+use crate::tls::TlsSession;
 
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct Detached {
@@ -63,8 +64,9 @@ impl Detached {
 #[pyo3(signature = (
     engine, export, fd, notices, token, *, structured = false, extended = false, contexts = vec![],
     initial = &b""[..], unsent = &b""[..], skipping = None, max_payload = 33_554_432, stall_timeout = 60.0,
+    read_only = false, tls = None,
 ), text_signature = "(engine, export, fd, notices, token, *, structured=False, extended=False, \
-    contexts=(), initial=b'', unsent=b'', skipping=None, max_payload=33554432, stall_timeout=60.0)")]
+    contexts=(), initial=b'', unsent=b'', skipping=None, max_payload=33554432, stall_timeout=60.0, read_only=False, tls=None)")]
 #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
 pub fn serve_nbd(
     py: Python<'_>,
@@ -81,6 +83,8 @@ pub fn serve_nbd(
     skipping: Option<(u64, Vec<u8>)>,
     max_payload: u32,
     stall_timeout: f64,
+    read_only: bool,
+    tls: Option<&TlsSession>,
 ) -> PyResult<Transport> {
     let style = match (extended, structured) {
         (true, _) => Style::Extended,
@@ -95,9 +99,13 @@ pub fn serve_nbd(
         contexts.iter().map(|(id, name)| Selected { id: *id, context: blkloom_core::context(name) }).collect();
     let skipping = skipping.map(|(left, reply)| Skipping { left, reply });
     let unfinished = Unfinished { initial: initial.to_vec(), unsent: unsent.to_vec(), skipping };
-    let session = Session { style, contexts, unfinished, max_payload, stall };
-    let (fd, recipient) = (duplicate(fd)?, Recipient { notices: notices.inner.clone(), token });
-    py.detach(|| nbd::serve(&engine.0, &export.inner, fd, session, recipient))
+    let session = Session { style, contexts, unfinished, read_only, max_payload, stall };
+    let stream: Box<dyn Stream> = match tls {
+        Some(tls) => Box::new(tls.take()?),
+        None => duplicate(fd)?.into(),
+    };
+    let recipient = Recipient { notices: notices.inner.clone(), token };
+    py.detach(|| nbd::serve(&engine.0, &export.inner, stream, session, recipient))
         .map(Transport)
         .map_err(|error| os_error(Errno::SHUTDOWN, &error.to_string()))
 }

@@ -70,8 +70,25 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: str = ""
     allow_remote: bool = False
     name: str = ""
+    tls: str = ""
+    tls_certificates: str = ""
+    tls_verify_peer: bool = False
+    tls_psk: str = ""
+    allow_address: tuple[str, ...] = ()
+    allow_user: tuple[str, ...] = ()
+    allow_certificate: tuple[str, ...] = ()
+    read_only_for: tuple[str, ...] = ()
+    max_connections_per_peer: int = 0
     read_only: bool = False
     shared: bool = False
+
+    @property
+    def of_nbd(self) -> bool:
+        """Whether an option that only NBD exports have is given."""
+        tls = self.tls or self.tls_certificates or self.tls_verify_peer or self.tls_psk
+        rules = (*self.allow_address, *self.allow_user, *self.allow_certificate, *self.read_only_for)
+        limited = rules or self.max_connections_per_peer
+        return bool(self.socket or self.listen or self.allow_remote or self.name or tls or limited)
 
 
 class LoopOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +114,9 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Option(NamedTuple):
-    """One option. kind: "flag", "text", "number", "octal", or "path" for an operand without a name."""
+    """One option. kind: "flag", "text", "number", "octal", "list" (text, repeatable), or "path" for an
+    operand without a name.
+    """
 
     field: str
     kind: str
@@ -150,6 +169,15 @@ _OPTIONS: Final[dict[str, tuple[type[msgspec.Struct], tuple[_Option, ...]]]] = {
             _Option("listen", "text"),
             _Option("allow_remote", "flag"),
             _Option("name", "text"),
+            _Option("tls", "text"),
+            _Option("tls_certificates", "text"),
+            _Option("tls_verify_peer", "flag"),
+            _Option("tls_psk", "text"),
+            _Option("allow_address", "list"),
+            _Option("allow_user", "list"),
+            _Option("allow_certificate", "list"),
+            _Option("read_only_for", "list"),
+            _Option("max_connections_per_peer", "number"),
             _READ_ONLY,
             _SHARED,
         ),
@@ -238,6 +266,9 @@ def _parse_options(command: str, words: Sequence[Word]) -> msgspec.Struct:
                 if (following := next(pending, None)) is None:
                     raise _error(word, "the value is missing", f"write {name} VALUE")
                 word, value = following, following.text
+        if option.kind == "list":
+            values[option.field] = (*values.get(option.field, ()), _read(option, word, value))
+            continue
         if option.field in values:
             raise _error(word, "given twice", "give it once")
         values[option.field] = _read(option, word, value)
@@ -250,7 +281,7 @@ def _parse_options(command: str, words: Sequence[Word]) -> msgspec.Struct:
 def _read(option: _Option, word: Word, value: str) -> Any:
     if option.kind == "flag":
         return True
-    if option.kind in {"text", "path"}:
+    if option.kind in {"text", "list", "path"}:
         if not value:
             raise _error(word, "an empty value", f"write {option.word} VALUE")
         return value
@@ -267,7 +298,7 @@ def _read(option: _Option, word: Word, value: str) -> Any:
 def _check_export(export: ExportOptions, words: Sequence[Word]) -> None:
     of_file = export.fuse_uring or export.allow_other
     of_file = of_file or any(value is not None for value in (export.uid, export.gid, export.mode))
-    of_nbd = export.socket or export.listen or export.allow_remote or export.name
+    of_nbd = export.of_nbd
     of_socket = any(value is not None for value in (export.socket_mode, export.socket_owner, export.socket_group))
     if export.path and not (export.fuse or export.vhost_user):
         raise _error(words[0], "a path without a kind of export", "add --fuse or --vhost-user")
@@ -292,6 +323,9 @@ def _format_options(command: str, value: msgspec.Struct) -> str:
     words = [command]
     for option in options:
         if (given := getattr(value, option.field)) == getattr(defaults, option.field):
+            continue
+        if option.kind == "list":
+            words += [f"{option.word}={one}" for one in given]
             continue
         text = f"{given:o}" if option.kind == "octal" else str(given)
         words += {"flag": [option.word], "path": [text]}.get(option.kind, [f"{option.word}={text}"])

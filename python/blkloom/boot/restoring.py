@@ -188,7 +188,7 @@ class Restore:
             allow_remote=export.allow_remote,
             shared=export.shared,
             socket=SocketPermissions(mode=export.socket_mode, uid=export.socket_owner, gid=export.socket_group),
-            options=options if export.fuse else None,
+            options=options if export.fuse else _nbd_options(export),
         )
         return made.address
 
@@ -205,6 +205,30 @@ class Restore:
             options=options,
         )
         return made.node.path
+
+
+def _nbd_options(export: ExportOptions) -> dict[str, Any]:
+    """The options of an NBD export (`export.nbd.details`); none for other kinds. Raises UsageError."""
+    tls = {
+        "mode": export.tls,
+        "certificates": export.tls_certificates,
+        "psk": export.tls_psk,
+        "verify_peer": export.tls_verify_peer,
+    }
+    if not all(user.isascii() and user.isdigit() for user in export.allow_user):
+        raise UsageError(f"--allow-user {' '.join(export.allow_user)}: no number", cure="write the number of the user")
+    access = {
+        "addresses": export.allow_address,
+        "users": tuple(map(int, export.allow_user)),
+        "certificates": export.allow_certificate,
+        "read_only_for": export.read_only_for,
+    }
+    options = {
+        "tls": {key: value for key, value in tls.items() if value},
+        "access": {key: value for key, value in access.items() if value},
+        "per_host": export.max_connections_per_peer,
+    }
+    return {key: value for key, value in options.items() if value}
 
 
 def _differs(there: msgspec.Struct, wanted: msgspec.Struct, field: str) -> bool:

@@ -20,6 +20,7 @@ from blkloom.control.states import DeviceInfo, ExportState, NodeState, OpenedFil
 from blkloom.errors import BackingError, DeviceFailed, UsageError
 from blkloom.export.fuse.state import FuseDetails
 from blkloom.export.kernel_nbd.state import KernelNbdDetails, KernelNbdOptions, usual_connections
+from blkloom.export.nbd.details import NbdDetails
 from blkloom.export.ublk.state import UblkDetails, UblkOptions
 from blkloom.table import Table, parse_table
 from blkloom.targets.registry import Targets
@@ -184,7 +185,17 @@ def _export_options(info: DeviceInfo, export: ExportState) -> ExportOptions:
             shared=shared,
         )
     host = f"[{export.host}]" if ":" in export.host else export.host
+    of_nbd = NbdDetails.parse(export.details)
     return ExportOptions(
+        tls="" if of_nbd.tls.mode == "off" else of_nbd.tls.mode,
+        tls_certificates=of_nbd.tls.certificates,
+        tls_verify_peer=of_nbd.tls.verify_peer,
+        tls_psk=of_nbd.tls.psk,
+        allow_address=of_nbd.access.addresses,
+        allow_user=tuple(map(str, of_nbd.access.users)),
+        allow_certificate=of_nbd.access.certificates,
+        read_only_for=of_nbd.access.read_only_for,
+        max_connections_per_peer=of_nbd.per_host,
         socket_mode=export.socket.mode,
         socket_owner=export.socket.uid,
         socket_group=export.socket.gid,

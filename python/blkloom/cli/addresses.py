@@ -33,5 +33,5 @@ listen_option: Final = click.option(
 allow_remote_option: Final = click.option(
     "--allow-remote",
     is_flag=True,
-    help="Allow --listen on an address that other hosts can reach: NBD has no authentication.",
+    help="Allow --listen without --tls=require on an address that other hosts can reach.",
 )

@@ -13,6 +13,7 @@ from blkloom.cli.dm_verb import ONE, verb
 from blkloom.cli.permissions import permission_bits
 from blkloom.cli.session import Session
 from blkloom.cli.socket_options import permissions, socket_options
+from blkloom.cli.tls_options import tls_options
 from blkloom.dm.failing import VerbFailed
 from blkloom.metrics.addresses import uri_of
 
@@ -29,9 +30,11 @@ from blkloom.metrics.addresses import uri_of
 @socket_options
 @listen_option
 @allow_remote_option
+@tls_options
 @click.option("--name", "export_name", metavar="NAME", help="What clients ask for; the device's name if not given.")
 @click.option("-r", "--readonly", "--read-only", "readonly", is_flag=True, help="For reading only.")
 @click.option("--shared", is_flag=True, help="For writing, even while it is attached for writing as a block device.")
+@click.option("--reload-tls", is_flag=True, help="Read the certificates and keys of its exports again.")
 @click.option("--list", "listed", is_flag=True, help="List the exports of DEVICE, or of all devices.")
 def export(
     session: Session,
@@ -52,13 +55,16 @@ def export(
     export_name: str | None,
     readonly: bool,
     shared: bool,
+    reload_tls: bool,
     listed: bool,
+    nbd: dict[str, Any],
 ) -> None:
     """Add an NBD export, a file, or a disk of a virtual machine, and print where it is.
 
     \b
     blkloom export disk --listen localhost:10809
     blkloom export disk --socket /srv/disk.sock --read-only
+    blkloom export disk --listen 0.0.0.0:10809 --tls=require --tls-certificates /etc/pki/blkloom
     blkloom export disk --fuse
     blkloom export disk --fuse /srv/disk.img --allow-other --mode 660 --gid 106
     blkloom export disk --vhost-user /run/vm/disk.sock
@@ -77,12 +83,15 @@ def export(
         _print_exports(session, operands[:1])
         return
     named = session.named(operands[0] if before and operands else None)
+    if reload_tls:
+        session.client.reload_tls(named.wire)
+        return
     if socket is not None and listen is not None:
         raise VerbFailed("--socket and --listen are incompatible.", what="call export twice for both")
     path = os.path.abspath(paths[0]) if paths else ""
     if has_path:
         what = "call export twice for both"
-        if socket is not None or listen is not None or allow_remote or export_name is not None:
+        if socket is not None or listen is not None or allow_remote or export_name is not None or nbd:
             kind = "--fuse" if fuse else "--vhost-user"
             raise VerbFailed(f"{kind} is incompatible with options of NBD exports.", what=what)
         if fuse and vhost_user:
@@ -128,6 +137,7 @@ def export(
         allow_remote=allow_remote,
         shared=shared,
         socket=who,
+        options=nbd,
     )
     click.echo(uri_of(state))
 

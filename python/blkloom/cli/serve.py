@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -20,7 +21,9 @@ from blkloom.cli.session import RUN_DIR
 from blkloom.cli.socket_options import permissions, socket_options
 from blkloom.cli.table_completion import complete_table
 from blkloom.cli.tables import allow_backing_option
+from blkloom.cli.tls_options import tls_options
 from blkloom.errors import BusyError, ResourceError, UsageError
+from blkloom.export.nbd.details import NbdDetails
 from blkloom.export.nbd.server import ServerLimits
 from blkloom.image.registry import FORMATS
 from blkloom.memory import default_budget, parse_budget
@@ -63,6 +66,7 @@ def _budget(text: str) -> int:
 @socket_options
 @listen_option
 @allow_remote_option
+@tls_options
 @click.option("--fuse", type=click.Path(readable=False), metavar="PATH", help="As a file at PATH (FUSE).")
 @click.option("--fuse-uring", is_flag=True, help="With --fuse: over io_uring (Linux 6.14).")
 @click.option("--allow-other", is_flag=True, help="With --fuse: let other users use the file, as owner and mode allow.")
@@ -148,6 +152,7 @@ def serve(
     max_connections: int,
     fault_timeout: float,
     stall_timeout: float,
+    nbd: dict[str, Any],
 ) -> None:
     """Serve block devices over NBD, as files, or as disks of virtual machines, until interrupted.
 
@@ -160,6 +165,7 @@ def serve(
     blkloom serve disk.img
     blkloom serve disk.qcow2
     blkloom serve --ram 1G --listen localhost:10809
+    blkloom serve disk.img --listen 0.0.0.0:10809 --tls=require --tls-psk keys.psk
     blkloom serve disk.qcow2 --fuse disk.img
     blkloom serve disk.qcow2 --vhost-user /run/vm/disk.sock
     blkloom serve disk.qcow2 --attach
@@ -214,7 +220,8 @@ def serve(
         cure = "blkloom serve --socket PATH --socket-mode 660 --socket-group GROUP FILE"
         raise UsageError("--socket-mode, --socket-owner and --socket-group need --socket or --vhost-user", cure=cure)
     listening = Listening(socket, who, listen, allow_remote, os.environ, os.getpid())
-    limits = ServerLimits(connections=max_connections, stall=stall_timeout)
+    details = NbdDetails.parse(nbd)
+    limits = ServerLimits(connections=max_connections, stall=stall_timeout, per_host=details.per_host)
     engine = _make_engine(io, loops, spin, client_memory or default_budget())
     try:
         with open_devices(
@@ -234,6 +241,7 @@ def serve(
                 listening,
                 limits,
                 description,
+                details,
                 report,
                 once=once,
                 files=file_request,

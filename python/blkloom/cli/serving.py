@@ -18,7 +18,8 @@ from blkloom import _engine
 from blkloom.cli.devices import Served
 from blkloom.control.rundir import user_runtime
 from blkloom.control.states import SocketPermissions
-from blkloom.errors import ListenError
+from blkloom.errors import ListenError, UsageError
+from blkloom.export.nbd.details import NbdDetails
 from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import NbdExport
 from blkloom.export.systemd import ServiceNotifier, adopt_socket, passed_descriptors
@@ -121,6 +122,7 @@ async def run(
     listening: Listening,
     limits: ServerLimits,
     description: str,
+    details: NbdDetails,
     report: Report,
     *,
     once: bool,
@@ -128,16 +130,22 @@ async def run(
     nodes: NodeRequest | None = None,
     vhost_user: str | None = None,
 ) -> None:
-    """Serves until a signal (or, for `once`, until the last client has left), then stops cleanly. files: also serve as
+    """Serves until a signal (or, for `once`, until the last client has left), then stops cleanly. details: of the NBD
+    exports. files: also serve as
     files. nodes: also as nodes. vhost_user: also for virtual machines, at this path. With any of these, over NBD only
     if an address to listen on was given.
 
-    Raises ListenError, MountError.
+    Raises ListenError, MountError, UsageError.
     """
     devices = served.devices
     over_nbd = (files is None and nodes is None and vhost_user is None) or listening.is_wanted
     exports = {
-        name: NbdExport(name, _engine.Export(device, name=name, read_only=device.read_only), description)
+        name: NbdExport(
+            name,
+            _engine.Export(device, name=name, read_only=device.read_only),
+            description,
+            access=details.access,
+        )
         for name, device in (devices if over_nbd else {}).items()
     }
     counted = {name: export.export for name, export in exports.items()}
@@ -147,7 +155,9 @@ async def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(NbdServer(engine, exports.values(), limits=limits))
+        server = await stack.enter_async_context(NbdServer(engine, exports.values(), limits=limits, tls=details.tls))
+        if details.tls.mode != "off":
+            loop.add_signal_handler(signal.SIGHUP, _reload_tls, server)
         if over_nbd:
             await _listen(server, listening, stack)
         for name in exports:
@@ -191,6 +201,13 @@ async def run(
         if left := await server.stop(_STOP_TIMEOUT):
             _log.warning("%d connections did not end in time and are closed", left)
     report.final(counted)
+
+
+def _reload_tls(server: NbdServer) -> None:
+    try:
+        server.reload_tls()
+    except UsageError as error:
+        _log.error("%s", error)
 
 
 async def _listen(server: NbdServer, listening: Listening, stack: AsyncExitStack) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from blkloom.control.states import SocketPermissions
 
 
-def _user(text: str) -> int:
+def user_id(text: str) -> int:
     """Option type: a user by name or number."""
     return _number(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
 
@@ -36,7 +36,7 @@ def _number(text: str, what: str, named: Callable[[str], int]) -> int:
 
 _OPTIONS: Final = (
     click.option("--socket-mode", type=permission_bits, metavar="MODE", help="Permissions of a socket, octal (600)."),
-    click.option("--socket-owner", type=_user, metavar="USER", help="Owner of a socket."),
+    click.option("--socket-owner", type=user_id, metavar="USER", help="Owner of a socket."),
     click.option("--socket-group", type=_group, metavar="GROUP", help="Group of a socket."),
 )
 

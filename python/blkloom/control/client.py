@@ -328,6 +328,12 @@ class Client:
         )
         return msgspec.convert(self.call(call), ExportState)
 
+    def reload_tls(self, device: m.DeviceKey) -> None:
+        """Reads the TLS credentials of the exports of a device again, for clients that connect from now on. Raises
+        UsageError if they cannot be used, or no export has TLS.
+        """
+        self.call(m.ReloadTls(device=device))
+
     def unexport(self, device: m.DeviceKey, export: str, *, force: bool = False) -> None:
         """Removes an export, by id, socket path or file path. force: also a file that is open; the I/O of its users
         then fails. Without it, raises MountError (EBUSY).

@@ -38,6 +38,7 @@ from blkloom.control.worker_calls import (
     WorkerLoad,
     WorkerMessage,
     WorkerRead,
+    WorkerReloadTls,
     WorkerRename,
     WorkerResume,
     WorkerStats,
@@ -60,6 +61,7 @@ __all__ = [
     "WorkerLoad",
     "WorkerMessage",
     "WorkerRead",
+    "WorkerReloadTls",
     "WorkerRename",
     "WorkerResume",
     "WorkerStats",
@@ -403,6 +405,14 @@ class AddExport(_Call, tag="export"):
     options: dict[str, Any] = {}
 
 
+class ReloadTls(_Call, tag="reload_tls"):
+    """Reads the TLS credentials of the exports of a device again, for clients that connect from then on. → None.
+    Clients that are connected stay. If they cannot be used, those before stay, and it fails.
+    """
+
+    device: DeviceKey
+
+
 class RemoveExport(_Call, tag="unexport"):
     """Removes an export. → None. id: of the export, or its address. NBD clients are disconnected. For a file that is
     open it is refused (EBUSY), unless `force`: requests of its users then fail.
@@ -502,6 +512,7 @@ ClientCall = (
     | GetStats
     | AddExport
     | RemoveExport
+    | ReloadTls
     | Attach
     | Detach
     | ScanPartitions

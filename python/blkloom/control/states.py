@@ -192,6 +192,7 @@ class ConnectionState(_Value):
     extended: bool = False
     contexts: list[tuple[int, str]] = []
     max_payload: int = 32 << 20
+    read_only: bool = False
     initial: str = ""
     unsent: str = ""
     stored: tuple[int, int, int] | None = None

@@ -114,6 +114,12 @@ class Serve(_Call, tag="serve"):
     fds: int = 1
 
 
+class WorkerReloadTls(_Call, tag="reload-tls"):
+    """Reads the TLS credentials of a device's exports again."""
+
+    minor: int
+
+
 class Unserve(_Call, tag="unserve"):
     """Ends an export and its connections."""
 
@@ -160,6 +166,7 @@ WorkerCall = (
     | WorkerStats
     | Serve
     | Unserve
+    | WorkerReloadTls
     | Describe
     | Freeze
     | Thaw

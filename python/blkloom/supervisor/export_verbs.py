@@ -81,6 +81,12 @@ class ExportVerbs:
                 raise UsageError(f"device '{entry.name}' has no export '{call.id}'", cure=f"it has: {known}")
             await self.end(entry, found[0], force=call.force)
 
+    async def reload_tls(self, call: m.ReloadTls) -> None:
+        """Has the worker read the TLS credentials of a device's exports again. Raises UsageError."""
+        entry = self._devices.live(call.device)
+        async with self._devices.held(entry):
+            await entry.group.call(m.WorkerReloadTls(minor=entry.minor))
+
     async def restrict(self, entry: Entry, export: ExportState, *, read_only: bool) -> None:
         """Serves an export again, for reading only or not. It has no clients. The caller holds the lock."""
         export.read_only = read_only

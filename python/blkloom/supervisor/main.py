@@ -367,6 +367,8 @@ class Supervisor:
                 return await queries.stats(call)
             case m.AddExport():
                 return await self._export_verbs.add(call)
+            case m.ReloadTls():
+                return await self._export_verbs.reload_tls(call)
             case m.RemoveExport():
                 return await self._export_verbs.remove(call)
             case m.Attach():

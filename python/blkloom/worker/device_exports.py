@@ -13,6 +13,7 @@ from blkloom.control.states import ExportState
 from blkloom.device.device import Device
 from blkloom.errors import BlkloomError, UsageError
 from blkloom.export.exporter import Client, ExportServer
+from blkloom.export.nbd.export_server import NbdExportServer
 from blkloom.export.registry import DEFAULT, endpoints, export_server
 from blkloom.stats import without_tails
 
@@ -80,6 +81,13 @@ class DeviceExports:
             known = ", ".join(f"'{known}'" for known in self._servers) or "none"
             raise UsageError(f"device '{self._name}' has no export '{id}'", cure=f"there are: {known}")
         await self._servers.pop(id).end()
+
+    def reload_tls(self) -> None:
+        """Reads the TLS credentials of the exports again. Raises UsageError if none has TLS, or they cannot be used."""
+        have_tls = [server.reload_tls() for server in self if isinstance(server, NbdExportServer)]
+        if not any(have_tls):
+            cure = "blkloom export DEVICE --tls=require --tls-psk FILE"
+            raise UsageError(f"no export of device '{self._name}' has TLS", cure=cure)
 
     async def stop_serving(self, id: str) -> None:
         """Like `unserve`, but does nothing if there is no such export."""

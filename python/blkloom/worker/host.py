@@ -33,6 +33,7 @@ from blkloom.control.messages import (
     WorkerLoad,
     WorkerMessage,
     WorkerRead,
+    WorkerReloadTls,
     WorkerRename,
     WorkerResume,
     WorkerStats,
@@ -148,6 +149,8 @@ class Host:
             case WorkerStats():
                 memory = self.engine.memory()
                 return {str(minor): {**device.stats(), "memory": memory} for minor, device in self.devices.items()}
+            case WorkerReloadTls():
+                return self._device(call.minor).exports.reload_tls()
             case Unserve():
                 return await self._device(call.minor).unserve(call.id)
             case Describe():

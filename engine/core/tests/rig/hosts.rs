@@ -52,7 +52,8 @@ impl Host {
         stall: Duration,
     ) -> TransportHandle {
         let unfinished = unfinished.into();
-        let session = Session { style, contexts: Box::default(), unfinished, max_payload: MOST_PAYLOAD, stall };
+        let session =
+            Session { style, contexts: Box::default(), unfinished, read_only: false, max_payload: MOST_PAYLOAD, stall };
         let recipient = Recipient { notices: self.notices.clone(), token: 1 };
         nbd::serve(&self.engine, &self.export, fd, session, recipient).unwrap()
     }

@@ -15,11 +15,14 @@ from blkloom.export.nbd.events import (
     Dropped,
     Event,
     Greeting,
+    Secured,
+    StartTls,
     Transmission,
 )
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.offer import BlockSizes, Catalogue, Offer
 from blkloom.export.nbd.state import TRANSITIONS, ProtocolError, State
+from blkloom.export.nbd.tls import TlsMode
 from blkloom.export.nbd.uri import tcp_uri, unix_uri
 
 __all__ = [
@@ -40,7 +43,10 @@ __all__ = [
     "Option",
     "ProtocolError",
     "Reply",
+    "Secured",
+    "StartTls",
     "State",
+    "TlsMode",
     "Transmission",
     "TransmissionFlag",
     "tcp_uri",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from blkloom.control.states import ExportState, Role
 from blkloom.errors import UsageError
+from blkloom.export.nbd.details import NbdDetails
 from blkloom.export.nbd.listening import check_path, is_listening, listen_tcp, listen_unix
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class NbdEndpoints:
 
     def wanted(self, run_dir: RunDir, device: str, call: AddExport) -> ExportState:
         """The state for a call; without an address, of the automatic socket. Raises UsageError."""
+        details = NbdDetails.parse(call.options)
         if call.unix and call.host:
             raise UsageError("an export listens on a Unix socket or on TCP, not on both", cure="make two exports")
         if call.unix and not os.path.isabs(call.unix):
@@ -35,10 +37,11 @@ class NbdEndpoints:
         if not call.unix and not call.host and not call.port:
             export = self.automatic(run_dir, device)
             export.read_only, export.socket = call.read_only, call.socket
+            details.put(export)
             return export
         if not call.unix and not call.socket.is_default:
             raise UsageError("a TCP socket has no owner and no permissions", cure="give them to a Unix socket")
-        return ExportState(
+        export = ExportState(
             id="",
             name=call.name or device,
             unix=call.unix,
@@ -47,11 +50,16 @@ class NbdEndpoints:
             read_only=call.read_only,
             socket=call.socket,
         )
+        details.put(export)
+        return export
 
     async def open(self, state: ExportState, *, allow_remote: bool) -> dict[str, int]:
-        """Listens, and sets the port in `state`. allow_remote: see `listen_tcp`. Raises ListenError, UsageError."""
+        """Listens, and sets the port in `state`. allow_remote: see `listen_tcp`; TLS that clients must
+        use allows it, too. Raises ListenError, UsageError.
+        """
         if state.unix:
             return {"": listen_unix(state.unix, state.socket).socket.detach()}
+        allow_remote |= NbdDetails.parse(state.details).tls.mode == "require"
         first, *others = await listen_tcp(state.host, state.port, allow_remote=allow_remote)
         for other in others:
             other.close()

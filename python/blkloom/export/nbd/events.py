@@ -32,12 +32,23 @@ class Answered(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class StartTls(msgspec.Struct, frozen=True):
+    """NBD_OPT_STARTTLS was accepted: send `data`, then run the TLS handshake, then call `Handshake.secured`."""
+
+    data: bytes
+
+
+class Secured(msgspec.Struct, frozen=True):
+    """The TLS handshake has succeeded: the negotiation begins again, over TLS."""
+
+
 class Transmission(msgspec.Struct, frozen=True):
     """The handshake succeeded: send `data`, then transmission begins.
 
     structured, extended: which replies were agreed (extended implies structured).
     contexts: (id, name) of the metadata contexts selected for this export.
     initial: bytes of the transmission phase that have already arrived.
+    read_only: the client may not write, whatever the export is.
     """
 
     offer: Offer
@@ -46,6 +57,7 @@ class Transmission(msgspec.Struct, frozen=True):
     contexts: tuple[tuple[int, str], ...]
     data: bytes
     initial: bytes
+    read_only: bool = False
 
 
 class Aborted(msgspec.Struct, frozen=True):
@@ -66,4 +78,4 @@ class Disconnected(msgspec.Struct, frozen=True):
     midway: bool
 
 
-Event = Greeting | ClientGreeted | Answered | Transmission | Aborted | Dropped | Disconnected
+Event = Greeting | ClientGreeted | Answered | StartTls | Secured | Transmission | Aborted | Dropped | Disconnected

@@ -6,18 +6,25 @@ the supervisor removes its file. Runs on the event loop.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from blkloom import _engine
 from blkloom.control.rundir import RunDir
 from blkloom.control.states import ConnectionState, ExportState
+from blkloom.errors import UsageError
 from blkloom.export.exporter import Client
-from blkloom.export.nbd.server import NbdServer
+from blkloom.export.nbd.details import NbdDetails
+from blkloom.export.nbd.server import NbdServer, ServerLimits
 from blkloom.export.nbd.session import Agreed, Moving, NbdExport
+from blkloom.export.nbd.tls import Tls
 
+_log = logging.getLogger(__name__)
 _LAST_REPLIES: Final = 5.0
 """Seconds for requests in flight to end, and for clients to read their replies, when an export is removed."""
 
@@ -35,13 +42,23 @@ class NbdExportServer:
         *,
         paused: bool = False,
     ) -> None:
-        """Raises ListenError if the socket cannot be served."""
+        """Raises ListenError if the socket cannot be served, and UsageError if its TLS credentials cannot be used."""
         self._state = state
         self._device = device
         self._listening = listening = socket.socket(fileno=descriptors[""])
         try:
+            self._details = NbdDetails.parse(state.details)
             self._export = self._made(state)
-            self._server = NbdServer(engine, [self._export], on_change=on_change)
+            tls = Tls(self._details.tls)
+            try:
+                tls.reload()
+            except UsageError as error:
+                if not paused:
+                    raise
+                # The device of another worker goes on. The export refuses clients until a reload.
+                _log.error("export '%s': %s", state.name, error)
+            limits = ServerLimits(per_host=self._details.per_host)
+            self._server = NbdServer(engine, [self._export], limits=limits, on_change=on_change, tls=tls)
             if paused:
                 self._server.hold_back()
             self._server.adopt(listening)
@@ -79,16 +96,16 @@ class NbdExportServer:
             return
         run_dir = RunDir(Path(self._state.unix).parents[1])
         former = self._export.name
-        self._state = ExportState(
-            id=self._state.id,
-            name=name,
-            unix=str(run_dir.device(name)),
-            read_only=self._state.read_only,
-            automatic=True,
-            socket=self._state.socket,
-        )
-        self._export = NbdExport(name, self._export.export)
+        self._state = msgspec.structs.replace(self._state, name=name, unix=str(run_dir.device(name)))
+        self._export = NbdExport(name, self._export.export, access=self._details.access)
         self._server.rename_export(former, self._export)
+
+    def reload_tls(self) -> bool:
+        """Reads the credentials of TLS again. Returns whether it has TLS. Raises UsageError."""
+        if self._details.tls.mode == "off":
+            return False
+        self._server.reload_tls()
+        return True
 
     def device_changed(self) -> None:
         """Does nothing: NBD has no message for this."""
@@ -112,6 +129,7 @@ class NbdExportServer:
                     extended=client.agreed.extended,
                     contexts=list(client.agreed.contexts),
                     max_payload=client.agreed.max_payload,
+                    read_only=client.agreed.read_only,
                 ),
                 client.descriptor,
                 client.unfinished,
@@ -124,7 +142,7 @@ class NbdExportServer:
         self._server.go_on(
             Moving(
                 self._export.name,
-                Agreed(state.structured, state.extended, tuple(state.contexts), state.max_payload),
+                Agreed(state.structured, state.extended, tuple(state.contexts), state.max_payload, state.read_only),
                 descriptor,
                 unfinished,
             )
@@ -136,6 +154,5 @@ class NbdExportServer:
         await self._server.stop(_LAST_REPLIES)
 
     def _made(self, state: ExportState) -> NbdExport:
-        return NbdExport(
-            state.name, _engine.Export(self._device, name=state.name, read_only=state.read_only), description=""
-        )
+        export = _engine.Export(self._device, name=state.name, read_only=state.read_only)
+        return NbdExport(state.name, export, access=self._details.access)

@@ -7,8 +7,11 @@ Guarantees: how a stream is cut into pieces does not change the events; arbitrar
 `ProtocolError` or nothing; once `next_event` returned None, less than OPTION_HEADER + OPTION_LIMIT
 bytes are held (data of unknown, oversized or dataless options is dropped as it arrives).
 
-Choices the specification leaves open: no TLS (STARTTLS is ERR_UNSUP); options are accepted from
-clients that did not set FIXED_NEWSTYLE; repeating STRUCTURED_REPLY or EXTENDED_HEADERS is
+TLS: see `TlsMode`. Nothing that was said before TLS counts after it, and a client that sends bytes after STARTTLS
+before it has the reply is disconnected: they would be plain text that counts as encrypted.
+
+Choices the specification leaves open: options are accepted from
+clients that did not set FIXED_NEWSTYLE (but no TLS); repeating STRUCTURED_REPLY or EXTENDED_HEADERS is
 acknowledged, because a client that understands an error as "off" would misread every reply.
 Source: proto.md "Handshake", "Option types"; extension-ext-header for EXTENDED_HEADERS.
 """
@@ -18,7 +21,10 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+import msgspec
+
 from blkloom.export.nbd import replies
+from blkloom.export.nbd.access import Admit, RefusedError, Verdict
 from blkloom.export.nbd.codes import (
     BASE_ALLOCATION,
     OPTION_MAGIC,
@@ -37,6 +43,8 @@ from blkloom.export.nbd.events import (
     Dropped,
     Event,
     Greeting,
+    Secured,
+    StartTls,
     Transmission,
 )
 from blkloom.export.nbd.offer import Catalogue, Offer
@@ -49,6 +57,7 @@ from blkloom.export.nbd.options import (
     parse_export_request,
 )
 from blkloom.export.nbd.state import TRANSITIONS, ProtocolError, State
+from blkloom.export.nbd.tls import TlsMode
 
 OPTION_HEADER: Final = 16
 """Bytes before an option's data: magic, option, length."""
@@ -73,11 +82,17 @@ _WITHOUT_DATA: Final = frozenset({Option.LIST, Option.STARTTLS, Option.STRUCTURE
 
 class Handshake:
     """The handshake of one connection, for the exports of `catalogue`. Send the `data` of an event before the next
-    call.
+    call. admit: called with the name of an export that the client asks for, may refuse it.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, *, tls: TlsMode = "off", admit: Admit | None = None) -> None:
         self._catalogue = catalogue
+        self._tls = tls
+        self._admit = admit
+        self._encrypted = False
+        self._refused: str | None = None
+        self._secured = False
+        """The next event is `Secured`."""
         self._state = State.GREETING
         self._buffer = bytearray()
         self._ended = False
@@ -98,13 +113,18 @@ class Handshake:
         return self._state
 
     @property
+    def refused(self) -> str | None:
+        """Why a rule has refused the client an export; None: it has not."""
+        return self._refused
+
+    @property
     def buffered(self) -> int:
         """Number of buffered bytes."""
         return len(self._buffer)
 
     def receive_data(self, data: bytes) -> None:
         """Adds bytes from the client; b"": it has closed its side. Raises ProtocolError after the end."""
-        if self._state in {State.TRANSMISSION, State.CLOSED}:
+        if self._state in {State.TLS, State.TRANSMISSION, State.CLOSED}:
             raise ProtocolError("data for a handshake that is over")
         self._ended |= not data
         self._buffer += data
@@ -112,6 +132,12 @@ class Handshake:
     def refuse(self, kind: Reply, reason: str) -> None:
         """Answers every later option except ABORT with this error (ERR_SHUTDOWN, ERR_POLICY)."""
         self._refusal = (kind, reason)
+
+    def secured(self) -> None:
+        """The TLS handshake, which `StartTls` has asked for, has succeeded: data comes from TLS from now on."""
+        if self._state is not State.TLS:
+            raise ProtocolError("a TLS handshake that was not agreed")
+        self._secured = True
 
     def next_event(self) -> Event | None:
         """The next event; None if more data is needed or the handshake is over.
@@ -140,11 +166,21 @@ class Handshake:
                 event = self._client_flags()
             case State.OPTIONS:
                 event = self._option()
+            case State.TLS:
+                return self._begin_again() if self._secured else None
             case State.TRANSMISSION | State.CLOSED:
                 return None
         if event is None and self._ended:
             return Disconnected(midway=bool(self._buffer) or self._header is not None)
         return event
+
+    def _begin_again(self) -> Event:
+        """Forgets what was negotiated without TLS: "the server MUST NOT preserve any negotiation state"."""
+        self._secured, self._encrypted = False, True
+        self._structured = self._extended = False
+        self._selected = ("", ())
+        self._told = None
+        return Secured()
 
     def _client_flags(self) -> Event | None:
         if len(self._buffer) < 4:
@@ -194,6 +230,9 @@ class Handshake:
             self._selected = ("", ())  # "including when this command fails"
         if option == Option.ABORT:
             return Aborted(replies.reply(option, Reply.ACK))
+        if (kind := self._lacks_tls(option)) is not None:
+            reason = f"this server requires TLS: begin with {option_name(Option.STARTTLS)}"
+            return Dropped(reason) if option == Option.EXPORT_NAME else _error(option, kind, reason)
         if option == Option.EXPORT_NAME:
             return self._export_name(data)
         if self._refusal is not None:
@@ -205,7 +244,8 @@ class Handshake:
         try:
             match option:
                 case Option.LIST:
-                    return _done(option, b"".join(replies.server(option, offer) for offer in self._catalogue))
+                    admitted = [offer for offer in self._catalogue if self._admitted(offer).reason is None]
+                    return _done(option, b"".join(replies.server(option, offer) for offer in admitted))
                 case Option.INFO | Option.GO:
                     return self._info(option, parse_export_request(data), told)
                 case Option.STRUCTURED_REPLY:
@@ -216,11 +256,45 @@ class Handshake:
                 case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
                     return self._contexts(option, data)
                 case Option.STARTTLS:
-                    return _error(option, Reply.ERR_UNSUP, "this server has no TLS")
+                    return self._start_tls(option)
                 case _:
                     return _error(option, Reply.ERR_UNSUP, f"{option_name(option)} is not known here")
         except MalformedOptionError as error:
             return _error(option, Reply.ERR_INVALID, str(error))
+        except RefusedError as error:
+            return _error(option, Reply.ERR_POLICY, str(error))
+
+    def _lacks_tls(self, option: int) -> Reply | None:
+        """The error for an option that needs TLS."""
+        if self._tls != "require" or self._encrypted or option == Option.STARTTLS:
+            return None
+        # "The server MUST operate in NOTLS mode unless ...", in which this error MUST NOT be sent.
+        return Reply.ERR_TLS_REQD if ClientFlag.FIXED_NEWSTYLE in self._flags else Reply.ERR_POLICY
+
+    def _start_tls(self, option: int) -> Event:
+        if self._encrypted:
+            return _error(option, Reply.ERR_INVALID, "this connection has TLS already")
+        if self._tls == "off":
+            return _error(option, Reply.ERR_UNSUP, "this server has no TLS")
+        if ClientFlag.FIXED_NEWSTYLE not in self._flags:
+            return _error(option, Reply.ERR_POLICY, "TLS needs NBD_FLAG_C_FIXED_NEWSTYLE")
+        if self._buffer:
+            raise ProtocolError(f"{len(self._buffer)} bytes after {option_name(option)}, before its reply")
+        return StartTls(replies.reply(option, Reply.ACK))
+
+    def _find(self, name: str) -> Offer | None:
+        """The offer of an export for this client. Raises RefusedError."""
+        offer = self._catalogue.find(name)
+        if offer is None:
+            return None
+        verdict = self._admitted(offer)
+        if verdict.reason is not None:
+            self._refused = verdict.reason
+            raise RefusedError(verdict.reason)
+        return msgspec.structs.replace(offer, read_only=True) if verdict.read_only else offer
+
+    def _admitted(self, offer: Offer) -> Verdict:
+        return Verdict() if self._admit is None else self._admit(offer.name)
 
     def _export_name(self, data: bytes) -> Event:
         if self._extended:
@@ -231,7 +305,10 @@ class Handshake:
             name = parse_export_name(data)
         except MalformedOptionError as error:
             raise ProtocolError(str(error)) from error
-        offer = self._catalogue.find(name)
+        try:
+            offer = self._find(name)
+        except RefusedError as error:
+            return Dropped(str(error))
         if offer is None:
             return Dropped(_unknown(name))
         flags = offer.flags(structured=self._structured)
@@ -242,7 +319,7 @@ class Handshake:
         # INFO followed directly by the same GO must give the same information, even if the device
         # was resized in between; the engine checks requests against the size it has then.
         remembered = told is not None and option == Option.GO and told[0] == request
-        offer = told[1] if told is not None and remembered else self._catalogue.find(request.name)
+        offer = told[1] if told is not None and remembered else self._find(request.name)
         if offer is None:
             return _error(option, Reply.ERR_UNKNOWN, _unknown(request.name))
         parts = [replies.info_export(option, offer, offer.flags(structured=self._structured))]
@@ -267,7 +344,7 @@ class Handshake:
         request = parse_context_request(data)
         if not self._structured:
             raise MalformedOptionError("ask for structured replies or extended headers first")
-        offer = self._catalogue.find(request.name)
+        offer = self._find(request.name)
         if offer is None:
             return _error(option, Reply.ERR_UNKNOWN, _unknown(request.name))
         listing = option == Option.LIST_META_CONTEXT
@@ -290,6 +367,7 @@ class Handshake:
             contexts=self._selected[1] if self._selected[0] == offer.name else (),
             data=data,
             initial=self._take(len(self._buffer)),
+            read_only=self._admitted(offer).read_only,
         )
 
     def _take(self, length: int) -> bytes:

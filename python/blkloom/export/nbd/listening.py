@@ -4,8 +4,8 @@ The file of a Unix socket has the mode 0600 from the start (Linux takes it from 
 is bound); other owners and permissions are set before the process listens. It replaces a stale file only if no process
 listens there, and is removed on close only if it is still the same file. Not safe against two servers that start on one
 path within the microseconds between bind and listen. TCP addresses that other hosts can reach must be confirmed
-(`allow_remote`), because NBD has no authentication; sockets of other programs are adopted without a check. Errors are
-ListenError.
+(`allow_remote`, or TLS that clients must use), because NBD without TLS has no authentication; sockets of other programs
+are adopted without a check. Errors are ListenError.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Listener(msgspec.Struct):
             return f"unix:{os.fsdecode(address)}"
         return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
-    def uri(self, name: str = "") -> str:
-        """The NBD URI of the export `name` on this socket."""
+    def uri(self, name: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of the export `name` on this socket. tls: clients must use TLS."""
         address = self.socket.getsockname()
         if self.socket.family == socket.AF_UNIX:
-            return unix_uri(address, name)
-        return tcp_uri(reachable_host(address[0]), address[1], name)
+            return unix_uri(address, name, tls=tls)
+        return tcp_uri(reachable_host(address[0]), address[1], name, tls=tls)
 
     def close(self) -> None:
         """Stops listening; removes the socket file if it is still the same one."""
@@ -177,7 +177,7 @@ def _check_loopback(host: str, addresses: Iterable[str]) -> None:
             named = address if host in ("", address) else f"{host} ({address})"
             raise UsageError(
                 f"other hosts can reach {named}, and NBD has no authentication: every client may use the device",
-                cure="listen on localhost, or confirm it with --allow-remote",
+                cure="listen on localhost, say --tls=require, or confirm it with --allow-remote",
             )
 
 

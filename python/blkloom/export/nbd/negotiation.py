@@ -1,16 +1,17 @@
-"""The I/O of a handshake, over a connected socket.
+"""The I/O of a handshake, over a connected socket: in plain text, and after NBD_OPT_STARTTLS over TLS.
 
-Uses non-blocking sockets and no asyncio transports: a transport would read ahead, also bytes of the
-transmission phase. Runs on the event loop; raises ProtocolError and OSError.
+Runs on the event loop; raises ProtocolError and OSError.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from typing import Final
 
+from blkloom import _engine
+from blkloom.export.nbd.channel import Channel, PlainChannel, TlsChannel
 from blkloom.export.nbd.events import (
     Aborted,
     Answered,
@@ -18,6 +19,8 @@ from blkloom.export.nbd.events import (
     Disconnected,
     Dropped,
     Greeting,
+    Secured,
+    StartTls,
     Transmission,
 )
 from blkloom.export.nbd.handshake import Handshake
@@ -28,24 +31,37 @@ RECEIVE_SIZE: Final = 16 * 1024
 Outcome = Transmission | Aborted | Dropped | Disconnected
 
 
-async def negotiate(connected: socket.socket, handshake: Handshake) -> Outcome:
-    """Runs the handshake to its end, and sends all its replies. The socket stays open."""
-    loop = asyncio.get_running_loop()
+async def negotiate(
+    connected: socket.socket,
+    handshake: Handshake,
+    start_tls: Callable[[], _engine.TlsSession],
+    secured: Callable[[], None],
+) -> Outcome:
+    """Runs the handshake to its end, and sends all its replies. The socket stays open. start_tls: begins a TLS session
+    on it, which the caller owns. secured: called after its handshake.
+    """
+    channel: Channel = PlainChannel(connected)
     while True:
         match handshake.next_event():
             case None:
-                handshake.receive_data(await loop.sock_recv(connected, RECEIVE_SIZE))
+                handshake.receive_data(await channel.receive(RECEIVE_SIZE))
+            case StartTls() as event:
+                await channel.send(event.data)
+                channel = encrypted = TlsChannel(connected, start_tls())
+                await encrypted.handshake()
+                secured()
+                handshake.secured()
             case Transmission() as event:
-                await loop.sock_sendall(connected, event.data)
+                await channel.send(event.data)
                 return event
             case Aborted() as event:
                 # proto.md: the client may close without waiting for this reply.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    await loop.sock_sendall(connected, event.data)
+                    await channel.send(event.data)
                 return event
             case Dropped() | Disconnected() as event:
                 return event
             case Greeting() | Answered() as event:
-                await loop.sock_sendall(connected, event.data)
-            case ClientGreeted():
+                await channel.send(event.data)
+            case ClientGreeted() | Secured():
                 pass

@@ -24,14 +24,17 @@ import msgspec
 from blkloom import _engine, open_files
 from blkloom.errors import UsageError
 from blkloom.export.exporter import Unfinished
+from blkloom.export.limited_log import LimitedLog
 from blkloom.export.nbd.accepting import Acceptor
+from blkloom.export.nbd.access import Identity
 from blkloom.export.nbd.burst import Burst
 from blkloom.export.nbd.codes import Reply
 from blkloom.export.nbd.events import Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import Listener, adopt, listen_tcp, listen_unix
 from blkloom.export.nbd.offer import Catalogue
-from blkloom.export.nbd.session import Moving, NbdExport, Session, closing_reason
+from blkloom.export.nbd.session import Admission, Moving, NbdExport, Session, closing_reason
+from blkloom.export.nbd.tls import Tls, TlsSettings
 from blkloom.forked import OwnProcess
 from blkloom.printing import described
 
@@ -55,7 +58,8 @@ class ServerLimits(msgspec.Struct, frozen=True):
     get the reason why they are refused, at the same time. handshake: seconds from accept to the choice
     of an export. refusal: the same for a client that is refused. accept_retry: seconds before accept is
     tried again with no descriptor free. stall: seconds that a client may stop in the middle of a
-    request. reserve: descriptors that clients do not use up; at most a quarter of the limit.
+    request. reserve: descriptors that clients do not use up; at most a quarter of the limit. per_host:
+    clients at the same time from one address, or of one user on Unix sockets; 0: as many as `connections`.
     """
 
     connections: int = 1024
@@ -65,6 +69,7 @@ class ServerLimits(msgspec.Struct, frozen=True):
     accept_retry: float = 1.0
     stall: float = 60.0
     reserve: int = open_files.WORKER_RESERVE
+    per_host: int = 0
 
 
 class NbdServer:
@@ -81,8 +86,14 @@ class NbdServer:
         limits: ServerLimits | None = None,
         log: logging.Logger | None = None,
         on_change: Callable[[], None] | None = None,
+        tls: TlsSettings | Tls | None = None,
     ) -> None:
-        """on_change: called when a client has entered transmission or has left."""
+        """on_change: called when a client has entered transmission or has left. tls: None: without TLS. Raises
+        UsageError if its credentials cannot be used; a `Tls` is taken as it is.
+        """
+        self._tls = tls if isinstance(tls, Tls) else Tls(tls or TlsSettings())
+        if self._tls is not tls:
+            self._tls.reload()
         self._engine = engine
         self._process = OwnProcess("an NBD server")
         self._limits = limits or ServerLimits()
@@ -100,6 +111,7 @@ class NbdServer:
         self._notices: _engine.Notices | None = None
         self._ended = asyncio.Event()
         self._burst = Burst(self._log)
+        self._intruders = LimitedLog(self._log, lambda: "access refused", "clients")
         self._paused = False
         self._moved: list[Moving] = []
         self._stopping = False
@@ -153,10 +165,17 @@ class NbdServer:
     ) -> list[Listener]:
         """Listens on every address of `host` ("" for all, port 0 for a free one).
 
-        allow_remote: `host` may be an address that other hosts reach; without it, that raises UsageError. Raises
-        ListenError.
+        allow_remote: `host` may be an address that other hosts reach; without it, and without TLS that clients must
+        use, that raises UsageError. Raises ListenError.
         """
+        allow_remote |= self._tls.mode == "require"
         return [self._listen(listener) for listener in await listen_tcp(host, port, allow_remote=allow_remote)]
+
+    def reload_tls(self) -> None:
+        """Reads certificates and keys again, for clients that connect from now on. Raises UsageError, and keeps those
+        before, if they cannot be used.
+        """
+        self._tls.reload()
 
     def adopt(self, listening: socket.socket) -> Listener:
         """Accepts from a socket that already listens, and owns it. Raises ListenError."""
@@ -185,7 +204,7 @@ class NbdServer:
         """A URI of the export `name` (None: the default export) for each listening socket."""
         if name is None:
             name = next(iter(self._exports), "")
-        return [listener.uri(name) for listener in self._acceptor]
+        return [listener.uri(name, tls=self._tls.mode == "require") for listener in self._acceptor]
 
     # clients
 
@@ -214,22 +233,62 @@ class NbdServer:
         await self._ended.wait()
 
     def _welcome(self, connected: socket.socket) -> None:
-        handshake = Handshake(self._catalogue)
-        if len(self._sessions) < self._limits.connections:
-            self._begin(self._sessions, connected, handshake, self._limits.handshake)
+        try:
+            identity = Identity.of(connected)
+        except OSError:  # it has gone already
+            connected.close()
             return
-        reason = f"the server has {self._limits.connections} connections, the most it takes; try again later"
+        admission = Admission(identity, self._exports)
+        if (reason := admission.refused_address()) is not None:
+            self._intruders.log(logging.WARNING, "%s: %s", identity.address or "no address", reason)
+            connected.close()
+            return
+        if (reason := self._crowded(identity)) is None:
+            self._begin(self._sessions, connected, admission, self._limits.handshake)
+            return
         self._burst.refused(reason)
         if len(self._refused) < self._limits.refusals:
-            handshake.refuse(Reply.ERR_POLICY, reason)
-            self._begin(self._refused, connected, handshake, self._limits.refusal)
+            self._begin(self._refused, connected, admission, self._limits.refusal, refusal=reason)
         else:
             connected.close()
 
-    def _begin(self, among: dict[int, Session], connected: socket.socket, handshake: Handshake, timeout: float) -> None:
-        token = next(self._tokens)
-        hand_over = partial(self._serve, self._exports)
-        session = Session(token, connected, handshake, timeout=timeout, hand_over=hand_over, log=self._log)
+    def _crowded(self, client: Identity) -> str | None:
+        """Why the limits do not allow one more client; None: they do."""
+        limits = self._limits
+        if len(self._sessions) >= limits.connections:
+            return f"the server has {limits.connections} connections, the most it takes; try again later"
+        if not limits.per_host or client.host is None:
+            return None
+        others = sum(session.admission.identity.host == client.host for session in self._sessions.values())
+        who = f"user {client.uid}" if client.address is None else client.address
+        most = f"the most of one {'user' if client.address is None else 'address'}"
+        return None if others < limits.per_host else f"{who} has {limits.per_host} connections, {most}"
+
+    def _session(self, connected: socket.socket, admission: Admission, timeout: float) -> Session:
+        return Session(
+            next(self._tokens),
+            connected,
+            Handshake(self._catalogue, tls=self._tls.mode, admit=admission),
+            timeout=timeout,
+            admission=admission,
+            tls=self._tls,
+            hand_over=partial(self._serve, self._exports),
+            log=self._log,
+        )
+
+    def _begin(
+        self,
+        among: dict[int, Session],
+        connected: socket.socket,
+        admission: Admission,
+        timeout: float,
+        *,
+        refusal: str | None = None,
+    ) -> None:
+        session = self._session(connected, admission, timeout)
+        token = session.token
+        if refusal is not None:
+            session.handshake.refuse(Reply.ERR_POLICY, refusal)
         among[token] = session
         task = asyncio.create_task(session.run(), name=f"NBD handshake {token}")
         self._negotiating[token] = task
@@ -263,6 +322,8 @@ class NbdServer:
             skipping=unfinished.skipping,
             max_payload=session.agreed.max_payload,
             stall_timeout=self._limits.stall,
+            read_only=session.agreed.read_only,
+            tls=session.tls,
         )
         self._served += 1
         if self._stopping or self._paused:
@@ -296,7 +357,10 @@ class NbdServer:
 
     def _end(self, session: Session, reason: str) -> None:
         session.connection = None
-        self._log.info("%s: %s", session.peer, reason)
+        if session.intruding:
+            self._intruders.log(logging.WARNING, "%s: %s", session.peer, reason)
+        else:
+            self._log.info("%s: %s", session.peer, reason)
         if self._refused.pop(session.token, None) is None:
             del self._sessions[session.token]
             # Not when the first client leaves: otherwise each that leaves would end and begin a burst.
@@ -355,19 +419,12 @@ class NbdServer:
         self._acceptor.go_on()
 
     def _take_back(self, moving: Moving) -> None:
-        token = next(self._tokens)
         connected = socket.socket(fileno=moving.descriptor)
         hand_over = partial(self._hand_over, self._exports, moving.unfinished)
-        session = Session(
-            token,
-            connected,
-            Handshake(self._catalogue),
-            timeout=0,
-            hand_over=partial(self._serve, self._exports),
-            log=self._log,
-        )
-        self._sessions[token] = session
+        session = self._session(connected, Admission(Identity(), self._exports), timeout=0)
+        self._sessions[session.token] = session
         try:
+            session.admission.identity = Identity.of(connected)
             session.go_on(hand_over, moving)
         except (OSError, KeyError) as error:
             self._end(session, f"lost while it was handed over: {described(error)}")
@@ -402,6 +459,7 @@ class NbdServer:
         if self._notices is not None:
             asyncio.get_running_loop().remove_reader(self._notices.fileno())
             self._notices = None
+        self._intruders.close()
         return len(self._sessions)
 
     async def _wait_for_all(self, deadline: float) -> bool:

@@ -11,26 +11,28 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from blkloom import _engine
 from blkloom.export.exporter import Unfinished
+from blkloom.export.nbd.access import AccessRules, Identity, Verdict
 from blkloom.export.nbd.events import Aborted, Disconnected, Dropped, Transmission
 from blkloom.export.nbd.handshake import Handshake
 from blkloom.export.nbd.listening import peer_name
 from blkloom.export.nbd.negotiation import negotiate
 from blkloom.export.nbd.offer import BlockSizes, Offer, check_string, negotiable
 from blkloom.export.nbd.state import ProtocolError
-from blkloom.printing import described
+from blkloom.export.nbd.tls import Tls
+from blkloom.printing import described, printable
 
 
 class NbdExport(msgspec.Struct, frozen=True):
     """An export of the engine with its name (may be "") and a description for users.
 
     multi_conn: leave True unless the device cannot make one connection's flush cover another's writes.
-    block_sizes: None for those of the active table when a client asks.
+    block_sizes: None for those of the active table when a client asks. access: which clients may use it.
     Raises UsageError for a name or description that is no NBD string.
     """
 
@@ -39,6 +41,7 @@ class NbdExport(msgspec.Struct, frozen=True):
     description: str = ""
     multi_conn: bool = True
     block_sizes: BlockSizes | None = None
+    access: AccessRules = AccessRules()
 
     def __post_init__(self) -> None:
         check_string("export name", self.name)
@@ -66,6 +69,7 @@ class Agreed(msgspec.Struct, frozen=True):
     extended: bool = False
     contexts: tuple[tuple[int, str], ...] = ()
     max_payload: int = 32 << 20
+    read_only: bool = False
 
 
 class Moving(msgspec.Struct, frozen=True):
@@ -83,8 +87,25 @@ class Moving(msgspec.Struct, frozen=True):
         os.close(self.descriptor)
 
 
+class Admission:
+    """What is known of one client, and what the rules of the exports say about it."""
+
+    def __init__(self, identity: Identity, exports: Mapping[str, NbdExport]) -> None:
+        self.identity = identity
+        self._exports = exports
+
+    def __call__(self, name: str) -> Verdict:
+        """The verdict about the export of that name."""
+        return self._exports[name].access.verdict(self.identity)
+
+    def refused_address(self) -> str | None:
+        """Why no export is for the address of the client; None: one is, or there are none."""
+        reasons = [export.access.refused_address(self.identity) for export in self._exports.values()]
+        return reasons[0] if reasons and None not in reasons else None
+
+
 class Session:
-    """A client. hand_over: starts transmission and returns the engine's connection."""
+    """A client. hand_over: starts transmission and returns the engine's connection. tls: of the server."""
 
     def __init__(
         self,
@@ -93,6 +114,8 @@ class Session:
         handshake: Handshake,
         *,
         timeout: float,
+        admission: Admission,
+        tls: Tls,
         hand_over: Callable[[Session, Transmission], _engine.Transport],
         log: logging.Logger,
     ) -> None:
@@ -100,10 +123,16 @@ class Session:
         self._timeout = timeout
         self._hand_over = hand_over
         self._log = log
+        self._tls = tls
+        self.admission = admission
+        self.tls: _engine.TlsSession | None = None
+        self.intruding = False
+        """It has failed to prove who it is, or a rule has refused it."""
         self.token = token
         self.handshake = handshake
         self.peer = "a client"
         self.connection: _engine.Transport | None = None
+        self._said_of_tls: list[str] = []
         self.export = ""
         self.agreed = Agreed()
 
@@ -114,6 +143,8 @@ class Session:
 
     def release(self) -> None:
         """Closes the Python socket; the duplicate of the engine stays open."""
+        if self.tls is not None:
+            self.tls.close()  # unless the engine has it
         self._socket.close()
 
     async def run(self) -> str:
@@ -133,6 +164,7 @@ class Session:
             self._log.exception("%s: unexpected error in the handshake", self.peer)
             return "dropped, the server failed"
         finally:
+            self.intruding |= self.handshake.refused is not None and self.connection is None
             self.release()
 
     def go_on(self, hand_over: Callable[[Session], _engine.Transport], moving: Moving) -> None:
@@ -153,7 +185,9 @@ class Session:
 
     async def _negotiate(self) -> str:
         async with asyncio.timeout(self._timeout):
-            outcome = await negotiate(self._socket, self.handshake)
+            outcome = await negotiate(self._socket, self.handshake, self._start_tls, self._secured)
+        if (refused := self.handshake.refused) is not None and not isinstance(outcome, Transmission):
+            return f"refused: {refused}"
         match outcome:
             case Transmission():
                 self.export = outcome.offer.name
@@ -162,9 +196,11 @@ class Session:
                     outcome.extended,
                     outcome.contexts,
                     outcome.offer.block_sizes.maximum,
+                    outcome.read_only,
                 )
                 self.connection = self._hand_over(self, outcome)
-                self._log.info("%s: serving export '%s' (%s)", self.peer, outcome.offer.name, _agreed(outcome))
+                agreed = ", ".join([_agreed(outcome), *self._said_of_tls])
+                self._log.info("%s: serving export '%s' (%s)", self.peer, outcome.offer.name, agreed)
                 return ""
             case Aborted():
                 return "left during the handshake"
@@ -172,6 +208,18 @@ class Session:
                 return f"dropped: {outcome.reason}"
             case Disconnected():
                 return f"disconnected during the handshake{', midway in a message' if outcome.midway else ''}"
+
+    def _start_tls(self) -> _engine.TlsSession:
+        self.intruding = True  # until it has succeeded
+        self.tls = self._tls.accept(self.descriptor)
+        return self.tls
+
+    def _secured(self) -> None:
+        assert self.tls is not None
+        peer = self.tls.peer
+        self.admission.identity = self.admission.identity.with_tls(peer)
+        self._said_of_tls = [self.tls.agreed] + ([] if peer is None else [f"{peer[0]} '{printable(peer[1])}'"])
+        self.intruding = False
 
 
 def closing_reason(result: object, errno: int) -> str:

@@ -12,7 +12,17 @@ from enum import Enum
 from typing import ClassVar, Final
 
 from blkloom.errors import BlkloomError
-from blkloom.export.nbd.events import Aborted, Answered, ClientGreeted, Disconnected, Dropped, Greeting, Transmission
+from blkloom.export.nbd.events import (
+    Aborted,
+    Answered,
+    ClientGreeted,
+    Disconnected,
+    Dropped,
+    Greeting,
+    Secured,
+    StartTls,
+    Transmission,
+)
 
 
 class ProtocolError(BlkloomError):
@@ -28,6 +38,7 @@ class State(Enum):
     GREETING = "nothing was said"
     FLAGS = "greeted; the client's flags are awaited"
     OPTIONS = "haggling"
+    TLS = "the TLS handshake runs"
     TRANSMISSION = "agreed; the connection is the engine's"
     CLOSED = "over"
 
@@ -43,11 +54,15 @@ TRANSITIONS: Final[dict[State, dict[type, State]]] = {
     },
     State.OPTIONS: {
         Answered: State.OPTIONS,
+        StartTls: State.TLS,
         Transmission: State.TRANSMISSION,
         Aborted: State.CLOSED,
         Dropped: State.CLOSED,
         Disconnected: State.CLOSED,
         ProtocolError: State.CLOSED,
+    },
+    State.TLS: {
+        Secured: State.OPTIONS,
     },
     State.TRANSMISSION: {},
     State.CLOSED: {},

@@ -21,12 +21,12 @@ _OTHER_HOST: Final = {
 """For each wildcard address, an address that no machine has (RFC 5737, RFC 3849)."""
 
 
-def tcp_uri(host: str, port: int, name: str = "") -> str:
-    """`nbd://host:port/name`. host: a name or an address; IPv6 gets its brackets, the port is left
+def tcp_uri(host: str, port: int, name: str = "", *, tls: bool = False) -> str:
+    """`nbd://host:port/name`; `nbds` with TLS. host: a name or an address; IPv6 gets its brackets, the port is left
     out where it is 10809. name: the export's.
     """
     shown = f"[{host.replace('%', '%25')}]" if ":" in host else quote(host, safe="")
-    return f"nbd://{shown}{'' if port == DEFAULT_PORT else f':{port}'}/{quote(name, safe='')}"
+    return f"nbd{'s' if tls else ''}://{shown}{'' if port == DEFAULT_PORT else f':{port}'}/{quote(name, safe='')}"
 
 
 def reachable_host(address: str) -> str:
@@ -46,7 +46,7 @@ def reachable_host(address: str) -> str:
         return socket.gethostname()
 
 
-def unix_uri(path: str | bytes | os.PathLike[str], name: str = "") -> str:
-    """`nbd+unix:///name?socket=path`, the path made absolute."""
+def unix_uri(path: str | bytes | os.PathLike[str], name: str = "", *, tls: bool = False) -> str:
+    """`nbd+unix:///name?socket=path`, the path made absolute; `nbds+unix` with TLS."""
     absolute = os.path.abspath(os.fsencode(path))
-    return f"nbd+unix:///{quote(name, safe='')}?socket={quote(absolute, safe='/')}"
+    return f"nbd{'s' if tls else ''}+unix:///{quote(name, safe='')}?socket={quote(absolute, safe='/')}"

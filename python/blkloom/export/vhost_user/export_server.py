@@ -21,12 +21,12 @@ from blkloom.control.rundir import RunDir
 from blkloom.control.states import ConnectionState, ExportState
 from blkloom.errors import BlkloomError, ListenError
 from blkloom.export.exporter import Client, Unfinished
+from blkloom.export.limited_log import LimitedLog
 from blkloom.export.served_export import ServedExport
 from blkloom.export.vhost_user import parcel
 from blkloom.export.vhost_user.configuration import LARGEST_BLOCK, Disk
 from blkloom.export.vhost_user.connection import Connection, readable
 from blkloom.export.vhost_user.endpoints import CACHE
-from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import ProtocolError
 from blkloom.export.vhost_user.session import Session
 from blkloom.export.vhost_user.write_cache import WriteCache
@@ -73,7 +73,7 @@ class VhostUserExportServer(ServedExport):
             self._listening.close()
             self._cache.close()
             raise
-        self._log = LimitedLog(_log, state)
+        self._log = LimitedLog(_log, lambda: self._state.path, "front-ends")
         self._session: Session | None = None
         self._late = False
         """Pausing the session took too long; its queues are not served."""

@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from blkloom import _engine
+from blkloom.export.limited_log import LimitedLog
 from blkloom.export.vhost_user.configuration import (
     MOST_DESCRIPTORS,
     MOST_QUEUES,
@@ -34,7 +35,6 @@ from blkloom.export.vhost_user.configuration import (
 )
 from blkloom.export.vhost_user.connection import Connection, Message
 from blkloom.export.vhost_user.descriptors import is_event
-from blkloom.export.vhost_user.limited_log import LimitedLog
 from blkloom.export.vhost_user.messages import (
     CONFIGURATION_CHANGED,
     MOST_CONFIGURATION,

@@ -18,7 +18,7 @@ mod reply;
 mod serve;
 mod transfer;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ use self::queued::Tickets;
 use self::serve::Tally;
 use super::output::Output;
 use super::session::{KIND, Selected, Session, Skipping, Unfinished};
+use super::stream::Stream;
 use crate::budget::{Account, Budget, Kept, Reservation};
 use crate::clock::LONGEST_TIMEOUT;
 use crate::device::Export;
@@ -62,7 +63,7 @@ struct Leaving {
 }
 
 pub struct Connection {
-    fd: OwnedFd,
+    stream: Box<dyn Stream>,
     export: Arc<Export>,
     rules: Rules,
     contexts: Box<[Selected]>,
@@ -99,12 +100,11 @@ const LITTLE: usize = 4096;
 const HEAD: usize = 4096 + 64;
 
 impl Connection {
-    /// fd: a connected stream socket.
-    pub fn new(export: Arc<Export>, fd: OwnedFd, session: Session, budget: Arc<Budget>) -> Connection {
+    pub fn new(export: Arc<Export>, stream: Box<dyn Stream>, session: Session, budget: Arc<Budget>) -> Connection {
         let rules = Rules {
             style: session.style,
             size: export.device.size(),
-            read_only: export.read_only,
+            read_only: export.read_only || session.read_only,
             block_status: !session.contexts.is_empty(),
             max_payload: u64::from(session.max_payload),
         };
@@ -117,9 +117,9 @@ impl Connection {
             Some(skipping) if initial.is_empty() => (Input::Skip(skipping), None),
             skipping => (Input::Header, skipping),
         };
-        let account = Account::new(budget, export.device.clone(), is_own_process(&fd));
+        let account = Account::new(budget, export.device.clone(), is_own_process(stream.descriptor()));
         Connection {
-            fd,
+            stream,
             export,
             rules,
             contexts: session.contexts,
@@ -150,7 +150,12 @@ impl Connection {
     }
 
     fn wants_output(&self) -> bool {
-        !self.output.is_empty() && !self.is_gone()
+        self.has_unsent() && !self.is_gone()
+    }
+
+    /// Whether replies wait for the client.
+    fn has_unsent(&self) -> bool {
+        !self.output.is_empty() || self.stream.has_unsent()
     }
 
     fn is_gone(&self) -> bool {
@@ -162,21 +167,23 @@ impl Connection {
         self.tickets.len() == 0
             && match self.state {
                 State::Open => false,
-                State::Detaching(Leaving { drain, .. }) => !drain || self.output.is_empty(),
-                State::Ending(_) => self.output.is_empty(),
+                State::Detaching(Leaving { drain, .. }) => !drain || !self.has_unsent(),
+                State::Ending(_) => !self.has_unsent(),
                 State::Gone(_) => true,
             }
     }
 
     /// Whether it waits for the client: for the rest of a request, or to receive replies.
     fn is_waiting(&self) -> bool {
-        let mid_request = !matches!(self.input, Input::Header) || !self.stash.is_empty() && !self.full();
+        let mid_request = !matches!(self.input, Input::Header)
+            || (!self.stash.is_empty() || self.stream.is_in_record()) && !self.full();
         self.wants_output() || mid_request && self.takes_input()
     }
 
-    /// Whether the stash contains a whole header that can be served now.
+    /// Whether a whole header that was received can be served now, or more bytes that have arrived can be received.
     fn can_go_on(&self) -> bool {
-        self.takes_input() && !self.full() && self.stash.len() >= self.rules.style.header_size()
+        let stashed = self.stash.len() >= self.rules.style.header_size();
+        self.takes_input() && !self.full() && (stashed || self.stream.has_unread())
     }
 
     fn full(&self) -> bool {
@@ -197,8 +204,9 @@ impl Connection {
         if self.state.end_now(reason) {
             self.output.clear();
             self.forget_input();
+            self.stream.close();
             // The peer sees the end at once, even if another process has the socket open.
-            let _unconnected = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+            let _unconnected = rustix::net::shutdown(self.stream.descriptor(), rustix::net::Shutdown::Both);
         }
     }
 
@@ -215,7 +223,7 @@ impl Transport for Connection {
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.stream.descriptor()
     }
 
     fn status(&self) -> Status {
@@ -227,7 +235,7 @@ impl Transport for Connection {
             interest: (!self.is_gone()).then_some(interest),
             ready: self.can_go_on(),
             stall: self.is_waiting().then_some(self.stall),
-            taken: self.wants_output().then(|| self.output.sent()),
+            taken: self.wants_output().then(|| self.output.sent() + self.stream.sent()),
             leaving: self.is_leaving(),
             over: self.is_over(),
         }
@@ -236,9 +244,9 @@ impl Transport for Connection {
     fn poll(&mut self, input: &mut Buffer, cx: &mut LoopContext) -> bool {
         let mut moved = self.receive_and_serve(input, cx);
         if self.wants_output() {
-            let before = self.output.bytes();
+            let before = (self.output.bytes(), self.stream.sent());
             self.send_waiting(cx);
-            moved |= self.output.bytes() != before;
+            moved |= (self.output.bytes(), self.stream.sent()) != before;
         }
         if moved {
             self.count_kept();
@@ -282,11 +290,14 @@ impl Transport for Connection {
 
     fn end(mut self: Box<Self>) -> Outcome {
         let state = std::mem::replace(&mut self.state, State::Open);
-        state.outcome(|left| Outcome::Detached(Box::new(self.detached(left.returned))))
+        if !matches!(state, State::Detaching(_)) {
+            self.stream.close();
+        }
+        state.outcome(|left| self.left(left))
     }
 }
 
 /// Whether the client is a thread of this process.
-fn is_own_process(fd: &OwnedFd) -> bool {
+fn is_own_process(fd: BorrowedFd<'_>) -> bool {
     rustix::net::sockopt::socket_peercred(fd).is_ok_and(|peer| peer.pid == rustix::process::getpid())
 }

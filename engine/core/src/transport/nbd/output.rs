@@ -7,13 +7,11 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 
 use blkloom_io::{Buffer, BufferPool};
 use blkloom_wire::Sink;
-use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
 
+use super::stream::{Stream, StreamError};
 use crate::budget::Reservation;
 use crate::transport::Arena;
 
@@ -103,17 +101,21 @@ impl Output {
     }
 
     /// Sends the queue and then the arena. Bytes that the socket does not accept are queued.
-    pub fn send_arena(&mut self, fd: &OwnedFd, arena: &mut Arena, buffers: &mut BufferPool) -> Result<(), Errno> {
+    pub fn send_arena(
+        &mut self,
+        stream: &mut dyn Stream,
+        arena: &mut Arena,
+        buffers: &mut BufferPool,
+    ) -> Result<(), StreamError> {
         if arena.used() == 0 {
             return Ok(());
         }
-        self.send(fd, buffers)?;
+        self.send(stream, buffers)?;
         let mut sent = 0;
         while self.is_empty() && sent < arena.used() {
-            match send(fd, &arena.bytes()[sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match stream.send(&[IoSlice::new(&arena.bytes()[sent..])], buffers) {
                 Ok(n) => sent += n,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
+                Err(StreamError::Again) => break,
                 Err(error) => return Err(error),
             }
         }
@@ -129,7 +131,8 @@ impl Output {
     }
 
     /// Sends the queue, as far as the socket accepts it.
-    pub fn send(&mut self, fd: &OwnedFd, buffers: &mut BufferPool) -> Result<(), Errno> {
+    pub fn send(&mut self, stream: &mut dyn Stream, buffers: &mut BufferPool) -> Result<(), StreamError> {
+        stream.flush(buffers)?;
         while !self.queue.is_empty() {
             let mut parts = Vec::with_capacity(16);
             for chunk in &self.queue {
@@ -144,11 +147,9 @@ impl Output {
                     parts.push(IoSlice::new(&body.bytes()[chunk.sent - head..]));
                 }
             }
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match sendmsg(fd, &parts, &mut SendAncillaryBuffer::default(), flags) {
+            match stream.send(&parts, buffers) {
                 Ok(sent) => self.forget(sent, buffers),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(()),
+                Err(StreamError::Again) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -176,16 +177,18 @@ impl Output {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
     use super::*;
 
     #[test]
-    fn bytes_that_the_socket_refuses_are_sent_in_order_and_count_with_their_buffers() -> std::io::Result<()> {
+    fn bytes_that_the_socket_refuses_are_sent_in_order_and_count_with_their_buffers()
+    -> Result<(), Box<dyn std::error::Error>> {
         const ARENA: usize = 1 << 20;
         let (mut client, server) = UnixStream::pair()?;
         server.set_nonblocking(true)?;
-        let server = OwnedFd::from(server);
+        let mut server: Box<dyn Stream> = OwnedFd::from(server).into();
         let (mut arena, mut buffers, mut output) = (Arena::new(ARENA), BufferPool::new(0), Output::default());
         let mut expected = Vec::new();
         for (round, length) in [700_000, 5000, ARENA, 200_000].into_iter().enumerate() {
@@ -193,7 +196,7 @@ mod tests {
             arena.put(&bytes);
             expected.extend_from_slice(&bytes);
             let before = output.unreserved();
-            output.send_arena(&server, &mut arena, &mut buffers)?;
+            output.send_arena(&mut *server, &mut arena, &mut buffers)?;
             assert_eq!(arena.room(), ARENA, "the arena is empty again");
             let kept = output.unreserved() - before;
             assert_eq!(kept, if length > LITTLE { ARENA } else { length }, "{length} bytes");
@@ -204,7 +207,7 @@ mod tests {
         let mut at = 0;
         while at < received.len() {
             at += client.read(&mut received[at..])?;
-            output.send(&server, &mut buffers)?;
+            output.send(&mut *server, &mut buffers)?;
         }
         assert!(received == expected);
         assert_eq!((output.bytes(), output.unreserved(), output.sent()), (0, 0, waiting as u64));

@@ -16,6 +16,8 @@ pub struct Session {
     /// The selected metadata contexts. A block status reply covers all of them.
     pub contexts: Box<[Selected]>,
     pub unfinished: Unfinished,
+    /// This client may not write, whatever the export is.
+    pub read_only: bool,
     pub max_payload: u32,
     /// Timeout for a client that stalls in a request, or while it receives replies.
     pub stall: Duration,

@@ -5,10 +5,12 @@
 //! closed gate, deferred or delayed) are withdrawn by the loop (`Queue::withdraw`, `take_back`). So each request is
 //! either answered here or among the bytes for the next engine, and never both. Replies that the client has not
 //! received, and the rest of a payload that is being skipped, go to the next engine, too. Nothing here waits for the
-//! client, except with `drain`: then the client receives its replies first.
+//! client, except with `drain`: then the client receives its replies first. A stream that cannot move to another engine
+//! (TLS) is closed instead.
 
 use super::super::session::{Detached, Unfinished};
 use super::{Connection, Input, Leaving, State};
+use crate::notice::Outcome;
 use crate::request::{Memory, Request};
 use crate::transport::LoopContext;
 
@@ -62,14 +64,18 @@ impl Connection {
     }
 
     /// The socket and all unfinished bytes, for the next engine.
-    pub(super) fn detached(mut self, returned: Vec<(u64, Vec<u8>)>) -> Detached {
+    pub(super) fn left(mut self, Leaving { returned, drain }: Leaving) -> Outcome {
         let initial = self.unserved(returned);
         let skipping = match self.input {
             Input::Skip(skipping) => Some(skipping),
             _ => self.skips_next,
         };
         let unfinished = Unfinished { initial, unsent: self.output.take(), skipping };
-        Detached { fd: self.fd, unfinished }
+        match self.stream.take_descriptor() {
+            Some(fd) => Outcome::Detached(Box::new(Detached { fd, unfinished })),
+            None if drain => Outcome::Closed { reason: "disconnected".to_owned() },
+            None => Outcome::Closed { reason: "disconnected: another server cannot go on with its stream".to_owned() },
+        }
     }
 
     /// All bytes that were received and not served, in order.

@@ -46,6 +46,8 @@ impl Connection {
             State::Detaching(Leaving { returned, .. }) => returned.iter().map(|(_, bytes)| bytes.len()).sum(),
             _ => 0,
         };
-        self.kept.set(if stash > LITTLE { stash } else { 0 } + self.output.unreserved() + returned);
+        self.kept.set(
+            if stash > LITTLE { stash } else { 0 } + self.output.unreserved() + self.stream.footprint() + returned,
+        );
     }
 }

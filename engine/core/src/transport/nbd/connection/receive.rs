@@ -1,13 +1,12 @@
 //! Receive path: receives bytes, parses requests and dispatches them. Part of `connection`, whose invariants hold here.
 
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use blkloom_io::Buffer;
 use blkloom_wire::{Command, ErrorCode, Header, Refusal, Style};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 
+use super::super::stream::StreamError;
 use super::{Connection, HEAD, Input, LITTLE, Skipping};
 use crate::request::Memory;
 use crate::transport::LoopContext;
@@ -46,7 +45,7 @@ impl Connection {
                 self.consume(&stash, cx, started);
             }
             Ok(Received::Nothing) => return false,
-            Ok(Received::End) | Err(Errno::CONNRESET) => {
+            Ok(Received::End) | Err(StreamError::Io(Errno::CONNRESET)) => {
                 let middle = !matches!(self.input, Input::Header) || stashed > 0;
                 self.end_now(if middle {
                     "the client vanished in the middle of a request"
@@ -54,7 +53,7 @@ impl Connection {
                     "the client hung up"
                 });
             }
-            Err(error) => self.end_now(&format!("receive: {error}")),
+            Err(error) => self.end_now(&error.reason("receive")),
         }
         self.send_replies(cx);
         self.count(cx, started);
@@ -62,11 +61,11 @@ impl Connection {
     }
 
     /// Receives once. A current payload is filled first.
-    fn receive(&mut self, into: &mut Buffer) -> Result<Received, Errno> {
+    fn receive(&mut self, into: &mut Buffer) -> Result<Received, StreamError> {
         let mut filled = false;
         if let Input::Payload { header, buffer, have, .. } = &mut self.input {
             let want = buffer.len() - *have;
-            match receive(&self.fd, &mut buffer.bytes_mut()[*have..]) {
+            match self.stream.receive(&mut buffer.bytes_mut()[*have..]) {
                 Ok(0) => return Ok(Received::End),
                 Ok(count) => {
                     *have += count;
@@ -75,7 +74,7 @@ impl Connection {
                         return Ok(Received::Payload);
                     }
                 }
-                Err(Errno::AGAIN) => return Ok(Received::Nothing),
+                Err(StreamError::Again) => return Ok(Received::Nothing),
                 Err(error) => return Err(error),
             }
         }
@@ -85,7 +84,7 @@ impl Connection {
         }
         let room = if self.memory.is_tight() { LITTLE } else { into.len() };
         let end = into.len().min(behind + room);
-        match receive(&self.fd, &mut into.bytes_mut()[behind..end]) {
+        match self.stream.receive(&mut into.bytes_mut()[behind..end]) {
             // The next receive reports the end or the error again, after this payload was served.
             Ok(0) | Err(_) if filled => Ok(Received::Payload),
             Ok(0) => Ok(Received::End),
@@ -95,7 +94,7 @@ impl Connection {
                 self.stash.shrink_to(LITTLE);
                 Ok(Received::Bytes { count, behind })
             }
-            Err(Errno::AGAIN) => Ok(Received::Nothing),
+            Err(StreamError::Again) => Ok(Received::Nothing),
             Err(error) => Err(error),
         }
     }
@@ -208,15 +207,5 @@ impl Connection {
             None => {}
         }
         Some(0)
-    }
-}
-
-fn receive(fd: &OwnedFd, into: &mut [u8]) -> Result<usize, Errno> {
-    loop {
-        match recv(fd, &mut *into, RecvFlags::DONTWAIT) {
-            Ok((count, _)) => return Ok(count),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
     }
 }

@@ -43,18 +43,18 @@ impl Connection {
     pub(super) fn send_replies(&mut self, cx: &mut LoopContext) {
         if self.is_gone() {
             cx.arena.rewind(0);
-        } else if let Err(error) = self.output.send_arena(&self.fd, &mut cx.arena, &mut cx.buffers) {
+        } else if let Err(error) = self.output.send_arena(&mut *self.stream, &mut cx.arena, &mut cx.buffers) {
             cx.arena.rewind(0);
-            self.end_now(&format!("send: {error}"));
+            self.end_now(&error.reason("send"));
         }
     }
 
     /// Sends the send queue.
     pub(super) fn send_waiting(&mut self, cx: &mut LoopContext) {
         if !self.is_gone()
-            && let Err(error) = self.output.send(&self.fd, &mut cx.buffers)
+            && let Err(error) = self.output.send(&mut *self.stream, &mut cx.buffers)
         {
-            self.end_now(&format!("send: {error}"));
+            self.end_now(&error.reason("send"));
         }
     }
 }

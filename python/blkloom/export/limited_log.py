@@ -1,6 +1,6 @@
-"""`LimitedLog`: the log of one export, which its front-ends cannot fill.
+"""`LimitedLog`: a log that clients cannot fill.
 
-A front-end may connect again and break the protocol again, without an end. Only the first messages of an interval are
+A client may connect again and break the protocol again, without an end. Only the first messages of an interval are
 logged, and at the end of the interval the number of the others. Runs on the event loop.
 """
 
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from blkloom.control.states import ExportState
+from collections.abc import Callable
+from typing import Final
 
 MOST: Final = 10
 """Messages of an interval that are logged."""
@@ -20,11 +18,12 @@ INTERVAL: Final = 60.0
 
 
 class LimitedLog:
-    """Logs messages that begin with the path of the export's socket."""
+    """Logs messages. where: their beginning, and the plural of those they are about."""
 
-    def __init__(self, log: logging.Logger, state: ExportState) -> None:
+    def __init__(self, log: logging.Logger, where: Callable[[], str], about: str) -> None:
         self._log = log
-        self._state = state
+        self._where = where
+        self._about = about
         self._count = 0
         self._interval: asyncio.TimerHandle | None = None
         """Ends the present interval."""
@@ -37,7 +36,7 @@ class LimitedLog:
             self._interval = asyncio.get_running_loop().call_later(INTERVAL, self.close)
         self._count += 1
         if self._count <= MOST:
-            self._log.log(level, f"%s: {text}", self._state.path, *arguments, exc_info=error)
+            self._log.log(level, f"%s: {text}", self._where(), *arguments, exc_info=error)
 
     def error(self, text: str, *arguments: object) -> None:
         """Logs an error."""
@@ -49,5 +48,5 @@ class LimitedLog:
             self._interval.cancel()
         count, self._count, self._interval = self._count, 0, None
         if count > MOST:
-            what = "%s: %d more messages about its front-ends in %g s were left out"
-            self._log.warning(what, self._state.path, count - MOST, INTERVAL)
+            what = "%s: %d more messages about its %s in %g s were left out"
+            self._log.warning(what, self._where(), count - MOST, self._about, INTERVAL)
