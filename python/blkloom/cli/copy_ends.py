@@ -69,12 +69,13 @@ def meanings(source: str, target: str, client: Client) -> tuple[Word, Word]:
 def source(word: Word, client: Client, format: str, allow_backing: Sequence[str]) -> Iterator[End]:
     """The end that is read."""
     if word.uri:
-        raise _no_servers(word.uri)
+        yield _server(word.uri, format, writable=False)
+        return
     if word.device is None:
         yield file_end(word.text, format=format, allow_backing=allow_backing)
         return
-    with _file_of(word.device, client, writable=False) as path:
-        yield file_end(path, name=word.text, format=_raw(format), device=_identity(word.device))
+    with _device(word, word.device, client, format, writable=False) as end:
+        yield end
 
 
 @contextmanager
@@ -91,11 +92,11 @@ def target(
 ) -> Iterator[End | NewTarget]:
     """The end that is written: an existing one, or one to be made with `size` bytes."""
     if word.uri:
-        raise _no_servers(word.uri)
+        yield _server(word.uri, format, writable=True)
+        return
     if word.device is not None:
-        with _file_of(word.device, client, writable=True) as path:
-            device = _identity(word.device)
-            yield file_end(path, name=word.text, format=_raw(format), contents=False, device=device)
+        with _device(word, word.device, client, format, writable=True) as end:
+            yield end
         return
     path = word.text
     is_new = not os.path.exists(path) or os.path.isfile(path)
@@ -108,6 +109,30 @@ def target(
     if os.path.isfile(path) and os.stat(path).st_size and not (force or resume):
         raise exists(path)
     yield NewTarget(path=path, name=path, format=format, size=size, overwrite=force)
+
+
+def _server(uri: str, format: str, *, writable: bool) -> End:
+    from blkloom.copying.servers import server_end
+
+    _check_raw(format)
+    return server_end(uri, writable=writable)
+
+
+@contextmanager
+def _device(word: Word, info: DeviceInfo, client: Client, format: str, *, writable: bool) -> Iterator[End]:
+    """A device, through its own socket; if that was removed, through a file."""
+    from blkloom.copying.servers import server_end
+    from blkloom.export.nbd.uri import unix_uri
+
+    _check_raw(format)
+    sockets = [state for state in info.exports if state.kind == "nbd" and state.unix and not state.of_node]
+    usable = [state for state in sockets if not (writable and state.read_only)]
+    if usable:
+        uri = unix_uri(usable[0].unix, usable[0].name)
+        yield server_end(uri, name=word.text, writable=writable, identity={"device": _identity(info)})
+        return
+    with _file_of(info, client, writable=writable) as path:
+        yield file_end(path, name=word.text, format="raw", contents=not writable, device=_identity(info))
 
 
 @contextmanager
@@ -127,15 +152,8 @@ def _identity(info: DeviceInfo) -> str:
     return info.uuid or info.name
 
 
-def _raw(format: str) -> str:
+def _check_raw(format: str) -> None:
+    """Raises UsageError for a format that is not raw."""
     if format not in ("auto", "raw"):
         cure = f"make a device of the image: blkloom create NAME --table '0 SECTORS {format} PATH'"
         raise UsageError("a device has no format", cure=cure)
-    return "raw"
-
-
-def _no_servers(uri: str) -> UsageError:
-    return UsageError(
-        f"{uri}: NBD servers of others are not supported",
-        cure="copy with nbdcopy, or attach the server (nbd-client) and copy from or to its block device",
-    )

@@ -126,18 +126,19 @@ def copy(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Copy all of SRC to DST: files, block devices, images, or devices of the supervisor.
+    """Copy all of SRC to DST: files, block devices, images, devices of the supervisor, or NBD servers.
 
     \b
     blkloom copy disk.img copy.img                   # holes stay holes, blocks of zeros become holes
     blkloom copy disk.img disk.qcow2                 # makes an image
     blkloom copy disk.qcow2 /dev/sdb --verify        # overwrites the block device
     blkloom copy blkloom:disk backup.img --rate 100M
+    blkloom copy nbd://host/disk disk.img            # from an NBD server
     blkloom copy disk.img backup.img --resume        # continues after ^C, a kill or a crash
 
-    A new DST is a file of the size of SRC. An existing file is replaced with --force only; a block device or a device
-    is overwritten, unless it is in use or smaller than SRC. SRC must not change meanwhile: suspend a device in use, or
-    copy a snapshot of it.
+    A new DST is a file of the size of SRC. An existing file is replaced with --force only; a block device, a device
+    or a server is overwritten, unless it is in use or smaller than SRC. SRC must not change meanwhile: copy a
+    snapshot of a device in use.
 
     Exit status: 0 copied, 1 SRC and DST differ (--verify), 64 usage, 65 an image or state that cannot be used, 66 a
     file that cannot be used, 74 a read, write or flush that failed, 75 a file in use, 130 interrupted.

@@ -31,7 +31,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Verb]]] = {
         "serve": Verb("serve", "Serve files, memory or tables over NBD until interrupted.", dmsetup=False),
     },
     "Copy": {
-        "copy": Verb("copying", "Copy a file, block device, image or device to another.", dmsetup=False),
+        "copy": Verb("copying", "Copy a file, block device, image, device or NBD export.", dmsetup=False),
     },
     "Make and change devices": {
         "loop": Verb("loop", "Set up files as devices, as losetup does.", dmsetup=False),

@@ -23,6 +23,9 @@ from blkloom.table import Table
 from blkloom.targets.claim import Claim
 from blkloom.units import format_size, round_up_to_sector, to_bytes
 
+_NAMES = ("device", "server")
+"""Parts of an identity that nothing else has."""
+
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     """An end of a copy. name: for messages. table: of a device with its contents. size: bytes. identity: what tells it
@@ -40,11 +43,10 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
     number: tuple[int, int] | None = None
 
     def is_same(self, other: End) -> bool:
-        """Whether both are the same file, block device or device of a supervisor."""
-        mine = self.identity.get("device")
-        return (self.number is not None and self.number == other.number) or (
-            mine is not None and mine == other.identity.get("device")
-        )
+        """Whether both are the same file, block device, device of a supervisor or server."""
+        if self.number is not None and self.number == other.number:
+            return True
+        return any(name in self.identity and self.identity[name] == other.identity.get(name) for name in _NAMES)
 
 
 def file_end(
