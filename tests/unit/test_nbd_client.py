@@ -17,6 +17,7 @@ from nbd_by_hand import (
     BLOCK_STATUS,
     CONTEXT,
     DISC,
+    FLUSH,
     READ,
     SIZE,
     WRITE,
@@ -252,3 +253,13 @@ def test_a_write_is_durable_without_fua_of_the_server(tmp_path: Path) -> None:
             device.write_zeroes(0, 512, fast=True)
     kinds = [request.kind for _, request in honest.requests]
     assert kinds[:3] == [1, 3, 1]
+
+
+def test_a_flush_without_writes_before_it_is_not_sent(tmp_path: Path) -> None:
+    honest = Honest()
+    with ByHand(tmp_path, honest.serve) as server, opened(server) as device:
+        device.flush()
+        device.pwrite(b"x" * 512, 0)
+        device.flush()
+        device.flush()
+    assert [request.kind for _, request in honest.requests] == [WRITE, FLUSH]

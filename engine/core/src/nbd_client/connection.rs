@@ -433,6 +433,7 @@ impl Connection {
     }
 
     fn finish(&mut self, mut flight: Flight, result: Result<Option<Vec<u8>>, Errno>) {
+        self.client.ends(&flight.queued, result.is_ok());
         match flight.runs.take() {
             Some(runs) if result.is_ok() => flight.queued.operation.complete_extents(runs),
             _ => flight.queued.operation.complete(result),

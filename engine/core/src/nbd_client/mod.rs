@@ -21,7 +21,7 @@ mod output;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use blkloom_io::{Errno, Process};
@@ -32,6 +32,7 @@ use crate::backend::{Backend, Limits, Operation, OperationId};
 use crate::driven::DrivenHandle;
 use crate::engine::{Engine, EngineError};
 use crate::event::Event;
+use crate::stats::Op;
 use crate::sync::{Mutex, lock};
 
 /// Settings that hold for all connections.
@@ -63,6 +64,8 @@ struct Queued {
     number: u64,
     /// It changes data, and was sent before on another connection.
     resent: bool,
+    /// `NbdClient::written` when it was submitted.
+    written: u64,
 }
 
 enum Slot {
@@ -125,6 +128,9 @@ pub struct NbdClient {
     state: Mutex<State>,
     /// Operations on connections.
     in_flight: AtomicUsize,
+    /// Number of writes that have ended, and of those that a flush has covered.
+    written: AtomicU64,
+    flushed: AtomicU64,
     event: Event,
     home: Process,
 }
@@ -148,6 +154,8 @@ impl NbdClient {
             settings,
             state: Mutex::new(state),
             in_flight: AtomicUsize::new(0),
+            written: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
             event: Event::new()?,
             home: Process::current(),
         }))
@@ -255,6 +263,20 @@ impl NbdClient {
 
     fn is_open(&self) -> bool {
         !lock(&self.state).closed
+    }
+
+    /// An operation of a connection ends with success or not. Called before the caller is told.
+    fn ends(&self, queued: &Queued, succeeded: bool) {
+        match queued.operation.op {
+            Op::Flush if succeeded => {
+                self.flushed.fetch_max(queued.written, Ordering::Relaxed);
+            }
+            // Also one that failed: a part of it may be written.
+            op if op.writes() => {
+                self.written.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => {}
+        }
     }
 
     /// One operation of a connection is complete.
@@ -438,9 +460,14 @@ impl Backend for NbdClient {
             drop(state);
             return operation.complete(Err(errno));
         }
+        let written = self.written.load(Ordering::Relaxed);
+        if operation.op == Op::Flush && self.flushed.load(Ordering::Relaxed) >= written {
+            drop(state);
+            return operation.complete(Ok(None)); // the server need not even be there
+        }
         let number = state.next_number;
         state.next_number += 1;
-        let queued = Queued { operation, number, resent: false };
+        let queued = Queued { operation, number, resent: false, written };
         if !state.is_usable() || state.replaying > 0 && queued.operation.op.writes() {
             state.parked.push_back(queued);
         } else {
