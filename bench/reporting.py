@@ -37,6 +37,11 @@ _TABLES: Final[dict[TableName, tuple[str, str]]] = {
         "something is done, as a virtual machine does, or polls. Compared with qemu-storage-daemon's vhost-user-blk "
         "on the same file or image, and with blkloom's own NBD. Floor: a device of the target `zero` in the same way.",
     ),
+    "backing": (
+        "Over another NBD server: the target `nbd`, nbdkit's plugin nbd and QEMU's driver nbd",
+        "The source is another `blkloom serve`, of memory or of a file that answers after 1 ms. Floor: the source "
+        "alone.",
+    ),
     "disk": (
         "A file on a disk",
         "Floor: fio on the file, without a server. *In process*: a Python program, without NBD.",

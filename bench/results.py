@@ -18,7 +18,9 @@ from jobs import Client
 
 Verdict = Literal["met", "at the floor", "missed", "reported", "not measured"]
 """`at the floor`: short of the goal, but so near what the client and the machine can do that the goal counts as met."""
-TableName = Literal["mails", "nbd", "fuse", "vhost-user", "disk", "qcow2", "process", "scale", "tests", "start", ""]
+TableName = Literal[
+    "mails", "nbd", "fuse", "vhost-user", "backing", "disk", "qcow2", "process", "scale", "tests", "start", ""
+]
 AT_THE_FLOOR: Final = 0.9
 """Share of the floor from which a figure is at it."""
 BEFORE: Final = " (before)"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from backing_rows import backing_workloads
 from disk_peers import BareBlocks, BlockDevice, Called, Driven, FileMode, LoopDevice, Opened, Place, Served
 from fuse_rows import fuse_workloads
 from jobs import Job, Pattern
@@ -53,6 +54,7 @@ def workloads(blkloom: str, before: str | None = None) -> list[Workload]:
         *_many_jobs(blkloom),
         *fuse_workloads(blkloom),
         *vhost_user_workloads(blkloom),
+        *backing_workloads(blkloom),
         *_direct(blkloom),
         *_flushed(blkloom),
         *_on_a_disk(blkloom),
