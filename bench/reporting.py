@@ -137,7 +137,7 @@ def _machine(run: Run) -> str:
 
 
 _REPEAT: Final = """```sh
-make bench                                            # everything; less than 45 minutes
+make bench                                            # everything; less than 50 minutes
 .venv/bin/python bench/run.py --report                # write this page from the last results
 .venv/bin/python bench/run.py --quick --only randrw   # some rows, quickly
 .venv/bin/python bench/run.py --before OTHER/.venv/bin/blkloom   # an older build in the same rounds

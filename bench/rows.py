@@ -3,7 +3,7 @@
 Change this module to change `make bench`. The contenders come first, then one workload for each job; the goals of a
 workload are the rows of the report. "at least" figures are the project's goals; rows without one are only reported.
 `nbd_load`, the client that sends requests together, decides the goals; the results with fio are reported, too. A full
-run must take less than 45 minutes.
+run must take less than 50 minutes.
 """
 
 from __future__ import annotations

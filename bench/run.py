@@ -1,6 +1,6 @@
 """`make bench`: measures blkloom and its peers, stores the results, and writes the report.
 
-    bench/run.py                    all rows, 5 rounds, less than 45 minutes; results go to bench/results
+    bench/run.py                    all rows, 5 rounds, less than 50 minutes; results go to bench/results
     bench/run.py --quick            2 short rounds, to see that it works
     bench/run.py --only 'direct'    some rows
     bench/run.py --before COMMAND   an older build of blkloom in the same rounds; takes a third longer

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import random
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -286,3 +288,94 @@ def test_requests_fail_when_the_server_was_away_too_long_and_succeed_when_it_is_
         while "failing" in status(device):
             pass
         assert device.pread(512, 0) == b"x" * 512
+
+
+class Proxy:
+    """Stands between the target and a server, and disturbs their connections: cuts replies in half, resets, and adds
+    garbage. It ends a connection with the client only after the server has ended it.
+    """
+
+    def __init__(self, folder: Path, behind: Path) -> None:
+        self.path = folder / "proxy.sock"
+        self._behind = behind
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen(16)
+        self._threads = [threading.Thread(target=self._accept)]
+        self._sockets: list[socket.socket] = []
+        self._chance = random.Random(7)
+        self.often = 0.0
+        self.disturbed: dict[str, int] = {"half": 0, "end": 0, "garbage": 0}
+
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.path}"
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in (self._listener, *self._sockets):
+            sock.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            self._sockets += (client, server)
+            server.connect(str(self._behind))
+            for pump in (self._requests, self._replies):
+                thread = threading.Thread(target=pump, args=(client, server))
+                self._threads.append(thread)
+                thread.start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 16):
+                server.sendall(data)
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_WR)
+
+    def _replies(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(1 << 16):
+                what = self._chance.choice(list(self.disturbed)) if self._chance.random() < self.often else ""
+                if what:
+                    self.disturbed[what] += 1
+                    if what == "garbage":
+                        client.sendall(bytes(40))
+                    elif what == "half":
+                        client.sendall(data[: len(data) // 2])
+                    with suppress(OSError):
+                        server.shutdown(socket.SHUT_WR)
+                    while server.recv(1 << 16):  # until the server has ended it
+                        pass
+                    break
+                client.sendall(data)
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("name", ["nbdkit", "blkloom"])
+def test_a_load_survives_a_network_that_cuts_replies_in_half(
+    source: Callable[[str], Source], tmp_path: Path, name: str
+) -> None:
+    with (
+        Proxy(tmp_path, source(name).path) as proxy,
+        blkloom.open(f"0 {SECTORS} nbd {proxy.uri()}") as device,
+        Load(device) as load,
+    ):
+        load.wait(20)
+        proxy.often = 0.02
+        while min(proxy.disturbed.values()) < 3:
+            load.wait(20)
+        proxy.often = 0.0
+        load.wait(20)

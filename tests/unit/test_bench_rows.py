@@ -75,9 +75,9 @@ def test_the_picture_has_a_dozen_bars_at_most_and_their_words_fit() -> None:
     assert max(map(len, headlines)) <= LONGEST_LABEL
 
 
-def test_a_full_run_has_five_rounds_and_takes_less_than_45_minutes() -> None:
+def test_a_full_run_has_five_rounds_and_takes_less_than_50_minutes() -> None:
     assert FULL.rounds >= 5
-    assert minutes(workloads(NOW), FULL) < 45
+    assert minutes(workloads(NOW), FULL) < 50
 
 
 def test_a_quick_run_of_a_row_takes_moments() -> None:
