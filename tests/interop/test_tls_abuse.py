@@ -6,24 +6,21 @@ import shutil
 import signal
 import socket
 import ssl
-import struct
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blkloom.export.nbd.codes import OPTION_MAGIC, REPLY_MAGIC, Option, Reply
+from blkloom.export.nbd.codes import Option, Reply
 from certificates import Authority, pre_shared_keys
+from tls_client import DISCONNECT, READ, WRITE, closed, context, encrypted, exactly, go, option, plain, reply, request
 
 pytestmark = pytest.mark.timeout(120)
 
 Program = Callable[[str, str], str]
 Serve = Callable[..., Any]
-FLAGS = struct.pack(">I", 3)
-READ, WRITE, DISCONNECT = 0, 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -45,79 +42,13 @@ def start(serve: Serve, server_files: Path) -> Callable[..., Any]:
     return started
 
 
-def option(number: int, data: bytes = b"") -> bytes:
-    return struct.pack(">QII", OPTION_MAGIC, number, len(data)) + data
-
-
-def request(command: int, offset: int = 0, length: int = 0) -> bytes:
-    return struct.pack(">IHHQQI", 0x25609513, 0, command, 7, offset, length)
-
-
-def exactly(stream: socket.socket, count: int) -> bytes:
-    received = b""
-    while len(received) < count:
-        more = stream.recv(count - len(received))
-        assert more, "the server has closed the connection"
-        received += more
-    return received
-
-
-def reply(stream: socket.socket) -> tuple[int, int, bytes]:
-    magic, number, kind, length = struct.unpack(">QIII", exactly(stream, 20))
-    assert magic == REPLY_MAGIC
-    return number, kind, exactly(stream, length)
-
-
-def closed(stream: socket.socket) -> bool:
-    """Whether the server closes the connection; waits for it."""
-    try:
-        while stream.recv(4096):
-            pass
-    except ConnectionResetError:
-        pass
-    return True
-
-
-@contextmanager
-def plain(server: Any) -> Iterator[socket.socket]:
-    """A client that was greeted."""
-    with socket.create_connection(("127.0.0.1", port(server)), timeout=60) as stream:
-        assert exactly(stream, 18)[:8] == b"NBDMAGIC"
-        stream.sendall(FLAGS)
-        yield stream
-
-
 def port(server: Any) -> int:
     return int(server.uri.rpartition(":")[2].rstrip("/"))
 
 
-def context(files: Path | None = None) -> ssl.SSLContext:
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    made.check_hostname = False
-    made.verify_mode = ssl.CERT_NONE
-    if files is not None:
-        made.load_cert_chain(files / "client-cert.pem", files / "client-key.pem")
-    return made
-
-
-@contextmanager
-def encrypted(server: Any, using: ssl.SSLContext | None = None) -> Iterator[ssl.SSLSocket]:
-    with plain(server) as stream:
-        stream.sendall(option(Option.STARTTLS))
-        assert reply(stream) == (Option.STARTTLS, Reply.ACK, b"")
-        with closing((using or context()).wrap_socket(stream, suppress_ragged_eofs=False)) as secret:
-            yield secret
-
-
-def go(stream: socket.socket) -> None:
-    stream.sendall(option(Option.GO, struct.pack(">IH", 0, 0)))
-    assert reply(stream)[1] == Reply.INFO
-    assert reply(stream)[1] == Reply.ACK
-
-
 def serves(server: Any) -> bool:
     """Whether the server serves another client."""
-    with encrypted(server) as stream:
+    with encrypted(port(server)) as stream:
         go(stream)
         stream.sendall(request(READ, 0, 512))
         return exactly(stream, 16 + 512)[16:] == bytes(512)
@@ -129,7 +60,7 @@ def serves(server: Any) -> bool:
 @pytest.mark.parametrize("injected", [option(Option.LIST), option(Option.GO, bytes(6)), b"\x16\x03\x01"])
 def test_plain_text_after_starttls_is_never_answered(start: Callable[..., Any], injected: bytes) -> None:
     server = start()
-    with plain(server) as stream:
+    with plain(port(server)) as stream:
         stream.sendall(option(Option.STARTTLS) + injected)
         assert closed(stream)
     assert serves(server)
@@ -137,7 +68,7 @@ def test_plain_text_after_starttls_is_never_answered(start: Callable[..., Any], 
 
 def test_plain_text_instead_of_a_handshake_ends_the_connection(start: Callable[..., Any]) -> None:
     server = start()
-    with plain(server) as stream:
+    with plain(port(server)) as stream:
         stream.sendall(option(Option.STARTTLS))
         assert reply(stream)[1] == Reply.ACK
         stream.sendall(option(Option.LIST) + option(Option.GO, bytes(6)))
@@ -147,7 +78,7 @@ def test_plain_text_instead_of_a_handshake_ends_the_connection(start: Callable[.
 
 
 def test_an_option_within_the_first_record_is_not_lost(start: Callable[..., Any]) -> None:
-    with encrypted(start()) as stream:
+    with encrypted(port(start())) as stream:
         stream.sendall(option(Option.LIST) + option(Option.GO, bytes(6)) + request(READ, 0, 512) + request(DISCONNECT))
         assert [reply(stream)[1] for _ in range(4)] == [Reply.SERVER, Reply.ACK, Reply.INFO, Reply.ACK]
         assert exactly(stream, 16 + 512)[16:] == bytes(512)
@@ -155,7 +86,7 @@ def test_an_option_within_the_first_record_is_not_lost(start: Callable[..., Any]
 
 def test_no_downgrade_after_tls_has_begun(start: Callable[..., Any]) -> None:
     server = start()
-    with encrypted(server) as stream:
+    with encrypted(port(server)) as stream:
         go(stream)
         raw = socket.socket(fileno=stream.detach())
         raw.sendall(request(READ, 0, 512))
@@ -172,7 +103,7 @@ def test_versions_before_1_2_are_refused(start: Callable[..., Any], version: ssl
     old.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1"):
         old.minimum_version = old.maximum_version = version
-    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(server, old):
+    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(port(server), old):
         pass
     assert serves(server)
 
@@ -181,7 +112,7 @@ def test_versions_before_1_2_are_refused(start: Callable[..., Any], version: ssl
 def test_both_versions_are_served_with_forward_secrecy(start: Callable[..., Any], version: ssl.TLSVersion) -> None:
     using = context()
     using.minimum_version = using.maximum_version = version
-    with encrypted(start(), using) as stream:
+    with encrypted(port(start()), using) as stream:
         agreed = stream.cipher()
         assert agreed is not None
         assert agreed[0].startswith(("TLS_", "ECDHE-", "DHE-"))
@@ -189,14 +120,14 @@ def test_both_versions_are_served_with_forward_secrecy(start: Callable[..., Any]
     weak = context()
     weak.maximum_version = ssl.TLSVersion.TLSv1_2
     weak.set_ciphers("AES128-SHA:AES256-SHA:ECDHE+AES:!AESGCM:!AESCCM")
-    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(start(), weak):
+    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(port(start()), weak):
         pass
 
 
 def test_sessions_are_not_resumed(start: Callable[..., Any]) -> None:
     using = context()
     using.maximum_version = ssl.TLSVersion.TLSv1_2
-    with encrypted(start(), using) as stream:
+    with encrypted(port(start()), using) as stream:
         go(stream)
         session = stream.session
     assert session is None or not session.has_ticket
@@ -210,10 +141,10 @@ def test_certificates_of_another_authority_do_not_verify(
 ) -> None:
     stranger = Authority(tmp_path, "stranger").issue("client", "/CN=laptop", role="client")
     server = start("--tls-verify-peer")
-    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(server, context(stranger)) as stream:
+    with pytest.raises((ssl.SSLError, ConnectionResetError)), encrypted(port(server), context(stranger)) as stream:
         go(stream)
     good = authority.issue("good", "/CN=laptop", role="client")
-    with encrypted(server, context(good)) as stream:
+    with encrypted(port(server), context(good)) as stream:
         go(stream)
     server.stop()
     assert "certificate verify failed: unable to get local issuer certificate" in server.log.read_text()
@@ -223,14 +154,14 @@ def test_certificates_of_another_authority_do_not_verify(
 
 
 def test_a_disconnect_request_ends_the_tls_session_and_then_the_connection(start: Callable[..., Any]) -> None:
-    with encrypted(start()) as stream:
+    with encrypted(port(start())) as stream:
         go(stream)
         stream.sendall(request(DISCONNECT))
         assert stream.recv(1) == b""  # a closing message: without one, ssl.SSLEOFError
 
 
 def test_abort_ends_the_tls_session_after_its_reply(start: Callable[..., Any]) -> None:
-    with encrypted(start()) as stream:
+    with encrypted(port(start())) as stream:
         stream.sendall(option(Option.ABORT))
         assert reply(stream)[1] == Reply.ACK
         assert stream.recv(1) == b""
@@ -238,7 +169,7 @@ def test_abort_ends_the_tls_session_after_its_reply(start: Callable[..., Any]) -
 
 def test_a_stopping_server_ends_its_tls_sessions(start: Callable[..., Any]) -> None:
     server = start()
-    with encrypted(server) as stream:
+    with encrypted(port(server)) as stream:
         go(stream)
         server.stop()
         assert stream.recv(1) == b""
@@ -247,7 +178,7 @@ def test_a_stopping_server_ends_its_tls_sessions(start: Callable[..., Any]) -> N
 def test_an_end_without_a_closing_message_is_no_data(start: Callable[..., Any], tmp_path: Path) -> None:
     """The first 256 bytes of a write have arrived in whole records, the rest only as part of one."""
     server = start()
-    with encrypted(server) as stream:
+    with encrypted(port(server)) as stream:
         go(stream)
         stream.sendall(request(WRITE, 0, 4096) + b"\xff" * 256)
         raw = socket.socket(fileno=stream.detach())
@@ -261,7 +192,7 @@ def test_an_end_without_a_closing_message_is_no_data(start: Callable[..., Any], 
 
 def test_a_changed_record_ends_the_connection(start: Callable[..., Any]) -> None:
     server = start()
-    with encrypted(server) as stream:
+    with encrypted(port(server)) as stream:
         go(stream)
         raw = socket.socket(fileno=stream.detach())
         raw.sendall(b"\x17\x03\x03\x00\x40" + bytes(64))
@@ -277,7 +208,7 @@ def test_a_changed_record_ends_the_connection(start: Callable[..., Any]) -> None
 @pytest.mark.parametrize("sent", [b"", b"\x16", b"\x16\x03\x01\x40\x00" + bytes(100)])
 def test_truncated_handshakes_end_their_connection_only(start: Callable[..., Any], sent: bytes) -> None:
     server = start()
-    with plain(server) as stream:
+    with plain(port(server)) as stream:
         stream.sendall(option(Option.STARTTLS))
         assert reply(stream)[1] == Reply.ACK
         stream.sendall(sent)
@@ -288,7 +219,7 @@ def test_truncated_handshakes_end_their_connection_only(start: Callable[..., Any
 
 def test_handshakes_that_do_not_go_on_are_dropped(start: Callable[..., Any]) -> None:
     server = start()
-    with plain(server) as stream:
+    with plain(port(server)) as stream:
         stream.sendall(option(Option.STARTTLS))
         assert reply(stream)[1] == Reply.ACK
         assert serves(server)
@@ -299,11 +230,11 @@ def test_handshakes_that_do_not_go_on_are_dropped(start: Callable[..., Any]) -> 
 
 def test_negotiating_clients_are_limited(start: Callable[..., Any]) -> None:
     server = start("--max-connections=2")
-    with plain(server) as one, plain(server) as two:
+    with plain(port(server)) as one, plain(port(server)) as two:
         for stream in (one, two):
             stream.sendall(option(Option.STARTTLS))
             assert reply(stream)[1] == Reply.ACK
-        with plain(server) as third:
+        with plain(port(server)) as third:
             third.sendall(option(Option.STARTTLS))
             number, kind, text = reply(third)
             assert (number, kind) == (Option.STARTTLS, Reply.ERR_POLICY)
@@ -313,7 +244,7 @@ def test_negotiating_clients_are_limited(start: Callable[..., Any]) -> None:
 def test_many_failing_handshakes_make_few_lines_in_the_log(start: Callable[..., Any]) -> None:
     server = start()
     for _ in range(30):
-        with plain(server) as stream:
+        with plain(port(server)) as stream:
             stream.sendall(option(Option.STARTTLS))
             assert reply(stream)[1] == Reply.ACK
             stream.sendall(b"garbage!" * 8)
@@ -346,7 +277,7 @@ def test_sighup_reads_the_credentials_again(program: Program, serve: Serve, tmp_
     kept = shutil.copy(keys, tmp_path / "kept.psk")
     keys.write_text("broken")
     server.process.send_signal(signal.SIGHUP)
-    with plain(server):
+    with plain(port(server)):
         pass  # it lives, and has handled the signal before it accepted
     shutil.copy(kept, keys)
     assert answers("bob")
