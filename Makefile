@@ -8,10 +8,13 @@ VENV := .venv
 # rustup installs cargo here, but only login shells have this directory in PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 export PYO3_PYTHON := $(abspath $(VENV)/bin/python)
-# Links to the headers and libraries of OpenSSL; see scripts/openssl_headers.py.
+# Where pkg-config does not find OpenSSL: links to its headers and libraries; see scripts/openssl_headers.py.
 OPENSSL := $(abspath .cache/openssl)
+ifneq ($(shell pkg-config --exists openssl 2>/dev/null && echo found),found)
 export OPENSSL_LIB_DIR := $(OPENSSL)/lib
 export OPENSSL_INCLUDE_DIR := $(OPENSSL)/include
+OPENSSL_LINKS := $(OPENSSL)/lib/libssl.so
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
 
@@ -56,7 +59,7 @@ $(OPENSSL)/lib/libssl.so: | $(VENV)/.created
 	@$(PYTHON) scripts/openssl_headers.py $(OPENSSL)
 
 # An editable install uses the Python sources in place, so only the engine's sources are prerequisites.
-$(VENV)/.built: $(VENV)/.build-tools $(OPENSSL)/lib/libssl.so $(SOURCES)
+$(VENV)/.built: $(VENV)/.build-tools $(OPENSSL_LINKS) $(SOURCES)
 	@echo "building the engine (a minute or two the first time)"
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(VENV)/bin/maturin develop --release --quiet
 	@touch $@

@@ -173,12 +173,15 @@ impl Session {
 
     /// Encrypts data as one record. False: there is no room for it.
     fn seal(&mut self, data: &[u8]) -> Result<bool, StreamError> {
-        if self.stream.get_ref().room() < SEALED {
+        if self.stream.get_mut().room() < SEALED {
             return Ok(false);
         }
         match self.stream.ssl_write(data) {
             // A whole record, because there is room for it.
-            Ok(_) => Ok(true),
+            Ok(_) => match self.stream.get_mut().send_some() {
+                Ok(()) => Ok(true),
+                Err(errno) => Err(self.failed.insert(StreamError::Io(errno)).clone()),
+            },
             // Until a message of the peer that OpenSSL is reading has arrived.
             Err(error) if matches!(error.code(), ErrorCode::WANT_READ | ErrorCode::WANT_WRITE) => Ok(false),
             Err(error) => Err(self.fail("TLS", &error)),
@@ -252,6 +255,7 @@ impl Stream for Session {
     fn send(&mut self, parts: &[IoSlice<'_>], buffers: &mut BufferPool) -> Result<usize, StreamError> {
         self.check()?;
         self.stream.get_mut().prepare(buffers);
+        self.stream.get_mut().begin();
         let sealed = self.seal_all(parts)?;
         self.flush(buffers)?;
         if sealed == 0 { Err(StreamError::Again) } else { Ok(sealed) }

@@ -1,6 +1,7 @@
 //! `Wire`: the socket below OpenSSL.
 //!
-//! Records to send are collected in one buffer and sent together. The buffer belongs to the session only while it has
+//! Records to send are collected in one buffer and sent together. While the socket is full, the buffer is filled with the
+//! next ones: they are ready when the peer has made room. The buffer belongs to the session only while it has
 //! unsent records. Records that OpenSSL writes by itself (handshake, alerts, answers to key updates) go there, too; if
 //! there is no room for them, the session does not read on, so a peer cannot make it grow.
 
@@ -15,8 +16,10 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 pub const RECEIVED: usize = 128 << 10;
 /// Most bytes that may arrive without data of the peer among them: handshake messages, key updates, empty records.
 const WITHOUT_DATA: usize = 128 << 10;
-/// Bytes of records to collect for one send.
-const COLLECTED: usize = 256 << 10;
+/// Bytes of records to collect.
+const COLLECTED: usize = 512 << 10;
+/// Bytes to send together: the peer decrypts them while the next ones are encrypted.
+const TOGETHER: usize = 64 << 10;
 /// The same for what OpenSSL writes by itself.
 const OWN: usize = 32 << 10;
 
@@ -26,6 +29,8 @@ pub struct Wire {
     /// The unsent part of that buffer.
     from: usize,
     to: usize,
+    /// The socket has refused bytes since the last `begin`.
+    full: bool,
     /// Total bytes sent.
     sent: u64,
     /// Bytes that have arrived since data of the peer was read.
@@ -36,7 +41,7 @@ pub struct Wire {
 
 impl Wire {
     pub fn new(socket: OwnedFd) -> Wire {
-        Wire { socket, unsent: None, from: 0, to: 0, sent: 0, without_data: 0, may_receive: true }
+        Wire { socket, unsent: None, from: 0, to: 0, full: false, sent: 0, without_data: 0, may_receive: true }
     }
 
     pub fn socket(&self) -> &OwnedFd {
@@ -65,8 +70,30 @@ impl Wire {
     }
 
     /// Bytes of records that can still be collected.
-    pub fn room(&self) -> usize {
-        self.unsent.as_ref().map_or(OWN, Buffer::len) - self.to
+    pub fn room(&mut self) -> usize {
+        let len = self.unsent.as_ref().map_or(OWN, Buffer::len);
+        // Later the move would be long, and earlier it would be for little room.
+        if self.from >= len / 2 {
+            self.move_to_start();
+        }
+        len - self.to
+    }
+
+    fn move_to_start(&mut self) {
+        if let Some(buffer) = &mut self.unsent {
+            buffer.bytes_mut().copy_within(self.from..self.to, 0);
+        }
+        (self.from, self.to) = (0, self.to - self.from);
+    }
+
+    /// Allows `send_some` to try the socket again.
+    pub fn begin(&mut self) {
+        self.full = false;
+    }
+
+    /// Sends the collected records if there are enough of them, unless the socket is full.
+    pub fn send_some(&mut self) -> Result<(), Errno> {
+        if self.to - self.from < TOGETHER || self.full { Ok(()) } else { self.flush() }
     }
 
     /// Takes a buffer to collect records in, if the session has none.
@@ -94,7 +121,10 @@ impl Wire {
                     self.sent += count as u64;
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
+                Err(Errno::AGAIN) => {
+                    self.full = true;
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -108,11 +138,11 @@ impl Wire {
 
 impl Write for Wire {
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
-        let buffer = self.unsent.get_or_insert_with(|| Buffer::new(OWN));
-        if buffer.len() - self.to < record.len() && self.from > 0 {
-            buffer.bytes_mut().copy_within(self.from..self.to, 0);
-            (self.from, self.to) = (0, self.to - self.from);
+        let len = self.unsent.as_ref().map_or(OWN, Buffer::len);
+        if len - self.to < record.len() && self.from > 0 {
+            self.move_to_start();
         }
+        let buffer = self.unsent.get_or_insert_with(|| Buffer::new(OWN));
         let count = record.len().min(buffer.len() - self.to);
         if count == 0 {
             return Err(ErrorKind::WouldBlock.into());
