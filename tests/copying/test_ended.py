@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from blkloom import builtin_targets, parse_table
+from blkloom import Device, builtin_targets, parse_table
+from blkloom import open as open_device
+from blkloom._engine import DeviceCopy
 from blkloom.copying import running
 from blkloom.copying.ends import End, NewTarget, file_end, table_end
 from blkloom.copying.failing import ContentsDiffer, CopyFailed
@@ -113,6 +116,21 @@ def test_what_the_journal_says_was_flushed_before(disk: Path, tmp_path: Path, mo
     assert said[-1] == SIZE
     assert not (tmp_path / "state").exists()
     assert (tmp_path / "target.img").read_bytes() == disk.read_bytes()
+
+
+def test_a_copy_that_is_dropped_ends_what_it_has_begun(tmp_path: Path) -> None:
+    """The writes are faults, which Python answers meanwhile."""
+    image = NewTarget(path=str(tmp_path / "x.qcow2"), name="x", format="qcow2", size=64 * M).make()
+    with Device(image.table) as target, open_device(f"0 {64 * M // 512} ram") as source:
+        for at in range(0, 64 * M, M):
+            source.pwrite(b"d" * M, at)
+        copy = DeviceCopy(source, target, start=0, end=64 * M, request_size=64 * K, requests=8)
+        copy.watch(1)
+        select.select([copy], [], [])
+        del copy
+        assert source.stats()["in_flight"] == target.stats()["in_flight"] == 0
+        assert target.io_errors == 0
+        assert target.pread(1, 0) == b"d"
 
 
 def test_a_source_that_fails_in_the_middle_can_be_continued_when_it_is_well(disk: Path, tmp_path: Path) -> None:

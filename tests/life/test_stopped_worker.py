@@ -86,7 +86,7 @@ def test_no_verb_waits_for_a_stopped_worker(stopped: Stopped, client: Client, li
         assert (verb, done.stderr, done.returncode) == (verb, "", 0)
     for verb in REFUSED:
         done = stopped.said(verb)
-        assert (verb, done.returncode) == (verb, 1)
+        assert (verb, done.returncode) == (verb, 71 if verb.startswith("copy ") else 1)  # that is no verb of dmsetup
         assert "is stopped, by SIGSTOP or a debugger; continue it (kill -CONT " in done.stderr, verb
     assert "disk stays: worker " in stopped.said("remove_all").stderr
     assert [found.name for found in client.info()] == stopped.names, "what was refused has changed nothing"

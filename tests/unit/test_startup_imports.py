@@ -45,6 +45,12 @@ def test_a_verb_that_looks_imports_no_loop_no_device_and_nothing_slow(tmp_path: 
     assert imported(tmp_path, COMMAND, verb) & unwanted == set()
 
 
+def test_a_copy_of_a_file_imports_no_asyncio_and_nothing_slow(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"disk")
+    copied = imported(tmp_path, COMMAND, "copy", str(tmp_path / "disk.img"), str(tmp_path / "copy.img"))
+    assert copied & (SLOW | {"asyncio", "ssl", "subprocess"}) == set()
+
+
 SERVE = """
 import os, signal
 import blkloom.cli.serving as serving

@@ -13,6 +13,14 @@ use crate::device::Device;
 #[pyclass(frozen, module = "blkloom._engine")]
 pub struct DeviceCopy(blkloom_core::DeviceCopy);
 
+impl Drop for DeviceCopy {
+    /// Waits for the threads without the GIL, which the handlers of their faults may need.
+    fn drop(&mut self) {
+        self.0.stop();
+        Python::attach(|py| py.detach(|| self.0.join()));
+    }
+}
+
 fn end(device: &Device) -> End {
     End { engine: device.engine.clone(), device: device.inner.clone() }
 }

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -128,6 +127,7 @@ def _device(word: Word, info: DeviceInfo, client: Client, format: str, *, writab
     sockets = [state for state in info.exports if state.kind == "nbd" and state.unix and not state.of_node]
     usable = [state for state in sockets if not (writable and state.read_only)]
     if usable:
+        client.status(info.name)  # a worker that does not answer is an error here, at once
         uri = unix_uri(usable[0].unix, usable[0].name)
         yield server_end(uri, name=word.text, writable=writable, identity={"device": _identity(info)})
         return
@@ -138,6 +138,8 @@ def _device(word: Word, info: DeviceInfo, client: Client, format: str, *, writab
 @contextmanager
 def _file_of(info: DeviceInfo, client: Client, *, writable: bool) -> Iterator[str]:
     """A path that leads to the contents of a device, in the block: a file of its own, which goes with the copy."""
+    from tempfile import TemporaryDirectory  # a slow import
+
     with TemporaryDirectory(prefix="blkloom-copy-") as folder:
         path = os.path.join(folder, "device")
         state = client.export(info.name, kind="fuse", path=path, read_only=not writable)

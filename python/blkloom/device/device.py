@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from blkloom import _engine, open_files
-from blkloom.async_device import AsyncDevice
 from blkloom.device.at_exit import close_at_exit, forget
 from blkloom.device.compose import LoadedTable, Owner, compose
 from blkloom.device.mapper import Mapper
@@ -34,6 +33,9 @@ from blkloom.targets.limits import BlockLimits
 from blkloom.targets.load_context import LoadContext
 from blkloom.targets.loaded import Mapped
 from blkloom.units import Sectors
+
+if TYPE_CHECKING:
+    from blkloom.async_device import AsyncDevice
 
 _log = logging.getLogger(__name__)
 
@@ -576,4 +578,6 @@ class Device(_engine.Device):
         """The I/O methods as coroutines for the running asyncio loop. Close it when done; that leaves the device open.
         Raises RuntimeError outside of a running loop.
         """
+        from blkloom.async_device import AsyncDevice  # asyncio is a slow import that few programs need
+
         return AsyncDevice(self)
