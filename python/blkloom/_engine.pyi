@@ -42,6 +42,7 @@ __all__ = [
     "SwitchFilter",
     "Tee",
     "ThrottleFilter",
+    "TlsClient",
     "TlsServer",
     "TlsSession",
     "Transport",
@@ -338,10 +339,11 @@ class NbdClient:
         extended: bool,
         flags: int,
         allocation: int | None = None,
+        tls: TlsSession | None = None,
     ) -> None:
         """Use a socket after its handshake for an absent slot; the engine duplicates it. flags: transmission flags.
-        allocation: id of the metadata context base:allocation. Raises OSError if the slot is not absent, or the client
-        or the engine is closed.
+        allocation: id of the metadata context base:allocation. tls: the session on fd, which belongs to the engine
+        then. Raises OSError if the slot is not absent, or the client or the engine is closed.
         """
     def report(self, *, take: bool = False) -> dict[str, Any]:
         """The state. links: of each slot: absent, up, or ending (cut; the server has not closed it yet). usable:
@@ -828,6 +830,23 @@ class TlsServer:
     ) -> TlsServer: ...
     def accept(self, fd: int) -> TlsSession:
         """Begin a session on a connected, non-blocking socket, of which it owns a duplicate."""
+
+@final
+class TlsClient:
+    """Settings and credentials of TLS sessions with a server, read from files when it is made. TLS 1.2 and 1.3.
+
+    certificates: a directory with `ca-cert.pem`, `ca-crl.pem` if there is one, and `client-cert.pem` with
+    `client-key.pem` if there are any; None: the authorities of the system. verify: the server's certificate must be
+    valid for its host. psk, user: a file of pre-shared keys, and whose key is used. Raises as `TlsServer`.
+    """
+
+    def __new__(
+        cls, *, certificates: str | None = None, psk: str | None = None, user: str = "", verify: bool = True
+    ) -> TlsClient: ...
+    def connect(self, fd: int, host: str) -> TlsSession:
+        """Begin a session on a connected, non-blocking socket, of which it owns a duplicate. host: the name or address
+        that the server's certificate must have.
+        """
 
 @final
 class TlsSession:

@@ -57,7 +57,7 @@ mod _engine {
     #[pymodule_export]
     use crate::tee::Tee;
     #[pymodule_export]
-    use crate::tls::{TlsServer, TlsSession};
+    use crate::tls::{TlsClient, TlsServer, TlsSession};
     #[pymodule_export]
     use crate::ublk::{UblkNode, serve_ublk, ublk_control};
     #[pymodule_export]

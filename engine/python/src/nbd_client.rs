@@ -1,9 +1,10 @@
 //! Python class `NbdClient`: a backend whose bytes are on an NBD server.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use blkloom_core::nbd::Stream;
 use blkloom_core::nbd_client::{self, Link, Offer, Report, Settings, Style};
 use blkloom_io::Errno;
 use pyo3::prelude::*;
@@ -12,6 +13,7 @@ use pyo3::types::PyDict;
 use crate::border::{self, forked_error, os_error, value_error};
 use crate::device::Engine;
 use crate::maps::duplicate;
+use crate::tls::TlsSession;
 
 /// A backend whose bytes are on an NBD server.
 #[pyclass(frozen, module = "blkloom._engine")]
@@ -45,7 +47,7 @@ impl NbdClient {
         self.0.fd().as_raw_fd()
     }
 
-    #[pyo3(signature = (engine, slot, fd, *, structured, extended, flags, allocation = None))]
+    #[pyo3(signature = (engine, slot, fd, *, structured, extended, flags, allocation = None, tls = None))]
     #[allow(clippy::too_many_arguments, reason = "the signature is the stub's")]
     fn connect(
         &self,
@@ -57,6 +59,7 @@ impl NbdClient {
         extended: bool,
         flags: u16,
         allocation: Option<u32>,
+        tls: Option<&TlsSession>,
     ) -> PyResult<()> {
         if !engine.0.is_here() {
             return Err(forked_error(py, "the engine"));
@@ -66,9 +69,12 @@ impl NbdClient {
             (_, true) => Style::Structured,
             _ => Style::Simple,
         };
-        let fd = duplicate(fd)?;
+        let socket: Result<OwnedFd, Box<dyn Stream>> = match tls {
+            Some(session) => Err(Box::new(session.take()?)),
+            None => Ok(duplicate(fd)?),
+        };
         let offer = Offer { style, flags, allocation };
-        py.detach(|| self.0.connect(&engine.0, slot, fd, offer))
+        py.detach(|| self.0.connect(&engine.0, slot, socket, offer))
             .map_err(|error| os_error(Errno::SHUTDOWN, &error.to_string()))
     }
 

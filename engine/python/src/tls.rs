@@ -1,4 +1,4 @@
-//! Python classes `TlsServer` and `TlsSession`.
+//! Python classes `TlsServer`, `TlsClient` and `TlsSession`.
 
 use std::io::IoSlice;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blkloom_core::nbd::{Stream, StreamError};
 use blkloom_io::{BufferPool, Errno};
-use blkloom_tls::{Credentials, CredentialsError, Handshake, Peer, Server, Session};
+use blkloom_tls::{Client, ClientCredentials, Credentials, CredentialsError, Handshake, Peer, Server, Session};
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -54,6 +54,35 @@ impl TlsServer {
 
     fn accept(&self, fd: i32) -> PyResult<TlsSession> {
         let session = self.0.accept(duplicate(fd)?).map_err(credentials_error)?;
+        Ok(TlsSession(Mutex::new(Some(session))))
+    }
+}
+
+#[pyclass(frozen, module = "blkloom._engine")]
+pub struct TlsClient(Client);
+
+#[pymethods]
+impl TlsClient {
+    #[new]
+    #[pyo3(signature = (*, certificates = None, psk = None, user = String::new(), verify = true),
+        text_signature = "(*, certificates=None, psk=None, user='', verify=True)")]
+    fn new(
+        py: Python<'_>,
+        certificates: Option<PathBuf>,
+        psk: Option<PathBuf>,
+        user: String,
+        verify: bool,
+    ) -> PyResult<TlsClient> {
+        let credentials = match (certificates, psk) {
+            (Some(_), Some(_)) => return Err(value_error("either certificates or psk")),
+            (None, Some(file)) => ClientCredentials::PreShared { file, user },
+            (directory, None) => ClientCredentials::Certificates { directory, verify },
+        };
+        py.detach(|| Client::new(&credentials)).map(TlsClient).map_err(credentials_error)
+    }
+
+    fn connect(&self, fd: i32, host: &str) -> PyResult<TlsSession> {
+        let session = self.0.connect(duplicate(fd)?, host).map_err(credentials_error)?;
         Ok(TlsSession(Mutex::new(Some(session))))
     }
 }

@@ -15,13 +15,15 @@ use crate::session::user_index;
 
 const AUTHORITY: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
-const CERTIFICATE: &str = "server-cert.pem";
-const KEY: &str = "server-key.pem";
+/// Names of the files of a certificate and its key.
+pub(crate) type Names = (&'static str, &'static str);
+const SERVER: Names = ("server-cert.pem", "server-key.pem");
+pub(crate) const CLIENT: Names = ("client-cert.pem", "client-key.pem");
 
 /// TLS 1.2 with certificates: authenticated encryption with forward secrecy only.
-const CERTIFICATE_CIPHERS: &str = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aPSK";
+pub(crate) const CERTIFICATE_CIPHERS: &str = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aPSK";
 /// The same with pre-shared keys.
-const KEY_CIPHERS: &str = "DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:\
+pub(crate) const KEY_CIPHERS: &str = "DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:\
     ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-CHACHA20-POLY1305";
 
 /// What a server and its clients prove who they are with.
@@ -51,7 +53,7 @@ impl Credentials {
         match self {
             Credentials::Certificates { directory, verify_peer } => {
                 context.set_cipher_list(CERTIFICATE_CIPHERS)?;
-                load_certificate(context, directory)?;
+                load_certificate(context, directory, SERVER)?;
                 if *verify_peer {
                     load_authority(context, directory)?;
                     context.set_verify(SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT);
@@ -66,8 +68,12 @@ impl Credentials {
     }
 }
 
-fn load_certificate(context: &mut SslContextBuilder, directory: &Path) -> Result<(), CredentialsError> {
-    let path = directory.join(CERTIFICATE);
+pub(crate) fn load_certificate(
+    context: &mut SslContextBuilder,
+    directory: &Path,
+    (certificate, key): Names,
+) -> Result<(), CredentialsError> {
+    let path = directory.join(certificate);
     let mut chain = certificates(&path)?.into_iter();
     let Some(own) = chain.next() else {
         return Err(unusable(&path, "it has no certificate"));
@@ -76,18 +82,18 @@ fn load_certificate(context: &mut SslContextBuilder, directory: &Path) -> Result
     for issuer in chain {
         context.add_extra_chain_cert(issuer)?;
     }
-    let path = directory.join(KEY);
+    let path = directory.join(key);
     // A key that is encrypted is refused: OpenSSL would ask for its password at the terminal.
     let key = PKey::private_key_from_pem_callback(&contents(&path)?, |_| Ok(0))
         .map_err(|error| unusable(&path, &format!("no private key without a password: {}", reasons(&error))))?;
     context
         .set_private_key(&key)
         .and_then(|()| context.check_private_key())
-        .map_err(|_| unusable(&path, &format!("this is not the key of {CERTIFICATE}")))
+        .map_err(|_| unusable(&path, &format!("this is not the key of {certificate}")))
 }
 
 /// Trusts the certificates of the authority only, not those of the system.
-fn load_authority(context: &mut SslContextBuilder, directory: &Path) -> Result<(), CredentialsError> {
+pub(crate) fn load_authority(context: &mut SslContextBuilder, directory: &Path) -> Result<(), CredentialsError> {
     let path = directory.join(AUTHORITY);
     let (mut store, mut names) = (X509StoreBuilder::new()?, Stack::new()?);
     for certificate in certificates(&path)? {
@@ -107,6 +113,12 @@ fn load_authority(context: &mut SslContextBuilder, directory: &Path) -> Result<(
     context.set_cert_store(store.build());
     context.set_client_ca_list(names);
     Ok(())
+}
+
+/// The key of a user.
+pub(crate) fn key_of(path: &Path, user: &str) -> Result<Vec<u8>, CredentialsError> {
+    let mut keys = pre_shared::parse(&contents(path)?).map_err(|why| unusable(path, &why))?;
+    keys.remove(user.as_bytes()).ok_or_else(|| unusable(path, &format!("it has no key of the user {user:?}")))
 }
 
 fn load_keys(context: &mut SslContextBuilder, path: &Path) -> Result<(), CredentialsError> {

@@ -72,6 +72,16 @@ pub struct Session {
 impl Session {
     pub(crate) fn new(mut ssl: Ssl, socket: OwnedFd) -> Result<Session, ErrorStack> {
         ssl.set_accept_state();
+        Session::of(ssl, socket)
+    }
+
+    /// A session of a client.
+    pub(crate) fn connecting(mut ssl: Ssl, socket: OwnedFd) -> Result<Session, ErrorStack> {
+        ssl.set_connect_state();
+        Session::of(ssl, socket)
+    }
+
+    fn of(ssl: Ssl, socket: OwnedFd) -> Result<Session, ErrorStack> {
         let stream = SslStream::new(ssl, Wire::new(socket))?;
         Ok(Session { stream, established: false, more: false, ended: false, failed: None, closed: false })
     }

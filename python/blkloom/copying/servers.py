@@ -29,12 +29,17 @@ def server_end(uri: str, *, name: str = "", writable: bool = False, identity: di
     name = name or str(parsed)
     cure, number = "start the server, or correct the URI", errno.ECONNREFUSED
     try:
-        sock, found = connect(parsed, time.monotonic() + CONNECT_SECONDS)
+        connected = connect(parsed, time.monotonic() + CONNECT_SECONDS)
     except HandshakeError as error:
         raise BackingError(str(error), path=name, errno=errno.EPROTO, cure=error.cure or cure) from error
     except OSError as error:
         raise BackingError(described(error), path=name, errno=error.errno or number, cure=cure) from error
-    sock.close()
+    except ValueError as error:  # credentials of TLS
+        raise BackingError(
+            str(error), path=name, errno=errno.EINVAL, cure="correct the file, or name another"
+        ) from error
+    connected.close()
+    found = connected.found
     if writable and found.read_only:
         raise BackingError("the export is read-only", path=name, errno=errno.EROFS, cure="serve it for writing")
     if found.size % SECTOR:

@@ -1,4 +1,4 @@
-"""Connects to an NBD server, and runs the handshake on the socket.
+"""Connects to an NBD server, and runs the handshake on the socket, and in a TLS session on it if the URI says so.
 
 May block until a deadline. Raises OSError, HandshakeError.
 """
@@ -7,28 +7,109 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal, Self
 
-from blkloom.nbd_client.handshake import HandshakeError, ServerExport, dialogue
+from blkloom.nbd_client.handshake import ServerExport, dialogue
 from blkloom.nbd_client.uri import NbdUri
+
+if TYPE_CHECKING:
+    from blkloom._engine import TlsClient, TlsSession
 
 _USER_TIMEOUT: Final = 60_000
 """Milliseconds until the kernel gives up a TCP connection whose other end acknowledges nothing."""
 _KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 9))
 
 
-def connect(uri: NbdUri, deadline: float) -> tuple[socket.socket, ServerExport]:
-    """A socket in the transmission phase, and what the server offers. deadline: of time.monotonic."""
-    if uri.tls:
-        raise HandshakeError("the nbd target does not support TLS", "use an nbd URI, over a tunnel if need be")
+class Connected:
+    """A connection in the transmission phase. found: what the server offers. session: on the socket, with TLS."""
+
+    def __init__(self, sock: socket.socket, session: TlsSession | None, found: ServerExport) -> None:
+        self.socket = sock
+        self.session = session
+        self.found = found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its descriptors; those that the engine has stay open."""
+        if self.session is not None:
+            self.session.close()
+        self.socket.close()
+
+
+def connect(uri: NbdUri, deadline: float) -> Connected:
+    """Connects, with the handshake. deadline: of time.monotonic. Raises ValueError for credentials that cannot be
+    used.
+    """
+    client = uri.credentials.client() if uri.tls else None
     sock = _reach(uri, deadline)
+    line = _Line(sock, deadline)
     try:
-        return sock, _negotiate(sock, uri.export, deadline)
+        found = _negotiate(line, uri, client)
     except BaseException:
+        if line.session is not None:
+            line.session.close()
         sock.close()
         raise
+    return Connected(sock, line.session, found)
+
+
+class _Line:
+    """The bytes of a connection during its handshake."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._socket = sock
+        self._deadline = deadline
+        self.session: TlsSession | None = None
+
+    def send(self, data: bytes) -> None:
+        if self.session is None:
+            self._socket.settimeout(_left(self._deadline))
+            self._socket.sendall(data)
+            return
+        while data or self.session.has_unsent:
+            sent = self.session.send(data)
+            data = data[sent:]
+            if self.session.has_unsent or not sent:
+                self._wait("write")
+
+    def receive(self, count: int) -> bytes:
+        """Exactly `count` bytes: those after them belong to the transmission phase."""
+        received = bytearray()
+        while len(received) < count:
+            more = self._some(count - len(received))
+            if not more:
+                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection during the handshake")
+            received += more
+        return bytes(received)
+
+    def begin(self, client: TlsClient, host: str) -> None:
+        """Begins TLS."""
+        self._socket.setblocking(False)
+        self.session = client.connect(self._socket.fileno(), host)
+        while (wanted := self.session.handshake()) != "done":
+            self._wait(wanted)
+
+    def _some(self, count: int) -> bytes:
+        if self.session is None:
+            self._socket.settimeout(_left(self._deadline))
+            return self._socket.recv(count)
+        while (more := self.session.receive(count)) is None:
+            self._wait("read")
+        return more
+
+    def _wait(self, wanted: Literal["read", "write"]) -> None:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN if wanted == "read" else select.POLLOUT)
+        if not poller.poll(_left(self._deadline) * 1000):
+            _left(self._deadline)
 
 
 def _reach(uri: NbdUri, deadline: float) -> socket.socket:
@@ -51,33 +132,22 @@ def _reach(uri: NbdUri, deadline: float) -> socket.socket:
     return sock
 
 
-def _negotiate(sock: socket.socket, name: str, deadline: float) -> ServerExport:
-    steps = dialogue(name)
+def _negotiate(line: _Line, uri: NbdUri, client: TlsClient | None) -> ServerExport:
+    steps = dialogue(uri.export, starttls=client is not None)
     answer: bytes | None = None
     try:
         while True:
             wanted = next(steps) if answer is None else steps.send(answer)
-            sock.settimeout(_left(deadline))
+            answer = b""
             if isinstance(wanted, int):
-                answer = _receive(sock, wanted, deadline)
-            else:
-                sock.sendall(wanted)
-                answer = b""
+                answer = line.receive(wanted)
+            elif wanted is not None:
+                line.send(wanted)
+            elif client is not None:
+                line.begin(client, uri.credentials.host or uri.host)
     except StopIteration as stop:
         found: ServerExport = stop.value
         return found
-
-
-def _receive(sock: socket.socket, count: int, deadline: float) -> bytes:
-    """Exactly `count` bytes: those after them belong to the transmission phase."""
-    received = bytearray()
-    while len(received) < count:
-        sock.settimeout(_left(deadline))
-        more = sock.recv(count - len(received))
-        if not more:
-            raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection during the handshake")
-        received += more
-    return bytes(received)
 
 
 def _left(deadline: float) -> float:

@@ -85,14 +85,13 @@ class ServerExport(msgspec.Struct, frozen=True):
         return bool(self.flags & CAN_MULTI_CONN)
 
 
-Exchange = Generator[bytes | int, bytes, ServerExport]
-"""Yields bytes to send (the answer is empty), or the number of bytes to receive."""
+Exchange = Generator[bytes | int | None, bytes, ServerExport]
+"""Yields bytes to send, the number of bytes to receive, or None: begin TLS now. The answer is empty unless it is what
+was received."""
 
 
 def dialogue(name: str, *, starttls: bool = False) -> Exchange:
-    """The handshake for the export `name`. starttls: yields STARTTLS first; after its answer the caller must have
-    upgraded the stream before it continues. Raises HandshakeError.
-    """
+    """The handshake for the export `name`. starttls: in a TLS session. Raises HandshakeError."""
     greeting = yield 16
     if greeting[:8] != NBD_MAGIC:
         raise HandshakeError("this is no NBD server: its greeting is wrong")
@@ -109,6 +108,7 @@ def dialogue(name: str, *, starttls: bool = False) -> Exchange:
     yield struct.pack(">I", FIXED_NEWSTYLE | short)
     if starttls:
         yield from _ask(STARTTLS, b"", "TLS")
+        yield None
     extended = (yield from _try(EXTENDED_HEADERS, b"")) is not None
     structured = extended or (yield from _try(STRUCTURED_REPLY, b"")) is not None
     encoded = name.encode()
@@ -174,7 +174,7 @@ def _checked(found: ServerExport) -> ServerExport:
     return found
 
 
-def _ask(option: int, data: bytes, what: str) -> Generator[bytes | int, bytes, list[tuple[int, bytes]]]:
+def _ask(option: int, data: bytes, what: str) -> Generator[bytes | int | None, bytes, list[tuple[int, bytes]]]:
     """Sends an option; returns its replies without the last. Raises HandshakeError if the server refuses it."""
     replies = yield from _try(option, data, what)
     if replies is None:
@@ -182,7 +182,9 @@ def _ask(option: int, data: bytes, what: str) -> Generator[bytes | int, bytes, l
     return replies
 
 
-def _try(option: int, data: bytes, needed: str = "") -> Generator[bytes | int, bytes, list[tuple[int, bytes]] | None]:
+def _try(
+    option: int, data: bytes, needed: str = ""
+) -> Generator[bytes | int | None, bytes, list[tuple[int, bytes]] | None]:
     """As `_ask`; None if the server does not support the option. needed: what the option is for, if any other error is
     an error of the handshake; otherwise it counts as not supported.
     """

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from blkloom import _engine
-from blkloom.nbd_client.connecting import connect
+from blkloom.nbd_client.connecting import Connected, connect
 from blkloom.nbd_client.handshake import HandshakeError, ServerExport
 from blkloom.nbd_client.uri import NbdUri
 from blkloom.printing import described
@@ -95,25 +95,19 @@ class Links:
         """Starts the thread. Raises RuntimeError."""
         self._thread.start()
 
-    def use(self, slot: int) -> ServerExport:
-        """Connects a slot now. Raises OSError, HandshakeError."""
-        deadline = time.monotonic() + CONNECT_SECONDS
-        sock, found = connect(self._uri, deadline)
-        with sock:
-            self.add(slot, sock.fileno(), found)
-        return found
-
-    def add(self, slot: int, fd: int, found: ServerExport) -> None:
-        """Uses a socket after its handshake for a slot; the engine duplicates it. Raises OSError, HandshakeError."""
+    def add(self, slot: int, connected: Connected) -> None:
+        """Uses a connection for a slot. Raises OSError, HandshakeError."""
+        found = connected.found
         self._needs.check(found)
         self._client.connect(
             self._engine,
             slot,
-            fd,
+            connected.socket.fileno(),
             structured=found.structured,
             extended=found.extended,
             flags=found.flags,
             allocation=found.allocation,
+            tls=connected.session,
         )
 
     def close(self) -> None:
@@ -176,13 +170,12 @@ class Links:
     def _try(self, slot: int, now: float, most: float | None) -> bool:
         """One attempt to connect. Returns whether it succeeded."""
         try:
-            sock, found = connect(self._uri, now + min(CONNECT_SECONDS, most or CONNECT_SECONDS))
-            with sock:
-                self.add(slot, sock.fileno(), found)
+            with connect(self._uri, now + min(CONNECT_SECONDS, most or CONNECT_SECONDS)) as connected:
+                self.add(slot, connected)
         except HandshakeError as error:
             self._note(f"{error}{f'; {error.cure}' if error.cure else ''}")
             return False
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._note(described(error))
             return False
         return True

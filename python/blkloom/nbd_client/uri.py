@@ -5,22 +5,45 @@ Source: NetworkBlockDevice/nbd doc/uri.md, RFC 3986. Pure.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import msgspec
+
+if TYPE_CHECKING:
+    from blkloom._engine import TlsClient
 
 DEFAULT_PORT: Final = 10809
 """TCP port assigned by IANA."""
 _SCHEMES: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 _LONGEST: Final = 4096
+_PARAMETERS: Final = ("tls-certificates", "tls-hostname", "tls-psk-file", "tls-verify-peer")
+_BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _HOST_CID: Final = 2
 """The address of the host of a virtual machine (VMADDR_CID_HOST), the default of vsock."""
 
 
+class Credentials(msgspec.Struct, frozen=True):
+    """What TLS needs. certificates: a directory; psk: a file of keys, and the user; verify: whether the server's
+    certificate is checked; host: the name that it must have, "" for that of the URI.
+    """
+
+    certificates: str | None = None
+    psk: str | None = None
+    user: str = ""
+    verify: bool = True
+    host: str = ""
+
+    def client(self) -> TlsClient:
+        """Reads the files. Raises OSError, ValueError."""
+        from blkloom import _engine  # a table is parsed without the engine
+
+        return _engine.TlsClient(certificates=self.certificates, psk=self.psk, user=self.user, verify=self.verify)
+
+
 class NbdUri(msgspec.Struct, frozen=True):
     """A server, and the name of its export. transport: tcp, unix or vsock. host, port: of tcp; of vsock, host is the
-    number of the machine. path: of a Unix socket. options: those that begin with tls-.
+    number of the machine. path: of a Unix socket.
     """
 
     transport: str
@@ -28,9 +51,8 @@ class NbdUri(msgspec.Struct, frozen=True):
     host: str = ""
     port: int = DEFAULT_PORT
     path: str = ""
-    user: str = ""
     export: str = ""
-    options: tuple[tuple[str, str], ...] = ()
+    credentials: Credentials = Credentials()
 
     def __str__(self) -> str:
         """The URI without its TLS options, for people."""
@@ -62,12 +84,9 @@ def parse_uri(text: str) -> NbdUri:
     if len(export.encode()) > _LONGEST or "\0" in export:
         raise ValueError(f"the name of the export must have no NUL and at most {_LONGEST} bytes")
     sockets = [value for name, value in query if name == "socket"]
-    options = tuple((name, value) for name, value in query if name != "socket")
-    unknown = [name for name, _ in options if not name.startswith("tls-")]
-    if unknown:
-        raise ValueError(f"unknown parameter '{unknown[0]}'; there are: socket, tls-certificates, tls-psk-file, ...")
-    user = unquote(parts.username or "")
-    common = NbdUri(transport=transport or "tcp", tls=kind == "nbds", user=user, export=export, options=options)
+    tls = kind == "nbds"
+    credentials = _credentials(dict(query), unquote(parts.username or ""), tls=tls)
+    common = NbdUri(transport=transport or "tcp", tls=tls, export=export, credentials=credentials)
     if transport == "unix":
         if parts.hostname or port:
             raise ValueError("a Unix socket has no host: write nbd+unix:///NAME?socket=PATH")
@@ -85,3 +104,20 @@ def parse_uri(text: str) -> NbdUri:
     return msgspec.structs.replace(
         common, host=unquote(host) or "localhost", port=DEFAULT_PORT if port is None else port
     )
+
+
+def _credentials(query: dict[str, str], user: str, *, tls: bool) -> Credentials:
+    """Those of the parameters. Raises ValueError."""
+    if unknown := set(query) - {"socket", *_PARAMETERS}:
+        raise ValueError(f"unknown parameter '{min(unknown)}'; there are: socket, {', '.join(_PARAMETERS)}")
+    given = set(query) & set(_PARAMETERS)
+    if given and not tls:
+        raise ValueError(f"the parameter {min(given)} goes with TLS only: begin with nbds")
+    certificates, psk = query.get("tls-certificates"), query.get("tls-psk-file")
+    if psk is not None and (certificates is not None or not user):
+        raise ValueError("pre-shared keys need a user (nbds://USER@HOST), and no tls-certificates")
+    verify = query.get("tls-verify-peer", "true")
+    if verify not in _BOOLEANS:
+        raise ValueError(f"tls-verify-peer is true or false, not '{verify}'")
+    host = query.get("tls-hostname", "")
+    return Credentials(certificates=certificates, psk=psk, user=user, verify=_BOOLEANS[verify], host=host)

@@ -31,8 +31,7 @@ from blkloom.targets.spec import TargetSpec
 from blkloom.units import SECTOR, Bytes, to_sectors
 
 if TYPE_CHECKING:
-    import socket
-
+    from blkloom.nbd_client.connecting import Connected
     from blkloom.nbd_client.handshake import ServerExport
     from blkloom.nbd_client.links import Links
     from blkloom.targets.saved_state import SavedState
@@ -99,7 +98,7 @@ class _LoadedNbd(LoadedTarget):
         self._uri = parse_uri(spec.uri)
         self._links: Links | None = None
         saved = context.saved_state(if_lost="its server must be reachable")
-        sock, found = self._first(spec, context, saved)
+        first, found = self._first(context, saved)
         read_only = context.read_only or spec.reading == "read_only" or (spec.reading != "" and found.read_only)
         try:
             self._check(context, found, length, read_only=read_only)
@@ -127,18 +126,18 @@ class _LoadedNbd(LoadedTarget):
                 self._client, context.engine, self._uri, needs, reconnect=spec.reconnect, tell=segment.event
             )
             try:
-                if sock is not None:
-                    self._links.add(0, sock.fileno(), found)
+                if first is not None:
+                    self._links.add(0, first)
                 self._links.start()
             except BaseException:
                 self._links.close()
                 raise
         finally:
-            if sock is not None:
-                sock.close()
+            if first is not None:
+                first.close()
         super().__init__(spec, [(Bytes(0), length, Extent.backend(self._client, 0, read_only=read_only))])
 
-    def _first(self, spec: Nbd, context: LoadContext, saved: SavedState) -> tuple[socket.socket | None, ServerExport]:
+    def _first(self, context: LoadContext, saved: SavedState) -> tuple[Connected | None, ServerExport]:
         """The first connection. If a former process of the device had one and there is none now, requests wait as for
         any lost connection. Raises BackingError.
         """
@@ -149,11 +148,15 @@ class _LoadedNbd(LoadedTarget):
         cure, number = "start the server, or correct the URI", errno.ECONNREFUSED
         former = saved.read() if context.restored else None
         try:
-            return connect(self._uri, time.monotonic() + (_SHORT_SECONDS if former else CONNECT_SECONDS))
+            first = connect(self._uri, time.monotonic() + (_SHORT_SECONDS if former else CONNECT_SECONDS))
+        except ValueError as error:
+            what, cure, number = str(error), "correct the file, or name another one", errno.EINVAL
         except HandshakeError as error:
             what, cure, number = str(error), error.cure or cure, errno.EPROTO
         except OSError as error:
             what, number = described(error), error.errno or number
+        else:
+            return first, first.found
         if former:
             context.warn(f"{self._uri}: {what}; requests wait for it")
             return None, msgspec.convert(former[_SAVED], ServerExport)

@@ -5,22 +5,24 @@
 //! time and an answer of ESHUTDOWN. All unanswered operations then go back to the client.
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::IoSlice;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blkloom_io::{Buffer, Errno};
 use blkloom_wire::{Content, Coverage, Header, Parsed, Reply, Style, flags, server_reply};
 use rustix::event::epoll::EventFlags;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendFlags, Shutdown, recvmsg, send, shutdown};
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 use slab::Slab;
 
+use super::line::Line;
 use super::output::{COPIED, Output};
 use super::{NbdClient, Offer, Queued, Settings};
 use crate::backend::Operation;
 use crate::driven::Driven;
 use crate::stats::Op;
+use crate::transport::nbd::StreamError;
 
 /// Most requests in flight on a connection, and most bytes of them; a single one may have more.
 pub(super) const MOST: usize = 256;
@@ -86,7 +88,7 @@ enum Phase {
 pub(super) struct Connection {
     client: Arc<NbdClient>,
     slot: usize,
-    fd: OwnedFd,
+    line: Line,
     offer: Offer,
     block: u64,
     timeout: Option<Duration>,
@@ -113,11 +115,11 @@ enum Lost {
 }
 
 impl Connection {
-    pub fn new(client: Arc<NbdClient>, slot: usize, fd: OwnedFd, offer: Offer, settings: Settings) -> Connection {
+    pub fn new(client: Arc<NbdClient>, slot: usize, line: Line, offer: Offer, settings: Settings) -> Connection {
         Connection {
             client,
             slot,
-            fd,
+            line,
             offer,
             block: settings.block.max(1),
             timeout: settings.timeout,
@@ -246,13 +248,18 @@ impl Connection {
     }
 
     fn send(&mut self) -> Result<bool, Lost> {
+        let lost = |error: StreamError| lost_by("send", &error);
+        if self.line.has_unsent() {
+            match self.line.flush() {
+                Ok(()) | Err(StreamError::Again) => {}
+                Err(error) => return Err(lost(error)),
+            }
+        }
         if self.output.is_empty() {
             return Ok(false);
         }
         let flights = &self.flights;
-        self.output
-            .send(&self.fd, |slot| flights[slot].queued.operation.payload())
-            .map_err(|errno| Lost::Closed(format!("sending failed: {errno}")))
+        self.output.send(&mut self.line, |slot| flights[slot].queued.operation.payload()).map_err(lost)
     }
 
     // Replies
@@ -261,23 +268,16 @@ impl Connection {
         let mut any = false;
         for _ in 0..RECEIVES {
             let room = input.len();
-            let direct = match &self.body {
-                Some(body) if body.left >= DIRECT => {
-                    let (at, left) = (body.at, body.left);
-                    Some((&mut self.flights[body.slot].data[at..at + left], left))
-                }
-                _ => None,
+            let direct: &mut [u8] = match &self.body {
+                Some(body) if body.left >= DIRECT => &mut self.flights[body.slot].data[body.at..body.at + body.left],
+                _ => &mut [],
             };
-            let placed = direct.as_ref().map_or(0, |(_, left)| *left);
-            let received = match direct {
-                Some((data, _)) => receive(&self.fd, &mut [IoSliceMut::new(data), IoSliceMut::new(input.bytes_mut())]),
-                None => receive(&self.fd, &mut [IoSliceMut::new(input.bytes_mut())]),
-            };
-            let count = match received {
+            let placed = direct.len();
+            let count = match self.line.receive(direct, input.bytes_mut()) {
                 Ok(0) => return Err(Lost::Closed("the server closed the connection".into())),
                 Ok(count) => count,
-                Err(Errno::AGAIN) => return Ok(any),
-                Err(errno) => return Err(Lost::Closed(format!("receiving failed: {errno}"))),
+                Err(StreamError::Again) => return Ok(any),
+                Err(error) => return Err(lost_by("receive", &error)),
             };
             any = true;
             let direct = count.min(placed);
@@ -285,7 +285,7 @@ impl Connection {
                 self.received(direct)?;
             }
             self.process(&input.bytes()[..count - direct])?;
-            if count < placed + room {
+            if count < placed + room && !self.line.is_sealed() {
                 break; // the socket is empty, most probably
             }
         }
@@ -464,7 +464,8 @@ impl Connection {
                 self.disconnect();
             }
             // ENOTCONN: the server has closed it meanwhile, and receiving says so.
-            let _shut = shutdown(&self.fd, Shutdown::Write);
+            self.line.close();
+            let _shut = shutdown(self.line.descriptor(), Shutdown::Write);
         }
     }
 
@@ -472,14 +473,15 @@ impl Connection {
     fn disconnect(&mut self) {
         let mut bytes = Vec::with_capacity(32);
         Header { flags: 0, kind: DISCONNECT, cookie: 0, offset: 0, length: 0 }.put(self.offer.style, &mut bytes);
-        let _sent = send(&self.fd, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let _sent = self.line.send(&[IoSlice::new(&bytes)]);
     }
 
     /// Receives and ignores all replies until the server closes the connection.
     fn drain(&mut self, input: &mut Buffer) -> bool {
-        let mut into = [IoSliceMut::new(input.bytes_mut())];
-        match receive(&self.fd, &mut into) {
-            Ok(count) if count > 0 => true,
+        // Also of a TLS session: nothing that the server still says counts.
+        match recv(self.line.descriptor(), input.bytes_mut(), RecvFlags::DONTWAIT) {
+            Ok((count, _)) if count > 0 => true,
+            Err(Errno::INTR) => true,
             Err(Errno::AGAIN) if self.client.is_open() => false,
             _ => {
                 self.phase = Phase::Over;
@@ -492,11 +494,11 @@ impl Connection {
 
 impl Driven for Connection {
     fn descriptor(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.line.descriptor()
     }
 
     fn interest(&self) -> EventFlags {
-        let sends = self.phase == Phase::Open && !self.output.is_empty();
+        let sends = self.phase == Phase::Open && (!self.output.is_empty() || self.line.has_unsent());
         EventFlags::IN | if sends { EventFlags::OUT } else { EventFlags::empty() }
     }
 
@@ -613,11 +615,11 @@ fn violation(what: String) -> Lost {
     Lost::Cut(format!("the server broke the protocol: {what}"))
 }
 
-fn receive(fd: &OwnedFd, into: &mut [IoSliceMut<'_>]) -> Result<usize, Errno> {
-    loop {
-        match recvmsg(fd, into, &mut RecvAncillaryBuffer::default(), RecvFlags::DONTWAIT) {
-            Err(Errno::INTR) => {}
-            received => return received.map(|message| message.bytes),
-        }
+/// Why a connection is lost whose stream has failed. doing: "send" or "receive".
+fn lost_by(doing: &str, error: &StreamError) -> Lost {
+    match error {
+        // The server may not have noticed.
+        StreamError::Broken(_) => Lost::Cut(error.reason(doing)),
+        _ => Lost::Closed(error.reason(doing)),
     }
 }

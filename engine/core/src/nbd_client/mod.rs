@@ -16,6 +16,7 @@
 //! "Write" means every operation that changes data. Operations wait without a limit of time until `give_up`.
 
 mod connection;
+mod line;
 mod output;
 
 use std::collections::VecDeque;
@@ -28,12 +29,14 @@ use blkloom_io::{Errno, Process};
 pub use blkloom_wire::Style;
 
 use self::connection::Connection;
+use self::line::Line;
 use crate::backend::{Backend, Limits, Operation, OperationId};
 use crate::driven::DrivenHandle;
 use crate::engine::{Engine, EngineError};
 use crate::event::Event;
 use crate::stats::Op;
 use crate::sync::{Mutex, lock};
+use crate::transport::nbd::Stream;
 
 /// Settings that hold for all connections.
 #[derive(Clone, Copy, Debug)]
@@ -166,15 +169,16 @@ impl NbdClient {
         self.event.as_fd()
     }
 
-    /// Uses a socket whose handshake is complete for an absent slot. The socket is closed if the slot is not absent or
-    /// the client is closed.
+    /// Uses a socket or TLS session whose handshake is complete for an absent slot. It is closed if the slot is not
+    /// absent or the client is closed.
     pub fn connect(
         self: &Arc<Self>,
         engine: &Engine,
         slot: usize,
-        fd: OwnedFd,
+        socket: Result<OwnedFd, Box<dyn Stream>>,
         offer: Offer,
     ) -> Result<(), EngineError> {
+        let line = socket.map_or_else(Line::new, Line::Plain);
         let state = lock(&self.state);
         let absent = matches!(state.slots.get(slot), Some(Slot::Absent)) && !state.closed;
         drop(state);
@@ -190,7 +194,7 @@ impl NbdClient {
                 state.reconnects += 1;
             }
             state.dispatch();
-            Box::new(Connection::new(self.clone(), slot, fd, offer, self.settings))
+            Box::new(Connection::new(self.clone(), slot, line, offer, self.settings))
         })
     }
 

@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 
 use blkloom_wire::{Header, Style};
-use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+
+use super::line::Line;
+use crate::transport::nbd::StreamError;
 
 /// Payloads up to this length are copied behind their header; longer ones are sent from where they are.
 pub(super) const COPIED: usize = 16 << 10;
@@ -77,7 +77,7 @@ impl Output {
     }
 
     /// Sends as much as the socket takes. payload: that of the request in a slot. Returns whether anything was sent.
-    pub fn send<'a>(&mut self, fd: &OwnedFd, payload: impl Fn(usize) -> &'a [u8]) -> Result<bool, Errno> {
+    pub fn send<'a>(&mut self, line: &mut Line, payload: impl Fn(usize) -> &'a [u8]) -> Result<bool, StreamError> {
         let mut any = false;
         while !self.parts.is_empty() {
             let slices: Vec<IoSlice<'_>> = self
@@ -93,11 +93,9 @@ impl Output {
                     IoSlice::new(&bytes[if at == 0 { self.begun } else { 0 }..])
                 })
                 .collect();
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            let count = match sendmsg(fd, &slices, &mut SendAncillaryBuffer::default(), flags) {
+            let count = match line.send(&slices) {
                 Ok(count) => count,
-                Err(Errno::AGAIN) => return Ok(any),
-                Err(Errno::INTR) => continue,
+                Err(StreamError::Again) => return Ok(any),
                 Err(error) => return Err(error),
             };
             any = true;
