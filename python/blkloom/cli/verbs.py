@@ -101,6 +101,7 @@ _ALSO_CALLED: Final = {
     "delete": "remove", "del": "remove", "rm": "remove", "destroy": "remove",
     "list": "ls", "show": "info", "add": "create", "new": "create", "start": "create",
     "losetup": "loop", "mount": "attach", "map": "attach", "connect": "export", "kill": "stop", "shutdown": "stop",
+    "convert": "copy", "cp": "copy", "dd": "copy", "clone": "copy",
 }  # fmt: skip
 """Names of verbs in other tools."""
 
