@@ -159,3 +159,27 @@ def test_rules_hold_for_clients_that_were_handed_over(client: Client) -> None:
         assert int.from_bytes(exactly(stream, 16)[4:8]) == 1  # EPERM
         stream.sendall(request(READ, 0, 512))
         assert exactly(stream, 16 + 512)[16:] == bytes(512)
+
+
+def test_qemu_goes_on_after_the_death_of_the_worker(
+    client: Client, tmp_path: Path, program: Callable[[str, str], str]
+) -> None:
+    keys = pre_shared_keys(tmp_path / "keys.psk", "alice")
+    port = exported(client, psk=str(keys))
+    credentials = f"tls-creds-psk,id=t,dir={tmp_path},username=alice,endpoint=client"
+    image = f"driver=nbd,host=127.0.0.1,port={port},export=disk,tls-creds=t,reconnect-delay=60"
+    command = ["stdbuf", "-oL", program("qemu-io", "qemu-utils"), "--object", credentials, "--image-opts", image]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as qemu:
+        assert qemu.stdin is not None
+        assert qemu.stdout is not None
+        for _ in range(3):
+            for asked, said in (("write -P 0x5a 4k 4k", "wrote 4096/4096"), ("read -P 0x5a 4k 4k", "read 4096/4096")):
+                qemu.stdin.write(f"{asked}\n")  # one by one: it does not look for a second line that it has read
+                while said not in (line := qemu.stdout.readline()):
+                    assert line, "qemu-io has ended"
+                    assert "failed" not in line
+            (before,) = client.info("disk")
+            os.kill(before.worker, signal.SIGKILL)
+            until(client, "disk", lambda found, former=before.worker: found.worker not in (0, former))
+        qemu.stdin.close()
+        assert qemu.wait(60) == 0
