@@ -67,8 +67,10 @@ if TYPE_CHECKING:
         WorkerGone,
         WorkerStuck,
     )
+    from blkloom.export.nbd.access import AccessRules
     from blkloom.export.nbd.server import NbdServer, ServerLimits
     from blkloom.export.nbd.session import NbdExport
+    from blkloom.export.nbd.tls import TlsSettings
     from blkloom.stats import Stats
     from blkloom.table import Segment, Table, format_table, parse_table, syntax
     from blkloom.table.arguments import Arguments
@@ -89,6 +91,7 @@ __all__ = [
     "RETRY",
     "SECTOR",
     "ZERO",
+    "AccessRules",
     "Answer",
     "Arguments",
     "AsyncDevice",
@@ -151,6 +154,7 @@ __all__ = [
     "TargetSpec",
     "Tee",
     "ThrottleFilter",
+    "TlsSettings",
     "UnknownTarget",
     "UsageError",
     "WorkerGone",
@@ -228,11 +232,13 @@ _HOMES: Final = {
         "WorkerGone",
         "WorkerStuck",
     ),
+    "blkloom.export.nbd.access": ("AccessRules",),
     "blkloom.export.nbd.server": (
         "NbdServer",
         "ServerLimits",
     ),
     "blkloom.export.nbd.session": ("NbdExport",),
+    "blkloom.export.nbd.tls": ("TlsSettings",),
     "blkloom.stats": ("Stats",),
     "blkloom.table": (
         "Segment",
