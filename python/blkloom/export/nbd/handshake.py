@@ -3,9 +3,9 @@
 The caller passes bytes to `receive_data` and gets events from `next_event`, one at a time, so that a client
 that sends many options at once is answered one by one and replies do not accumulate. One thread at a time.
 
-Guarantees: how a stream is cut into pieces does not change the events; arbitrary bytes raise
-`ProtocolError` or nothing; once `next_event` returned None, less than OPTION_HEADER + OPTION_LIMIT
-bytes are held (data of unknown, oversized or dataless options is dropped as it arrives).
+Guarantees: how a stream is cut into pieces does not change the events, except where it goes on after a STARTTLS that
+is accepted (see below); arbitrary bytes raise `ProtocolError` or nothing; once `next_event` returned None, less than
+OPTION_HEADER + OPTION_LIMIT bytes are held (data of unknown, oversized or dataless options is dropped as it arrives).
 
 TLS: see `TlsMode`. Nothing that was said before TLS counts after it, and a client that sends bytes after STARTTLS
 before it has the reply is disconnected: they would be plain text that counts as encrypted.
