@@ -49,6 +49,13 @@ FAULTS = (
         "fuzzer nbd_requests",
     ),
     Fault(
+        "NBD: chunks of a read may overlap the one before",
+        "engine/wire/src/server_reply.rs",
+        "next > 0 && self.runs[next - 1].1 > at",
+        "next > 1 && self.runs[next - 1].1 > at",
+        "fuzzer nbd_replies",
+    ),
+    Fault(
         "NBD: a hand-over forgets what it was skipping",
         "engine/core/src/transport/nbd/connection/detach.rs",
         "Input::Skip(skipping) => Some(skipping),",
