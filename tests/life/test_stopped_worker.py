@@ -1,6 +1,6 @@
 """A worker that is stopped (SIGSTOP) and answers nothing: each verb ends soon, and those with `--force` do their work.
 
-Verbs that wait for an answer take a minute or more each, so the time limit of these tests fails them.
+Verbs that wait for an answer take a minute or more each, so the time limit of each command fails them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .attached import disk, life, loop_devices
 from .conftest import Life
 
 __all__ = ["disk", "life"]
-pytestmark = pytest.mark.timeout(50)
+pytestmark = pytest.mark.timeout(600)
+SECONDS = 50
 
 ASK_NO_WORKER = {
     *("serve", "supervisor", "targets", "target-version", "version", "replay", "help", "completion", "mangle", "wait"),
@@ -71,7 +72,7 @@ class Stopped:
     def said(self, verb: str) -> subprocess.CompletedProcess[str]:
         """The result of a command."""
         words = shlex.split(verb.format(saved=self._saved))
-        return subprocess.run([*self._command, *words], capture_output=True, text=True, check=False)
+        return subprocess.run([*self._command, *words], capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
 @pytest.fixture
