@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import signal
 import socket
@@ -379,3 +380,29 @@ def test_a_load_survives_a_network_that_cuts_replies_in_half(
             load.wait(20)
         proxy.often = 0.0
         load.wait(20)
+
+
+def test_nbd_server_serves_what_was_written(program: Program, tmp_path: Path) -> None:
+    """It cannot get its socket from the test, so the test waits for it."""
+    server, disk, path = program("nbd-server", "nbd-server"), tmp_path / "disk.img", tmp_path / "server.sock"
+    disk.write_bytes(bytes(SIZE))
+    configuration = tmp_path / "nbd-server.conf"
+    with socket.create_server(("127.0.0.1", 0)) as unused:  # it always listens on a port, too
+        port = unused.getsockname()[1]
+    configuration.write_text(
+        f"[generic]\nunixsock = {path}\nport = {port}\nlistenaddr = 127.0.0.1\n"
+        f"[disk]\nexportname = {disk}\nflush = true\nfua = true\n"
+    )
+    number = tmp_path / "server.pid"
+    subprocess.run([server, "-C", configuration, "-p", number], check=True, stderr=subprocess.DEVNULL)
+    while not (number.exists() and number.read_text().strip() and path.exists()):
+        pass
+    try:
+        with blkloom.open(f"0 {SECTORS} nbd nbd+unix:///disk?socket={path}") as device:
+            data = random.Random(6).randbytes(MiB)
+            device.pwrite(data, 4096, fua=True)
+            device.flush()
+            assert device.pread(MiB, 4096) == data
+    finally:
+        os.kill(int(number.read_text()), signal.SIGTERM)
+    assert disk.read_bytes()[4096 : 4096 + MiB] == data
