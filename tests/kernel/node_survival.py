@@ -52,6 +52,8 @@ LARGEST: Final = 256 << 10
 """Bytes of a file."""
 POOL: Final = random.Random(0).randbytes(4 * LARGEST)
 """Files are parts of this: in an emulated machine, random bytes for each file would take longer than its I/O."""
+ATTACH: Final[dict[str, dict[str, int]]] = {"nbd": {"timeout": 6}}
+"""Options of a way: after a death, the kernel's NBD client sends requests again when their time is over."""
 PAUSE: Final = 0.03
 """Seconds between rounds: in an emulated machine, the other processes need the processor, too."""
 ROUND_SECONDS: Final = 300.0
@@ -177,7 +179,7 @@ class Survival:
         with self._file.open("wb") as file:
             file.truncate(self._size)
         self._client.create(NAME, table=self._table())
-        node = self._client.attach(NAME, via=options.via).node.path
+        node = self._client.attach(NAME, via=options.via, options=ATTACH.get(options.via)).node.path
         run(*self._make, node)
         Path(self._place).mkdir(exist_ok=True)
         run("mount", "-t", options.system, node, self._place)

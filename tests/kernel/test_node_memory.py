@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(0), only_long]
 GiB = 1 << 30
 SECONDS = 600
 PROGRAMS = [Path(__file__).with_name(name) for name in ("node_memory.py", "node_survival.py")]
-MODULES = {"ublk": ["ublk_drv"], "loop": ["fuse", "loop"]}
+MODULES = {"ublk": ["ublk_drv"], "nbd": ["nbd"], "loop": ["fuse", "loop"]}
 BUFFERED, DIRECT = "", "0 1 direct_io"
 
 SCRIPT = """

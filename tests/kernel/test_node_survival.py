@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).with_name("node_survival.py")
 SECONDS = 3 * 3600.0
 KILLS, UPGRADES, SWAPS = 50, 20, 20
 PACKAGES = {"ext4": ("mkfs.ext4", "e2fsprogs"), "xfs": ("mkfs.xfs", "xfsprogs"), "btrfs": ("mkfs.btrfs", "btrfs-progs")}
-MODULES = {"ublk": ["ublk_drv"], "loop": ["fuse", "loop"]}
+MODULES = {"ublk": ["ublk_drv"], "nbd": ["nbd"], "loop": ["fuse", "loop"]}
 
 SCRIPT = """
 export BLKLOOM_RUN_DIR=/run/b
