@@ -55,6 +55,12 @@ trap 'echo "--- the kernel"; dmesg | tail -n 15' ERR
 cd {directory}
 {modprobe}
 
+# kernel_is_content [MORE]: fails if the kernel has warned, or printed what matches MORE. A virtual machine that gets no
+# processor for long sees soft lockups. The kernel's command line contains any letters (base64), but no colon there.
+kernel_is_content() {{
+    ! dmesg | grep -v 'soft lockup' | grep -E "WARNING: |BUG(:| at) |hung_task${{1:+|$1}}"
+}}
+
 # serve URI_VARIABLE ARGUMENT...: starts blkloom in the guest; returns when clients can connect.
 serve() {{
     local -n _uri=$1

@@ -21,7 +21,7 @@ SCRIPT = """
 export BLKLOOM_RUN_DIR=/run/deaths/run
 mkdir /run/deaths
 {python} {program} {options}
-! dmesg | grep -E 'WARNING|BUG|hung_task'
+kernel_is_content
 """
 
 

@@ -27,7 +27,7 @@ mkdir /run/backing
 mount /dev/vda /run/backing
 {python} node_memory.py --via {via} --folder /run/backing --seconds {seconds} --loop-options '{options}'
 umount /run/backing
-! dmesg | grep -E 'WARNING|BUG|hung_task|I/O error|Out of memory|oom-kill'
+kernel_is_content 'I/O error|Out of memory|oom-kill'
 """
 
 

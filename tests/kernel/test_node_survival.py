@@ -27,7 +27,7 @@ export BLKLOOM_RUN_DIR=/run/b
 for system in ext4 xfs btrfs; do
     {python} {program} --via {via} --system $system --kills {kills} --upgrades {upgrades} --swaps {swaps} --grow
 done
-! dmesg | grep -E 'WARNING|BUG|hung_task|I/O error'
+kernel_is_content 'I/O error'
 """
 
 
