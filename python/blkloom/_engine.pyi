@@ -315,7 +315,8 @@ class NbdClient:
 
     connections: number of slots. longest, longest_range: most bytes of a request with and without data. block: offsets
     and lengths of requests are multiples of this power of two. timeout: seconds after which a request without an answer
-    cuts its connection. Raises ValueError, OSError.
+    cuts its connection. unflushed: others may have written before; otherwise a flush before the first write is not
+    sent. Raises ValueError, OSError.
     """
 
     def __new__(
@@ -326,6 +327,7 @@ class NbdClient:
         longest_range: int,
         block: int = 1,
         timeout: float | None = None,
+        unflushed: bool = False,
     ) -> NbdClient: ...
     def fileno(self) -> int:
         """A descriptor that is readable after the state of a slot has changed, until `report` takes it."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from blkloom.control.client import Client
+from conformance.nbd_client import NbdClient
+from nbd_by_hand import FLUSH, SIZE, WRITE, ByHand, Honest
 from nbd_sources import Source
 
 from .conftest import Life, info, until
@@ -138,3 +141,26 @@ def test_a_table_for_an_export_that_has_grown_is_loaded_under_clients(
     finish(load)
     assert info(client, "disk").size == 2 * SECTORS * 512
     assert [writer.reconnects for writer in load] == [0, 0]
+
+
+def reload_without_flush(client: Client) -> None:
+    client.suspend("disk", flush=False)
+    client.load("disk", client.table("disk"))
+    client.resume("disk", flush=False)
+
+
+@pytest.mark.parametrize("renew", [kill_worker, reload_without_flush])
+def test_a_flush_covers_what_was_written_before_the_death_of_a_worker_and_a_reload(
+    life: Life, client: Client, tmp_path: Path, renew: Callable[[Client], None]
+) -> None:
+    honest = Honest()
+    with ByHand(tmp_path, honest.serve) as server:
+        client.create("disk", table=f"0 {SIZE // 512} nbd {server.uri} 1 connections=1")
+        with closing(NbdClient.unix(life.socket("disk"))) as nbd:
+            assert nbd.ask(WRITE, 0, 512, payload=b"x" * 512).error == 0
+        renew(client)
+        assert [request.kind for _, request in honest.requests] == [WRITE]
+        with closing(NbdClient.unix(life.socket("disk"))) as nbd:
+            assert nbd.ask(FLUSH).error == 0
+        assert [request.kind for _, request in honest.requests] == [WRITE, FLUSH]
+        client.remove("disk")

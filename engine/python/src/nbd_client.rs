@@ -22,13 +22,14 @@ pub struct NbdClient(pub Arc<nbd_client::NbdClient>);
 #[pymethods]
 impl NbdClient {
     #[new]
-    #[pyo3(signature = (*, connections, longest, longest_range, block = 1, timeout = None))]
+    #[pyo3(signature = (*, connections, longest, longest_range, block = 1, timeout = None, unflushed = false))]
     fn new(
         connections: usize,
         longest: u64,
         longest_range: u64,
         block: u64,
         timeout: Option<f64>,
+        unflushed: bool,
     ) -> PyResult<NbdClient> {
         if connections == 0 || longest < block || longest_range < block || !block.is_power_of_two() {
             return Err(value_error(
@@ -36,7 +37,7 @@ impl NbdClient {
             ));
         }
         let timeout = timeout.map(Duration::try_from_secs_f64).transpose().map_err(value_error)?;
-        let settings = Settings { longest, longest_range, block, timeout, connections };
+        let settings = Settings { longest, longest_range, block, timeout, connections, unflushed };
         let client = nbd_client::NbdClient::new(settings);
         let client =
             client.map_err(|error| os_error(Errno::from_io_error(&error).unwrap_or(Errno::MFILE), "eventfd"))?;

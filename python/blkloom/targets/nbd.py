@@ -113,6 +113,7 @@ class _LoadedNbd(LoadedTarget):
                 longest_range=_longest_range(found, longest),
                 block=found.minimum,
                 timeout=spec.timeout or None,
+                unflushed=not read_only,
             )
             needs = Needs(
                 size=length,

@@ -49,6 +49,8 @@ pub struct Settings {
     /// How long a request may be unanswered before its connection is cut. None: without a limit.
     pub timeout: Option<Duration>,
     pub connections: usize,
+    /// Others may have written before, such as the client of a former process: a flush must cover that, too.
+    pub unflushed: bool,
 }
 
 /// What a server offers on one connection.
@@ -157,7 +159,7 @@ impl NbdClient {
             settings,
             state: Mutex::new(state),
             in_flight: AtomicUsize::new(0),
-            written: AtomicU64::new(0),
+            written: AtomicU64::new(u64::from(settings.unflushed)),
             flushed: AtomicU64::new(0),
             event: Event::new()?,
             home: Process::current(),
