@@ -268,12 +268,18 @@ def test_allow_serves_clients_with_and_without_tls(
     assert "with TLS" in run(nbdinfo, with_files(server.uri, client_files))
 
 
-def test_remote_addresses_need_no_other_word_if_tls_is_required(serve: Serve, blkloom: str, tmp_path: Path) -> None:
-    keys = pre_shared_keys(tmp_path / "keys.psk", "alice")
-    serve("--ram", "1M", "--listen", "0.0.0.0:0", "--tls=require", f"--tls-psk={keys}")
-    refused = attempt(blkloom, "serve", "--ram", "1M", "--listen", "0.0.0.0:0", "--tls=allow", f"--tls-psk={keys}")
-    assert refused.returncode == 64
-    assert "--tls=require" in refused.stderr
+def test_remote_addresses_need_no_other_word_if_clients_must_prove_who_they_are(
+    serve: Serve, blkloom: str, server_files: Path, tmp_path: Path
+) -> None:
+    remote = ["--ram", "1M", "--listen", "0.0.0.0:0"]
+    keys, files = f"--tls-psk={pre_shared_keys(tmp_path / 'keys.psk', 'alice')}", f"--tls-certificates={server_files}"
+    serve(*remote, "--tls=require", keys)
+    serve(*remote, "--tls=require", files, "--tls-verify-peer")
+    for words in (["--tls=allow", keys], ["--tls=require", files]):
+        refused = attempt(blkloom, "serve", *remote, *words)
+        assert refused.returncode == 64
+        assert "say --tls=require with --tls-verify-peer or --tls-psk" in refused.stderr
+    serve(*remote, "--tls=require", files, "--allow-remote")
 
 
 @pytest.mark.parametrize(

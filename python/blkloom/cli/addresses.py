@@ -33,5 +33,5 @@ listen_option: Final = click.option(
 allow_remote_option: Final = click.option(
     "--allow-remote",
     is_flag=True,
-    help="Allow --listen without --tls=require on an address that other hosts can reach.",
+    help="Allow --listen on an address that other hosts can reach without TLS that proves who clients are.",
 )

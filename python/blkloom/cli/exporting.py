@@ -64,7 +64,7 @@ def export(
     \b
     blkloom export disk --listen localhost:10809
     blkloom export disk --socket /srv/disk.sock --read-only
-    blkloom export disk --listen 0.0.0.0:10809 --tls=require --tls-certificates /etc/pki/blkloom
+    blkloom export disk --listen 0.0.0.0:10809 --tls=require --tls-psk /etc/blkloom/keys.psk
     blkloom export disk --fuse
     blkloom export disk --fuse /srv/disk.img --allow-other --mode 660 --gid 106
     blkloom export disk --vhost-user /run/vm/disk.sock

@@ -54,12 +54,12 @@ class NbdEndpoints:
         return export
 
     async def open(self, state: ExportState, *, allow_remote: bool) -> dict[str, int]:
-        """Listens, and sets the port in `state`. allow_remote: see `listen_tcp`; TLS that clients must
-        use allows it, too. Raises ListenError, UsageError.
+        """Listens, and sets the port in `state`. allow_remote: see `listen_tcp`; TLS that proves who
+        every client is allows it, too. Raises ListenError, UsageError.
         """
         if state.unix:
             return {"": listen_unix(state.unix, state.socket).socket.detach()}
-        allow_remote |= NbdDetails.parse(state.details).tls.mode == "require"
+        allow_remote |= NbdDetails.parse(state.details).tls.requires_proof
         first, *others = await listen_tcp(state.host, state.port, allow_remote=allow_remote)
         for other in others:
             other.close()

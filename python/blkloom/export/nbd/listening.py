@@ -4,7 +4,7 @@ The file of a Unix socket has the mode 0600 from the start (Linux takes it from 
 is bound); other owners and permissions are set before the process listens. It replaces a stale file only if no process
 listens there, and is removed on close only if it is still the same file. Not safe against two servers that start on one
 path within the microseconds between bind and listen. TCP addresses that other hosts can reach must be confirmed
-(`allow_remote`, or TLS that clients must use), because NBD without TLS has no authentication; sockets of other programs
+(`allow_remote`, or TLS that proves who clients are), because NBD has no authentication; sockets of other programs
 are adopted without a check. Errors are ListenError.
 """
 
@@ -177,7 +177,8 @@ def _check_loopback(host: str, addresses: Iterable[str]) -> None:
             named = address if host in ("", address) else f"{host} ({address})"
             raise UsageError(
                 f"other hosts can reach {named}, and NBD has no authentication: every client may use the device",
-                cure="listen on localhost, say --tls=require, or confirm it with --allow-remote",
+                cure="listen on localhost, say --tls=require with --tls-verify-peer or --tls-psk, or confirm it with"
+                " --allow-remote",
             )
 
 

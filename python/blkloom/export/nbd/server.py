@@ -165,10 +165,10 @@ class NbdServer:
     ) -> list[Listener]:
         """Listens on every address of `host` ("" for all, port 0 for a free one).
 
-        allow_remote: `host` may be an address that other hosts reach; without it, and without TLS that clients must
-        use, that raises UsageError. Raises ListenError.
+        allow_remote: `host` may be an address that other hosts reach; without it, and without TLS that proves who
+        every client is, that raises UsageError. Raises ListenError.
         """
-        allow_remote |= self._tls.mode == "require"
+        allow_remote |= self._tls.settings.requires_proof
         return [self._listen(listener) for listener in await listen_tcp(host, port, allow_remote=allow_remote)]
 
     def reload_tls(self) -> None:

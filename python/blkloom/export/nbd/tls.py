@@ -53,6 +53,11 @@ class TlsSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
         """Whether clients over TLS have a name that was verified."""
         return self.mode != "off" and (self.verify_peer or bool(self.psk))
 
+    @property
+    def requires_proof(self) -> bool:
+        """Whether every client must prove who it is: TLS alone only encrypts."""
+        return self.mode == "require" and self.proves_clients
+
 
 class Tls:
     """TLS of one server. Without credentials that can be used, it refuses clients until `reload`."""
