@@ -91,6 +91,9 @@ class AccessRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
             reason = (
                 "this export is not for your certificate or key" if client.names else "this export needs a certificate"
             )
+        # Otherwise a client could write by leaving out TLS.
+        if reason is None and not client.names and any(rule.startswith("certificate=") for rule in self.read_only_for):
+            reason = "this export needs a certificate"
         if reason is not None:
             return Verdict(reason)
         return Verdict(read_only=any(self._matches(rule, client) for rule in self.read_only_for))
@@ -130,10 +133,14 @@ def names_of(kind: Literal["certificate", "psk"], name: str, common_name: str | 
 def parse_network(text: str) -> Network:
     """A network or an address. Raises UsageError."""
     try:
-        return ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text)
     except ValueError as error:
         cure = "write an address or a network without bits of hosts, as 192.0.2.0/24 or 2001:db8::/32"
         raise UsageError(f"'{text}' is no network: {error}", cure=cure) from error
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    if mapped is not None and network.prefixlen >= 96:  # as `parse_address` has the address of a client
+        return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
 
 
 def parse_address(text: str) -> Address:
