@@ -135,6 +135,10 @@ def test_a_server_that_requires_tls_says_so_to_others(
         ("nbds://host/?tls-psk-file=/x", "need a user"),
         ("nbds://host/?tls-verify-peer=perhaps", "true or false"),
         ("nbds://host/?tls-colour=red", "unknown parameter"),
+        ("nbds+unix:///?socket=/x&tls-certificates=/x", "add tls-hostname=NAME"),
+        ("nbds+unix:///?socket=/x", "add tls-hostname=NAME"),
+        ("nbds://host/?tls-hostname=a%00b&tls-verify-peer=false", "NUL"),
+        ("nbds://a%00b@host/?tls-psk-file=/x", "NUL"),
     ],
 )
 def test_wrong_parameters_are_refused(uri: str, said: str) -> None:

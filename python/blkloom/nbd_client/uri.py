@@ -92,6 +92,8 @@ def parse_uri(text: str) -> NbdUri:
             raise ValueError("a Unix socket has no host: write nbd+unix:///NAME?socket=PATH")
         if len(sockets) != 1 or not sockets[0]:
             raise ValueError("a Unix socket needs one parameter socket=PATH")
+        if tls and credentials.verify and not credentials.psk and not credentials.host:
+            raise ValueError("a Unix socket has no host that a certificate could name: add tls-hostname=NAME")
         return msgspec.structs.replace(common, path=sockets[0])
     if sockets:
         raise ValueError("the parameter socket goes with nbd+unix:// only")
@@ -111,6 +113,8 @@ def _credentials(query: dict[str, str], user: str, *, tls: bool) -> Credentials:
     if unknown := set(query) - {"socket", *_PARAMETERS}:
         raise ValueError(f"unknown parameter '{min(unknown)}'; there are: socket, {', '.join(_PARAMETERS)}")
     given = set(query) & set(_PARAMETERS)
+    if any("\0" in value for value in (user, *(query[name] for name in given))):
+        raise ValueError("it has a NUL byte (%00)")
     if given and not tls:
         raise ValueError(f"the parameter {min(given)} goes with TLS only: begin with nbds")
     certificates, psk = query.get("tls-certificates"), query.get("tls-psk-file")
