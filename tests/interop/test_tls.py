@@ -199,6 +199,14 @@ def test_revoked_certificates_are_refused(
     assert "certificate revoked" in server.log.read_text()
 
 
+def test_a_revocation_list_that_cannot_be_read_is_an_error(blkloom: str, authority: Authority) -> None:
+    server_files = authority.issue("without-list", "/CN=localhost")
+    (server_files / "ca-crl.pem").symlink_to("nowhere")
+    done = attempt(blkloom, "serve", "--ram", "1M", *verifying(server_files))
+    assert done.returncode == 64
+    assert f"{server_files}/ca-crl.pem: No such file" in done.stderr
+
+
 def test_clients_refuse_a_server_of_another_authority(
     program: Program, serve: Serve, image: Path, client_files: Path, tmp_path: Path
 ) -> None:

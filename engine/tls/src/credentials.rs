@@ -104,7 +104,8 @@ pub(crate) fn load_authority(context: &mut SslContextBuilder, directory: &Path) 
         return Err(unusable(&path, "it has no certificate"));
     }
     let path = directory.join(REVOKED);
-    if path.exists() {
+    // Also a link that leads nowhere: without its file, revoked certificates would be valid.
+    if path.symlink_metadata().is_ok() {
         contents(&path)?;
         let lookup = store.add_lookup(X509Lookup::file())?;
         lookup.load_crl_file(&path, SslFiletype::PEM).map_err(|error| unusable(&path, &reasons(&error)))?;
