@@ -314,7 +314,7 @@ impl Stream for Session {
 }
 
 fn truncated(what: &str) -> String {
-    format!("{what}: the client ended the connection without a closing message")
+    format!("{what}: the peer ended the connection without a closing message")
 }
 
 fn said(stack: &ErrorStack, text: &str) -> bool {
