@@ -109,12 +109,14 @@ class Honest:
 
 
 class ByHand:
-    """The server, on a Unix socket in `folder`. serve: called for each connection, on a thread of its own."""
+    """The server, on a Unix socket in `folder`. serve: called for each connection, on a thread of its own. flags: those
+    of the next connections.
+    """
 
     def __init__(self, folder: Path, serve: Callable[[Connection], None], *, flags: int = FLAGS) -> None:
         self.path = folder / "by-hand.sock"
         self._serve = serve
-        self._flags = flags
+        self.flags = flags
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(self.path))
         self._socket.listen(16)
@@ -181,7 +183,7 @@ class ByHand:
                     reply(4, struct.pack(">I", CONTEXT) + b"base:allocation")
                     reply(1)
                 case 7:
-                    reply(3, struct.pack(">HQH", 0, SIZE, self._flags))
+                    reply(3, struct.pack(">HQH", 0, SIZE, self.flags))
                     reply(3, struct.pack(">HIII", 3, 1, 4096, 1 << 20))
                     reply(1)
                     return

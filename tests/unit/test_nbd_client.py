@@ -7,20 +7,26 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
+import msgspec
 import pytest
 from hypothesis import strategies
 
 import blkloom
+from blkloom.nbd_client.handshake import HandshakeError, ServerExport
+from blkloom.nbd_client.links import Needs
 from nbd_by_hand import (
     BLOCK_STATUS,
     CONTEXT,
     DISC,
+    FLAGS,
     FLUSH,
     READ,
     SIZE,
     WRITE,
+    WRITE_ZEROES,
     ByHand,
     Connection,
     Honest,
@@ -31,6 +37,8 @@ from nbd_by_hand import (
 )
 
 pytestmark = pytest.mark.timeout(120)
+
+WRITES_ZEROES = 1 << 6
 
 Wrong = Callable[[Request], bytes]
 
@@ -88,6 +96,11 @@ def opened(server: ByHand, options: str = "1 connections=1") -> blkloom.Device:
 
 def status(device: blkloom.Device) -> str:
     return device.status()[0][3]
+
+
+def in_flight_and_waiting(device: blkloom.Device) -> tuple[int, int]:
+    words = status(device).split()
+    return int(words[words.index("in_flight") + 1]), int(words[words.index("waiting") + 1])
 
 
 def broken_by(folder: Path, wrong: Wrong, kind: int, request: Callable[[blkloom.Device], object]) -> tuple[object, str]:
@@ -269,3 +282,63 @@ def test_a_flush_is_not_sent_if_one_has_covered_all_writes(tmp_path: Path) -> No
         with opened(server, "2 connections=1 read_only") as device:
             device.flush()
     assert len(honest.requests) == 3
+
+
+def test_a_server_that_has_lost_what_the_device_relies_on_is_not_used(tmp_path: Path) -> None:
+    honest = Honest()
+
+    def serve(connection: Connection) -> None:
+        server.flags = FLAGS & ~WRITES_ZEROES if connection.number == 0 else server.flags
+        if connection.number > 0:
+            honest.serve(connection)
+
+    with ByHand(tmp_path, serve) as server, opened(server) as device:
+        zeroing = threading.Thread(target=device.write_zeroes, args=(0, SIZE))
+        zeroing.start()
+        while "the server does not write zeroes any more; load the table again" not in status(device):
+            pass
+        assert honest.requests == []
+        server.flags = FLAGS
+        zeroing.join()
+    assert [(request.kind, request.length) for _, request in honest.requests] == [(WRITE_ZEROES, SIZE), (FLUSH, 0)]
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ({"extended": False}, "extended headers any more"),
+        ({"flags": FLAGS & ~WRITES_ZEROES}, "write zeroes any more"),
+        ({"size": SIZE - 1}, "bytes, but"),
+        ({"flags": FLAGS | 1 << 1}, "read-only now"),
+        ({"minimum": 4096}, "block sizes"),
+        ({"maximum": 4096}, "block sizes"),
+        ({"flags": FLAGS & ~(1 << 8)}, "several connections"),
+    ],
+)
+def test_every_connection_offers_what_the_first_one_did(lost: dict[str, Any], said: str) -> None:
+    needs = Needs(size=SIZE, block=1, longest=SIZE, writable=True, multi_conn=True, extended=True, write_zeroes=True)
+    found = ServerExport(SIZE, FLAGS, extended=True, maximum=SIZE)
+    needs.check(found)
+    with pytest.raises(HandshakeError, match=said):
+        needs.check(msgspec.structs.replace(found, **lost))
+
+
+def test_zeros_that_are_sent_as_data_count_as_data(tmp_path: Path) -> None:
+    """Only so many bytes are on their way, so that memory for them is limited."""
+    honest, may_serve = Honest(), threading.Event()
+
+    def serve(connection: Connection) -> None:
+        assert may_serve.wait(60)
+        honest.serve(connection)
+
+    with ByHand(tmp_path, serve, flags=FLAGS & ~WRITES_ZEROES) as server, opened(server) as device:
+        threads = [threading.Thread(target=device.write_zeroes, args=(0, SIZE)) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        while sum(found := in_flight_and_waiting(device)) < 64:
+            pass
+        may_serve.set()
+        for thread in threads:
+            thread.join()
+    assert found == (32, 32)
+    assert [(request.kind, request.length) for _, request in honest.requests[:64]] == 64 * [(WRITE, SIZE)]

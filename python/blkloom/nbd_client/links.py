@@ -18,7 +18,7 @@ import msgspec
 
 from blkloom import _engine
 from blkloom.nbd_client.connecting import Connected, connect
-from blkloom.nbd_client.handshake import HandshakeError, ServerExport
+from blkloom.nbd_client.handshake import SEND_WRITE_ZEROES, HandshakeError, ServerExport
 from blkloom.nbd_client.uri import NbdUri
 from blkloom.printing import described
 
@@ -30,7 +30,8 @@ _LONGEST_PAUSE: Final = 2.0
 
 class Needs(msgspec.Struct, frozen=True):
     """What every connection must offer, because the device relies on it. size, block, longest: bytes. writable: the
-    export may be written. multi_conn: there are several connections.
+    export may be written. multi_conn: there are several connections. extended, write_zeroes: the lengths of requests
+    without data rely on extended headers, on NBD_CMD_WRITE_ZEROES.
     """
 
     size: int
@@ -38,6 +39,8 @@ class Needs(msgspec.Struct, frozen=True):
     longest: int
     writable: bool
     multi_conn: bool
+    extended: bool
+    write_zeroes: bool
 
     def check(self, found: ServerExport) -> None:
         """Raises HandshakeError if the server does not offer that (any more)."""
@@ -50,6 +53,10 @@ class Needs(msgspec.Struct, frozen=True):
             what = f"the export's block sizes are {found.minimum} to {found.maximum} bytes now"
         elif self.multi_conn and not found.multi_conn:
             what = "the export does not allow several connections any more"
+        elif self.extended and not found.extended:
+            what = "the server does not have extended headers any more"
+        elif self.write_zeroes and not found.flags & SEND_WRITE_ZEROES:
+            what = "the server does not write zeroes any more"
         if what:
             raise HandshakeError(what, "load the table again")
 

@@ -121,6 +121,8 @@ class _LoadedNbd(LoadedTarget):
                 longest=longest,
                 writable=not read_only,
                 multi_conn=connections > 1,
+                extended=found.extended and bool(found.flags & SEND_WRITE_ZEROES),
+                write_zeroes=bool(found.flags & SEND_WRITE_ZEROES),
             )
             segment = context.segment()
             self._links = Links(

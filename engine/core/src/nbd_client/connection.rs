@@ -4,7 +4,6 @@
 //! against its request. A reply that breaks the protocol cuts the connection; so do a request that is not answered in
 //! time and an answer of ESHUTDOWN. All unanswered operations then go back to the client.
 
-use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use slab::Slab;
 
 use super::line::Line;
 use super::output::{COPIED, Output};
+use super::sent::Sent;
 use super::{NbdClient, Offer, Queued, Settings};
 use crate::backend::Operation;
 use crate::driven::Driven;
@@ -94,11 +94,10 @@ pub(super) struct Connection {
     timeout: Option<Duration>,
     phase: Phase,
     flights: Slab<Flight>,
-    /// Bytes of the reads and writes among them.
+    /// Bytes that they move.
     bytes: u64,
     next_cookie: u32,
-    /// When requests were sent, oldest first; also answered ones.
-    sent: VecDeque<(Instant, u64)>,
+    sent: Sent,
     output: Output,
     /// The beginning of a reply.
     partial: Vec<u8>,
@@ -127,7 +126,7 @@ impl Connection {
             flights: Slab::new(),
             bytes: 0,
             next_cookie: 0,
-            sent: VecDeque::new(),
+            sent: Sent::default(),
             output: Output::default(),
             partial: Vec::new(),
             body: None,
@@ -140,9 +139,11 @@ impl Connection {
     fn pull(&mut self) -> bool {
         let mut taken = std::mem::take(&mut self.taken);
         let (mut count, mut bytes) = (self.flights.len(), self.bytes);
+        let offer = self.offer;
         let fits = |operation: &Operation| {
-            let fits = count == 0 || count < MOST && bytes + weight(operation) <= MOST_BYTES;
-            (count, bytes) = (count + 1, bytes + weight(operation));
+            let weight = weight(operation, offer);
+            let fits = count == 0 || count < MOST && bytes + weight <= MOST_BYTES;
+            (count, bytes) = (count + 1, bytes + weight);
             fits
         };
         if !self.client.take(self.slot, fits, &mut taken) {
@@ -207,7 +208,7 @@ impl Connection {
             }
             Op::Discard | Op::Flush | Op::Cache => return self.finish(queued_only(queued), Ok(None)),
         };
-        self.bytes += weight(&queued.operation);
+        self.bytes += weight(&queued.operation, self.offer);
         let (offset, len) = range;
         let slot = self.flights.insert(Flight { offset, len, flush_after, ..queued_only(queued) });
         self.send_later(slot, command, flags);
@@ -243,7 +244,8 @@ impl Connection {
         let flight = &mut self.flights[slot];
         (flight.cookie, flight.command, flight.end) = (cookie, command, end);
         if self.timeout.is_some() {
-            self.sent.push_back((Instant::now(), cookie));
+            let flights = &self.flights;
+            self.sent.add(Instant::now(), cookie, |cookie| is_in_flight(flights, cookie));
         }
     }
 
@@ -427,7 +429,7 @@ impl Connection {
             (None, _) => Ok(None),
         };
         let flight = self.flights.remove(slot);
-        self.bytes -= weight(&flight.queued.operation);
+        self.bytes -= weight(&flight.queued.operation, self.offer);
         self.finish(flight, result);
         Ok(())
     }
@@ -455,7 +457,7 @@ impl Connection {
         let between_requests = self.output.is_empty();
         self.output = Output::default();
         self.body = None;
-        (self.partial, self.sent) = (Vec::new(), VecDeque::new());
+        (self.partial, self.sent) = (Vec::new(), Sent::default());
         self.phase = if ending { Phase::Ending } else { Phase::Over };
         // Before the server can close it.
         self.client.lost(self.slot, why, unanswered, ending);
@@ -524,21 +526,14 @@ impl Driven for Connection {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let &(at, _) = self.sent.front()?;
-        Some(at + self.timeout?)
+        self.sent.oldest()?.checked_add(self.timeout?)
     }
 
     fn expire(&mut self, now: Instant) {
         let Some(timeout) = self.timeout else { return };
-        while let Some(&(at, cookie)) = self.sent.front() {
-            let slot = cookie as u32 as usize;
-            if self.flights.get(slot).is_some_and(|flight| flight.cookie == cookie) {
-                if at + timeout <= now {
-                    self.lose(Lost::Cut(format!("a request was not answered within {} s", timeout.as_secs_f64())));
-                }
-                return;
-            }
-            self.sent.pop_front();
+        self.sent.forget(|cookie| is_in_flight(&self.flights, cookie));
+        if self.deadline().is_some_and(|deadline| deadline <= now) {
+            self.lose(Lost::Cut(format!("a request was not answered within {} s", timeout.as_secs_f64())));
         }
     }
 
@@ -554,6 +549,10 @@ impl Drop for Connection {
             self.lose(Lost::Closed("its event loop has ended".into()));
         }
     }
+}
+
+fn is_in_flight(flights: &Slab<Flight>, cookie: u64) -> bool {
+    flights.get(cookie as u32 as usize).is_some_and(|flight| flight.cookie == cookie)
 }
 
 fn queued_only(queued: Queued) -> Flight {
@@ -572,8 +571,14 @@ fn queued_only(queued: Queued) -> Flight {
     }
 }
 
-fn weight(operation: &Operation) -> u64 {
-    if matches!(operation.op, Op::Read | Op::Write) { operation.len } else { 0 }
+/// Bytes that an operation moves. A server without NBD_CMD_WRITE_ZEROES gets zeros as data.
+fn weight(operation: &Operation, offer: Offer) -> u64 {
+    let moves = match operation.op {
+        Op::Read | Op::Write => true,
+        Op::WriteZeroes => offer.flags & offers::WRITE_ZEROES == 0,
+        _ => false,
+    };
+    if moves { operation.len } else { 0 }
 }
 
 /// The runs of a block status that lie in the operation's range: hole and zero flags.

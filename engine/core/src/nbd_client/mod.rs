@@ -18,6 +18,7 @@
 mod connection;
 mod line;
 mod output;
+mod sent;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

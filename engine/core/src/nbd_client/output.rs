@@ -10,6 +10,8 @@ use crate::transport::nbd::StreamError;
 
 /// Payloads up to this length are copied behind their header; longer ones are sent from where they are.
 pub(super) const COPIED: usize = 16 << 10;
+/// Most memory that is kept for the next part.
+const SPARE: usize = 1 << 20;
 /// Most parts of one gathered send.
 const PARTS: usize = 64;
 
@@ -105,7 +107,9 @@ impl Output {
                 && let Some(part) = self.parts.pop_front()
             {
                 self.begun -= part.len();
-                if let Part::Bytes(mut bytes) = part {
+                if let Part::Bytes(mut bytes) = part
+                    && bytes.capacity() <= SPARE
+                {
                     bytes.clear();
                     self.spare = bytes;
                 }
