@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -154,8 +154,9 @@ def test_a_flush_covers_what_was_written_before_the_death_of_a_worker_and_a_relo
     life: Life, client: Client, tmp_path: Path, renew: Callable[[Client], None]
 ) -> None:
     honest = Honest()
-    with ByHand(tmp_path, honest.serve) as server:
+    with ByHand(tmp_path, honest.serve) as server, ExitStack() as stack:
         client.create("disk", table=f"0 {SIZE // 512} nbd {server.uri} 1 connections=1")
+        stack.callback(client.remove, "disk", deferred=True)  # when the clients below have left
         with closing(NbdClient.unix(life.socket("disk"))) as nbd:
             assert nbd.ask(WRITE, 0, 512, payload=b"x" * 512).error == 0
         renew(client)
@@ -163,4 +164,3 @@ def test_a_flush_covers_what_was_written_before_the_death_of_a_worker_and_a_relo
         with closing(NbdClient.unix(life.socket("disk"))) as nbd:
             assert nbd.ask(FLUSH).error == 0
         assert [request.kind for _, request in honest.requests] == [WRITE, FLUSH]
-        client.remove("disk")
