@@ -10,6 +10,7 @@ that serve raise it to the hard one. Those are not inherited by other programs: 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -20,6 +21,8 @@ WORKER_RESERVE: Final = 64
 """For a supervisor's connection, and what is sent to it at once (`Host.keep`)."""
 SUPERVISOR_RESERVE: Final = 320
 """For what comes in one message of a worker, while another worker is started."""
+_GETVERSION: Final = 0x80087601
+"""FS_IOC_GETVERSION, which writes an int (ioctl_iflags(2))."""
 
 
 def raise_limit() -> None:
@@ -88,6 +91,16 @@ def descriptor_path(fd: int) -> str:
     file description of its own, with flags of its own (proc_pid_fd(5)).
     """
     return f"/proc/self/fd/{fd}"
+
+
+def generation(fd: int) -> int:
+    """Generation number of the inode; a later file with the same inode number has another one. 0 if there is none."""
+    buffer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _GETVERSION, buffer)
+    except OSError:
+        return 0
+    return int.from_bytes(buffer[:4], "little")
 
 
 def open_file(path: str, *, writable: bool, direct: bool = False, exclusive: bool = False) -> int:

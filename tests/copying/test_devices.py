@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blkloom.control.client import Client
+from partition_images import mbr
 
 from .conftest import Copy
 from .shapes import K, M, make
@@ -100,3 +101,49 @@ def test_a_mounted_block_device_is_refused(
         subprocess.run([program("umount", "mount"), tmp_path / "mnt"], check=True)
     copy(disk, node)
     assert node.read_bytes()[:SIZE] == disk.read_bytes()
+
+
+def test_what_the_source_is_on_is_not_overwritten(copy: Copy, node: Path, tmp_path: Path) -> None:
+    """A loop device and its file, which the kernel does not lock; the disk of a partition."""
+    image = tmp_path / "block.img"
+    before = image.read_bytes()
+    assert "is on" in copy("--force", node, image, status=64).stderr
+    assert "is on" in copy("-n", node, image, status=64).stderr
+    assert "is on" in copy(image, node, status=64).stderr
+    assert image.read_bytes() == before
+
+
+def test_the_disk_of_a_partition_and_the_partition_are_not_copied_to_each_other(
+    copy: Copy, node: Path, program: Program
+) -> None:
+    node.write_bytes(mbr((0, 0x83, 2048, 4096)))
+    subprocess.run([program("partx", "util-linux"), "--update", node], check=True)
+    part = Path(f"{node}p1")
+    try:
+        before = node.read_bytes()
+        assert "is on" in copy(part, node, status=64).stderr
+        assert "is on" in copy(node, part, status=64).stderr
+        assert node.read_bytes() == before
+    finally:
+        subprocess.run([program("partx", "util-linux"), "--delete", node], check=True)
+
+
+def test_what_a_device_is_on_is_not_overwritten(copy: Copy, client: Client, disk: Path) -> None:
+    client.create("lower", table=f"0 {SIZE // 512} loop {disk}", shared=True)
+    client.create("middle", table=f"0 {SIZE // 512} linear blkloom:lower 0")
+    client.create("upper", table=f"0 {SIZE // 512} linear blkloom:middle 0")
+    before = disk.read_bytes()
+    assert "is on lower" in copy("upper", "lower", status=64).stderr
+    assert f"is on {disk}" in copy("--shared", "--force", "upper", disk, status=64).stderr
+    assert disk.read_bytes() == before
+
+
+def test_the_backing_file_of_the_source_is_not_overwritten(
+    copy: Copy, disk: Path, program: Program, tmp_path: Path
+) -> None:
+    overlay, before = tmp_path / "overlay.qcow2", disk.read_bytes()
+    words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(disk), str(overlay)]
+    subprocess.run([program("qemu-img", "qemu-utils"), *words], check=True)
+    assert f"is on {disk}" in copy("--shared", "--force", overlay, disk, status=64).stderr
+    assert f"is on {disk}" in copy("--force", overlay, disk, status=64).stderr
+    assert disk.read_bytes() == before

@@ -8,56 +8,32 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blkloom import Device, builtin_targets, parse_table
+from blkloom import Device, _engine
 from blkloom import open as open_device
 from blkloom._engine import DeviceCopy
 from blkloom.copying import running
-from blkloom.copying.ends import End, NewTarget, file_end, table_end
+from blkloom.copying.ends import End, NewTarget, file_end
 from blkloom.copying.failing import ContentsDiffer, CopyFailed
 from blkloom.copying.journal import Journal, JournalError
-from blkloom.copying.running import Copying, Result, Settings
+from blkloom.copying.running import Copying, Settings
+from blkloom.errors import LostData
 from blkloom.write_log import DISCARD, WriteLog
 from long_runs import LONG
 
 from .conftest import Copy
+from .ended_in_process import SECTORS, SHAPE, SIZE, Stop, copy_to, end, interrupted, new
 from .shapes import K, M, make
-
-SIZE = 3 * M
-SHAPE = (SIZE, ((0, 700 * K, True), (M, 900 * K, True), (2 * M + 512, M - 512, True)))
-SECTORS = SIZE // 512
-
-
-class Stop(Exception):
-    """Raised by a test in the middle of a copy."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """A disk."""
     return make(tmp_path / "disk.img", SHAPE)
-
-
-def end(text: str) -> End:
-    """A table as an end."""
-    return table_end("the table", parse_table(text, targets=builtin_targets()), {"table": "of the test"})
-
-
-def new(path: Path) -> NewTarget:
-    """A raw file to make."""
-    return NewTarget(path=str(path), name=str(path), format="raw", size=SIZE)
-
-
-def copy_to(
-    source: End, target: End | NewTarget, settings: Settings, reached: Callable[[int], None] = lambda _: None
-) -> Result:
-    """Copies in this process. reached: called with the position at every checkpoint."""
-    with Copying(source, settings, lambda _what, done: reached(done), ticking=False) as copying:
-        return copying.to(target)
 
 
 @pytest.mark.parametrize("name", ["copy.img", "copy.qcow2"])
@@ -193,6 +169,7 @@ def test_verify_finds_the_first_byte_that_differs(
     with pytest.raises(ContentsDiffer) as caught:
         copy_to(file_end(str(disk)), new(target), Settings(verify=True, request_size=64 * K))
     assert caught.value.offset == offset
+    assert not Path(f"{target}.blkloom-copy").exists(), "to continue would copy nothing"
 
 
 def test_a_rate_lets_no_more_through(disk: Path, tmp_path: Path) -> None:
@@ -214,18 +191,6 @@ def test_a_rate_lets_no_more_through(disk: Path, tmp_path: Path) -> None:
     start = copy_to(file_end(str(disk)), new(target), Settings(resume=True)).start
     assert start in (4096, 8192), "the request that waited may be finished at the end"
     assert target.read_bytes() == disk.read_bytes()
-
-
-def interrupted(disk: Path, target: Path) -> None:
-    """Leaves a copy that was interrupted."""
-
-    def reached(position: int) -> None:
-        if position:
-            raise Stop
-
-    with pytest.raises(Stop):
-        copy_to(file_end(str(disk)), new(target), Settings(requests=1, checkpoint=M // 2, request_size=64 * K), reached)
-    assert Path(f"{target}.blkloom-copy").exists()
 
 
 def test_a_copy_is_not_continued_from_another_source(copy: Copy, disk: Path, tmp_path: Path) -> None:
@@ -265,3 +230,83 @@ def test_what_is_no_journal_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "state").write_text(text)
     with pytest.raises(JournalError, match="not the state of a copy"):
         Journal.read(str(tmp_path / "state"))
+
+
+def test_a_disk_with_part_of_a_sector_is_verified_after_an_end_before_its_size_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, target = make(tmp_path / "odd.img", (SIZE + 100, ((0, SIZE + 100, True),))), tmp_path / "copy.img"
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Copying, "_give_size", stop)
+        settings = Settings(requests=1, checkpoint=M, request_size=64 * K)
+        with pytest.raises(Stop):
+            copy_to(file_end(str(odd)), new(target, SIZE + 100), settings)
+    assert target.stat().st_size == SIZE + 512
+    assert copy_to(file_end(str(odd)), new(target, SIZE + 100), Settings(resume=True, verify=True)).start > 0
+    assert target.read_bytes() == odd.read_bytes()
+
+
+def test_after_a_flush_that_failed_nothing_more_is_noted(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers report it once: their next flush succeeds."""
+    flush, failures = Device.flush, [OSError(errno.EIO, "lost")]
+
+    def fails_once(self: Device) -> None:
+        if failures:
+            raise failures.pop()
+        flush(self)
+
+    monkeypatch.setattr(Device, "flush", fails_once)
+    target = tmp_path / "copy.img"
+    with pytest.raises(LostData):
+        copy_to(file_end(str(disk)), new(target), Settings(requests=1, checkpoint=M // 2, request_size=64 * K))
+    assert not failures
+    journal = Journal.read(f"{target}.blkloom-copy")
+    assert journal is not None
+    assert journal.copied == 0
+
+
+@pytest.mark.parametrize("comparing", [False, True])
+def test_a_thread_that_is_lost_leaves_no_copy_that_passes_for_whole(
+    disk: Path, tmp_path: Path, comparing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its piece is not done, and it has noted no failure."""
+
+    class Lost:
+        failure = None
+        ended = True
+        position = 4096
+        counts = (4096, 0)
+
+        def stop(self) -> None:
+            """Nothing runs."""
+
+        def close(self) -> None:
+            """Nothing runs."""
+
+    def started(*arguments: Any, compare: bool = False, **options: Any) -> Any:
+        return Lost() if compare == comparing else DeviceCopy(*arguments, compare=compare, **options)
+
+    monkeypatch.setattr(_engine, "DeviceCopy", started)
+    target = tmp_path / "copy.img"
+    with pytest.raises(CopyFailed) as caught:
+        copy_to(file_end(str(disk)), new(target), Settings(verify=True))
+    assert caught.value.offset == 4096
+    assert Path(f"{target}.blkloom-copy").exists()
+
+
+def test_without_flush_nothing_is_flushed(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.img").write_bytes(bytes(SIZE))
+    with (tmp_path / "log").open("wb") as log:
+        log.truncate(64 * M)
+    target = end(f"0 {SECTORS} log-writes {tmp_path}/target.img {tmp_path}/log")
+    copy_to(file_end(str(disk)), target, Settings(flush=False))
+    with (tmp_path / "log").open("rb") as file:
+        entries = list(WriteLog(file, "log"))
+    assert entries
+    assert not any(entry.is_durable for entry in entries)

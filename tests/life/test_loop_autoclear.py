@@ -102,6 +102,22 @@ def test_a_partition_that_comes_and_goes_is_no_user(client: Client, file: Path) 
     assert [device.name for device in client.info()] == ["disk", "later"]
 
 
+def test_a_disk_that_goes_with_its_last_partition_is_no_error_of_its_removal(
+    client: Client, file: Path, connect: Callable[[str], NbdClient]
+) -> None:
+    with_partitions(client, file)
+    client.retain("disk")  # no autoclear
+    part = connect("disk1")
+    until(client, "disk1", lambda device: device.connections == 1)
+    client.remove("disk", deferred=True)
+    client.retain("disk1")
+    part.disconnect()
+    until(client, "disk1", lambda device: not device.connections)
+    assert info(client, "disk").deferred
+    client.remove("disk")
+    assert client.info() == []
+
+
 def test_a_worker_that_is_killed_does_not_take_it_along(
     client: Client, file: Path, connect: Callable[[str], NbdClient]
 ) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from blkloom.copying.ends import End, NewTarget, exists, file_end
+from blkloom.copying.ends import End, NewTarget, Part, exists, file_end
+from blkloom.copying.lower import below, number_at
 from blkloom.device_names import STACKED
 from blkloom.errors import NoSuchDevice, UsageError
 
@@ -71,10 +72,10 @@ def source(word: Word, client: Client, format: str, allow_backing: Sequence[str]
         yield _server(word.uri, format, writable=False)
         return
     if word.device is None:
-        yield file_end(word.text, format=format, allow_backing=allow_backing)
+        yield _with_all_below(file_end(word.text, format=format, allow_backing=allow_backing), client.info())
         return
     with _device(word, word.device, client, format, writable=False) as end:
-        yield end
+        yield _with_all_below(end, client.info())
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def _device(word: Word, info: DeviceInfo, client: Client, format: str, *, writab
 
     _check_raw(format)
     sockets = [state for state in info.exports if state.kind == "nbd" and state.unix and not state.of_node]
-    usable = [state for state in sockets if not (writable and state.read_only)]
+    usable = [state for state in sockets if not ((writable and state.read_only) or state.details)]  # TLS, rules
     if usable:
         client.status(info.name)  # a worker that does not answer is an error here, at once
         uri = unix_uri(usable[0].unix, usable[0].name)
@@ -142,12 +143,45 @@ def _file_of(info: DeviceInfo, client: Client, *, writable: bool) -> Iterator[st
 
     with TemporaryDirectory(prefix="blkloom-copy-") as folder:
         path = os.path.join(folder, "device")
-        state = client.export(info.name, kind="fuse", path=path, read_only=not writable)
         try:
-            yield state.path
-        finally:
+            yield client.export(info.name, kind="fuse", path=path, read_only=not writable).path
+        finally:  # also of a call that a signal has interrupted
             with suppress(NoSuchDevice):  # it was removed meanwhile, and its exports with it
-                client.unexport(info.name, state.id)
+                for state in client.info(info.name)[0].exports:
+                    if state.path == path:
+                        client.unexport(info.name, state.id)
+
+
+def _with_all_below(end: End, devices: list[DeviceInfo]) -> End:
+    """The end with what is below it through devices of the supervisor, too."""
+    found: set[Part] = set()
+    left: list[Part] = [*end.itself, *end.below]
+    while left:
+        if (part := left.pop()) not in found:
+            found.add(part)
+            left += below(part) if isinstance(part, tuple) else ()
+            left += [other for info in devices for other in _next_to(part, info)]
+    return msgspec.structs.replace(end, below=frozenset(found - end.itself))
+
+
+def _next_to(part: Part, info: DeviceInfo) -> Iterator[Part]:
+    """The device, if a part is its node or on its FUSE file; of the device itself, its node and what it is on."""
+    from blkloom.attach.hosting import numbers_of
+
+    numbers = [tuple(map(int, number.split(":"))) for number in numbers_of(info.node, info.exports)]
+    if isinstance(part, tuple):
+        number = part[1] if part[0] < 0 else part[0]
+        if (os.major(number), os.minor(number)) in numbers:
+            yield _identity(info)
+    elif part == STACKED + info.name:
+        yield _identity(info)
+    elif part == _identity(info):
+        yield from ((-1, os.makedev(major, minor)) for major, minor in numbers if major)
+        for dep in info.deps:
+            if dep.startswith(STACKED):
+                yield dep
+            elif (found := number_at(dep)) is not None:
+                yield found
 
 
 def _identity(info: DeviceInfo) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Final, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from blkloom import open_files
 from blkloom.cli.completing import complete_copied
+from blkloom.cli.copy_signals import EndedBySignals
 from blkloom.cli.session import RUN_DIR
 from blkloom.cli.tables import allow_backing_option
 from blkloom.copying.running import CHECKPOINT, REQUEST_SIZE, REQUESTS, SPARSE, Copying, Result, Settings
 from blkloom.errors import BusyError, UsageError
 from blkloom.image.registry import FORMATS
-from blkloom.units import Bytes, format_size, parse_size
+from blkloom.units import SECTOR, Bytes, format_size, parse_size
 
 if TYPE_CHECKING:
     from blkloom.copying.running import Progress
@@ -168,7 +168,7 @@ def copy(
     )
     run_dir = context.meta.get(RUN_DIR)
     try:
-        with look(run_dir) as client:
+        with EndedBySignals() as ending, look(run_dir) as client:
             words = copy_ends.meanings(source, target, client)
             with (
                 copy_ends.source(words[0], client, source_format, allow_backing) as begins,
@@ -184,12 +184,12 @@ def copy(
                 ) as ends,
                 _bar(begins.size, hidden=quiet or not sys.stderr.isatty()) as (progress, ticking),
                 Copying(begins, settings, progress, ticking=ticking) as copying,
-                _ended_by_signals(),
             ):
+                ending.advice = partial(_advice, copying, begins.size)
                 try:
                     result = copying.to(ends)
                 except BaseException:
-                    _advise(copying, begins.size)
+                    click.echo(ending.advice(), err=True, nl=False)
                     raise
     except BusyError as error:
         raise with_holders(error, run_dir) from error
@@ -198,7 +198,9 @@ def copy(
 
 def _request_size(size: int, rate: int | None) -> int:
     """The size of requests: with a low rate, they are small, so that it is even."""
-    return size if rate is None else max(min(size, _SMALLEST), min(size, rate // _SHARES))
+    if rate is not None:
+        size = min(size, max(rate // _SHARES, _SMALLEST))
+    return size // _SMALLEST * _SMALLEST or size // SECTOR * SECTOR
 
 
 @contextmanager
@@ -217,26 +219,14 @@ def _bar(size: int, *, hidden: bool) -> Iterator[tuple[Progress, bool]]:
         yield show, True
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as SystemExit; SIGINT does so as KeyboardInterrupt anyway."""
-    former = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
-def _advise(copying: Copying, size: int) -> None:
-    """Says how an unfinished copy can be continued."""
-    if copying.journal_path and copying.position:
-        done = f"{format_size(copying.position)} of {format_size(size)}"
-        click.echo(f"blkloom: {done} are copied; the same command with --resume continues there", err=True)
+def _advice(copying: Copying, size: int) -> str:
+    """How an unfinished copy can be continued."""
+    if not copying.journal_path or not copying.position:
+        return ""
+    done = f"{format_size(copying.position)} of {format_size(size)}"
+    return (
+        f"blkloom: {done} are copied; the same command with --resume, without --force or --no-create, continues there\n"
+    )
 
 
 def _report(result: Result, *, as_json: bool, names: tuple[str, str]) -> None:

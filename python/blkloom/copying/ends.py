@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from blkloom import open_files
+from blkloom.copying.lower import Number, below, number_of
 from blkloom.device.open_device import whole_file
 from blkloom.errors import BackingError, UsageError
 from blkloom.image.registry import FORMATS, format_named, format_of_name, looks_like
@@ -25,12 +26,15 @@ from blkloom.units import format_size, round_up_to_sector, to_bytes
 
 _NAMES = ("device", "server")
 """Parts of an identity that nothing else has."""
+Part = Number | str
+"""What an end is made of: a file, a block device, or a device of a supervisor by its part of the identity."""
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     """An end of a copy. name: for messages. table: of a device with its contents. size: bytes. identity: what tells it
     from others, in a journal. path: of the file or block device, "" for neither. format: raw or that of an image. file:
-    a regular file. number: (file system, inode), or (-1, device number) of a block device.
+    a regular file. number: of the file or block device. below: all that is below it, so far as that is known:
+    files, block devices and devices of a supervisor.
     """
 
     name: str
@@ -40,13 +44,14 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
     path: str = ""
     format: str = "raw"
     file: bool = False
-    number: tuple[int, int] | None = None
+    number: Number | None = None
+    below: frozenset[Part] = frozenset()
 
-    def is_same(self, other: End) -> bool:
-        """Whether both are the same file, block device, device of a supervisor or server."""
-        if self.number is not None and self.number == other.number:
-            return True
-        return any(name in self.identity and self.identity[name] == other.identity.get(name) for name in _NAMES)
+    @property
+    def itself(self) -> frozenset[Part]:
+        """The numbers and names of the file, block device, device of a supervisor or server."""
+        names = [self.identity[name] for name in _NAMES if name in self.identity]
+        return frozenset([*names, *([] if self.number is None else [self.number])])
 
 
 def file_end(
@@ -76,7 +81,7 @@ def file_end(
     if device:
         identity = {"device": device}
     elif is_file:
-        identity["inode"] = status.st_ino
+        identity |= inode_at(path)
     if contents:
         identity["size"] = size
         if is_file and not device:
@@ -89,7 +94,8 @@ def file_end(
         path=path,
         format=form,
         file=is_file and not device,
-        number=_number(status),
+        number=number_of(status),
+        below=below(number_of(status)),
     )
 
 
@@ -115,8 +121,26 @@ def _status(path: str) -> os.stat_result:
     return status
 
 
-def _number(status: os.stat_result) -> tuple[int, int]:
-    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+def inode_of(descriptor: int) -> dict[str, Any]:
+    """The part of an identity that tells a file from others, also from a later one with the same inode number."""
+    return {"inode": os.fstat(descriptor).st_ino, "generation": open_files.generation(descriptor)}
+
+
+def inode_at(path: str) -> dict[str, Any]:
+    """The same of the file at a path. Raises BackingError."""
+    try:
+        descriptor = open_files.open_file(path, writable=False)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        return inode_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unreadable(path: str, error: OSError) -> BackingError:
+    what = f"could not be opened: {error.strerror}"
+    return BackingError(what, path=path, errno=error.errno or errno.EIO, cure="allow reading")
 
 
 def _format(path: str, format: str, option: str) -> str:
@@ -130,9 +154,7 @@ def _format(path: str, format: str, option: str) -> str:
     try:
         descriptor = open_files.open_file(path, writable=False)
     except OSError as error:
-        raise BackingError(
-            f"could not be opened: {error.strerror}", path=path, errno=error.errno or errno.EIO, cure="allow reading"
-        ) from error
+        raise _unreadable(path, error) from error
     try:
         found = looks_like(descriptor)
     finally:
@@ -156,7 +178,7 @@ class NewTarget(msgspec.Struct, frozen=True, kw_only=True):
     overwrite: bool = False
 
     def make(self, made: Callable[[End], None] = lambda _end: None) -> End:
-        """Makes the file, or empties it, and gives it its size. made: called with the end as long as the file is empty.
+        """Makes the file, or empties it, and gives it its size. made: called with the end before the file is changed.
         Raises BackingError, BusyError, UsageError.
         """
         form = format_of_name(self.path) if self.format == "auto" else self.format
@@ -172,8 +194,7 @@ class NewTarget(msgspec.Struct, frozen=True, kw_only=True):
                 status = os.fstat(descriptor)
                 if status.st_size and not self.overwrite:
                     raise exists(self.path)
-                os.ftruncate(descriptor, 0)
-                identity = {"path": os.path.realpath(self.path), "format": form, "inode": status.st_ino}
+                identity = {"path": os.path.realpath(self.path), "format": form} | inode_of(descriptor)
                 made(
                     End(
                         name=self.name,
@@ -183,9 +204,10 @@ class NewTarget(msgspec.Struct, frozen=True, kw_only=True):
                         path=self.path,
                         format=form,
                         file=True,
-                        number=_number(status),
+                        number=number_of(status),
                     )
                 )
+                os.ftruncate(descriptor, 0)  # not before it is noted, which may fail
                 if start:
                     _write(descriptor, start)
                 else:

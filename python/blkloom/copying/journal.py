@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -18,7 +20,7 @@ from blkloom.json_text import decode, encode
 
 SUFFIX: Final = ".blkloom-copy"
 """Appended to the path of a target that is a file."""
-_NEW: Final = ".new"
+_NEW: Final = ".blkloom-new"
 _LONGEST: Final = 1 << 20
 
 
@@ -64,7 +66,9 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
         """Replaces the file at `path`, durably. Raises JournalError."""
         temporary = path + _NEW
         try:
-            with open(temporary, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            with open(temporary, "xb") as file:  # a link that another user has put there is not followed
                 file.write(encode(self) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -96,6 +100,40 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
                     errno=errno.ESTALE,
                     cure="begin again: --force",
                 )
+
+    def check_made(self, inode: dict[str, Any], path: str) -> None:
+        """Checks that a file is the one that this copy has made. inode: `ends.inode_of`. Raises JournalError."""
+        if not inode.items() <= self.target.items():
+            raise JournalError(
+                "the copy cannot begin again, DST is not the file that it has made",
+                path=path,
+                errno=errno.ESTALE,
+                cure="replace the file: --force",
+            )
+
+
+def check_replaceable(path: str, ends: Iterable[str]) -> None:
+    """Checks that a journal at `path` would not replace another file. ends: paths of the copy. Raises JournalError."""
+    if os.path.realpath(path) in {os.path.realpath(end) for end in ends if end}:
+        raise _no_journal(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # nothing is there, or writing it will fail
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise _no_journal(path)
+    if status.st_size:
+        Journal.read(path)
+
+
+def forget(path: str) -> None:
+    """Removes a journal, and no other file. Raises OSError."""
+    try:
+        found = os.path.isfile(path) and Journal.read(path) is not None
+    except JournalError:  # --resume will refuse it, too
+        return
+    if found:
+        remove(path)
 
 
 def remove(path: str) -> None:

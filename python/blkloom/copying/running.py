@@ -8,6 +8,7 @@ JournalError, and what opening a device raises.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from blkloom import _engine
-from blkloom.copying.ends import End, NewTarget, file_end
+from blkloom.copying.ends import End, NewTarget, Part, file_end, inode_at
 from blkloom.copying.failing import ContentsDiffer, CopyFailed, lost
-from blkloom.copying.journal import SUFFIX, Journal, remove, sync_folder
+from blkloom.copying.journal import SUFFIX, Journal, check_replaceable, forget, remove, sync_folder
+from blkloom.copying.lower import below, number_at
 from blkloom.device.device import Device
 from blkloom.errors import BlkloomError, Place, UsageError
 from blkloom.table import Segment, Table
 from blkloom.targets.device_ref import DeviceRef
+from blkloom.targets.holding import SharedFiles
 from blkloom.targets.throttle import Throttle
 from blkloom.units import Bytes, Sectors, format_size, to_sectors
 
@@ -87,6 +90,9 @@ class Copying:
         self._progress = progress
         self._refresh = _REFRESH if ticking else None
         self._engine = _engine.Engine()
+        self._files = SharedFiles()
+        self._lost = False
+        """A flush has failed. A server may report that once only: no later flush makes it good."""
         self.journal_path = ""
         """Where the journal is; "": there is none."""
         self.position = 0
@@ -104,7 +110,10 @@ class Copying:
         """Copies. target: an existing one, which is overwritten, or one to make."""
         settings, size = self._settings, self._source.size
         self.journal_path = self._place_of_journal(target)
+        if self.journal_path:
+            check_replaceable(self.journal_path, (self._source.path, target.path))
         with self._opened(self._source, writable=False) as source:
+            self._check_apart(target)
             target, start, fresh = self._prepared(target)
             if target.size < size:
                 raise UsageError(
@@ -113,16 +122,24 @@ class Copying:
                     cure="the target must not be smaller",
                 )
             with self._opened(target, writable=True) as opened, self._throttled(source) as limited:
+                if not fresh and not start:
+                    self._begin(target, fresh=False)  # not before it is claimed, and known to be large enough
                 counts = self._copy((source, limited), opened, target, start, fresh=fresh)
                 self._give_size(target, size if fresh else target.size)
                 if settings.flush:
                     self._flush(opened, target)
                 if fresh and settings.flush:
-                    sync_folder(target.path)
+                    sync_folder(os.path.realpath(target.path))
                 if self.journal_path:
                     self._save(target, size, fresh=fresh)
         if settings.verify:
-            self._verify(target)
+            try:
+                self._verify(target)
+            except ContentsDiffer:
+                if self.journal_path:  # to continue would copy nothing
+                    remove(self.journal_path)
+                    self.journal_path = ""
+                raise
         if self.journal_path:
             remove(self.journal_path)
         return Result(size=size, data=counts[0], zeroes=counts[1], start=start, verified=settings.verify)
@@ -135,14 +152,25 @@ class Copying:
         is_file = isinstance(target, NewTarget) or target.file
         return target.path + SUFFIX if is_file else ""
 
+    def _check_apart(self, target: End | NewTarget) -> None:
+        """Checks that neither end is, or is on, the other: what is read would be overwritten. Raises UsageError."""
+        source = self._source
+        number = number_at(target.path) if target.path else None
+        parts: set[Part] = set() if number is None else {number}
+        if isinstance(target, End):
+            parts |= target.itself
+        if parts & source.itself:
+            what = f"{target.name} and {source.name} are the same"
+        elif parts & (source.below | self._files.identities):
+            what = f"{source.name} is on {target.name}, which would be overwritten while it is read"
+        elif number is not None and source.number in below(number, mapped=False):
+            what = f"{target.name} is on {source.name}, which would be overwritten while it is read"
+        else:
+            return
+        raise UsageError(what, cure="copy to another file or device")
+
     def _prepared(self, target: End | NewTarget) -> tuple[End, int, bool]:
         """(target, where to begin, whether this copy has made it). Makes it, and the journal, unless they are there."""
-        number = _number(target.path) if isinstance(target, NewTarget) else target.number
-        if (number is not None and number == self._source.number) or (
-            isinstance(target, End) and target.is_same(self._source)
-        ):
-            what = f"{target.name} and {self._source.name} are the same"
-            raise UsageError(what, cure="copy to another file or device")
         known = self._known(target) if self._settings.resume else None
         if known is not None and (not known.fresh or known.copied):
             found = target
@@ -153,11 +181,12 @@ class Copying:
             self.position = known.copied
             return found, known.copied, known.fresh
         if isinstance(target, End):
-            self._save(target, 0, fresh=False)
             return target, 0, False
         if known is not None:
+            if _has_contents(target.path):
+                known.check_made(inode_at(target.path), self.journal_path)
             target = msgspec.structs.replace(target, overwrite=True)
-        return target.make(lambda made: self._save(made, 0, fresh=True)), 0, True
+        return target.make(lambda made: self._begin(made, fresh=True)), 0, True
 
     def _known(self, target: End | NewTarget) -> Journal | None:
         """The journal of an earlier run. None: there was none, and nothing of the target is there."""
@@ -169,6 +198,14 @@ class Copying:
             raise UsageError(what, cure="leave out --resume, or say where the state of the copy is: --state PATH")
         return known
 
+    def _begin(self, target: End, *, fresh: bool) -> None:
+        """Notes that nothing is copied, before the first change of the target. What an earlier copy has noted is wrong
+        from then on.
+        """
+        if target.file and self.journal_path != target.path + SUFFIX:
+            forget(target.path + SUFFIX)
+        self._save(target, 0, fresh=fresh)
+
     def _give_size(self, target: End, size: int) -> None:
         """Removes the bytes by which a write to a partial last sector has extended a raw file."""
         if target.file and target.format == "raw" and os.stat(target.path).st_size != size:
@@ -179,15 +216,26 @@ class Copying:
     @contextmanager
     def _opened(self, end: End, *, writable: bool, direct_io: bool = False) -> Iterator[Device]:
         settings = self._settings
-        with Device(
+        device = Device(
             end.table,
             engine=self._engine,
             name=end.name,
             read_only=not writable,
             direct_io=direct_io or settings.direct_io,
             shared=settings.shared,
-        ) as device:
+            held=self._files if end is self._source and not direct_io else None,
+        )
+        # The flush writes the metadata of an image.
+        flush = writable and (settings.flush or end.format != "raw")
+        try:
             yield device
+        except BaseException:
+            try:
+                device.close(flush=flush)
+            except OSError as error:
+                _log.error("%s: %s", end.name, error)
+            raise
+        device.close(flush=flush)
 
     @contextmanager
     def _throttled(self, source: Device) -> Iterator[Device]:
@@ -226,17 +274,37 @@ class Copying:
             self._wait(copy, "copying", start, lambda: self._checkpoint(copy, opened, target, fresh=fresh))
         except BaseException:
             copy.stop()
-            if source is not unlimited:
-                source.close(flush=False)  # ends what waits for the rate
-            copy.close()
+            # First: what is in flight may never end, if a server does not answer.
+            self._note_end(copy, opened, target, fresh=fresh)
+            self._stop(copy, source, unlimited)
+            raise
+        try:
+            self._check_complete(copy, target)
+        except CopyFailed:
             self._note_end(copy, opened, target, fresh=fresh)
             raise
+        return copy.counts
+
+    def _stop(self, copy: _engine.DeviceCopy, source: Device, unlimited: Device) -> None:
+        """Ends a copy after what is in flight."""
+        copy.stop()
+        if source is not unlimited:
+            try:
+                source.close(flush=False)  # ends what waits for the rate
+            except OSError as error:
+                _log.error("%s: %s", self._source.name, error)
+        copy.close()
+
+    def _check_complete(self, copy: _engine.DeviceCopy, target: End) -> None:
+        """Raises CopyFailed, ContentsDiffer."""
         if (failure := copy.failure) is not None:
-            self._note_end(copy, opened, target, fresh=fresh)
             side, operation, offset, length, number = failure
+            if not number:
+                raise ContentsDiffer(self._source.name, target.name, offset)
             name = self._source.name if side == "source" else target.name
             raise CopyFailed(name, side, operation, offset, length, number)
-        return copy.counts
+        if (position := copy.position) < self._source.size:  # a thread has panicked
+            raise CopyFailed(target.name, "target", "copy", position, self._source.size - position, errno.EIO)
 
     def _wait(self, copy: _engine.DeviceCopy, what: str, start: int, checkpoint: Callable[[], None]) -> None:
         """Waits for the end of a copy."""
@@ -261,6 +329,8 @@ class Copying:
 
     def _note_end(self, copy: _engine.DeviceCopy, opened: Device, target: End, *, fresh: bool) -> None:
         """A checkpoint at an early end. If it fails, the last one counts."""
+        if self._lost:
+            return
         try:
             self._checkpoint(copy, opened, target, fresh=fresh)
         except (BlkloomError, OSError) as error:
@@ -270,17 +340,21 @@ class Copying:
         try:
             opened.flush()
         except OSError as error:
+            self._lost = True
             raise lost(target.name, error) from error
 
     def _verify(self, target: End) -> None:
         """Reads both from the disk, where that is possible, and compares."""
         size = self._source.size
+        if target.file and target.format == "raw":  # `_give_size` may have changed its table
+            target = file_end(target.path, name=target.name, format="raw", contents=False)
         with (
             self._opened(self._source, writable=False, direct_io=True) as source,
             self._opened(target, writable=False, direct_io=True) as opened,
+            self._throttled(source) as limited,
         ):
             copy = _engine.DeviceCopy(
-                source,
+                limited,
                 opened,
                 start=0,
                 end=size,
@@ -291,13 +365,8 @@ class Copying:
             try:
                 self._wait(copy, "verifying", 0, lambda: None)
             finally:
-                copy.close()
-            if (failure := copy.failure) is not None:
-                side, operation, offset, length, number = failure
-                if not number:
-                    raise ContentsDiffer(self._source.name, target.name, offset)
-                name = self._source.name if side == "source" else target.name
-                raise CopyFailed(name, side, operation, offset, length, number)
+                self._stop(copy, limited, source)
+            self._check_complete(copy, target)
 
     # The journal
 
@@ -316,11 +385,3 @@ def _has_contents(path: str) -> bool:
         return os.stat(path).st_size > 0
     except FileNotFoundError:
         return False
-
-
-def _number(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino

@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from blkloom import json_text
+from blkloom.open_files import generation
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def hold(fd: int, path: str, folder: Path = RECORDS) -> Immutable | None:
     try:
         # The real path: the path of the caller may be relative to another directory.
         where = os.path.realpath(f"/proc/self/fd/{fd}")
-        made = json_text.encode(_Record(where, status.st_dev, status.st_ino, _generation(fd), _file_system(fd)))
+        made = json_text.encode(_Record(where, status.st_dev, status.st_ino, generation(fd), _file_system(fd)))
         if os.pread(lock, len(made) + 1, 0) != made:
             os.ftruncate(lock, 0)
             os.pwrite(lock, made, 0)
@@ -211,7 +212,7 @@ def _free(record: _Record) -> bool:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             return False
-        if status.st_ino != record.inode or _generation(fd) != record.generation:
+        if status.st_ino != record.inode or generation(fd) != record.generation:
             if _file_system(fd) == record.file_system:
                 return False
             raise OSError(errno.ESTALE, "is on another file system; mount the former and try again", record.path)
@@ -232,7 +233,7 @@ def _prefix(status: os.stat_result) -> str:
 
 
 def _record_of(fd: int, folder: Path) -> Path:
-    return folder / f"{_prefix(os.fstat(fd))}{_generation(fd)}"
+    return folder / f"{_prefix(os.fstat(fd))}{generation(fd)}"
 
 
 def _clear(fd: int, record: Path) -> None:
@@ -240,16 +241,6 @@ def _clear(fd: int, record: Path) -> None:
     _set(fd, on=False)
     os.fsync(fd)
     record.unlink(missing_ok=True)
-
-
-def _generation(fd: int) -> int:
-    """Generation number of the inode; a later file with the same inode number has another one. 0 if there is none."""
-    buffer = bytearray(8)
-    try:
-        fcntl.ioctl(fd, 0x80087601, buffer)  # FS_IOC_GETVERSION
-    except OSError:
-        return 0
-    return int.from_bytes(buffer[:4], "little")
 
 
 def _get(fd: int) -> int:

@@ -88,6 +88,8 @@ class Removal:
             with contextlib.suppress(NoSuchDevice):
                 key = m.Selector(minor=partition.minor)
                 await self.remove(msgspec.structs.replace(call, device=key))
+        if partitions and self._registry.get(entry.minor) is not entry:
+            return  # it was removed after its last partition
         if not call.force:  # with `force`, all I/O has to fail first
             try:
                 await self._nodes.leave(entry, lazy=call.deferred)

@@ -56,6 +56,11 @@ class SharedFiles:
         self._held: dict[Identity, _Held] = {}
         self._claims_stay = False
 
+    @property
+    def identities(self) -> frozenset[Identity]:
+        """The files that are open."""
+        return frozenset(self._held)
+
     def take(
         self, path: str, *, writable: bool, direct: bool, shared: bool, descriptors: Descriptors, unlocked: bool = False
     ) -> tuple[Identity, File]:
