@@ -263,8 +263,9 @@ def test_after_a_flush_that_failed_nothing_more_is_noted(
 
     monkeypatch.setattr(Device, "flush", fails_once)
     target = tmp_path / "copy.img"
+    slow = Settings(rate=1, requests=1, checkpoint=4096, request_size=4096)  # the second request would wait
     with pytest.raises(LostData):
-        copy_to(file_end(str(disk)), new(target), Settings(requests=1, checkpoint=M // 2, request_size=64 * K))
+        copy_to(file_end(str(disk)), new(target), slow)
     assert not failures
     journal = Journal.read(f"{target}.blkloom-copy")
     assert journal is not None

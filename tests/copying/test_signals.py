@@ -52,6 +52,12 @@ def begun(blkloom: str, tmp_path: Path, *words: str | Path, ignored: bool = Fals
 def test_what_nohup_ignores_stays_ignored(blkloom: str, disk: Path, tmp_path: Path) -> None:
     with begun(blkloom, tmp_path, disk, tmp_path / "copy.img", ignored=True) as process:
         process.send_signal(signal.SIGHUP)
+        noted: set[int] = set()
+        while len(noted) < 4:  # it goes on
+            assert process.poll() is None
+            journal = Journal.read(str(tmp_path / "state"))
+            assert journal is not None
+            noted.add(journal.copied)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 128 + signal.SIGTERM
 
