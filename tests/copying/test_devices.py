@@ -135,6 +135,10 @@ def test_what_a_device_is_on_is_not_overwritten(copy: Copy, client: Client, disk
     before = disk.read_bytes()
     assert "is on lower" in copy("upper", "lower", status=64).stderr
     assert f"is on {disk}" in copy("--shared", "--force", "upper", disk, status=64).stderr
+    file = client.export("upper", kind="fuse").path
+    assert f"is on {disk}" in copy("--shared", "--force", file, disk, status=64).stderr
+    assert "is on lower" in copy(file, "lower", status=64).stderr
+    assert "is on upper" in copy(file, "upper", status=64).stderr
     assert disk.read_bytes() == before
 
 

@@ -193,6 +193,30 @@ def test_a_rate_lets_no_more_through(disk: Path, tmp_path: Path) -> None:
     assert target.read_bytes() == disk.read_bytes()
 
 
+def test_a_rate_holds_for_verify(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request would wait, and without a rate the position would be shown when that has ended."""
+    target = tmp_path / "copy.img"
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Copying, "_verify", stop)
+        with pytest.raises(Stop):
+            copy_to(file_end(str(disk)), new(target), Settings(verify=True))
+    shown: list[int] = []
+
+    def reached(what: str, position: int) -> None:
+        if what == "verifying" and position:
+            shown.append(position)
+            raise Stop
+
+    settings = Settings(resume=True, verify=True, rate=1, requests=1, request_size=4096, checkpoint=8192)
+    with Copying(file_end(str(disk)), settings, reached, ticking=True) as copying, pytest.raises(Stop):
+        copying.to(new(target))
+    assert shown == [4096]
+
+
 def test_a_copy_is_not_continued_from_another_source(copy: Copy, disk: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy.img"
     interrupted(disk, target)
@@ -232,21 +256,28 @@ def test_what_is_no_journal_is_refused(tmp_path: Path, text: str) -> None:
         Journal.read(str(tmp_path / "state"))
 
 
+@pytest.mark.parametrize("made", [True, False])
 def test_a_disk_with_part_of_a_sector_is_verified_after_an_end_before_its_size_was_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd, target = make(tmp_path / "odd.img", (SIZE + 100, ((0, SIZE + 100, True),))), tmp_path / "copy.img"
+    size = SIZE + 100
+    odd, target = make(tmp_path / "odd.img", (size, ((0, size, True),))), tmp_path / "copy.img"
 
-    def stop(*_: object) -> None:
+    def stop(copying: Copying, end: End, _size: int) -> None:
+        copying._save(end, SIZE, fresh=made)
         raise Stop
 
+    def begin() -> End | NewTarget:
+        return new(target, size) if made else file_end(str(target), contents=False)
+
+    if not made:
+        target.write_bytes(bytes(size))
     with monkeypatch.context() as patched:
         patched.setattr(Copying, "_give_size", stop)
-        settings = Settings(requests=1, checkpoint=M, request_size=64 * K)
         with pytest.raises(Stop):
-            copy_to(file_end(str(odd)), new(target, SIZE + 100), settings)
+            copy_to(file_end(str(odd)), begin(), Settings())
     assert target.stat().st_size == SIZE + 512
-    assert copy_to(file_end(str(odd)), new(target, SIZE + 100), Settings(resume=True, verify=True)).start > 0
+    assert copy_to(file_end(str(odd)), new(target, size), Settings(resume=True, verify=True)).start == SIZE
     assert target.read_bytes() == odd.read_bytes()
 
 

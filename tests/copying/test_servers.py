@@ -105,6 +105,19 @@ def test_servers_that_cannot_be_targets_are_refused(
         assert expected in copy(disk, uri, status=66).stderr
 
 
+@pytest.mark.parametrize("options", [["--rate", "1000000"], ["--request-size", "5000"]])
+def test_requests_are_whole_blocks_of_a_server_that_takes_no_others(
+    copy: Copy, program: Program, disk: Path, tmp_path: Path, options: list[str]
+) -> None:
+    policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-error-policy=error"]
+    target = tmp_path / "target.img"
+    target.write_bytes(bytes(SIZE))
+    make(disk, (SIZE, ((0, 300 * K, True), (SIZE - 4 * K, 4 * K, True))))
+    with nbdkit(program, tmp_path, "--filter=blocksize-policy", "file", str(target), *policy) as uri:
+        copy(*options, disk, uri)
+    assert target.read_bytes() == disk.read_bytes()
+
+
 def test_no_server_and_no_uri_are_refused(copy: Copy, disk: Path, tmp_path: Path) -> None:
     assert "start the server" in copy(f"nbd+unix:///?socket={tmp_path}/none", tmp_path / "x", status=66).stderr
     assert "write nbd://" in copy(disk, "nbd+unix:///", status=64).stderr

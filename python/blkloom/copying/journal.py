@@ -31,14 +31,16 @@ class JournalError(PathError):
 
 
 class Journal(msgspec.Struct, frozen=True, kw_only=True):
-    """State of a copy. size: bytes to copy. source, target: identities (`ends.End.identity`). copied: all bytes before
-    this offset are durable in the target. fresh: the target was made by this copy.
+    """State of a copy. size: bytes to copy. source, target: identities (`ends.End.identity`). target_size: bytes that
+    the target has at the end. copied: all bytes before this offset are durable in the target. fresh: the target was
+    made by this copy.
     """
 
     blkloom_copy: int = 1
     size: int
     source: dict[str, Any]
     target: dict[str, Any]
+    target_size: int = 0
     copied: int = 0
     fresh: bool = False
 

@@ -29,7 +29,7 @@ from blkloom.table import Segment, Table
 from blkloom.targets.device_ref import DeviceRef
 from blkloom.targets.holding import SharedFiles
 from blkloom.targets.throttle import Throttle
-from blkloom.units import Bytes, Sectors, format_size, to_sectors
+from blkloom.units import SECTOR, Bytes, Sectors, format_size, to_sectors
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -179,6 +179,8 @@ class Copying:
                 found = file_end(found.path, name=found.name, format=form, contents=False)
             known.check_continues(self._journal(found, 0, fresh=known.fresh), self.journal_path)
             self.position = known.copied
+            if found.file and found.format == "raw" and 0 < found.size - known.target_size < SECTOR:
+                found = msgspec.structs.replace(found, size=known.target_size)  # see `_give_size`
             return found, known.copied, known.fresh
         if isinstance(target, End):
             return target, 0, False
@@ -372,7 +374,14 @@ class Copying:
 
     def _journal(self, target: End, copied: int, *, fresh: bool) -> Journal:
         source = self._source
-        return Journal(size=source.size, source=source.identity, target=target.identity, copied=copied, fresh=fresh)
+        return Journal(
+            size=source.size,
+            source=source.identity,
+            target=target.identity,
+            target_size=target.size,
+            copied=copied,
+            fresh=fresh,
+        )
 
     def _save(self, target: End, copied: int, *, fresh: bool) -> None:
         if self.journal_path:
