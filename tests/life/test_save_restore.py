@@ -9,11 +9,14 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from blkloom import Fault
 from blkloom.control.client import Client
+from certificates import pre_shared_keys
 from conformance.nbd_client import WRITE, NbdClient
 
 from .conftest import Life, until
@@ -253,6 +256,31 @@ def test_a_device_that_differs_is_reported_and_not_changed(commands: Commands, c
     assert (status, out) == (1, ["b: there already"])
     assert "a: device 'a' exists and differs from its file in: table, uuid" in err
     assert client.table("a") == "0 16 zero"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"read_only": True},
+        {"options": {"access": {"addresses": ["127.0.0.0/8"]}}},
+        {"options": {"tls": {"mode": "require", "psk": "KEYS"}}},
+    ],
+    ids=["read-only", "rules", "TLS"],
+)
+def test_an_export_that_lets_clients_do_more_than_its_file_says_is_reported(
+    commands: Commands, client: Client, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    keys = pre_shared_keys(tmp_path / "keys.psk", "alice")
+    more = msgspec.json.decode(msgspec.json.encode(more).replace(b"KEYS", str(keys).encode()))
+    client.create("a", table="0 8 zero")
+    made = client.export("a", host="127.0.0.1", **more)
+    commands.succeed("save")
+    assert commands.succeed("restore") == ["a: there already"]
+    client.unexport("a", made.id)
+    again = client.export("a", host="127.0.0.1", port=made.port)
+    status, out, err = commands("restore")
+    assert (status, out) == (1, [])
+    assert f"differs from its file in: export 127.0.0.1:{again.port}: TLS, or who may use it" in err
 
 
 def test_an_error_concerns_one_device_and_those_above_it(commands: Commands, client: Client, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from blkloom.control.faults import messages_of
 from blkloom.control.states import DeviceInfo, LoopNotes, NodeOptions, SocketPermissions
 from blkloom.device_names import check_new_name
 from blkloom.errors import BlkloomError, DeviceExists, UsageError
+from blkloom.export.nbd.details import NbdDetails
 from blkloom.printing import described
 from blkloom.table import parse_table
 from blkloom.table.printing import format_table
@@ -165,6 +166,12 @@ class Restore:
                 field for field in AttachOptions.__struct_fields__ if _differs(there.attach, wanted.attach, field)
             ]
             differing += [f"attach --{field}" for field in fields if field != "via" or wanted.attach.via != "auto"]
+        shapes = {_shape(export): export for export in there.exports}
+        for export in wanted.exports:
+            other = shapes.get(_shape(export), export)
+            if _access(other) != _access(export):
+                address = export.path or export.socket or export.listen
+                differing.append(f"export {address}: TLS, or who may use it")
         if differing:
             what = f"device '{name}' exists and differs from its file in: {', '.join(differing)}"
             cure = f"change the file, or remove the device; blkloom save {name} writes what is there"
@@ -229,6 +236,11 @@ def _nbd_options(export: ExportOptions) -> dict[str, Any]:
         "per_host": export.max_connections_per_peer,
     }
     return {key: value for key, value in options.items() if value}
+
+
+def _access(export: ExportOptions) -> tuple[NbdDetails, bool]:
+    """Who may do what with an export. Raises UsageError."""
+    return NbdDetails.parse({} if export.fuse or export.vhost_user else _nbd_options(export)), export.read_only
 
 
 def _differs(there: msgspec.Struct, wanted: msgspec.Struct, field: str) -> bool:
