@@ -86,6 +86,24 @@ def test_the_device_goes_on_without_its_credentials_and_the_export_with_new_ones
     assert reads(port)
 
 
+def test_an_export_whose_credentials_cannot_be_read_does_not_keep_others_from_new_ones(
+    client: Client, server_files: Path, tmp_path: Path
+) -> None:
+    client.create("disk", table="0 2048 ram")
+    folders = [tmp_path / name for name in ("one", "two")]
+    ports = []
+    for files in folders:
+        shutil.copytree(server_files, files)
+        options = {"tls": {"mode": "require", "certificates": str(files)}}
+        ports.append(client.export("disk", host="127.0.0.1", options=options).port)
+        shutil.rmtree(files)
+    client.upgrade()  # the next worker has none
+    shutil.copytree(server_files, folders[1])
+    with pytest.raises(UsageError, match=f"{folders[0]}/server-cert.pem: No such file"):
+        client.reload_tls("disk")
+    assert reads(ports[1])
+
+
 def test_an_export_whose_credentials_cannot_be_used_is_not_made(client: Client, tmp_path: Path) -> None:
     client.create("disk", table="0 2048 ram")
     for options, said in (
@@ -98,6 +116,9 @@ def test_an_export_whose_credentials_cannot_be_used_is_not_made(client: Client, 
         with pytest.raises(UsageError, match=said):
             client.export("disk", host="127.0.0.1", options=options)
     assert len(client.info("disk")[0].exports) == 1
+    client.unexport("disk", client.info("disk")[0].exports[0].id)
+    with pytest.raises(UsageError, match="the automatic socket has neither TLS nor rules"):
+        client.export("disk", options={"access": {"read_only_for": ["user=7"]}})
     with pytest.raises(UsageError, match="no export of device 'disk' has TLS"):
         client.reload_tls("disk")
 

@@ -84,9 +84,16 @@ class DeviceExports:
 
     def reload_tls(self) -> None:
         """Reads the TLS credentials of the exports again. Raises UsageError if none has TLS, or they cannot be used."""
-        have_tls = [server.reload_tls() for server in self if isinstance(server, NbdExportServer)]
-        if not any(have_tls):
-            cure = "blkloom export DEVICE --tls=require --tls-psk FILE"
+        have_tls, refused = False, None
+        for server in self:
+            try:
+                have_tls |= isinstance(server, NbdExportServer) and server.reload_tls()
+            except UsageError as error:  # the others read theirs nevertheless
+                refused = refused or error
+        if refused is not None:
+            raise refused
+        if not have_tls:
+            cure = "blkloom export DEVICE --listen 10809 --tls=require --tls-psk FILE"
             raise UsageError(f"no export of device '{self._name}' has TLS", cure=cure)
 
     async def stop_serving(self, id: str) -> None:

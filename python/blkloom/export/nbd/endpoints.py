@@ -35,9 +35,11 @@ class NbdEndpoints:
         if call.unix and not os.path.isabs(call.unix):
             raise UsageError(f"{call.unix}: the path of a socket must be absolute", cure="begin it with /")
         if not call.unix and not call.host and not call.port:
+            if details != NbdDetails():  # they would not be saved with the device
+                what = "the automatic socket has neither TLS nor rules about clients"
+                raise UsageError(what, cure="give the export an address: --socket PATH or --listen HOST:PORT")
             export = self.automatic(run_dir, device)
             export.read_only, export.socket = call.read_only, call.socket
-            details.put(export)
             return export
         if not call.unix and not call.socket.is_default:
             raise UsageError("a TCP socket has no owner and no permissions", cure="give them to a Unix socket")
