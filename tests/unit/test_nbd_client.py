@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,18 @@ def test_zeros_that_are_sent_as_data_count_as_data(tmp_path: Path) -> None:
             thread.join()
     assert found == (32, 32)
     assert [(request.kind, request.length) for _, request in honest.requests[:64]] == 64 * [(WRITE, SIZE)]
+
+
+def test_a_server_that_ends_every_connection_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    times: list[float] = []
+    honest, enough = Honest(), 4
+
+    def serve(connection: Connection) -> None:
+        times.append(time.monotonic())
+        if len(times) > enough:
+            honest.serve(connection)
+
+    with ByHand(tmp_path, serve) as server, opened(server) as device:
+        assert device.pread(512, 0) == bytes(512)
+    assert len(times) == enough + 1
+    assert times[-1] - times[1] >= 0.05 + 0.1 + 0.2  # the pauses; the machine adds to them

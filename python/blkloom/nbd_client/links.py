@@ -26,6 +26,8 @@ CONNECT_SECONDS: Final = 10.0
 """How long one attempt to connect may take."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
+_STABLE: Final = 5.0
+"""Seconds after the last connection: a loss within them delays the next attempt."""
 
 
 class Needs(msgspec.Struct, frozen=True):
@@ -141,12 +143,17 @@ class Links:
         poller.register(self._client.fileno(), select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         lost_at: float | None = None
-        pause, next_try = _FIRST_PAUSE, 0.0
+        pause, next_try, connected_at = _FIRST_PAUSE, 0.0, 0.0
         said = False
         """Users were told of the loss."""
         while not self._closed:
             report = self._report()
             now = time.monotonic()
+            if report["lost"] and now - connected_at < _STABLE:
+                next_try = now + pause
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            elif report["lost"]:
+                pause = _FIRST_PAUSE
             if report["usable"]:
                 if said:
                     self._tell(f"the NBD server {self._uri} is connected again")
@@ -165,7 +172,7 @@ class Links:
             absent = [slot for slot, link in enumerate(report["links"]) if link == "absent"]
             if absent and now >= next_try:
                 if self._try(absent[0], now, wait):
-                    pause = _FIRST_PAUSE
+                    connected_at = time.monotonic()
                 else:
                     next_try = time.monotonic() + pause
                     pause = min(pause * 2, _LONGEST_PAUSE)
