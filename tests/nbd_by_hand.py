@@ -110,13 +110,21 @@ class Honest:
 
 class ByHand:
     """The server, on a Unix socket in `folder`. serve: called for each connection, on a thread of its own. flags: those
-    of the next connections.
+    of the next connections. blocks: the block sizes of the export.
     """
 
-    def __init__(self, folder: Path, serve: Callable[[Connection], None], *, flags: int = FLAGS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        serve: Callable[[Connection], None],
+        *,
+        flags: int = FLAGS,
+        blocks: tuple[int, int, int] = (1, 4096, 1 << 20),
+    ) -> None:
         self.path = folder / "by-hand.sock"
         self._serve = serve
         self.flags = flags
+        self._blocks = blocks
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(self.path))
         self._socket.listen(16)
@@ -184,7 +192,7 @@ class ByHand:
                     reply(1)
                 case 7:
                     reply(3, struct.pack(">HQH", 0, SIZE, self.flags))
-                    reply(3, struct.pack(">HIII", 3, 1, 4096, 1 << 20))
+                    reply(3, struct.pack(">HIII", 3, *self._blocks))
                     reply(1)
                     return
                 case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import struct
 import threading
 import time
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import strategies
 
 import blkloom
+from blkloom import _engine
+from blkloom.nbd_client import connecting
 from blkloom.nbd_client.handshake import HandshakeError, ServerExport
 from blkloom.nbd_client.links import Needs
 from nbd_by_hand import (
@@ -358,3 +361,60 @@ def test_a_server_that_ends_every_connection_is_asked_less_and_less_often(tmp_pa
         assert device.pread(512, 0) == bytes(512)
     assert len(times) == enough + 1
     assert times[-1] - times[1] >= 0.05 + 0.1 + 0.2  # the pauses; the machine adds to them
+
+
+@pytest.mark.parametrize("minimum", [1, 512, 4096, 65536])
+def test_unaligned_reads_are_not_longer_than_the_server_allows(tmp_path: Path, minimum: int) -> None:
+    honest, maximum = Honest(), 65536
+    honest.memory[:] = random.Random(4).randbytes(SIZE)
+    with (
+        ByHand(tmp_path, honest.serve, blocks=(minimum, max(minimum, 4096), maximum)) as server,
+        opened(server) as device,
+    ):
+        assert device.pread(300_000, 700) == honest.memory[700:300_700]
+    reads = [request for _, request in honest.requests if request.kind == READ]
+    assert len(reads) > 300_000 // maximum
+    for read in reads:
+        assert read.offset % minimum == read.length % minimum == 0
+        assert read.length <= maximum
+
+
+def test_a_timeout_of_any_length_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, honest = _engine.NbdClient, Honest()
+    monkeypatch.setattr(_engine, "NbdClient", lambda **settings: made(**settings | {"timeout": 1.8e19}))
+    with ByHand(tmp_path, honest.serve) as server, opened(server) as device:
+        assert device.pread(512, 0) == bytes(512)
+
+
+class Hesitant(ByHand):
+    """Does no handshake after the first one until it is allowed."""
+
+    allowed = threading.Event()
+
+    def _handshake(self, sock: socket.socket, connection: Connection) -> None:
+        if connection.number > 0:
+            assert self.allowed.wait(60)
+        super()._handshake(sock, connection)
+
+
+def test_a_device_that_closes_does_not_wait_for_an_attempt_to_connect(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with Hesitant(tmp_path, lambda _: None) as server:
+        device = opened(server, "2 connections=1 read_only")
+        while server.accepted < 2:
+            pass
+        device.close()
+        (connecting,) = [
+            thread for thread in threading.enumerate() if thread.name == "blkloom-nbd" and thread not in before
+        ]
+        server.allowed.set()
+        connecting.join()
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent, socket.create_server(("127.0.0.1", 0)) as server:
+        queued = socket.create_connection(silent.getsockname())  # the kernel lets no other client in
+        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", it.getsockname()) for it in (silent, server)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+        with queued, connecting._reach_host("storage", 10809, time.monotonic() + 4) as found:
+            assert found.getpeername() == server.getsockname()

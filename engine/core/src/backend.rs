@@ -31,6 +31,11 @@ pub trait Backend: Send + Sync {
     fn longest_range(&self) -> u64 {
         self.limits().longest
     }
+    /// A power of two. An operation that does not begin at a multiple of it is executed from the multiple before it on, and
+    /// is not longer than the others then.
+    fn block(&self) -> u64 {
+        1
+    }
     /// Whether it answers block status (`Op::Extents`). If not, all of it is reported as data.
     fn reports_extents(&self) -> bool {
         false

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from blkloom.nbd_client.handshake import ServerExport, dialogue
 from blkloom.nbd_client.uri import NbdUri
@@ -114,18 +114,35 @@ class _Line:
 
 def _reach(uri: NbdUri, deadline: float) -> socket.socket:
     if uri.transport == "tcp":
-        sock = socket.create_connection((uri.host, uri.port), timeout=_left(deadline))
+        sock = _reach_host(uri.host, uri.port, deadline)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT)
         for option, value in _KEEP_ALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         return sock
-    family = socket.AF_UNIX if uri.transport == "unix" else socket.AF_VSOCK
+    if uri.transport == "unix":
+        return _connected(socket.AF_UNIX, uri.path, _left(deadline))
+    return _connected(socket.AF_VSOCK, (int(uri.host), uri.port), _left(deadline))
+
+
+def _reach_host(host: str, port: int, deadline: float) -> socket.socket:
+    """Connects to one of the addresses of a host. They share the time until the deadline."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    refused: OSError | None = None
+    for place, (family, _, _, _, address) in enumerate(found):
+        try:
+            return _connected(family, address, _left(deadline) / (len(found) - place))
+        except OSError as error:
+            refused = error
+    raise refused or OSError(errno.EADDRNOTAVAIL, f"{host} has no address")
+
+
+def _connected(family: int, address: Any, seconds: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(_left(deadline))
-        sock.connect(uri.path if uri.transport == "unix" else (int(uri.host), uri.port))
+        sock.settimeout(seconds)
+        sock.connect(address)
     except BaseException:
         sock.close()
         raise

@@ -84,7 +84,7 @@ class Links:
         self._needs = needs
         self._reconnect = reconnect
         self._tell = tell
-        self._closed = False
+        self._closed = self._ended = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._error = ""
@@ -120,13 +120,14 @@ class Links:
         )
 
     def close(self) -> None:
-        """Ends all connections. Requests fail. Not on the thread of this class."""
-        self._closed = True
+        """Ends all connections. Requests fail. The thread may end later: it may be connecting."""
+        with self._lock:
+            self._closed = True
+            if self._thread.ident is None:
+                os.close(self._wake)
+            elif not self._ended:
+                os.eventfd_write(self._wake, 1)
         self._client.close()
-        os.eventfd_write(self._wake, 1)
-        if self._thread.ident is not None:
-            self._thread.join()
-        os.close(self._wake)
 
     def _report(self) -> dict[str, Any]:
         report = self._client.report(take=True)
@@ -139,6 +140,14 @@ class Links:
             self._error = error
 
     def _run(self) -> None:
+        try:
+            self._connect_until_closed()
+        finally:
+            with self._lock:
+                self._ended = True
+                os.close(self._wake)
+
+    def _connect_until_closed(self) -> None:
         poller = select.poll()
         poller.register(self._client.fileno(), select.POLLIN)
         poller.register(self._wake, select.POLLIN)

@@ -452,6 +452,10 @@ impl Backend for NbdClient {
         self.settings.longest_range
     }
 
+    fn block(&self) -> u64 {
+        self.settings.block
+    }
+
     fn reports_extents(&self) -> bool {
         true
     }

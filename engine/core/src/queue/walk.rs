@@ -129,9 +129,10 @@ impl Queue {
                 }
                 piece.len = reach;
             }
-            if let Resolved::Backend { backend, .. } = piece.resolved {
+            if let Resolved::Backend { backend, offset, .. } = piece.resolved {
                 let moves = matches!(op, Op::Read | Op::Write);
-                piece.len = piece.len.min(if moves { backend.limits().longest } else { backend.longest_range() });
+                let longest = if moves { backend.limits().longest } else { backend.longest_range() };
+                piece.len = piece.len.min(longest - offset % backend.block());
             }
             let action = match self.action(walk.active, &piece.resolved) {
                 Action::Backend { backend, .. } if op == Op::Extents && !backend.reports_extents() => {
