@@ -19,7 +19,7 @@ from hypothesis import strategies
 import blkloom
 from blkloom import _engine
 from blkloom.nbd_client import connecting
-from blkloom.nbd_client.handshake import HandshakeError, ServerExport
+from blkloom.nbd_client.handshake import HandshakeError, ServerExport, dialogue
 from blkloom.nbd_client.links import Needs
 from nbd_by_hand import (
     BLOCK_STATUS,
@@ -418,3 +418,29 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(monkeypatc
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
         with queued, connecting._reach_host("storage", 10809, time.monotonic() + 4) as found:
             assert found.getpeername() == server.getsockname()
+
+
+def test_a_server_cannot_fill_the_memory_with_replies_to_an_option() -> None:
+    sent: list[bytes] = []
+
+    def flood() -> None:
+        steps, option = dialogue("disk"), b""
+        wanted = next(steps)
+        while len(sent) < 1000:
+            match wanted:
+                case bytes():
+                    option, answer = wanted[8:12], b""
+                case 16:
+                    answer = b"NBDMAGICIHAVEOPT"
+                case 2:
+                    answer = b"\0\3"
+                case 20:
+                    answer = struct.pack(">Q4sII", 0x3E889045565A9, option, 4, 60_000)
+                case _:
+                    answer = bytes(60_000)
+                    sent.append(answer)
+            wanted = steps.send(answer)
+
+    with pytest.raises(HandshakeError, match="too long a reply"):
+        flood()
+    assert len(b"".join(sent)) <= 1 << 20

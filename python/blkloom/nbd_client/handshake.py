@@ -34,6 +34,8 @@ SEND_WRITE_ZEROES: Final = 1 << 6
 
 _LONGEST_REPLY: Final = 64 << 10
 _MOST_REPLIES: Final = 4096
+_MOST_BYTES: Final = 1 << 20
+"""Of all replies to one option."""
 _DEFAULT_MAXIMUM: Final = 32 << 20
 _LARGEST_BLOCK: Final = 65536
 _ERRORS: Final = {
@@ -190,11 +192,13 @@ def _try(
     """
     yield OPTION_MAGIC + struct.pack(">II", option, len(data)) + data
     replies: list[tuple[int, bytes]] = []
+    left = _MOST_BYTES
     while True:
         magic, about, kind, length = struct.unpack(">QIII", (yield 20))
         if magic != REPLY_MAGIC or about != option:
             raise HandshakeError(f"the server broke the protocol: a wrong reply to option {option}")
-        if length > _LONGEST_REPLY or len(replies) > _MOST_REPLIES:
+        left -= length
+        if length > _LONGEST_REPLY or left < 0 or len(replies) > _MOST_REPLIES:
             raise HandshakeError(f"the server broke the protocol: too long a reply to option {option}")
         body = (yield length) if length else b""
         if kind == ACK:
