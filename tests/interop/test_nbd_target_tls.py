@@ -20,21 +20,6 @@ SIZE = 8 * MiB
 Program = Callable[[str, str], str]
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
-def server_files(authority: Authority) -> Path:
-    return authority.issue("server", "/O=Example/CN=localhost")
-
-
-@pytest.fixture(scope="module")
-def client_files(authority: Authority) -> Path:
-    return authority.issue("laptop", "/O=Example/CN=laptop", role="client")
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"

@@ -23,16 +23,6 @@ Program = Callable[[str, str], str]
 Serve = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
-def server_files(authority: Authority) -> Path:
-    return authority.issue("server", "/CN=localhost")
-
-
 @pytest.fixture
 def start(serve: Serve, server_files: Path) -> Callable[..., Any]:
     def started(*words: str) -> Any:
